@@ -83,6 +83,7 @@ def compile_flags(torch):
         flags.append("-fopenmp")
     if SANITIZE:
         flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags.append("-fno-wrapv")  # Python asks for -fwrapv, under which signed overflow would pass unseen
     if os.environ.get("TLFAST_WERROR") == "1":
         flags.append("-Werror")
     # -isystem, not -I: warnings of torch's own headers are not ours to fix.
