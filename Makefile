@@ -1,0 +1,136 @@
+# Every target does its own set-up, from a fresh clone on; a second run finds it done.
+#
+# Which Python: PYTHON=/path/to/python if it is given; else the active environment if it has torch; else .venv, made
+# here with torch 2.13.0. Into an environment that is not ours only what is missing is installed, and never torch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+TORCH_VERSION := 2.13.0
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+OWN := $(CURDIR)/.venv/bin/python
+HAS_TORCH = $(shell "$(1)" -c 'import importlib.util as u; print(u.find_spec("torch") is not None)' 2>/dev/null)
+
+ifneq ($(PYTHON),)
+  PY := $(shell command -v "$(PYTHON)")
+  $(if $(PY),,$(error make: PYTHON must be a Python interpreter, got '$(PYTHON)'. Give the path of one, or leave it out))
+else ifeq ($(ACTIVE),)
+  PY := $(OWN)
+else ifeq ($(call HAS_TORCH,$(ACTIVE)/bin/python),True)
+  PY := $(ACTIVE)/bin/python
+else
+  PY := $(OWN)
+endif
+BIN := $(dir $(PY))
+
+# The stamps lie under build/, one folder for each Python; a recreated environment has a newer pyvenv.cfg.
+# The first line of stamp `torch` is the constraint that keeps pip from replacing torch; a change in the file rebuilds.
+STAMPS := build/stamps$(subst /,_,$(PY))
+ENVIRONMENT := $(wildcard $(BIN)../pyvenv.cfg)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+PIP := $(PY) -m pip --disable-pip-version-check
+SANITIZED := build/sanitize
+
+# This checkout comes first, even where the environment holds an install of another one.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help setup demo test lint format bench sanitize cuda-compile clean distclean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMPS)/install ## the environment and the native build, and nothing else
+
+demo: $(STAMPS)/install ## train a small model, collect its gradients, verify and draw them (DEMO_ARGS=--quick)
+	$(PY) demo/run.py $(DEMO_ARGS)
+
+test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name')
+	$(PY) -m pytest -q tests $(TEST_ARGS)
+
+bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
+	$(PY) -m bench $(BENCH_ARGS)
+
+lint: $(STAMPS)/install ## ruff, mypy --strict, clang-format and the floors
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict tlfast
+	@echo "clang-format --dry-run csrc"
+	@$(if $(FORMATTED),$(BIN)clang-format --dry-run -Werror $(FORMATTED))
+	$(PY) -m pytest -q tests/test_floors.py
+
+format: $(STAMPS)/install ## let ruff and clang-format rewrite the files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(if $(FORMATTED),$(BIN)clang-format -i $(FORMATTED))
+
+# A separate build folder, so that the ordinary module stays as it is. The interpreter is not built with ASan, hence the
+# preload; libstdc++ must be there before libasan looks for __cxa_throw. Leaks are off: Python and torch never free all.
+sanitize: $(STAMPS)/install ## the native tests under AddressSanitizer and UBSan
+	@echo "sanitize: building into $(SANITIZED)"
+	@rm -rf $(SANITIZED); mkdir -p $(SANITIZED)
+	@TLFAST_BUILD=cpu TLFAST_SANITIZE=1 CXX=g++ $(PY) setup.py -q build --build-lib $(SANITIZED) > $(SANITIZED)/build.log 2>&1 \
+	  || { tail -n 60 $(SANITIZED)/build.log; exit 1; }
+	cd $(SANITIZED) && \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:$${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  PYTHONPATH=$(CURDIR)/$(SANITIZED) TLFAST_EXPECT_SANITIZED=1 TLFAST_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(PY) -m pytest -q -s -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m sanitize $(CURDIR)/tests $(TEST_ARGS)
+
+CU := $(wildcard csrc/*.cu)
+cuda-compile: ## compile every csrc/*.cu with nvcc and show its registers (needs no GPU)
+ifeq ($(CU),)
+	@echo "cuda-compile: csrc/ holds no .cu files; nothing to compile"
+else
+	@command -v nvcc > /dev/null || { echo "cuda-compile: nvcc must be on the PATH. Install the CUDA toolkit"; exit 1; }
+	@mkdir -p build/cuda
+	@for source in $(CU); do \
+	  echo "nvcc $$source"; \
+	  nvcc -std=c++20 -O3 -arch=all-major -Xptxas -v -c $$source -o build/cuda/$$(basename $$source .cu).o; \
+	done
+endif
+
+clean: ## forget what was built; the environment stays
+	rm -rf build dist *.egg-info tlfast/_C.*.so tlfast/_build_info.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo/model demo/gradients demo/*.png
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## forget the environment too
+	rm -rf .venv
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+$(OWN):
+	@echo "set-up: making .venv"
+	@for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	  if command -v $$python > /dev/null && $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	    $$python -m venv .venv && exit 0 || { rm -rf .venv; echo "set-up: install the venv module (python3-venv)"; exit 1; }; \
+	  fi; \
+	done; echo "set-up: Python must be 3.10 or newer, none found on the PATH. Install one, or give PYTHON="; exit 1
+
+# torch comes first and exactly: the native code is built against it, and nothing that follows may replace it.
+$(STAMPS)/torch: FORCE | $(PY)
+	@mkdir -p $(@D)
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "set-up: Python must be 3.10 or newer, got " + sys.version)'
+	@if [ "$(call HAS_TORCH,$(PY))" != True ]; then \
+	  echo "set-up: installing torch $(TORCH_VERSION) into $(BIN)"; $(PIP) install -q "torch==$(TORCH_VERSION)"; \
+	fi
+	@{ $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'; \
+	   echo "# TLFAST_BUILD=$(TLFAST_BUILD)"; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+# Quiet but for warnings and the outcome; all of it when something fails. The same step rebuilds when a source changed.
+$(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py $(NATIVE) $(ENVIRONMENT)
+	@echo "set-up: installing what is missing into $(BIN)"
+	@$(PIP) install -q -c $< "setuptools>=77" wheel ninja
+	@echo "set-up: building tlfast against $$(head -n 1 $<)"
+	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,plot,dev]' > build/install.log 2>&1 \
+	  || { grep -E 'error|ERROR' build/install.log | head -n 20 || true; tail -n 40 build/install.log; exit 1; }
+	@grep -hE 'warning: .*\[-W' build/install.log | sort -u || true
+	@$(PY) -c 'import tlfast; print("set-up: tlfast runs", tlfast.backend())'
+	@touch $@
+
+FORCE:
