@@ -1,0 +1,130 @@
+"""Put a tap on a module: the hooks that PyTorch calls, for both attachments, eager and compiled."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import broken_rule
+from .taps import replace_output, select_output
+
+
+def _inert(*_: object) -> None:
+    """What a copied or unpickled hook becomes: a copy of a model carries no capture."""
+
+
+class _Hook:
+    """A hook of ours: the copy of a hooked model holds `_inert` in its place."""
+
+    def __init__(self, tap: Any):
+        self.tap = tap
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return _inert
+
+    def __reduce__(self) -> Any:
+        return "_inert"
+
+
+class _ForwardPreHook(_Hook):
+    """Tells the tap that its module is entered, and keeps its forward hook the last one.
+
+    A full backward hook wraps the output after all forward hooks have run, so a tap that fires on the same gradient
+    must attach after all of them, also those registered after it.
+    """
+
+    hook_id = -1
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        hooks = module._forward_hooks
+        if next(reversed(hooks), -1) != self.hook_id and self.hook_id in hooks:
+            hooks.move_to_end(self.hook_id)
+        if not torch.compiler.is_compiling():
+            self.tap.forward_pre()
+
+
+class _ForwardHook(_Hook):
+    def __init__(self, tap: Any):
+        super().__init__(tap)
+        # For compiled code, which can't look into a native object: the tap is a number, and the op that fires it must
+        # change a tensor from outside the graph, or it would be dropped as unused.
+        self.output, self.number, self.fire_op, self.token = tap.output, tap.number, tap.fire_op, torch.zeros(1)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._trace(output)
+        return self.tap.forward(args, output)
+
+    def _trace(self, output: Any) -> Any:
+        """The compiled path: a Python tensor hook that calls a registered op and returns the gradient."""
+        tensor, key = select_output(output, self.output)
+        if tensor is None or not tensor.requires_grad:
+            return None
+        tensor = tensor.view_as(tensor)  # an edge of its own: the gradient through this module alone
+
+        def fire(grad: torch.Tensor) -> torch.Tensor:
+            self.fire_op(self.token, grad, self.number)
+            return grad
+
+        tensor.register_hook(fire)
+        return replace_output(output, key, tensor)
+
+
+class _CheckHook(_Hook):
+    """Before a full hook wraps the output: can it have a gradient at all?"""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.tap.check_full(output)
+
+
+class _FullHook(_Hook):
+    def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        self.tap.full(grad_output)
+
+
+def hook_module(module: nn.Module, tap: Any, attach: str) -> list[Any]:
+    """Register a tap's hooks on a module; the handles remove them.
+
+    "auto" is "tensor": it is equal to "full" wherever both exist, and works where full hooks don't (in-place
+    operations, mapping outputs).
+    """
+    pre = _ForwardPreHook(tap)
+    handles = [module.register_forward_pre_hook(pre)]
+    if attach == "full":
+        handles.append(module.register_forward_hook(_CheckHook(tap)))
+        handles.append(module.register_full_backward_hook(_FullHook(tap)))
+    else:
+        handles.append(module.register_forward_hook(_ForwardHook(tap)))
+    pre.hook_id = handles[1].id
+    return handles
+
+
+def check_not_compiled(who: str, model: nn.Module) -> None:
+    """RuntimeError if a compiled call of the model exists already: hooks added now would silently never fire."""
+    if "torch._dynamo" not in sys.modules:  # nothing was ever compiled, and the import would cost a second
+        return
+    from torch._dynamo import eval_frame
+
+    for name, module in model.named_modules():
+        compiled = isinstance(module, eval_frame.OptimizedModule) or module._compiled_call_impl is not None
+        inner = getattr(module, "_orig_mod", module)
+        if compiled and _has_compiled_code(inner):
+            raise RuntimeError(
+                broken_rule(
+                    who, "a compiled model", "be captured before its first call", f"{name or type(inner).__name__}",
+                    "Enter the capture first, or call torch._dynamo.reset().",
+                )
+            )  # fmt: skip
+
+
+def _has_compiled_code(module: nn.Module) -> bool:
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    functions = [type(module).forward, type(module)._call_impl, type(module)._wrapped_call_impl]
+    return any(
+        _debug_get_cache_entry_list(f.__code__) for f in functions if hasattr(f, "__code__")
+    )

@@ -1,0 +1,8 @@
+"""The one form of an error text: who, which argument, what rule, what was given, what to do."""
+
+from __future__ import annotations
+
+
+def broken_rule(who: str, argument: str, rule: str, got: object, remedy: str) -> str:
+    """Return ``<who>: <argument> must <rule>, got <value>. <what to do>``."""
+    return f"{who}: {argument} must {rule}, got {got}. {remedy}"

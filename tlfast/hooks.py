@@ -1,0 +1,278 @@
+"""Register the taps on a model: the capture and its rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ring as python_ring
+from . import taps as python_taps
+from .attachment import check_not_compiled, hook_module
+from .errors import broken_rule
+from .ops import pick_native
+from .points import find_points
+from .spec import Over, Points, Reduction, Spec, as_specs, one_of, parse_over
+
+_IN_PLACE = "BackwardHookFunctionBackward is a view and is being modified inplace"
+
+
+class Capture:
+    """The gradients of some points, one row an example; made by `tlfast.capture`, used as a context manager."""
+
+    def __init__(
+        self, model: nn.Module, specs: list[Spec], *, rows: int, attach: str, backend: str, calls: str, missing: str
+    ):
+        who = "capture"
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ValueError(broken_rule(who, "rows", "be a positive number", repr(rows), "Give the rows to hold."))
+        one_of(who, "attach", attach, ("auto", "tensor", "full"))
+        one_of(who, "backend", backend, ("auto", "native", "python"))
+        one_of(who, "calls", calls, ("raise", "sum", "last", "stack"))
+        one_of(who, "missing", missing, ("raise", "nan"))
+        devices = {p.device.type for p in model.parameters()}
+        module = pick_native(who, backend, devices)
+        self.backend = "python" if module is None else "native"
+        self.capacity = rows
+        self._model, self._attach = model, attach
+        ring_type: Any = python_ring.Ring if module is None else module.Ring
+        tap_type: Any = python_taps.Tap if module is None else module.Tap
+        self._step: Any = python_taps.Step(rows, missing) if module is None else module.Step(rows, missing)
+        self._rings: dict[str, Any] = {}
+        self._taps: list[tuple[nn.Module, Any]] = []
+        found = [find_points(who, model, spec.points) for spec in specs]
+        for name in dict.fromkeys(name for points in found for name in points):
+            here = [spec for spec, points in zip(specs, found, strict=True) if name in points]
+            if len({spec.output for spec in here}) > 1:
+                raise ValueError(
+                    broken_rule(who, "output", f"be the same in all specs of {name}", [s.output for s in here],
+                                "Use one capture for each output.")
+                )  # fmt: skip
+            rings = []
+            for spec in here:
+                column = name if len(here) == 1 else f"{name}:{spec.label}"
+                if column in self._rings:
+                    raise ValueError(
+                        broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
+                    )
+                self._rings[column] = ring_type(column, spec.reduce, spec.dims, spec.dtype, rows)
+                rings.append(self._rings[column])
+            tap = tap_type(self._step, name, rings, here[0].output, calls)
+            self._taps.append((find_points(who, model, [name])[name], tap))
+        self.names: list[str] = list(self._rings)
+        self._handles: list[Any] = []
+        self._ids: list[Any] = []
+        self._entered = False
+
+    # The context.
+
+    def __enter__(self) -> Capture:
+        if self._entered:
+            raise RuntimeError(
+                broken_rule("capture", "a Capture", "be entered once", "a second time", "Call capture again.")
+            )
+        check_not_compiled("capture", self._model)
+        self._entered = True
+        try:
+            for module, tap in self._taps:
+                self._handles += hook_module(module, tap, self._attach)
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+        if isinstance(error, RuntimeError) and _IN_PLACE in str(error):
+            called = max((tap for _, tap in self._taps), key=lambda tap: tap.last_call, default=None)
+            name = called.name if called is not None else "?"
+            raise RuntimeError(
+                broken_rule(
+                    f"capture at {name}", "an output", 'stay unmodified in place with attach="full"',
+                    "an in-place operation after it (the point called last)", 'Use attach="tensor".',
+                )
+            ) from error  # fmt: skip
+        if error is None and not self._step.n_ended:
+            warnings.warn(
+                "capture: no backward reached the points, so there are no rows; was backward() called inside the with?",
+                stacklevel=2,
+            )
+
+    def _detach(self) -> None:
+        self._step.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # The rows.
+
+    @property
+    def rows(self) -> int:
+        """The number of committed rows, the same at every point."""
+        return sum(n for _, n, _ in self._step.committed())
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The committed rows of one column: Tensor[rows, ...], a view of the ring that `clear` lets go.
+
+        Raises:
+            KeyError: for a name that isn't in `names`.
+            RuntimeError: if nothing was ever written there.
+        """
+        if name not in self._rings:
+            raise KeyError(
+                broken_rule("capture", "a name", f"be one of {', '.join(self.names[:8])}", repr(name), "See cap.names.")
+            )
+        rows = self._rings[name].rows
+        if rows is None:
+            raise RuntimeError(
+                broken_rule("capture", f"the column {name}", "have been written", "no row", "Run a backward first.")
+            )
+        blocks = [(base, base + n) for base, n, _ in self._step.committed()]
+        end = 0
+        for start, stop in blocks:
+            if start != end:  # a failed backward left a hole between two others that ran beside it
+                return torch.cat([rows[a:b] for a, b in blocks])
+            end = stop
+        view: torch.Tensor = rows[:end]
+        return view
+
+    @property
+    def ids(self) -> list[Any]:
+        """The example id of each row, as given to `batch`; None where none was given."""
+        return self._ids + [None] * (self.rows - len(self._ids))
+
+    @property
+    def missing(self) -> dict[str, torch.Tensor]:
+        """For each column Bool[rows]: True where the point did not fire and the row is NaN (``missing="nan"``)."""
+        out = {name: torch.zeros(self.rows, dtype=torch.bool) for name in self.names}
+        start = 0
+        for _, n, absent in self._step.committed():
+            for index in absent:
+                for ring in self._taps[index][1].rings:
+                    out[ring.column][start : start + n] = True
+            start += n
+        return out
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each column how many stored values were non-finite, and how many of them only through the cast."""
+        return {
+            name: {"nonfinite": int(ring.n_nonfinite), "saturated": int(ring.n_saturated)}
+            for name, ring in self._rings.items()
+        }
+
+    def clear(self) -> None:
+        """Forget all rows and keep the memory; RuntimeError while a backward is running."""
+        self._step.clear()
+        self._ids.clear()
+
+    @contextmanager
+    def batch(
+        self, mask: torch.Tensor | None = None, ids: Sequence[Any] | None = None, grad_scale: float = 1.0
+    ) -> Iterator[None]:
+        """Say what the next forward and backward are about.
+
+        Args:
+            mask: bool [B, P], True at real tokens: reductions leave the others out, ``none`` stores zeros there.
+            ids: one id for each example, kept in `ids`.
+            grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
+
+        Raises:
+            ValueError: if mask and ids don't fit each other, or later the gradients.
+            RuntimeError: if no backward was committed inside.
+        """
+        who = "batch"
+        if mask is not None and (mask.dtype != torch.bool or mask.dim() < 1):
+            raise ValueError(
+                broken_rule(who, "mask", "be boolean [B, P]", f"{mask.dtype} {list(mask.shape)}", "Use mask.bool().")
+            )
+        if ids is not None and mask is not None and len(ids) != mask.shape[0]:
+            raise ValueError(
+                broken_rule(who, "ids", f"have one id for each of {mask.shape[0]} examples", len(ids), "Check both.")
+            )
+        if not grad_scale > 0:
+            raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
+        before = self.rows
+        self._ids += [None] * (before - len(self._ids))
+        self._step.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
+        try:
+            yield
+        finally:
+            self._step.set_batch(None, -1, 1.0)
+            written = self.rows - before
+            if ids is not None and len(ids):
+                self._ids += list(ids) * (written // len(ids))
+            else:
+                self._ids += [None] * written
+        if not written:
+            raise RuntimeError(
+                broken_rule(who, "the block", "hold a forward and a backward", "no committed row", "Call backward().")
+            )
+
+
+def capture(
+    model: nn.Module,
+    points: Points | Spec | Sequence[Spec],
+    *,
+    rows: int,
+    reduce: Reduction = "none",
+    over: Over = "pos",
+    dtype: torch.dtype | None = None,
+    output: int | str | None = None,
+    attach: str = "auto",
+    backend: str = "auto",
+    calls: str = "raise",
+    missing: str = "raise",
+) -> Capture:
+    """Capture the gradient with respect to the output of some modules, while backward runs.
+
+    Args:
+        model: any module, not yet compiled.
+        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a list, a predicate on names,
+            a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and ``output`` are theirs).
+        rows: how many rows to hold; memory is taken at the first gradient.
+        reduce: none, sum, mean, last, norm or absmax.
+        over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
+        dtype: the stored dtype; None keeps the gradient's.
+        output: index or key of the output to take; None is the first tensor.
+        attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
+        backend: "native", "python" or "auto".
+        calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
+            reduction), "last" (the last one to fire, which is the first call), "stack" (call index before the row's
+            dimensions).
+        missing: for a point without a gradient in a backward: "raise", or "nan" rows, flagged in ``cap.missing``.
+
+    Returns:
+        A context manager; ``cap[name]`` is Tensor[rows, ...]; row r is the same example at every point.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before any hook is registered.
+
+    Example:
+        >>> import torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
+        >>> with tlfast.capture(model, "0", rows=8) as cap:
+        ...     model(torch.ones(2, 4)).sum().backward()
+        >>> cap["0"].shape
+        torch.Size([2, 3])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
+    one_of("capture", "reduce", reduce, ("none", "sum", "mean", "last", "norm", "absmax"))
+    parse_over("capture", over)
+    is_spec = isinstance(points, Spec) or (
+        isinstance(points, Sequence) and not isinstance(points, str) and any(isinstance(p, Spec) for p in points)
+    )
+    plain = None if is_spec else Spec(points, reduce, over, dtype, output)  # type: ignore[arg-type]
+    specs = as_specs("capture", points, plain)  # type: ignore[arg-type]
+    return Capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)

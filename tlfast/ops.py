@@ -1,0 +1,142 @@
+"""The one door to the native code: is it there, does it fit this torch, and the fused op by itself."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from . import reference
+from .errors import broken_rule
+from .spec import REDUCTIONS, Over, one_of, parse_over
+
+
+def _build_reason() -> str:
+    try:
+        from . import _build_info
+    except ImportError:
+        return "the native code was not built"
+    return str(getattr(_build_info, "REASON", "")) or "the native code was not built"
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str]:
+    """Import the native module; (None, why) when it is missing or was built for another torch."""
+    built_for: object = None
+    try:
+        # The handshake comes first and needs no torch symbol: a module built for another minor version can load and
+        # corrupt memory (Edge::function changed its pointer type between 2.11 and 2.13).
+        from . import _build_info
+
+        built_for = getattr(_build_info, "TORCH", None)
+    except ImportError:
+        pass
+    here = torch.__version__.split("+")[0].rsplit(".", 1)[0]
+    if built_for and str(built_for).split("+")[0].rsplit(".", 1)[0] != here:
+        return None, f"built for torch {built_for}, but torch {torch.__version__} is running"
+    try:
+        from . import _C
+    except ImportError as error:
+        reason = _build_reason() if "_C" in str(error) else f"{type(error).__name__}: {error}"
+        return None, reason
+    if here != _C.TORCH_VERSION:
+        return None, f"built for torch {_C.TORCH_VERSION}, but torch {torch.__version__} is running"
+    return _C, ""
+
+
+@lru_cache(maxsize=1)
+def native() -> ModuleType | None:
+    """The native module, or None after one warning that says why it isn't used.
+
+    Raises:
+        RuntimeError: if it can't be used and TLFAST_REQUIRE_NATIVE=1.
+    """
+    module, reason = _load()
+    if module is None:
+        if os.environ.get("TLFAST_REQUIRE_NATIVE") == "1":
+            raise RuntimeError(
+                broken_rule(
+                    "tlfast", "the native code", "be usable (TLFAST_REQUIRE_NATIVE=1)", reason,
+                    "Run pip install --no-build-isolation -e . again.",
+                )
+            )  # fmt: skip
+        warnings.warn(f"tlfast runs in pure Python, slower and with the same results: {reason}", stacklevel=3)
+    return module
+
+
+def backend() -> str:
+    """What runs and why: ``native (cpu, avx512)`` or ``python: <reason>``.
+
+    Example:
+        >>> import tlfast
+        >>> tlfast.backend().split()[0].rstrip(":") in ("native", "python")
+        True
+    """
+    module, reason = _load()
+    return f"python: {reason}" if module is None else f"native ({module.describe()})"
+
+
+def pick_native(who: str, wanted: str, devices: set[str]) -> ModuleType | None:
+    """The native module if ``wanted`` ("auto", "native", "python") and the devices allow it, else None."""
+    if wanted == "python":
+        return None
+    others = devices - {"cpu"}
+    if others:
+        if wanted == "native":
+            raise RuntimeError(
+                broken_rule(
+                    who, "backend", 'be "python" for these devices (the native code runs on cpu)', sorted(others),
+                    'Pass backend="python" or "auto".',
+                )
+            )  # fmt: skip
+        return None
+    module, reason = _load()
+    if module is None and wanted == "native":
+        raise RuntimeError(broken_rule(who, "backend", "be usable", f"native: {reason}", 'Pass backend="auto".'))
+    return native() if module is None else module
+
+
+def reduce_into(
+    out: torch.Tensor,
+    grad: torch.Tensor,
+    reduce: str = "mean",
+    over: Over = 1,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Reduce, cast and copy a gradient into a preallocated tensor, in one pass over its bytes.
+
+    Args:
+        out: where the result goes, of the gradient's shape without the reduced dimensions; float32, bfloat16 or float16
+            (float64 for float64 gradients), any strides.
+        grad: float32, bfloat16, float16 or float64, any strides and sizes.
+        reduce: none, sum, mean, last, norm (L2: sqrt of the sum of squares) or absmax.
+        over: dimensions to reduce: "pos" (1), "batch" (0), numbers, or several. Ignored by ``none``.
+        mask: bool, of the gradient's leading sizes ([B, P]); False positions are left out: ``mean`` divides by the real
+            ones, ``last`` is the last real one, ``none`` stores zeros there. Over no real position, ``mean`` and
+            ``last`` are NaN and the others 0.
+        scale: a factor on the result, applied before the cast.
+
+    Returns:
+        ``out``. Accumulation is in float32 (float64 for float64), with one rounding to the stored dtype.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, dimension or mask, before anything is written.
+
+    Example:
+        >>> import torch, tlfast
+        >>> grad = torch.arange(6.0).reshape(1, 3, 2)
+        >>> tlfast.reduce_into(torch.empty(1, 2), grad, "mean", over="pos")
+        tensor([[2., 3.]])
+    """
+    one_of("reduce_into", "reduce", reduce, REDUCTIONS)
+    dims = parse_over("reduce_into", over)
+    module = None if out.device.type != "cpu" else native()
+    if module is None:
+        reference.capture(out, grad, reduce, dims, mask, scale)
+    else:
+        torch.ops.tlfast.capture(out, grad, reduce, dims, mask, scale)
+    return out

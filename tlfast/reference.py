@@ -1,0 +1,135 @@
+"""The fused op in plain PyTorch: the fallback where there is no native code, and the oracle of the tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .errors import broken_rule
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient of ``dtype`` is accumulated: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normal_dims(who: str, dims: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
+    """Turn dimension numbers into sorted, non-negative ones; ValueError if one is out of range or named twice."""
+    out = []
+    for d in dims:
+        if not -n_dims <= d < n_dims:
+            raise ValueError(
+                broken_rule(who, "over", f"name dimensions of a {n_dims}-d gradient", d, "Check the gradient's shape.")
+            )
+        out.append(d % n_dims)
+    if len(set(out)) != len(out):
+        raise ValueError(broken_rule(who, "over", "name each dimension once", dims, "Remove the repeated one."))
+    return tuple(sorted(out))
+
+
+def reduced_shape(shape: torch.Size, dims: tuple[int, ...]) -> torch.Size:
+    """The shape that is left when the (normal) ``dims`` are reduced away."""
+    return torch.Size(s for d, s in enumerate(shape) if d not in dims)
+
+
+def check_mask(who: str, mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return ``mask`` expanded to ``shape``; ValueError unless it is boolean and covers the leading dimensions."""
+    if mask.dtype != torch.bool:
+        raise ValueError(broken_rule(who, "mask", "be boolean", mask.dtype, "Use mask.bool(); True means a real token."))
+    if mask.shape != shape[: mask.dim()] or mask.dim() == 0:
+        raise ValueError(
+            broken_rule(
+                who, "mask", f"have the leading sizes of a gradient of shape {list(shape)}", list(mask.shape),
+                "Pass the attention mask of this very batch.",
+            )
+        )  # fmt: skip
+    return mask.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
+
+
+def reduce_gradient(
+    grad: torch.Tensor, reduce: str, dims: tuple[int, ...], mask: torch.Tensor | None, scale: float = 1.0
+) -> torch.Tensor:
+    """Reduce ``grad`` over the (normal) ``dims`` and return the result in the accumulator's dtype."""
+    real = None if mask is None else check_mask("capture", mask, grad.shape)
+    wide = grad.to(accumulator(grad.dtype))
+    if reduce == "none":
+        out = wide if real is None else torch.where(real, wide, 0.0)
+    elif reduce == "last":
+        out = _last(wide, dims, real)
+    else:
+        if real is not None:
+            wide = torch.where(real, wide, 0.0)
+        if reduce == "sum":
+            out = wide.sum(dims)
+        elif reduce == "mean":
+            n = math.prod(grad.shape[d] for d in dims) if real is None else real.sum(dims)
+            out = wide.sum(dims) / n if isinstance(n, torch.Tensor) or n else wide.sum(dims) * math.nan
+        elif reduce == "norm":
+            out = wide.square().sum(dims).sqrt()
+        else:
+            empty = math.prod(grad.shape[d] for d in dims) == 0
+            out = wide.new_zeros(reduced_shape(grad.shape, dims)) if empty else wide.abs().amax(dims)
+    return out if scale == 1.0 else out * scale
+
+
+def _last(wide: torch.Tensor, dims: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
+    """The last (real) element over ``dims`` in row-major order; NaN where there is none."""
+    kept = [d for d in range(wide.dim()) if d not in dims]
+    rows = wide.permute(*kept, *dims).flatten(len(kept))
+    n = rows.shape[-1]
+    if n == 0:
+        return wide.new_full(rows.shape[:-1], math.nan)
+    if real is None:
+        return rows[..., -1]
+    numbered = torch.where(real.permute(*kept, *dims).flatten(len(kept)), torch.arange(n, device=wide.device), -1)
+    index = numbered.amax(-1, keepdim=True)
+    picked = rows.gather(-1, index.clamp(min=0)).squeeze(-1)
+    return torch.where(index.squeeze(-1) < 0, math.nan, picked)
+
+
+def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[int, ...]) -> None:
+    """Check dtypes, shape and memory of an op's arguments before a byte is written."""
+    if grad.layout != torch.strided or out.layout != torch.strided:
+        raise ValueError(broken_rule(who, "grad", "be dense", grad.layout, "Turn sparse=True off in the embedding."))
+    if not grad.dtype.is_floating_point or accumulator(grad.dtype) != torch.promote_types(grad.dtype, torch.float32):
+        raise ValueError(
+            broken_rule(who, "grad", "be float32, bfloat16, float16 or float64", grad.dtype, "Cast it first.")
+        )
+    if out.dtype not in (torch.float32, *HALF_TYPES, grad.dtype):
+        raise ValueError(
+            broken_rule(
+                who, "out", "be float32, bfloat16 or float16 (float64 for float64 gradients)", out.dtype,
+                "Choose another stored dtype.",
+            )
+        )  # fmt: skip
+    if out.device != grad.device:
+        raise ValueError(broken_rule(who, "out", f"be on {grad.device}, as grad is", out.device, "Move one of them."))
+    want = reduced_shape(grad.shape, dims)
+    if out.shape != want:
+        raise ValueError(broken_rule(who, "out", f"have shape {list(want)}", list(out.shape), "Check over= and shapes."))
+
+
+@torch.no_grad()
+def capture(
+    out: torch.Tensor,
+    grad: torch.Tensor,
+    reduce: str,
+    over: tuple[int, ...],
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[int, int]:
+    """Reduce, cast and copy ``grad`` into ``out``; return how many stored values are non-finite and saturated.
+
+    Accumulates in float32 (float64 for float64) and casts once, to nearest even. Saturated: finite before the cast,
+    infinite after it.
+    """
+    dims = () if reduce == "none" else normal_dims("capture", over, grad.dim())
+    check_capture("capture", out, grad, dims)
+    wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale)
+    out.copy_(wide)
+    bad = ~torch.isfinite(out)
+    n_bad = int(bad.sum())
+    return n_bad, int((bad & torch.isfinite(wide)).sum()) if n_bad else 0

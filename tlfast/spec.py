@@ -1,0 +1,131 @@
+"""What to keep at which points: the reductions, the dimensions they run over, the stored dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from .errors import broken_rule
+
+Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
+Calls = Literal["raise", "sum", "last", "stack"]
+Missing = Literal["raise", "nan"]
+Attach = Literal["auto", "tensor", "full"]
+Backend = Literal["auto", "native", "python"]
+
+Points = str | Sequence[str] | Callable[[str], bool]
+Over = str | int | Sequence[str | int]
+
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAMED_DIMS = {"batch": 0, "pos": 1}
+
+
+def one_of(who: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``allowed``; ValueError otherwise."""
+    if value not in allowed:
+        raise ValueError(
+            broken_rule(who, argument, f"be one of {', '.join(allowed)}", repr(value), "Check the spelling.")
+        )
+    return str(value)
+
+
+def parse_over(who: str, over: Over) -> tuple[int, ...]:
+    """Turn ``over`` ("pos", "batch", ints, or several of them) into a tuple of dimension numbers."""
+    items = (over,) if isinstance(over, (str, int)) else tuple(over)
+    dims: list[int] = []
+    for item in items:
+        if isinstance(item, str):
+            if item not in NAMED_DIMS:
+                raise ValueError(
+                    broken_rule(
+                        who, "over", 'be "batch", "pos" or dimension numbers', repr(item), "Write -1 for the last one."
+                    )
+                )
+            dims.append(NAMED_DIMS[item])
+        elif isinstance(item, int) and not isinstance(item, bool):
+            dims.append(item)
+        else:
+            raise TypeError(
+                broken_rule(
+                    who, "over", 'be "batch", "pos" or dimension numbers', repr(item), "Write -1 for the last one."
+                )
+            )
+    if not dims:
+        raise ValueError(
+            broken_rule(who, "over", "name at least one dimension", repr(over), 'Use reduce="none" to keep everything.')
+        )
+    return tuple(dims)
+
+
+def stored_dtype(who: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Check that rows can be stored as ``dtype`` (None: as the gradient's)."""
+    if dtype is not None and dtype not in STORED_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in STORED_DTYPES)
+        raise ValueError(broken_rule(who, "dtype", f"be one of {names} or None", dtype, "Choose one of these."))
+    return dtype
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to keep at some points.
+
+    Args:
+        points: a name, a glob (``*`` stays within one part of a dotted name, ``**`` crosses dots), a list of both,
+            or a predicate on names.
+        reduce: none, sum, mean, last, norm (L2) or absmax.
+        over: the dimensions to reduce: "pos" (1), "batch" (0), numbers, or several; ignored by ``none``. A row is one
+            example, or one backward where the batch is reduced too.
+        dtype: the stored dtype; None keeps the gradient's.
+        output: which output of the module (index of a tuple, key of a mapping); None is the first tensor.
+        name: the second part of the column's name where several specs cover one point; default: the reduction.
+
+    Raises:
+        ValueError: for an unknown reduction, dimension or dtype.
+
+    Example:
+        >>> import tlfast
+        >>> tlfast.Spec("blocks.*.hook_resid_post", reduce="mean", over="pos").dims
+        (1,)
+    """
+
+    points: Points
+    reduce: Reduction = "none"
+    over: Over = "pos"
+    dtype: torch.dtype | None = None
+    output: int | str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("Spec", "reduce", self.reduce, REDUCTIONS)
+        parse_over("Spec", self.over)
+        stored_dtype("Spec", self.dtype)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions that are reduced; () for ``none``."""
+        return () if self.reduce == "none" else parse_over("Spec", self.over)
+
+    @property
+    def label(self) -> str:
+        """What tells this spec's columns from another spec's at the same point."""
+        return self.name or self.reduce
+
+
+def as_specs(who: str, points: Points | Spec | Sequence[Spec], plain: Spec | None) -> list[Spec]:
+    """Return the specs meant by ``points``: itself, a list of specs, or ``plain`` for names, globs and predicates."""
+    if isinstance(points, Spec):
+        return [points]
+    if isinstance(points, Sequence) and not isinstance(points, str) and any(isinstance(p, Spec) for p in points):
+        specs = [p for p in points if isinstance(p, Spec)]
+        if len(specs) != len(points):
+            raise TypeError(
+                broken_rule(who, "points", "be all names or all Specs", list(points), "Wrap the names in a Spec.")
+            )
+        return specs
+    if plain is None:
+        raise TypeError(broken_rule(who, "points", "be given", points, "Name the points to capture."))
+    return [plain]
