@@ -1,0 +1,31 @@
+"""The dataset on disk: written unit by unit, each whole or absent; read by memory mapping. See docs/format.md."""
+
+from .background import BackgroundWriter
+from .columns import GradientColumn
+from .errors import DatasetError
+from .folder import check_disk_space
+from .layout import Column
+from .plan import FLAG_MISSING, FLAG_NON_FINITE, Example, Plan, Unit
+from .reader import GradientDataset, open_dataset
+from .verify import Problem, Report, verify_dataset
+from .writer import DatasetWriter, estimate_bytes
+
+__all__ = [
+    "FLAG_MISSING",
+    "FLAG_NON_FINITE",
+    "BackgroundWriter",
+    "Column",
+    "DatasetError",
+    "DatasetWriter",
+    "Example",
+    "GradientColumn",
+    "GradientDataset",
+    "Plan",
+    "Problem",
+    "Report",
+    "Unit",
+    "check_disk_space",
+    "estimate_bytes",
+    "open_dataset",
+    "verify_dataset",
+]

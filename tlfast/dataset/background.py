@@ -1,0 +1,159 @@
+"""A thread that writes units while the model computes the next; its errors surface in the caller."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from ..errors import broken_rule
+from .plan import Example, Unit
+
+
+class UnitWriter(Protocol):
+    """What a BackgroundWriter drives: a DatasetWriter, or a test's stand-in."""
+
+    bytes_written: int
+
+    def write_unit(
+        self,
+        unit: Unit,
+        tensors: Mapping[str, torch.Tensor],
+        examples: Sequence[Example],
+        flags: Sequence[int] | None = None,
+    ) -> bool:
+        """Write one unit durably."""
+        ...
+
+
+_Job = tuple[Unit, Mapping[str, torch.Tensor], Sequence[Example], "Sequence[int] | None"]
+
+
+class BackgroundWriter:
+    """Write units in another thread, at most ``max_pending`` of them not yet durable.
+
+    The tensors are not copied: leave a unit's memory alone until it is durable. With ``max_pending=1`` that is when
+    the next ``submit`` returns, so two sets of buffers suffice.
+
+    A failed write is raised by the next ``submit``, ``flush`` or ``close``; units behind it are dropped and do not
+    exist. Leaving the ``with`` block waits for what was submitted, also when the block raised.
+
+    Raises:
+        ValueError: where ``max_pending`` is below 1.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import BackgroundWriter, DatasetWriter, Example, Plan
+        >>> plan = Plan(1, 1)
+        >>> writer = DatasetWriter(tempfile.mkdtemp(), header={}, columns={"h": (torch.float32, (2,))}, plan=plan)
+        >>> with BackgroundWriter(writer) as background:
+        ...     background.submit(plan.unit(0), {"h": torch.zeros(1, 2)}, [Example(0, [1], "a", 0, 1)])
+        >>> writer.done
+        {'u000000'}
+    """
+
+    def __init__(self, writer: UnitWriter, max_pending: int = 1) -> None:
+        if max_pending < 1:
+            remedy = "1 needs two sets of buffers."
+            raise ValueError(broken_rule("BackgroundWriter", "max_pending", "be at least 1", max_pending, remedy))
+        self._writer = writer
+        self._max_pending = max_pending
+        self._jobs: deque[_Job] = deque()
+        self._unfinished = 0  # submitted and not yet durable
+        self._closing = False
+        self._error: BaseException | None = None
+        self._raised = False
+        self._changed = threading.Condition()
+        # A daemon: a caller that dies without close() must not wait for ever; what it loses was never committed.
+        self._thread = threading.Thread(target=self._run, name="tlfast-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes handed to the operating system until now."""
+        return self._writer.bytes_written
+
+    def submit(
+        self,
+        unit: Unit,
+        tensors: Mapping[str, torch.Tensor],
+        examples: Sequence[Example],
+        flags: Sequence[int] | None = None,
+    ) -> None:
+        """Hand over one unit; waits while ``max_pending`` units are not yet durable, and raises an earlier failure."""
+        with self._changed:
+            self._wait(self._max_pending - 1)
+            if self._closing:
+                raise RuntimeError(
+                    broken_rule("BackgroundWriter", "submit", "come before close", unit.name, "Reopen it.")
+                )
+            self._unfinished += 1
+            self._jobs.append((unit, tensors, examples, flags))
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until every submitted unit is durable; raises a failure."""
+        with self._changed:
+            self._wait(0)
+
+    def close(self) -> None:
+        """Wait for every submitted unit and end the thread; raises a failure that was not raised before."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        with self._changed:
+            if self._error is not None and not self._raised:
+                self._raised = True
+                raise self._error
+
+    def _wait(self, allowed: int) -> None:
+        while self._unfinished > allowed and self._error is None:
+            self._changed.wait(1.0)
+            if not self._thread.is_alive() and self._unfinished > allowed and self._error is None:
+                remedy = "Open a dataset after forking, not before."
+                self._error = RuntimeError(broken_rule("BackgroundWriter", "thread", "be alive", "none", remedy))
+        if self._error is not None:
+            self._raised = True
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._closing:
+                    self._changed.wait()
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+            try:
+                self._writer.write_unit(*job)
+            except BaseException as error:  # whatever it was, the caller must hear of it
+                with self._changed:
+                    self._error = error
+                    self._jobs.clear()
+                    self._unfinished = 0
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._unfinished -= 1
+                del job  # the caller may reuse this memory now
+                self._changed.notify_all()
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            # The block's own error (often KeyboardInterrupt) stays the one that is raised.
+            warnings.warn(f"BackgroundWriter: a unit was not written: {failure!r}", RuntimeWarning, stacklevel=2)

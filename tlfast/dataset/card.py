@@ -1,0 +1,60 @@
+"""README.md of a dataset: the card that people and the Hugging Face hub read."""
+
+from __future__ import annotations
+
+from .description import Description
+from .layout import DTYPE_NAMES
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_SIZES_ABOVE = ((10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**12, "1B<n<10B"))
+
+_CARD = """---
+configs:
+- config_name: rows
+  data_files: rows/*.parquet
+size_categories:
+- {size}
+tags:
+- gradients
+- interpretability
+- tlfast
+---
+
+# Gradients, one row per example
+
+{n} examples, {points} points, written by tlfast.
+
+```python
+import tlfast
+
+ds = tlfast.open_dataset("path/to/this/folder")
+ds.points                # the points below
+ds[ds.points[0]][:10]    # gradients of ten examples, a torch tensor
+ds.examples[0]           # the first example: input_ids, source, start, length, flags, norms
+```
+
+`rows/*.parquet` holds the examples and the norm of each gradient; `data/*.safetensors` holds the gradients, row r of
+`data/<unit>` belonging to row r of `rows/<unit>`. Only units with a file in `commits/` exist. `tlfast verify` re-reads
+every byte against its checksum. How it was made stands in `dataset.json` and `config.yaml`.
+
+| point | dtype | shape of a row |
+|---|---|---|
+{table}
+"""
+
+
+def dataset_card(description: Description) -> str:
+    """Return the Markdown of the card, with the front matter that the hub's viewer needs."""
+    n = description.plan.n_examples
+    size = next((name for limit, name in _SIZES + _SIZES_ABOVE if n < limit), "n>1T")
+    table = "\n".join(
+        f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]} | {list(column.row_shape)} |"
+        for name, column in description.columns.items()
+    )
+    return _CARD.format(size=size, n=n, points=len(description.columns), table=table)
+
+
+def _cell(name: str) -> str:
+    # A name may hold any character; in a Markdown table a bar, a backquote or a line break must not act.
+    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
+    return f"`{plain.replace('|', chr(92) + '|').replace('`', chr(39))}`" if plain else "(the model itself)"

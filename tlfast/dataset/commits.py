@@ -1,0 +1,164 @@
+"""Commits: the one file per unit that says its data exist, how long they are, and their CRC32C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .description import Description, parse_json
+from .durable import PendingFile, locked, read_small, sync_folder
+from .errors import dataset_error
+from .layout import unit_layout
+from .plan import Unit
+
+FOLDERS = ("data", "rows", "commits")
+MAX_BYTES = 64 << 10
+_CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
+_NAME = re.compile(r"(u[0-9]{6,18})\.json", re.ASCII)
+
+
+def data_path(unit: Unit) -> str:
+    """Return the name of the unit's file within the dataset."""
+    return f"data/{unit.name}.safetensors"
+
+
+def rows_path(unit: Unit) -> str:
+    """Return the name of the unit's row table within the dataset."""
+    return f"rows/{unit.name}.parquet"
+
+
+def commit_path(unit: Unit) -> str:
+    """Return the name of the unit's commit within the dataset."""
+    return f"commits/{unit.name}.json"
+
+
+@dataclass(frozen=True)
+class CommittedFile:
+    """One file of a unit as its commit names it."""
+
+    path: str
+    n_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A unit that exists: its files, and how many of its rows hold non-finite values."""
+
+    unit: Unit
+    config_hash: str
+    files: tuple[CommittedFile, CommittedFile]  # the unit file, the row table
+    non_finite: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the unit's files."""
+        return sum(file.n_bytes for file in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the commit's file."""
+        value = {
+            "version": 1,
+            "unit": self.unit.name,
+            "first_example": self.unit.start,
+            "rows": len(self.unit),
+            "non_finite_rows": self.non_finite,
+            "config_hash": self.config_hash,
+            "files": [{"path": f.path, "bytes": f.n_bytes, "crc32c": f"{f.crc32c:08x}"} for f in self.files],
+        }
+        return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def publish(folder: Path, commit: Commit, files: Sequence[PendingFile]) -> bool:
+    """Give the sealed ``files`` their names, then the commit its own; False where the unit was committed before.
+
+    The lock keeps a second writer of the same unit from replacing files that a first one has just committed.
+    """
+    data = commit.to_bytes()
+    final = folder / commit_path(commit.unit)
+    with ExitStack() as stack:
+        pending = stack.enter_context(PendingFile(final, len(data)))
+        pending.append(data)
+        pending.seal()
+        stack.enter_context(locked(folder))
+        if os.path.lexists(final):
+            return False
+        for file in files:
+            file.rename()
+        for name in ("data", "rows"):
+            sync_folder(folder / name)
+        won = pending.link()
+        sync_folder(folder / "commits")
+        return won
+
+
+def committed_names(folder: Path) -> list[str]:
+    """Return the names of the units that have a commit file, sorted; files of other names are not commits."""
+    with os.scandir(folder / "commits") as entries:
+        names = [match[1] for entry in entries if (match := _NAME.fullmatch(entry.name))]
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def read_commit(folder: Path, name: str, description: Description, who: str) -> Commit:
+    """Read the commit of unit ``name``; DatasetError where it says anything that the plan does not."""
+    path = folder / "commits" / f"{name}.json"
+    unit = description.plan.unit_named(name)
+    value = parse_json(read_small(path, who, MAX_BYTES), who, path)
+    try:
+        files = tuple(_read_file(entry) for entry in value["files"])
+        commit = Commit(unit, description.config_hash, files, value["non_finite_rows"])  # type: ignore[arg-type]
+        # The paths are compared with the only possible ones, so no commit can point anywhere else.
+        paths_agree = [file.path for file in files] == [data_path(unit), rows_path(unit)]
+        agrees = paths_agree and _is_count(commit.non_finite) and json.loads(commit.to_bytes()) == value
+    except (KeyError, TypeError, ValueError) as error:
+        rule = "have the keys of a commit"
+        raise dataset_error(who, str(path), rule, repr(error)[:200], "Remove this commit and resume.") from error
+    if not agrees:
+        rule = f"agree with the plan: {data_path(unit)}, {rows_path(unit)}, {len(unit)} rows from {unit.start}"
+        raise dataset_error(who, str(path), rule, repr(value)[:300], "Remove this commit and resume.")
+    return commit
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _read_file(entry: Any) -> CommittedFile:
+    if not _is_count(entry["bytes"]) or not _CRC.fullmatch(entry["crc32c"]):
+        raise ValueError(f"bytes {entry['bytes']!r}, crc32c {entry['crc32c']!r}")
+    return CommittedFile(entry["path"], entry["bytes"], int(entry["crc32c"], 16))
+
+
+def check_sizes(folder: Path, commit: Commit, description: Description, who: str) -> None:
+    """Check that the commit's files lie there with the size that the commit and the plan give them."""
+    planned = unit_layout(description.columns, commit.unit).n_bytes
+    if commit.files[0].n_bytes != planned:
+        rule = f"give {data_path(commit.unit)} the planned {planned} bytes"
+        path = folder / commit_path(commit.unit)
+        raise dataset_error(who, str(path), rule, commit.files[0].n_bytes, "Remove this commit and resume.")
+    for file in commit.files:
+        path = folder / file.path
+        try:
+            info = os.lstat(path)
+        except OSError as error:
+            remedy = f"Remove {commit_path(commit.unit)} and resume to make the unit again."
+            raise dataset_error(who, str(path), "exist, its commit names it", "no such file", remedy) from error
+        if not os.path.isfile(path) or os.path.islink(path) or info.st_size != file.n_bytes:
+            got = "a link" if os.path.islink(path) else f"{info.st_size} bytes"
+            remedy = f"Remove {commit_path(commit.unit)} and resume to make the unit again."
+            raise dataset_error(who, str(path), f"be a file of {file.n_bytes} bytes", got, remedy)
+
+
+def check_folders(folder: Path, who: str) -> None:
+    """Check that data, rows and commits are folders of this dataset, not links to elsewhere."""
+    for name in FOLDERS:
+        path = folder / name
+        if path.is_symlink() or not path.is_dir():
+            got = "a link" if path.is_symlink() else "no folder"
+            raise dataset_error(who, str(path), "be a folder", got, "Restore the dataset, or start a new one.")

@@ -1,0 +1,157 @@
+"""dataset.json: what a dataset holds and how it was made, written once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .durable import read_small
+from .errors import dataset_error
+from .layout import DTYPE_NAMES, DTYPES, Column, check_columns
+from .plan import Plan
+
+FORMAT = "tlfast-dataset"
+VERSION = 1
+FILE_NAME = "dataset.json"
+MAX_BYTES = 64 << 20  # of dataset.json: tens of thousands of points stay far below
+
+_KEYS = {"format", "version", "header", "columns", "plan", "config_hash", "about", "checksum"}
+
+
+def canonical(value: Any) -> bytes:
+    """Return ``value`` as JSON with one spelling: the bytes that are hashed."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_json(data: bytes, who: str, path: Path) -> Any:
+    """Parse JSON from a dataset's file; DatasetError for anything that is not plain, unambiguous JSON."""
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise dataset_error(who, str(path), "hold valid JSON", str(error)[:200], "Run `tlfast verify`.") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of dataset.json; ``about`` (when, by what) is kept but is not part of the identity."""
+
+    header: dict[str, Any]
+    columns: dict[str, Column]
+    plan: Plan
+    about: dict[str, Any]
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to continue a dataset."""
+        columns = [
+            {"name": name, "dtype": DTYPE_NAMES[column.dtype], "shape": list(column.row_shape)}
+            for name, column in self.columns.items()
+        ]
+        plan = self.plan.to_json()
+        return {"format": FORMAT, "version": VERSION, "header": self.header, "columns": columns, "plan": plan}
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of the identity."""
+        return hashlib.sha256(canonical(self.identity())).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Return the content of dataset.json."""
+        value = self.identity() | {"config_hash": self.config_hash, "about": self.about}
+        value["checksum"] = _checksum(value)
+        return (json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def describe(who: str, header: Mapping[str, Any], columns: Mapping[str, Any], plan: Plan) -> Description:
+    """Return the description of a new dataset; DatasetError for a header or column that cannot be stored."""
+    try:
+        plain = json.loads(json.dumps(dict(header), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise dataset_error(
+            who, "header", "be JSON", str(error), "Use dicts, lists, text and finite numbers."
+        ) from error
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = {"created": created, "torch": str(torch.__version__), "python": platform.python_version()}
+    return Description(plain, check_columns(who, columns), plan, about)
+
+
+def read_description(folder: Path, who: str) -> Description:
+    """Read and check ``folder``/dataset.json; DatasetError where it is missing, newer, changed or damaged."""
+    path = folder / FILE_NAME
+    value = parse_json(read_small(path, who, MAX_BYTES), who, path)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise dataset_error(who, str(path), f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
+    if value.get("version") != VERSION:
+        got = repr(value.get("version"))[:80]
+        raise dataset_error(who, str(path), f"be of format version {VERSION}", got, "Update tlfast to read it.")
+    checksum = value.pop("checksum", None)
+    if set(value) != _KEYS - {"checksum"} or _checksum(value) != checksum:
+        raise dataset_error(who, str(path), "match its own checksum", "other content", "Restore the file as it was.")
+    columns = _read_columns(value["columns"], who, path)
+    if not isinstance(value["header"], dict) or not isinstance(value["about"], dict):
+        raise dataset_error(who, str(path), "hold objects header and about", "other types", "Restore the file.")
+    description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"])
+    if description.config_hash != value["config_hash"]:
+        raise dataset_error(who, str(path), "match its config_hash", "other content", "Restore the file as it was.")
+    return description
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    try:
+        return hashlib.sha256(canonical(value)).hexdigest()
+    except (ValueError, RecursionError):  # 1e999 parses to infinity, which no writer of ours puts there
+        return "none"
+
+
+def _read_columns(value: Any, who: str, path: Path) -> dict[str, Column]:
+    try:
+        columns = {entry["name"]: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in value}
+        if len(columns) != len(value) or any(set(entry) != {"name", "dtype", "shape"} for entry in value):
+            raise KeyError("name, dtype, shape, once per column")
+    except (KeyError, TypeError) as error:
+        rule = "list columns with name, dtype and shape"
+        raise dataset_error(who, str(path), rule, repr(error)[:200], "Restore the file as it was.") from error
+    return check_columns(who, columns)
+
+
+def differences(old: Description, new: Description, most: int = 5) -> list[str]:
+    """Name what differs between two identities: ``header.model: 'a' there, 'b' here``."""
+    before, after = _flat(old.identity(), ""), _flat(new.identity(), "")
+    texts = [
+        f"{key}: {_short(before, key)} there, {_short(after, key)} here"
+        for key in [*before, *(key for key in after if key not in before)]
+        if _short(before, key) != _short(after, key) or before.get(key) != after.get(key)
+    ]
+    return texts[:most] + ([f"and {len(texts) - most} more"] if len(texts) > most else [])
+
+
+def _short(values: dict[str, Any], key: str) -> str:
+    return repr(values[key])[:60] if key in values else "nothing"
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        items = [(f"{prefix}.{key}" if prefix else str(key), part) for key, part in value.items()]
+    elif isinstance(value, list) and value:
+        items = [(f"{prefix}[{k}]", part) for k, part in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {key: leaf for name, part in items for key, leaf in _flat(part, name).items()}

@@ -1,0 +1,109 @@
+"""The folder of a dataset: whose it is, making it, clearing it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from .commits import FOLDERS
+from .description import FILE_NAME, FORMAT, MAX_BYTES, Description
+from .durable import LOCK_NAME, TEMPORARY, read_small, sync_folder, write_small
+from .errors import DatasetError, dataset_error
+
+CONFIG, CARD = "config.yaml", "README.md"
+_OURS = {
+    "data": re.compile(r"u[0-9]{6,18}\.safetensors", re.ASCII),
+    "rows": re.compile(r"u[0-9]{6,18}\.parquet", re.ASCII),
+    "commits": re.compile(r"u[0-9]{6,18}\.json", re.ASCII),
+}
+
+
+def is_dataset(out: Path) -> bool:
+    """Whether ``out`` holds a dataset.json of this format, of whatever version and however damaged."""
+    try:
+        return f'"{FORMAT}"' in read_small(out / FILE_NAME, "tlfast.dataset", MAX_BYTES).decode(errors="replace")
+    except DatasetError:
+        return False
+
+
+def is_empty(out: Path) -> bool:
+    """Whether nothing lies in ``out`` but the leavings of a run killed before it wrote dataset.json."""
+    return not out.exists() or (
+        out.is_dir() and all(TEMPORARY.fullmatch(entry.name) or entry.name == LOCK_NAME for entry in os.scandir(out))
+    )
+
+
+def refuse_stranger(out: Path, who: str) -> None:
+    """Raise DatasetError where ``out`` is neither empty nor a dataset of tlfast."""
+    if not is_empty(out) and not is_dataset(out):
+        remedy = "Choose another folder; tlfast never deletes what it did not write."
+        got = "a file" if out.is_file() else f"a folder with {_some(sorted(os.listdir(out)))}"
+        raise dataset_error(who, "out", "be a new or empty folder, or a tlfast dataset", f"{out}: {got}", remedy)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def our_files(out: Path, who: str) -> list[Path]:
+    """Return all files of the dataset in ``out``, commits first and dataset.json last.
+
+    Raises DatasetError where anything else lies there, so that clearing never removes a stranger's file.
+    """
+    files: list[Path] = []
+    strangers: list[str] = []
+    for name in ("commits", "data", "rows"):
+        folder = out / name
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            strangers.append(name)
+        elif folder.is_dir():
+            for entry in sorted(os.listdir(folder)):
+                ours = _OURS[name].fullmatch(entry) or TEMPORARY.fullmatch(entry)
+                (files.append(folder / entry) if ours else strangers.append(f"{name}/{entry}"))
+    for entry in sorted(os.listdir(out)):
+        if entry in (CONFIG, CARD, LOCK_NAME) or TEMPORARY.fullmatch(entry):
+            files.append(out / entry)
+        elif entry not in (*FOLDERS, FILE_NAME):
+            strangers.append(entry)
+    files += [out / FILE_NAME]
+    strangers += [str(file.relative_to(out)) for file in files if file.is_dir() and not file.is_symlink()]
+    if strangers:
+        remedy = "Move these away first; tlfast never deletes what it did not write."
+        raise dataset_error(who, "out", "hold only a tlfast dataset to be overwritten", _some(strangers), remedy)
+    return files
+
+
+def clear(out: Path, who: str) -> None:
+    """Remove the dataset in ``out``: commits first, dataset.json last, so that a kill leaves no half-truth."""
+    for file in our_files(out, who):
+        file.unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (out / name).is_dir():
+            (out / name).rmdir()
+    sync_folder(out)
+
+
+def create(out: Path, description: Description, config: str, card: str) -> None:
+    """Make the folder and write dataset.json, once: with two processes at once the first wins. Then what is missing."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / FILE_NAME).exists():
+        write_small(out / FILE_NAME, description.to_bytes(), replace=False)
+    for name in FOLDERS:
+        (out / name).mkdir(exist_ok=True)
+    for name, text in ((CONFIG, config), (CARD, card)):
+        if not (out / name).exists():
+            write_small(out / name, text.encode(), replace=False)
+    sync_folder(out)
+    sync_folder(out.parent)
+
+
+def check_disk_space(out: Path, n_bytes: int, who: str, freed: int = 0) -> None:
+    """Raise DatasetError where the disk of ``out`` has less than ``n_bytes`` free (``freed`` are about to be)."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free + freed
+    if free < n_bytes:
+        rule = f"have {n_bytes / 1e9:.3f} GB free for this dataset"
+        remedy = "Free some space, choose another disk, or collect fewer points or examples."
+        raise dataset_error(who, "out", rule, f"{free / 1e9:.3f} GB at {out}", remedy)

@@ -1,0 +1,217 @@
+"""Writing a dataset: units, each whole and durable before its commit says that it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .background import BackgroundWriter
+from .card import dataset_card
+from .commits import (
+    Commit,
+    CommittedFile,
+    check_folders,
+    check_sizes,
+    committed_names,
+    data_path,
+    publish,
+    read_commit,
+    rows_path,
+)
+from .description import Description, describe, differences, read_description
+from .durable import PendingFile, remove_stale
+from .errors import dataset_error, extra
+from .folder import check_disk_space, clear, create, is_dataset, our_files, refuse_stranger
+from .layout import Column, unit_layout
+from .plan import FLAG_NON_FINITE, Example, Plan, Unit
+from .rows import encode_rows
+
+__all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
+
+_WHO = "DatasetWriter"
+_CHUNK_BYTES = 1 << 20  # per write call: large enough for the disk, small enough to stay in the cache for CRC and norm
+
+
+def estimate_bytes(columns: Mapping[str, Any], n: int, tokens: int = 512) -> int:
+    """Return about how many bytes ``n`` rows take on disk, with ``tokens`` tokens per example."""
+    row_bytes = sum(Column(*column).row_bytes for column in columns.values())
+    return n * (row_bytes + 4 * len(columns) + 4 * tokens + 64)
+
+
+class DatasetWriter:
+    """Create the dataset folder ``out``, or continue the one that is there, unit by unit.
+
+    Args:
+        out: the folder. New, empty, or a dataset with the same header, columns and plan, which is then continued.
+        header: what the data are (model, spec, loss, ...), JSON; part of the identity.
+        columns: dtype and row shape of each point, in order.
+        plan: which examples form which unit.
+        config: text, or a mapping written as YAML, for config.yaml; not part of the identity.
+        overwrite: remove the dataset that lies in ``out`` first.
+
+    Raises:
+        DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import DatasetWriter, Example, Plan
+        >>> out = tempfile.mkdtemp()
+        >>> writer = DatasetWriter(out, header={}, columns={"h.0": (torch.bfloat16, (4,))}, plan=Plan(1, 1))
+        >>> writer.write_unit(Plan(1, 1).unit(0), {"h.0": torch.ones(1, 4).bfloat16()}, [Example(0, [1, 2], "a", 0, 2)])
+        True
+    """
+
+    def __init__(
+        self,
+        out: str | PathLike[str],
+        *,
+        header: Mapping[str, Any],
+        columns: Mapping[str, Any],
+        plan: Plan,
+        config: str | Mapping[str, Any] = "",
+        overwrite: bool = False,
+    ) -> None:
+        for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
+            extra(module, _WHO)
+        self.out = Path(out)
+        self.plan = plan
+        self.bytes_written = 0  # grows while a unit is being written
+        description = describe(_WHO, header, columns, plan)
+        refuse_stranger(self.out, _WHO)
+        exists = is_dataset(self.out)
+        if exists and overwrite:
+            freed = sum(file.lstat().st_size for file in our_files(self.out, _WHO) if file.exists())
+            check_disk_space(self.out, estimate_bytes(description.columns, plan.n_examples), _WHO, freed)
+            clear(self.out, _WHO)
+        elif not exists:
+            check_disk_space(self.out, estimate_bytes(description.columns, plan.n_examples), _WHO)
+        create(self.out, description, _yaml(config), dataset_card(description))
+        self.description = self._same(description)
+        self.columns = self.description.columns
+        self._remove_stale()
+        self.done = self._committed()
+        remaining = plan.n_examples - sum(len(plan.unit_named(name)) for name in self.done)
+        check_disk_space(self.out, estimate_bytes(self.columns, remaining), _WHO)
+
+    def _same(self, description: Description) -> Description:
+        there = read_description(self.out, _WHO)
+        if there.config_hash != description.config_hash:
+            what = "; ".join(differences(there, description))
+            remedy = "Use the same settings to continue it, another folder, or overwrite it."
+            raise dataset_error(_WHO, "out", "be the same dataset to continue it", f"{self.out}: {what}", remedy)
+        return there
+
+    def _remove_stale(self) -> None:
+        check_folders(self.out, _WHO)
+        for folder in (self.out, *(self.out / name for name in ("data", "rows", "commits"))):
+            remove_stale(folder)
+
+    def _committed(self) -> set[str]:
+        names = committed_names(self.out)
+        for name in names:
+            check_sizes(self.out, read_commit(self.out, name, self.description, _WHO), self.description, _WHO)
+        return set(names)
+
+    def write_unit(
+        self,
+        unit: Unit,
+        tensors: Mapping[str, torch.Tensor],
+        examples: Sequence[Example],
+        flags: Sequence[int] | None = None,
+    ) -> bool:
+        """Write the rows of one unit and commit it; when this returns they survive a power cut.
+
+        Args:
+            unit: one of the plan's.
+            tensors: per point [len(unit), *row_shape] of the column's dtype, on any device.
+            examples: the unit's examples, by rising id.
+            flags: per row, FLAG_... bits; FLAG_NON_FINITE is added where a row's values ask for it.
+
+        Returns:
+            True, or False where another writer had committed the unit first: its rows stay.
+
+        Raises:
+            DatasetError: for tensors or examples that are not the unit's.
+            OSError: where the disk fails; nothing of the unit exists then.
+        """
+        self._check(unit, tensors, examples, flags)
+        layout = unit_layout(self.columns, unit)
+        norms: dict[str, Any] = {}
+        bad = np.zeros(len(unit), dtype=bool)
+        with PendingFile(self.out / data_path(unit), layout.n_bytes) as data:
+            data.start_with(layout.header)
+            for name in layout.blocks:
+                norms[name], non_finite = self._append(data, tensors[name])
+                bad |= non_finite
+            data.seal()
+            flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
+            table = encode_rows(examples, flag_bits.tolist(), {name: norms[name] for name in self.columns})
+            with PendingFile(self.out / rows_path(unit), len(table)) as rows:
+                rows.append(table)
+                rows.seal()
+                self.bytes_written += len(table)
+                files = tuple(
+                    CommittedFile(f"{f.final.parent.name}/{f.final.name}", f.n_bytes, f.crc) for f in (data, rows)
+                )
+                commit = Commit(unit, self.description.config_hash, (files[0], files[1]), int(bad.sum()))
+                won = publish(self.out, commit, (data, rows))
+        self.done.add(unit.name)
+        return won
+
+    def _append(self, file: PendingFile, tensor: torch.Tensor) -> tuple[Any, Any]:
+        """Write one column chunk by chunk; return its norms (float32) and which rows are not finite."""
+        rows = tensor.detach().reshape(len(tensor), -1) if tensor.numel() else tensor.new_zeros(len(tensor), 0)
+        norms = np.zeros(len(rows), dtype=np.float32)
+        bad = np.zeros(len(rows), dtype=bool)
+        step = max(1, _CHUNK_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
+        for start in range(0, len(rows) if rows.shape[1] else 0, step):
+            chunk = rows[start : start + step].to("cpu").contiguous()
+            file.append(chunk.view(-1).view(torch.uint8).numpy())
+            self.bytes_written += chunk.nbytes
+            norms[start : start + step], bad[start : start + step] = _norms(chunk)
+        return norms, bad
+
+    def _check(
+        self, unit: Unit, tensors: Mapping[str, torch.Tensor], examples: Sequence[Example], flags: Sequence[int] | None
+    ) -> None:
+        if self.plan.unit_named(unit.name) != unit:
+            raise dataset_error(_WHO, "unit", f"be {self.plan.unit_named(unit.name)}", unit, "Take it from the plan.")
+        if set(tensors) != set(self.columns):
+            odd = sorted(set(tensors) ^ set(self.columns))[:3]
+            raise dataset_error(
+                _WHO, "tensors", "have the columns' names", f"a difference in {odd}", "Give every point."
+            )
+        for name, column in self.columns.items():
+            shape, got = (len(unit), *column.row_shape), tensors[name]
+            if tuple(got.shape) != shape or got.dtype != column.dtype:
+                rule = f"be {column.dtype} {list(shape)}"
+                raise dataset_error(
+                    _WHO, f"tensors[{name!r}]", rule, f"{got.dtype} {list(got.shape)}", "Check the spec."
+                )
+        if [example.id for example in examples] != list(range(unit.start, unit.stop)):
+            ids = [example.id for example in examples][:5]
+            rule = f"be {unit.start}..{unit.stop - 1}, in this order"
+            raise dataset_error(_WHO, "ids of examples", rule, f"{len(examples)}: {ids}...", "Number them as planned.")
+        if flags is not None and len(flags) != len(unit):
+            raise dataset_error(_WHO, "flags", f"have {len(unit)} values", len(flags), "Give one per row, or None.")
+
+
+def _norms(chunk: torch.Tensor) -> tuple[Any, Any]:
+    # In float64, where the squares of float32 can neither overflow nor vanish; one thread, so always the same bits.
+    values = chunk.to(torch.float64).numpy()
+    with np.errstate(all="ignore"):
+        norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+        bad = ~np.isfinite(norms)
+        bad[bad] = ~np.isfinite(values[bad]).all(axis=1)  # the square of a float64 can still overflow
+        return norms.astype(np.float32), bad
+
+
+def _yaml(config: str | Mapping[str, Any]) -> str:
+    if isinstance(config, str):
+        return config
+    return str(extra("yaml", _WHO).safe_dump(dict(config), sort_keys=False, allow_unicode=True))
