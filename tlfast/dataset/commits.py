@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from .description import Description, parse_json
 from .durable import PendingFile, locked, read_small, sync_folder
 from .errors import dataset_error
-from .layout import unit_layout
+from .layout import PAGE_BYTES
 from .plan import Unit
 
 FOLDERS = ("data", "rows", "commits")
@@ -61,9 +62,9 @@ class Commit:
         """Bytes of the unit's files."""
         return sum(file.n_bytes for file in self.files)
 
-    def to_bytes(self) -> bytes:
-        """Return the content of the commit's file."""
-        value = {
+    def to_json(self) -> dict[str, Any]:
+        """Return the commit as it stands in its file."""
+        return {
             "version": 1,
             "unit": self.unit.name,
             "first_example": self.unit.start,
@@ -72,7 +73,6 @@ class Commit:
             "config_hash": self.config_hash,
             "files": [{"path": f.path, "bytes": f.n_bytes, "crc32c": f"{f.crc32c:08x}"} for f in self.files],
         }
-        return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def publish(folder: Path, commit: Commit, files: Sequence[PendingFile]) -> bool:
@@ -80,7 +80,7 @@ def publish(folder: Path, commit: Commit, files: Sequence[PendingFile]) -> bool:
 
     The lock keeps a second writer of the same unit from replacing files that a first one has just committed.
     """
-    data = commit.to_bytes()
+    data = (json.dumps(commit.to_json(), indent=1) + "\n").encode()
     final = folder / commit_path(commit.unit)
     with ExitStack() as stack:
         pending = stack.enter_context(PendingFile(final, len(data)))
@@ -115,7 +115,7 @@ def read_commit(folder: Path, name: str, description: Description, who: str) -> 
         commit = Commit(unit, description.config_hash, files, value["non_finite_rows"])  # type: ignore[arg-type]
         # The paths are compared with the only possible ones, so no commit can point anywhere else.
         paths_agree = [file.path for file in files] == [data_path(unit), rows_path(unit)]
-        agrees = paths_agree and _is_count(commit.non_finite) and json.loads(commit.to_bytes()) == value
+        agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value
     except (KeyError, TypeError, ValueError) as error:
         rule = "have the keys of a commit"
         raise dataset_error(who, str(path), rule, repr(error)[:200], "Remove this commit and resume.") from error
@@ -137,22 +137,22 @@ def _read_file(entry: Any) -> CommittedFile:
 
 def check_sizes(folder: Path, commit: Commit, description: Description, who: str) -> None:
     """Check that the commit's files lie there with the size that the commit and the plan give them."""
-    planned = unit_layout(description.columns, commit.unit).n_bytes
-    if commit.files[0].n_bytes != planned:
-        rule = f"give {data_path(commit.unit)} the planned {planned} bytes"
-        path = folder / commit_path(commit.unit)
-        raise dataset_error(who, str(path), rule, commit.files[0].n_bytes, "Remove this commit and resume.")
+    remedy = f"Remove {commit_path(commit.unit)} and resume to make the unit again."
+    payload = len(commit.unit) * description.row_bytes
+    header = commit.files[0].n_bytes - payload  # its exact bytes are compared when the file is first used
+    if header <= 0 or header % PAGE_BYTES:
+        rule = f"give {data_path(commit.unit)} whole pages of header and {payload} bytes of rows"
+        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, remedy)
     for file in commit.files:
-        path = folder / file.path
+        path = f"{folder}/{file.path}"
         try:
             info = os.lstat(path)
         except OSError as error:
-            remedy = f"Remove {commit_path(commit.unit)} and resume to make the unit again."
-            raise dataset_error(who, str(path), "exist, its commit names it", "no such file", remedy) from error
-        if not os.path.isfile(path) or os.path.islink(path) or info.st_size != file.n_bytes:
-            got = "a link" if os.path.islink(path) else f"{info.st_size} bytes"
-            remedy = f"Remove {commit_path(commit.unit)} and resume to make the unit again."
-            raise dataset_error(who, str(path), f"be a file of {file.n_bytes} bytes", got, remedy)
+            raise dataset_error(who, path, "exist, its commit names it", error.strerror, remedy) from error
+        if not stat.S_ISREG(info.st_mode):
+            raise dataset_error(who, path, "be a regular file", stat.filemode(info.st_mode), remedy)
+        if info.st_size != file.n_bytes:
+            raise dataset_error(who, path, f"have {file.n_bytes} bytes", info.st_size, remedy)
 
 
 def check_folders(folder: Path, who: str) -> None:

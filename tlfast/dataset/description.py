@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ class Description:
         plan = self.plan.to_json()
         return {"format": FORMAT, "version": VERSION, "header": self.header, "columns": columns, "plan": plan}
 
-    @property
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row at all points together."""
+        return sum(column.row_bytes for column in self.columns.values())
+
+    @cached_property
     def config_hash(self) -> str:
         """SHA-256 of the identity."""
         return hashlib.sha256(canonical(self.identity())).hexdigest()
