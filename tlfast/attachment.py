@@ -16,6 +16,10 @@ def _inert(*_: object) -> None:
     """What a copied or unpickled hook becomes: a copy of a model carries no capture."""
 
 
+def _copied() -> Any:
+    return _inert
+
+
 class _Hook:
     """A hook of ours: the copy of a hooked model holds `_inert` in its place."""
 
@@ -26,7 +30,7 @@ class _Hook:
         return _inert
 
     def __reduce__(self) -> Any:
-        return "_inert"
+        return _copied, ()
 
 
 class _ForwardPreHook(_Hook):
@@ -121,10 +125,17 @@ def check_not_compiled(who: str, model: nn.Module) -> None:
             )  # fmt: skip
 
 
+def anything_compiled() -> bool:
+    """Whether Dynamo has compiled any code since its last reset; which modules it holds can't be seen."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    from torch._dynamo import convert_frame
+
+    return any(code() is not None for code in convert_frame.input_codes.seen)
+
+
 def _has_compiled_code(module: nn.Module) -> bool:
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
     functions = [type(module).forward, type(module)._call_impl, type(module)._wrapped_call_impl]
-    return any(
-        _debug_get_cache_entry_list(f.__code__) for f in functions if hasattr(f, "__code__")
-    )
+    return any(_debug_get_cache_entry_list(f.__code__) for f in functions if hasattr(f, "__code__"))

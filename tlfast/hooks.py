@@ -13,7 +13,7 @@ from torch import nn
 
 from . import ring as python_ring
 from . import taps as python_taps
-from .attachment import check_not_compiled, hook_module
+from .attachment import anything_compiled, check_not_compiled, hook_module
 from .errors import broken_rule
 from .ops import pick_native
 from .points import find_points
@@ -67,7 +67,7 @@ class Capture:
         self.names: list[str] = list(self._rings)
         self._handles: list[Any] = []
         self._ids: list[Any] = []
-        self._entered = False
+        self._entered = self._compiled_before = False
 
     # The context.
 
@@ -77,6 +77,7 @@ class Capture:
                 broken_rule("capture", "a Capture", "be entered once", "a second time", "Call capture again.")
             )
         check_not_compiled("capture", self._model)
+        self._compiled_before = anything_compiled()
         self._entered = True
         try:
             for module, tap in self._taps:
@@ -100,6 +101,16 @@ class Capture:
                 )
             ) from error  # fmt: skip
         if error is None and not self._step.n_ended:
+            if self._compiled_before and not self._step.n_calls:
+                # The model may lie inside a compiled function or wrapper that `check_not_compiled` can't see.
+                raise RuntimeError(
+                    broken_rule(
+                        "capture", "a compiled model", "be captured before its first call",
+                        "no call of any point, and code compiled before the capture",
+                        "Call the model inside the with; if it is compiled, enter the capture first, or call "
+                        "torch._dynamo.reset().",
+                    )
+                )  # fmt: skip
             warnings.warn(
                 "capture: no backward reached the points, so there are no rows; was backward() called inside the with?",
                 stacklevel=2,
@@ -202,19 +213,19 @@ class Capture:
             )
         if not grad_scale > 0:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
-        before = self.rows
-        self._ids += [None] * (before - len(self._ids))
+        ended = self._step.n_ended
+        self._ids += [None] * (self.rows - len(self._ids))
         self._step.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         try:
             yield
         finally:
             self._step.set_batch(None, -1, 1.0)
-            written = self.rows - before
+            written = self.rows - len(self._ids)  # clear() inside the block empties both
             if ids is not None and len(ids):
                 self._ids += list(ids) * (written // len(ids))
             else:
                 self._ids += [None] * written
-        if not written:
+        if self._step.n_ended == ended:
             raise RuntimeError(
                 broken_rule(who, "the block", "hold a forward and a backward", "no committed row", "Call backward().")
             )
@@ -238,8 +249,8 @@ def capture(
 
     Args:
         model: any module, not yet compiled.
-        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a list, a predicate on names,
-            a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and ``output`` are theirs).
+        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a list, a predicate on
+            names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and ``output`` are theirs).
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.

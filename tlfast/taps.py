@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.autograd.graph import Node
 
 from .errors import broken_rule
 from .reference import accumulator
@@ -273,19 +272,19 @@ class Tap:
         self.step, self.name, self.rings, self.output, self.calls = step, name, rings, output, calls
         self.who = f"capture at {name}"
         self.index = len(step.taps)
-        self.n_called = 0  # forwards since the last committed step
+        self.n_called = 0  # forwards since the last committed step; 0 in compiled code, which doesn't count them
+        self._recomputed = False  # entered inside a backward: a checkpoint, whose other calls may still be to come
+        self._key: int | str | None = None  # where in the output the tensor was, for the full hook
         self._seen_ended = -1
         self.last_call = 0  # when the module was entered last, counted over the capture
         self.number = next(_NUMBERS)  # how compiled code names this tap
         _ALIVE[self.number] = self
-        self._entry = (0, 0)  # (sequence number of autograd, thread) when the module was entered
         step.taps.append(self)
 
     def forward_pre(self) -> None:
-        """The module is entered: nodes made from here on are its own."""
+        """The module is entered."""
         if not self.step.active:
             return
-        self._entry = (torch._C._autograd._get_sequence_nr(), threading.get_ident())  # type: ignore[attr-defined]
         self.step.enter_forward()
         self.step.n_calls += 1
         self.last_call = self.step.n_calls
@@ -294,6 +293,7 @@ class Tap:
         if self._seen_ended != self.step.n_ended:
             self._seen_ended, self.n_called = self.step.n_ended, 0
         self.n_called += 1
+        self._recomputed = torch._C._current_graph_task_id() != -1
 
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
         """Attach to the output's autograd edge; return the output to use instead where an identity is needed."""
@@ -302,9 +302,8 @@ class Tap:
         tensor = self.checked_output(output)
         if tensor is None:
             return None
-        if self._is_fresh(inputs, tensor):
-            self._hook_node(tensor)
-            return None
+        # Always a node of our own: whether somebody else uses the output too (a penalty on it inside the module, say)
+        # can't be seen from here, and a hook on the output's own node would see that gradient as well.
         _, key = select_output(output, self.output)
         return replace_output(output, key, _Identity.apply(tensor, self))  # type: ignore[no-untyped-call]
 
@@ -316,6 +315,13 @@ class Tap:
                 broken_rule(
                     self.who, "the output", "hold a tensor" if self.output is None else f"hold {self.output!r}",
                     type(output).__name__, "Choose it with output=<index or key>.",
+                )
+            )  # fmt: skip
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError(
+                broken_rule(
+                    self.who, "the output", "be a tensor with memory of its own", "one inside a torch.func transform",
+                    "Use loss.backward() or torch.autograd.grad instead.",
                 )
             )  # fmt: skip
         if not tensor.requires_grad:
@@ -331,7 +337,7 @@ class Tap:
 
     def check_full(self, output: object) -> None:
         """What a full backward hook needs of an output; called before the hook wraps it."""
-        if isinstance(output, Mapping):
+        if not isinstance(output, (torch.Tensor, tuple)):
             raise TypeError(
                 broken_rule(
                     self.who, "the output", 'be a tensor or a tuple with attach="full"', type(output).__name__,
@@ -340,37 +346,13 @@ class Tap:
             )  # fmt: skip
         if self.step.active:
             self.checked_output(output)
-
-    def _is_fresh(self, inputs: tuple[object, ...], tensor: torch.Tensor) -> bool:
-        node = tensor.grad_fn
-        first, thread = self._entry
-        return (
-            node is not None
-            and not tensor._is_view()
-            and thread == threading.get_ident()
-            and node._sequence_nr() >= first  # type: ignore[attr-defined]
-            and not any(tensor is x for x in inputs)
-        )
-
-    def _hook_node(self, tensor: torch.Tensor) -> None:
-        node, number = tensor.grad_fn, tensor.output_nr
-        like = (tensor.shape, tensor.dtype, tensor.device)
-
-        def fire(grads: tuple[torch.Tensor | None, ...]) -> None:
-            grad = grads[number]
-            self.fire(torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None else grad)
-
-        assert isinstance(node, Node)
-        node.register_prehook(fire)
+            _, self._key = select_output(output, self.output)
 
     def full(self, grad_output: tuple[torch.Tensor | None, ...]) -> None:
         """The body of a full backward hook."""
         if not self.step.active:
             return
-        if isinstance(self.output, int) and len(grad_output) > 1:
-            grad = grad_output[self.output]
-        else:
-            grad = next((g for g in grad_output if g is not None), None)
+        grad = grad_output[self._key if isinstance(self._key, int) else 0]
         if grad is not None:
             self.fire(grad)
 
@@ -404,7 +386,7 @@ class Tap:
 
     def _sums(self) -> bool:
         """Whether the gradients of several calls are to be added up before they are reduced."""
-        return self.calls == "sum" and self.n_called > 1
+        return self.calls == "sum" and (self.n_called != 1 or self._recomputed)
 
     def finish(self, held: list[list[torch.Tensor]], run: Backward) -> None:
         """Write what had to wait for the end of the step: the sum of several calls, or their stack."""
