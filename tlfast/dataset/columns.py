@@ -16,11 +16,9 @@ import torch
 from .commits import Commit, data_path
 from .durable import open_regular
 from .errors import dataset_error
-from .layout import Column, UnitLayout, unit_layout
+from .layout import Column, UnitLayout, as_integers, unit_layout
 
 _WHO = "GradientDataset"
-# Rows are copied as integers of the value's size: numpy has no bfloat16, and no bit may change.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_header(fd: int, path: Path, layout: UnitLayout) -> None:
@@ -116,21 +114,21 @@ class GradientColumn:
             return self._slice(range(start, max(start, stop), step))
         rows = row_numbers(index, len(self))
         out = torch.empty((rows.size, *self._row_shape), dtype=self.dtype)
-        target = _as_integers(out)
+        target = as_integers(out)
         flat = rows.reshape(-1)
         unit_of = np.searchsorted(self._maps.stops, flat, side="right")
         order = np.argsort(unit_of, kind="stable")
         units, firsts = np.unique(unit_of[order], return_index=True)
         for k, where in zip(units.tolist(), np.split(order, firsts[1:]), strict=False):
             target[where] = self._maps.rows(k, self.name)[flat[where] - self._start(k)]
-        return out.reshape(*rows.shape, *self._row_shape)
+        return out.reshape((*rows.shape, *self._row_shape))
 
     def _start(self, k: int) -> int:
         return int(self._maps.stops[k - 1]) if k else 0
 
     def _slice(self, rows: range) -> torch.Tensor:
         out = torch.empty((len(rows), *self._row_shape), dtype=self.dtype)
-        target = _as_integers(out)
+        target = as_integers(out)
         done = 0
         while done < len(rows):
             k = int(np.searchsorted(self._maps.stops, rows[done], side="right"))
@@ -139,11 +137,6 @@ class GradientColumn:
             target[done : done + len(part)] = part
             done += len(part)
         return out
-
-
-def _as_integers(out: torch.Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = out.view(_INTEGERS[out.dtype.itemsize]).numpy()
-    return array
 
 
 def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:

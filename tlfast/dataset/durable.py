@@ -88,8 +88,8 @@ class PendingFile:
         self.crc = crc32c(header, self.crc)
         self._position = os.lseek(self._fd, len(header), os.SEEK_SET)
 
-    def append(self, data: bytes | np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Write ``data`` behind what is there."""
+    def append(self, data: bytes | np.ndarray[Any, Any]) -> None:
+        """Write ``data`` (bytes or a contiguous array) behind what is there."""
         array = np.frombuffer(data, dtype=np.uint8)
         self.crc = crc32c(array, self.crc)
         self._position += array.size

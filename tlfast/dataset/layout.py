@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .errors import dataset_error
@@ -20,6 +21,14 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer JSON
 # The safetensors names of the dtypes that a row can have.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_integers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return a CPU tensor's memory as integers of its value's size: numpy has no bfloat16, and no bit may change."""
+    array: np.ndarray[Any, Any] = tensor.view(_INTEGERS[tensor.dtype.itemsize]).numpy()
+    return array
 
 
 class Column(NamedTuple):

@@ -48,11 +48,11 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
             *(pa.array(norm, pa.float32()) for norm in norms.values()),
         ]
         table = pa.table(values, schema=schema)
+        sink = pa.BufferOutputStream()
+        parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         rule = "hold ints below 2**31 as input_ids, length and flags, text as source"
         raise dataset_error("DatasetWriter", "examples", rule, str(error)[:200], "Check the examples.") from error
-    sink = pa.BufferOutputStream()
-    parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
 
 

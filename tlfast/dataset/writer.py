@@ -27,7 +27,7 @@ from .description import Description, describe, differences, read_description
 from .durable import PendingFile, remove_stale
 from .errors import dataset_error, extra
 from .folder import check_disk_space, clear, create, is_dataset, our_files, refuse_stranger
-from .layout import Column, unit_layout
+from .layout import Column, as_integers, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
 from .rows import encode_rows
 
@@ -171,7 +171,7 @@ class DatasetWriter:
         step = max(1, _CHUNK_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
         for start in range(0, len(rows) if rows.shape[1] else 0, step):
             chunk = rows[start : start + step].to("cpu").contiguous()
-            file.append(chunk.view(-1).view(torch.uint8).numpy())
+            file.append(as_integers(chunk))
             self.bytes_written += chunk.nbytes
             norms[start : start + step], bad[start : start + step] = _norms(chunk)
         return norms, bad

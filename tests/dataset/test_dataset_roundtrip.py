@@ -1,0 +1,294 @@
+"""What is written is what is read: every dtype, the safetensors library as the oracle, indexing as torch does it."""
+
+import json
+import pickle
+import struct
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from dataset_cases import (
+    COLUMNS,
+    PLAN,
+    check_rows,
+    content,
+    examples,
+    make_dataset,
+    make_writer,
+    rows_of,
+    same_bits,
+    truth,
+    write_units,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE, DatasetError, Example, Plan, open_dataset
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+ODD_NAMES = [
+    "a/b",
+    "../../up",
+    "/etc/passwd",
+    "",
+    " ",
+    "tab\t\n",
+    'quote"\\',
+    "é漢🙂",
+    "nul\0",
+    "norm:x",
+    "id",
+    "*.x",
+    "{}",
+]
+
+
+def test_every_row_comes_back(tmp_path):
+    ds = make_dataset(tmp_path / "d")
+    check_rows(ds, truth())
+    assert ds.verify().ok
+
+
+def test_safetensors_reads_every_unit(tmp_path):
+    make_dataset(tmp_path / "d")
+    tensors = truth()
+    for unit in PLAN.units:
+        path = tmp_path / "d" / "data" / f"{unit.name}.safetensors"
+        stored = load_file(path)
+        assert set(stored) == set(COLUMNS)
+        for name, tensor in stored.items():
+            assert same_bits(tensor, tensors[name][unit.start : unit.stop])
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["unit"] == unit.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_keep_their_bits(tmp_path, dtype):
+    special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, 65504.0, torch.finfo(dtype).max]
+    rows = torch.tensor([special] * 3, dtype=torch.float64).to(dtype)
+    plan, columns = Plan(3, 3), {"x": (dtype, (8,))}
+    writer = make_writer(tmp_path / "d", plan=plan, columns=columns)
+    writer.write_unit(plan.unit(0), {"x": rows}, examples(plan.unit(0)))
+    ds = open_dataset(tmp_path / "d")
+    assert same_bits(ds["x"][:], rows)
+    assert same_bits(ds["x"][1], rows[1])
+    assert ds["x"].dtype == dtype
+    assert ds.info()["non_finite_rows"] == 3
+
+
+def test_payload_lies_where_the_plan_says(tmp_path):
+    make_dataset(tmp_path / "d")
+    data = (tmp_path / "d" / "data" / "u000000.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    assert 8 + length == 4096
+    header = json.loads(data[8:4096])
+    header.pop("__metadata__")
+    ends = sorted(entry["data_offsets"] for entry in header.values())
+    assert ends[0][0] == 0
+    assert ends[-1][1] == len(data) - 4096
+    assert all(a[1] == b[0] for a, b in pairwise(ends))
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % COLUMNS[name][0].itemsize == 0
+
+
+def test_many_points_take_more_than_one_page_of_header(tmp_path):
+    columns = {f"blocks.{i}.hook_resid_post_with_a_long_name": (torch.bfloat16, (2,)) for i in range(100)}
+    make_dataset(tmp_path / "d", columns=columns)
+    path = tmp_path / "d" / "data" / "u000000.safetensors"
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert (8 + length) % 4096 == 0
+    assert 8 + length > 4096
+    assert set(load_file(path)) == set(columns)
+    check_rows(open_dataset(tmp_path / "d"), truth(columns))
+
+
+def test_names_are_keys_and_never_paths(tmp_path):
+    columns = dict.fromkeys(ODD_NAMES, (torch.float32, (2,)))
+    ds = make_dataset(tmp_path / "d", columns=columns)
+    check_rows(ds, truth(columns))
+    assert set(load_file(tmp_path / "d" / "data" / "u000000.safetensors")) == set(ODD_NAMES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+    for name in ODD_NAMES:
+        assert torch.equal(ds.norms(name), truth(columns)[name].double().norm(dim=1).float())
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2), (1,), (), (2, 3, 4)])
+def test_row_shapes(tmp_path, shape):
+    columns = {"x": (torch.float32, shape), "y": (torch.bfloat16, (3,))}
+    check_rows(make_dataset(tmp_path / "d", columns=columns), truth(columns))
+    assert load_file(tmp_path / "d" / "data" / "u000000.safetensors")["x"].shape == (4, *shape)
+
+
+def test_rows_longer_than_a_chunk_and_many_chunks(tmp_path):
+    columns = {"long": (torch.float32, (300_000,)), "many": (torch.bfloat16, (70_001,))}
+    plan = Plan(17, 17)
+    tensors = truth(columns, plan)
+    writer = make_writer(tmp_path / "d", columns=columns, plan=plan)
+    write_units(writer, tensors)
+    check_rows(open_dataset(tmp_path / "d"), tensors)
+    assert writer.bytes_written >= sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_strided_and_graph_tensors_are_written_by_value(tmp_path):
+    plan, columns = Plan(4, 4), {"t": (torch.float32, (3,)), "e": (torch.float32, (3,)), "g": (torch.float32, (3,))}
+    transposed = torch.randn(3, 4).T
+    expanded = torch.randn(1, 3).expand(4, 3)
+    graph = torch.randn(4, 3, requires_grad=True) * 2
+    writer = make_writer(tmp_path / "d", plan=plan, columns=columns)
+    writer.write_unit(plan.unit(0), {"t": transposed, "e": expanded, "g": graph}, examples(plan.unit(0)))
+    ds = open_dataset(tmp_path / "d")
+    for name, tensor in (("t", transposed), ("e", expanded), ("g", graph.detach())):
+        assert same_bits(ds[name][:], tensor)
+
+
+def test_one_row_with_an_odd_stride(tmp_path):
+    # torch calls one element contiguous whatever its stride, and then refuses to view it as bytes
+    plan, columns = Plan(1, 1), {"x": (torch.float16, ()), "y": (torch.bfloat16, (1,))}
+    x, y = torch.arange(9).half()[3::7], torch.arange(9).bfloat16().reshape(3, 3)[1::5, 2:]
+    writer = make_writer(tmp_path / "d", plan=plan, columns=columns)
+    writer.write_unit(plan.unit(0), {"x": x, "y": y}, examples(plan.unit(0)))
+    ds = open_dataset(tmp_path / "d")
+    assert same_bits(ds["x"][:], torch.tensor([3.0]).half())
+    assert same_bits(ds["y"][:], torch.tensor([[5.0]]).bfloat16())
+
+
+def test_bytes_depend_on_data_and_plan_alone(tmp_path):
+    make_dataset(tmp_path / "a")
+    backwards = make_writer(tmp_path / "b")
+    for unit in reversed(PLAN.units):
+        backwards.write_unit(unit, rows_of(unit, truth()), examples(unit))
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_flags(tmp_path):
+    plan, columns = Plan(4, 4), {"x": (torch.float32, (2,)), "y": (torch.float64, ())}
+    x, y = torch.ones(4, 2), torch.full((4,), 1e200, dtype=torch.float64)  # finite, though its square is not
+    x[1, 0], y[2] = float("nan"), float("inf")
+    writer = make_writer(tmp_path / "d", plan=plan, columns=columns)
+    writer.write_unit(plan.unit(0), {"x": x, "y": y}, examples(plan.unit(0)), [0, 0, 0, FLAG_MISSING])
+    ds = open_dataset(tmp_path / "d")
+    assert [e["flags"] for e in ds.examples] == [0, FLAG_NON_FINITE, FLAG_NON_FINITE, FLAG_MISSING]
+    assert ds.info()["non_finite_rows"] == 2
+
+
+def test_norms_neither_overflow_nor_vanish(tmp_path):
+    plan, columns = Plan(3, 3), {"x": (torch.float32, (4,))}
+    x = torch.tensor([1e-30, 1e30, 3.0])[:, None].expand(3, 4)
+    make_writer(tmp_path / "d", plan=plan, columns=columns).write_unit(plan.unit(0), {"x": x}, examples(plan.unit(0)))
+    assert torch.equal(open_dataset(tmp_path / "d").norms("x"), 2 * x[:, 0])
+
+
+INDICES = [
+    0, -1, 10, np.int64(3), torch.tensor(4),
+    slice(None), slice(2, 9), slice(3, 4), slice(5, 5), slice(9, 2), slice(-3, None), slice(None, None, 3),
+    slice(1, None, 4), slice(3, 99, 5), slice(0, 11, 100),
+    [], [0], [10, 0, -1, 5, 5], range(3, 8), np.array([1, 9]), torch.tensor([7, 3]), torch.tensor([[0, 4], [10, 8]]),
+    torch.arange(11) % 3 == 0, torch.zeros(11, dtype=torch.bool), [True] * 11, np.arange(11) > 8,
+    torch.zeros(0, dtype=torch.int64), torch.tensor([2], dtype=torch.int32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDICES, ids=repr)
+def test_indexing_is_that_of_torch(tmp_path_factory, index, shared_dataset):
+    for name, tensor in truth().items():
+        like = index if not isinstance(index, (range, np.ndarray)) else torch.as_tensor(np.array(index))
+        assert same_bits(shared_dataset[name][index], tensor[like])
+
+
+@given(
+    st.lists(st.integers(-11, 10), max_size=30),
+    st.slices(11).filter(lambda s: s.step is None or s.step > 0),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_indices(shared_dataset, rows, part):
+    for name, tensor in truth().items():
+        assert same_bits(shared_dataset[name][rows], tensor[torch.tensor(rows, dtype=torch.int64)])
+        assert same_bits(shared_dataset[name][part], tensor[part])
+
+
+@pytest.fixture(scope="module")
+def shared_dataset(tmp_path_factory):
+    """One dataset for all indices."""
+    return make_dataset(tmp_path_factory.mktemp("shared") / "d")
+
+
+@pytest.mark.parametrize(
+    "index, error",
+    [
+        (11, IndexError), (-12, IndexError), ([0, 11], IndexError), ([True] * 10, IndexError),
+        (torch.ones(11, 1, dtype=torch.bool), IndexError), (1.0, TypeError), ([0.5], TypeError), (True, TypeError),
+        (None, TypeError), ((0, 1), TypeError), ("a", TypeError), (torch.zeros(2, dtype=torch.uint8), TypeError),
+        (slice(None, None, -1), ValueError),
+    ],
+)  # fmt: skip
+def test_bad_indices(shared_dataset, index, error):
+    with pytest.raises(error, match="GradientColumn: "):
+        shared_dataset["loss"][index]
+
+
+def test_rows_are_copies(shared_dataset):
+    name = next(iter(COLUMNS))
+    for index in (0, slice(0, 2), [0, 1]):
+        shared_dataset[name][index].fill_(7)
+    assert same_bits(shared_dataset[name][:], truth()[name])
+
+
+def test_iteration_shape_and_repr(shared_dataset):
+    column = shared_dataset["blocks.1.attn"]
+    assert column.shape == (11, 2, 3)
+    assert len(list(column)) == 11
+    assert "11 rows, 3 of 3 units" in repr(shared_dataset)
+    assert "blocks.1.attn" in repr(shared_dataset)
+    with pytest.raises(KeyError, match=r"must be one of blocks.0.hook_resid_post, .* got 'nope'"):
+        shared_dataset["nope"]
+    with pytest.raises(IndexError, match=r"must be in 0\.\.10, got 11"):
+        shared_dataset.examples[11]
+    assert shared_dataset.examples[-1]["id"] == 10
+    assert [e["id"] for e in shared_dataset.examples[3:9:2]] == [3, 5, 7]
+
+
+def test_a_pickled_dataset_reads_the_same(shared_dataset):
+    check_rows(pickle.loads(pickle.dumps(shared_dataset)), truth())
+
+
+def test_more_units_than_kept_maps(tmp_path):
+    plan = Plan(150, 1)
+    ds = make_dataset(tmp_path / "d", plan=plan)
+    check_rows(ds, truth(plan=plan))
+    assert len(ds._maps._maps) == ds._maps.KEPT
+    assert len(ds.examples._tables) == ds.examples.KEPT
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"examples": lambda e: e[:-1]}, "ids of examples must be 0..3, in this order"),
+        ({"examples": lambda e: e[::-1]}, "ids of examples must be 0..3"),
+        ({"tensors": lambda t: {**t, "extra": t["loss"]}}, r"tensors must have the columns' names, got .*extra"),
+        ({"tensors": lambda t: {"loss": t["loss"]}}, "tensors must have the columns' names"),
+        ({"tensors": lambda t: {**t, "loss": t["loss"].float()}}, r"tensors\['loss'\] must be torch.float16 \[4\]"),
+        ({"tensors": lambda t: {**t, "loss": t["loss"][:3]}}, r"got torch.float16 \[3\]"),
+        ({"flags": [0]}, "flags must have 4 values, got 1"),
+        ({"unit": PLAN.unit(1)}, "must be torch"),
+        ({"unit": Plan(99, 7).unit(0)}, "unit must be Unit"),
+        ({"unit": Plan(99, 1).unit(50)}, "unit must be one of the plan's 3 units"),
+        ({"examples": lambda e: [Example(x.id, [2**31], "s", 0, 1) for x in e]}, "examples must hold ints below"),
+        ({"examples": lambda e: [Example(x.id, [1], None, 0, 1) for x in e]}, "examples must hold ints below"),
+    ],
+)
+def test_what_does_not_belong_to_the_unit_is_refused(tmp_path, change, message):
+    writer = make_writer(tmp_path / "d")
+    unit = PLAN.unit(0)
+    tensors = change.get("tensors", dict)(rows_of(unit, truth()))
+    if change.get("unit") == PLAN.unit(1):
+        tensors = {name: tensor[:2] for name, tensor in tensors.items()}
+    with pytest.raises(DatasetError, match=message):
+        writer.write_unit(
+            change.get("unit", unit), tensors, change.get("examples", list)(examples(unit)), change.get("flags")
+        )
+    assert not writer.done
+    assert [p.name for p in (tmp_path / "d").rglob("u0*")] == []
+    assert [p.name for p in (tmp_path / "d").rglob("*.tmp")] == []
