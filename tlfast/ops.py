@@ -44,7 +44,28 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, reason
     if here != _C.TORCH_VERSION:
         return None, f"built for torch {_C.TORCH_VERSION}, but torch {torch.__version__} is running"
+    _register_fakes()
     return _C, ""
+
+
+def _register_fakes() -> None:
+    """What the native ops do to tensors without data: they write into their first argument and return nothing."""
+
+    @torch.library.register_fake("tlfast::capture")
+    def capture(
+        out: torch.Tensor,
+        grad: torch.Tensor,
+        reduce: str,
+        over: list[int],
+        mask: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        dims = () if reduce == "none" else reference.normal_dims("capture", tuple(over), grad.dim())
+        reference.check_capture("capture", out, grad, dims)
+
+    @torch.library.register_fake("tlfast::fire")
+    def fire(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
+        return None
 
 
 @lru_cache(maxsize=1)

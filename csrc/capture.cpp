@@ -1,0 +1,163 @@
+// The fused op: schema, checks, geometry; dispatch by device.
+#include "capture.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "errors.h"
+
+namespace tlfast {
+namespace {
+
+std::string list_of(at::IntArrayRef sizes) {
+  std::string out = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
+  return out + "]";
+}
+
+std::string name_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kLong:
+      return "torch.int64";
+    case at::kInt:
+      return "torch.int32";
+    case at::kBool:
+      return "torch.bool";
+    case at::kComplexFloat:
+      return "torch.complex64";
+    default:
+      return c10::str("torch.", c10::toString(dtype));
+  }
+}
+
+std::optional<Dtype> dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kDouble:
+      return Dtype::f64;
+    default:
+      return std::nullopt;
+  }
+}
+
+void check(const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) {
+  const auto who = "capture";
+  TORCH_CHECK_VALUE(
+      grad.layout() == at::kStrided && out.layout() == at::kStrided,
+      broken_rule(who, "grad", "be dense", grad.layout() == at::kStrided ? "a sparse out" : "torch.sparse_coo",
+                  "Turn sparse=True off in the embedding."));
+  TORCH_CHECK_VALUE(dtype_of(grad.scalar_type()), broken_rule(who, "grad", "be float32, bfloat16, float16 or float64",
+                                                              name_of(grad.scalar_type()), "Cast it first."));
+  const bool stored =
+      dtype_of(out.scalar_type()) && (out.scalar_type() != at::kDouble || grad.scalar_type() == at::kDouble);
+  TORCH_CHECK_VALUE(stored, broken_rule(who, "out", "be float32, bfloat16 or float16 (float64 for float64 gradients)",
+                                        name_of(out.scalar_type()), "Choose another stored dtype."));
+  TORCH_CHECK_VALUE(
+      out.device() == grad.device(),
+      broken_rule(who, "out", c10::str("be on ", grad.device(), ", as grad is"), out.device(), "Move one of them."));
+  const auto want = reduced_shape(grad.sizes(), dims);
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(want), broken_rule(who, "out", "have shape " + list_of(want),
+                                                                      list_of(out.sizes()), "Check over= and shapes."));
+}
+
+void check_mask(const at::Tensor& mask, const at::Tensor& grad) {
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool,
+                    broken_rule("capture", "mask", "be boolean", name_of(mask.scalar_type()),
+                                "Use mask.bool(); True means a real token."));
+  const bool leads = mask.dim() > 0 && mask.dim() <= grad.dim() && mask.sizes() == grad.sizes().slice(0, mask.dim());
+  TORCH_CHECK_VALUE(
+      leads, broken_rule("capture", "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
+                         list_of(mask.sizes()), "Pass the attention mask of this very batch."));
+  TORCH_CHECK_VALUE(mask.device() == grad.device(),
+                    broken_rule("capture", "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(),
+                                "Move one of them."));
+}
+
+View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, at::IntArrayRef dims,
+             Reduction reduction) {
+  std::vector<Dim> kept, reduced;
+  int64_t out_dim = 0;
+  for (int64_t d = 0; d < grad.dim(); ++d) {
+    const int64_t mask_stride = mask && d < mask->dim() ? mask->stride(d) : 0;
+    if (std::find(dims.begin(), dims.end(), d) != dims.end())
+      reduced.push_back({grad.size(d), grad.stride(d), 0, mask_stride});
+    else
+      kept.push_back({grad.size(d), grad.stride(d), out.stride(out_dim++), mask_stride});
+  }
+  return make_view(kept, reduced, reduction == Reduction::last);
+}
+
+void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce, at::IntArrayRef over,
+                const std::optional<at::Tensor>& mask, double scale) {
+  capture(out, grad, parse_reduction(std::string(reduce)), over, mask, scale);
+}
+
+}  // namespace
+
+Reduction parse_reduction(const std::string& name) {
+  static const char* const names[] = {"none", "sum", "mean", "last", "norm", "absmax"};
+  for (int i = 0; i < 6; ++i)
+    if (name == names[i]) return Reduction(i);
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "reduce", "be one of none, sum, mean, last, norm, absmax",
+                                       "'" + name + "'", "Check the spelling."));
+}
+
+std::vector<int64_t> normal_dims(const std::string& who, at::IntArrayRef dims, int64_t n_dims) {
+  std::vector<int64_t> out;
+  for (int64_t d : dims) {
+    TORCH_CHECK_VALUE(-n_dims <= d && d < n_dims,
+                      broken_rule(who, "over", c10::str("name dimensions of a ", n_dims, "-d gradient"), d,
+                                  "Check the gradient's shape."));
+    out.push_back(d < 0 ? d + n_dims : d);
+  }
+  std::sort(out.begin(), out.end());
+  if (std::adjacent_find(out.begin(), out.end()) != out.end()) {
+    std::string given = list_of(dims);
+    given.front() = '(', given.back() = ')';
+    TORCH_CHECK_VALUE(false, broken_rule(who, "over", "name each dimension once", given, "Remove the repeated one."));
+  }
+  return out;
+}
+
+std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims) {
+  std::vector<int64_t> out;
+  for (int64_t d = 0; d < int64_t(shape.size()); ++d)
+    if (std::find(dims.begin(), dims.end(), d) == dims.end()) out.push_back(shape[d]);
+  return out;
+}
+
+Counts capture(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
+               const std::optional<at::Tensor>& mask, double scale) {
+  const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims("capture", over, grad.dim());
+  check(out, grad, dims);
+  if (mask) check_mask(*mask, grad);
+  TORCH_CHECK_VALUE(grad.is_cpu(), broken_rule("capture", "grad", "be on cpu for the native code", grad.device(),
+                                               "Use backend=\"python\"."));
+  if (out.numel() == 0) return {};
+  return capture_cpu(view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
+                     *dtype_of(out.scalar_type()), grad.const_data_ptr(), out.mutable_data_ptr(),
+                     mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr, scale);
+}
+
+TORCH_LIBRARY_FRAGMENT(tlfast, library) {
+  library.def("capture(Tensor(a!) out, Tensor grad, str reduce, int[] over, Tensor? mask=None, float scale=1.0) -> ()",
+              {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(tlfast, CPU, library) { library.impl("capture", capture_op); }
+
+}  // namespace tlfast

@@ -1,0 +1,25 @@
+// The fused op: a gradient in, reduced, cast and copied into preallocated memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "capture_cpu.h"
+
+namespace tlfast {
+
+Reduction parse_reduction(const std::string& name);
+
+// `dims` as sorted, non-negative numbers; an error where one is out of range or named twice.
+std::vector<int64_t> normal_dims(const std::string& who, at::IntArrayRef dims, int64_t n_dims);
+
+// The shape that is left when the (normal) dims are reduced away.
+std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims);
+
+// Check everything, then write. `over` is ignored by Reduction::none.
+Counts capture(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
+               const std::optional<at::Tensor>& mask, double scale);
+
+}  // namespace tlfast

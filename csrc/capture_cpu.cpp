@@ -1,0 +1,272 @@
+// The CPU kernels: vectorised by the compiler for several instruction sets, chosen at run time.
+//
+// A task is one outer index and a block of the inner dimension. It keeps one accumulator an element in the L1 cache and
+// streams the reduced rows through it, so that each byte of the gradient is read once, in order. Where the inner
+// dimension itself is reduced, a fixed number of lanes stands in for the block and is folded at the end.
+#include "capture_cpu.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace tlfast {
+namespace {
+
+constexpr int64_t kBlock = 2048;      // accumulators of a task: 8 KiB of the L1 cache in float32
+constexpr int64_t kSmallBlock = 256;  // the same where there would be too few tasks to share out
+constexpr int64_t kLanes = 64;        // partial results of a reduced inner dimension: four AVX-512 registers
+constexpr int64_t kOffsets = 256;     // reduced rows looked up at once
+constexpr int64_t kGrain = 32768;     // elements worth a thread, as at::internal::GRAIN_SIZE
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TLFAST_X86 1
+#define TLFAST_AVX2 __attribute__((target("avx2")))
+#define TLFAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#endif
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa detect() {
+#if TLFAST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+const Isa isa = detect();
+
+// Run T::run(args...) compiled for this machine's instruction set.
+template <class T>
+struct For {
+  template <class... Args>
+  __attribute__((noinline)) static void baseline(Args... args) {
+    T::run(args...);
+  }
+#if TLFAST_X86
+  template <class... Args>
+  TLFAST_AVX2 __attribute__((noinline)) static void avx2(Args... args) {
+    T::run(args...);
+  }
+  template <class... Args>
+  TLFAST_AVX512 __attribute__((noinline)) static void avx512(Args... args) {
+    T::run(args...);
+  }
+#endif
+  template <class... Args>
+  static void here(Args... args) {
+#if TLFAST_X86
+    if (isa == Isa::avx512) return avx512(args...);
+    if (isa == Isa::avx2) return avx2(args...);
+#endif
+    baseline(args...);
+  }
+};
+
+template <class A>
+struct Start {
+  static TLFAST_INLINE void run(A* acc, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) acc[i] = 0;
+  }
+};
+
+// acc[i] = step(acc[i], grad[offset + i * stride]) for each offset in order; four rows share one trip of the
+// accumulator.
+template <class G, class R, bool kUnit>
+struct Columns {
+  using A = typename AccumulatorOf<G>::type;
+  static TLFAST_INLINE void run(A* __restrict acc, const G* __restrict grad, const int64_t* offsets, int64_t n,
+                                int64_t length, int64_t stride_) {
+    const int64_t stride = kUnit ? 1 : stride_;
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4) {
+      const G* __restrict a = grad + offsets[k], * __restrict b = grad + offsets[k + 1];
+      const G* __restrict c = grad + offsets[k + 2], * __restrict d = grad + offsets[k + 3];
+      for (int64_t i = 0; i < length; ++i) {
+        A x = R::step(acc[i], A(widen(a[i * stride])));
+        x = R::step(x, A(widen(b[i * stride])));
+        x = R::step(x, A(widen(c[i * stride])));
+        acc[i] = R::step(x, A(widen(d[i * stride])));
+      }
+    }
+    for (; k < n; ++k) {
+      const G* __restrict a = grad + offsets[k];
+      for (int64_t i = 0; i < length; ++i) acc[i] = R::step(acc[i], A(widen(a[i * stride])));
+    }
+  }
+};
+
+// The same where the inner dimension is reduced: element i of a row goes to lane i % kLanes.
+template <class G, class R, bool kUnit>
+struct Lanes {
+  using A = typename AccumulatorOf<G>::type;
+  static TLFAST_INLINE void run(A* __restrict lanes, const G* __restrict grad, const int64_t* offsets, int64_t n,
+                                int64_t length, int64_t stride_) {
+    const int64_t stride = kUnit ? 1 : stride_;
+    A acc[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) acc[j] = lanes[j];
+    for (int64_t k = 0; k < n; ++k) {
+      const G* __restrict row = grad + offsets[k];
+      int64_t i = 0;
+      for (; i + kLanes <= length; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) acc[j] = R::step(acc[j], A(widen(row[(i + j) * stride])));
+      for (int64_t j = 0; i + j < length; ++j) acc[j] = R::step(acc[j], A(widen(row[(i + j) * stride])));
+    }
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = acc[j];
+  }
+};
+
+template <class A, class O, bool kUnit>
+struct Store {
+  static TLFAST_INLINE void run(O* __restrict out, const A* __restrict acc, int64_t length, int64_t stride_,
+                                Reduction reduction, int64_t n, A scale, Counts* counts) {
+    const int64_t stride = kUnit ? 1 : stride_;
+    int64_t nonfinite = 0, saturated = 0;
+    const auto loop = [&](auto result) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < length; ++i) {
+        const A value = result(acc[i]) * scale;
+        const O stored = Narrow<O>::of(value);
+        out[i * stride] = stored;
+        const bool bad = !is_finite(widen(stored));
+        nonfinite += bad;
+        saturated += bad & is_finite(value);
+      }
+    };
+    if (reduction == Reduction::mean)
+      loop([n](A x) { return finish(Reduction::mean, x, n); });
+    else if (reduction == Reduction::norm)
+      loop([n](A x) { return finish(Reduction::norm, x, n); });
+    else
+      loop([reduction, n](A x) { return finish(reduction, x, n); });
+    counts->nonfinite += nonfinite;
+    counts->saturated += saturated;
+  }
+};
+
+// The offsets of the reduced rows that the mask lets through, a few at a time.
+template <class Use>
+int64_t for_real_rows(const View& view, const uint8_t* mask, bool last_only, Use use) {
+  int64_t offsets[kOffsets], held = 0, n = 0;
+  Walk walk(view.reduced);
+  for (int64_t k = 0; k < view.n_reduced; ++k, walk.next()) {
+    if (mask && !mask[walk.mask]) continue;
+    ++n;
+    held = last_only ? 0 : held;
+    offsets[held++] = walk.grad;
+    if (held == kOffsets) {
+      use(offsets, held);
+      held = 0;
+    }
+  }
+  if (held) use(offsets, held);
+  return n;
+}
+
+template <class G, class O, class R>
+Counts run(const View& v, Reduction reduction, const G* grad, O* out, const uint8_t* mask, double scale) {
+  using A = typename AccumulatorOf<G>::type;
+  const bool row = v.inner_reduced;
+  const int64_t whole = row ? 1 : v.inner.size;
+  const int64_t block = v.n_outer * ((whole + kBlock - 1) / kBlock) >= 8 ? kBlock : kSmallBlock;
+  const int64_t n_blocks = (whole + block - 1) / block;
+  const int64_t work = std::max<int64_t>(v.n_reduced, 1) * (row ? v.inner.size : std::min(whole, block));
+  std::atomic<int64_t> nonfinite{0}, saturated{0};
+
+  at::parallel_for(0, v.n_outer * n_blocks, std::max<int64_t>(1, kGrain / std::max<int64_t>(work, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     alignas(64) A acc[kBlock];
+                     Counts counts;
+                     Walk walk(v.outer);
+                     walk.seek(begin / n_blocks);
+                     for (int64_t task = begin; task < end; ++task) {
+                       const int64_t first = (task % n_blocks) * block, length = std::min(block, whole - first);
+                       const G* g = grad + walk.grad + first * v.inner.grad;
+                       O* o = out + walk.out + first * v.inner.out;
+                       int64_t n;
+                       For<Start<A>>::here(acc, row ? kLanes : length);
+                       const uint8_t* m = mask ? mask + walk.mask : nullptr;
+                       const int64_t stride = v.inner.grad;
+                       if (row) {
+                         n = v.inner.size * for_real_rows(v, m, false, [&](const int64_t* offsets, int64_t held) {
+                               if (stride == 1)
+                                 For<Lanes<G, R, true>>::here(acc, g, offsets, held, v.inner.size, stride);
+                               else
+                                 For<Lanes<G, R, false>>::here(acc, g, offsets, held, v.inner.size, stride);
+                             });
+                         for (int64_t half = kLanes / 2; half > 0; half /= 2)
+                           for (int64_t j = 0; j < half; ++j) acc[j] = R::combine(acc[j], acc[j + half]);
+                       } else {
+                         n = for_real_rows(v, m, reduction == Reduction::last,
+                                           [&](const int64_t* offsets, int64_t held) {
+                                             if (stride == 1)
+                                               For<Columns<G, R, true>>::here(acc, g, offsets, held, length, stride);
+                                             else
+                                               For<Columns<G, R, false>>::here(acc, g, offsets, held, length, stride);
+                                           });
+                       }
+                       if (v.inner.out == 1 || row)
+                         For<Store<A, O, true>>::here(o, acc, length, int64_t(1), reduction, n, A(scale), &counts);
+                       else
+                         For<Store<A, O, false>>::here(o, acc, length, v.inner.out, reduction, n, A(scale), &counts);
+                       if (task % n_blocks == n_blocks - 1) walk.next();
+                     }
+                     nonfinite += counts.nonfinite;
+                     saturated += counts.saturated;
+                   });
+  return {nonfinite, saturated};
+}
+
+template <class G, class O>
+Counts pick_reduction(const View& v, Reduction r, const void* grad, void* out, const uint8_t* mask, double scale) {
+  const G* g = static_cast<const G*>(grad);
+  O* o = static_cast<O*>(out);
+  switch (r) {
+    case Reduction::sum:
+    case Reduction::mean:
+      return run<G, O, Add>(v, r, g, o, mask, scale);
+    case Reduction::norm:
+      return run<G, O, AddSquare>(v, r, g, o, mask, scale);
+    case Reduction::absmax:
+      return run<G, O, MaxAbs>(v, r, g, o, mask, scale);
+    default:
+      return run<G, O, Keep>(v, r, g, o, mask, scale);
+  }
+}
+
+template <class G>
+Counts pick_out(const View& v, Reduction r, Dtype out_dtype, const void* grad, void* out, const uint8_t* mask,
+                double scale) {
+  switch (out_dtype) {
+    case Dtype::bf16:
+      return pick_reduction<G, bf16>(v, r, grad, out, mask, scale);
+    case Dtype::f16:
+      return pick_reduction<G, f16>(v, r, grad, out, mask, scale);
+    case Dtype::f64:
+      return pick_reduction<G, double>(v, r, grad, out, mask, scale);
+    default:
+      return pick_reduction<G, float>(v, r, grad, out, mask, scale);
+  }
+}
+
+}  // namespace
+
+Counts capture_cpu(const View& v, Reduction r, Dtype grad_dtype, Dtype out_dtype, const void* grad, void* out,
+                   const uint8_t* mask, double scale) {
+  switch (grad_dtype) {
+    case Dtype::bf16:
+      return pick_out<bf16>(v, r, out_dtype, grad, out, mask, scale);
+    case Dtype::f16:
+      return pick_out<f16>(v, r, out_dtype, grad, out, mask, scale);
+    case Dtype::f64:
+      return pick_out<double>(v, r, out_dtype, grad, out, mask, scale);
+    default:
+      return pick_out<float>(v, r, out_dtype, grad, out, mask, scale);
+  }
+}
+
+const char* cpu_features() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+
+}  // namespace tlfast

@@ -1,0 +1,15 @@
+// The one form of an error text: who, which argument, what rule, what was given, what to do.
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+
+namespace tlfast {
+
+template <class Got>
+std::string broken_rule(const std::string& who, const std::string& argument, const std::string& rule, const Got& got,
+                        const std::string& remedy) {
+  return c10::str(who, ": ", argument, " must ", rule, ", got ", got, ". ", remedy);
+}
+
+}  // namespace tlfast

@@ -1,0 +1,172 @@
+// Steps: a backward commits its rows at all points together, or none.
+#include "step.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "errors.h"
+
+namespace tlfast {
+namespace {
+
+int64_t current_task() { return torch::autograd::get_current_graph_task_id(); }
+
+// Held by the engine's callback: if the engine drops it without a call, the backward failed and its rows are void.
+struct End {
+  std::shared_ptr<Step> step;
+  int64_t task;
+  ~End() { step->abort(task); }
+};
+
+}  // namespace
+
+void Step::set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  mask_ = std::move(mask);
+  n_expected_ = n_expected;
+  scale_ = scale;
+}
+
+void Step::enter_forward() {
+  const int64_t task = current_task();
+  if (task == -1 || !active) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto run = find(task);
+  (run ? run : open(task))->threads.insert(std::this_thread::get_id());
+}
+
+std::shared_ptr<Backward> Step::find(int64_t task) const {
+  const auto found = running_.find(task);
+  if (found != running_.end()) return found->second;
+  for (const auto& [id, run] : running_)
+    if (run->threads.count(std::this_thread::get_id())) return run;
+  return nullptr;
+}
+
+std::shared_ptr<Backward> Step::open(int64_t task) {
+  auto run = std::make_shared<Backward>();
+  run->fired.resize(points.size());
+  run->pending.resize(points.size());
+  run->mask = mask_;
+  run->n_expected = n_expected_;
+  run->scale = scale_;
+  running_[task] = run;
+  std::shared_ptr<End> end(new End{shared_from_this(), task});
+  torch::autograd::Engine::get_default_engine().queue_callback([end] { end->step->end(end->task); });
+  return run;
+}
+
+Step::Begun Step::begin(const Point& point, at::IntArrayRef shape) {
+  const int64_t task = current_task();
+  TORCH_CHECK(task != -1,
+              broken_rule(point.who, "a tap", "fire inside a backward", "a call outside one", "Call backward()."));
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto run = find(task);
+  if (!run) run = open(task);
+  const int n_fired = ++run->fired[point.index];
+  TORCH_CHECK(n_fired == 1 || point.calls != Calls::raise,
+              broken_rule(point.who, "a point", "fire once in a backward", "a second time",
+                          "Choose calls=\"sum\", \"last\" or \"stack\"."));
+  for (const auto& ring : point.rings) check_rows(point, *run, ring->n_rows(shape));
+  return {run, run->block, n_fired};
+}
+
+void Step::check_rows(const Point& point, Backward& run, int64_t n) {
+  TORCH_CHECK_VALUE(
+      run.n_expected < 0 || n == run.n_expected,
+      broken_rule(point.who, "a step", c10::str("have the ", run.n_expected, " rows that batch() announced"), n,
+                  "Check mask and ids; a reduced batch makes one row."));
+  if (!run.block) {
+    const int64_t base = blocks_.empty() ? 0 : blocks_.back()->base + blocks_.back()->n;
+    TORCH_CHECK(base + n <= capacity_,
+                broken_rule(point.who, "rows", c10::str("hold the ", base, " rows written and ", n, " more"), capacity_,
+                            "Give capture more rows, or read them and call clear()."));
+    run.block = std::make_shared<Block>(Block{base, n, Block::State::open, {}});
+    blocks_.push_back(run.block);
+  }
+  TORCH_CHECK_VALUE(
+      run.block->n == n,
+      broken_rule(point.who, "a step", c10::str("have the same number of rows at every point (", run.block->n, ")"), n,
+                  "Leave this point out, or capture it on its own."));
+}
+
+void Step::end(int64_t task) {
+  const at::NoGradGuard no_grad;
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = running_.find(task);
+  if (found == running_.end() || !found->second->block || !active) return abort_locked(task);
+  const auto run = found->second;
+  Block& block = *run->block;
+  std::vector<int64_t> missing;
+  std::string names;
+  for (const auto& point : points)
+    if (!run->fired[point->index]) {
+      missing.push_back(int64_t(point->index));
+      names += (names.empty() ? "" : ", ") + point->name;
+    }
+  if (!missing.empty() && !missing_is_nan) {
+    abort_locked(task);
+    TORCH_CHECK(false, broken_rule("capture", "every point", "fire in a backward", "no gradient at " + names,
+                                   "Leave these points out, or pass missing=\"nan\" for NaN rows."));
+  }
+  for (int64_t index : missing)
+    for (const auto& ring : points[index]->rings) ring->fill_nan(block.base, block.n);
+  for (const auto& point : points)
+    if (!run->pending[point->index].empty()) finish(*point, *run);
+  block.missing = std::move(missing);
+  block.state = Block::State::committed;
+  ++n_ended;
+  running_.erase(task);
+}
+
+// Write what had to wait for the end of the step: the sum of several calls, or their stack.
+void Step::finish(const Point& point, Backward& run) {
+  auto& held = run.pending[point.index];
+  for (size_t number = 0; number < point.rings.size(); ++number) {
+    Ring& ring = *point.rings[number];
+    if (point.calls == Calls::stack) {
+      // The last call of the forward fires first: turned around, index k is call k.
+      std::vector<at::Tensor> parts;
+      for (auto it = held.rbegin(); it != held.rend(); ++it) parts.push_back((*it)[number]);
+      ring.put_stack(run.block->base, run.block->n, parts);
+    } else {
+      ring.write(run.block->base, held[0][0], run.mask, run.scale);
+    }
+  }
+}
+
+void Step::abort(int64_t task) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  abort_locked(task);
+}
+
+void Step::abort_locked(int64_t task) {
+  const auto found = running_.find(task);
+  if (found == running_.end()) return;
+  const auto block = found->second->block;
+  running_.erase(found);
+  if (block && block->state == Block::State::open) {
+    block->state = Block::State::aborted;
+    while (!blocks_.empty() && blocks_.back()->state == Block::State::aborted) blocks_.pop_back();
+  }
+}
+
+std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> Step::committed() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> out;
+  for (const auto& block : blocks_)
+    if (block->state == Block::State::committed) out.emplace_back(block->base, block->n, block->missing);
+  return out;
+}
+
+void Step::clear() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& block : blocks_)
+    TORCH_CHECK(
+        block->state != Block::State::open,
+        broken_rule("clear", "the capture", "be at rest", "a running backward", "Call it after backward() returned."));
+  blocks_.clear();
+}
+
+}  // namespace tlfast

@@ -1,0 +1,99 @@
+// What all taps of one capture share: which backward is running, which rows are whose, what is committed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "ring.h"
+
+namespace tlfast {
+
+enum class Calls { raise, sum, last, stack };
+
+// What a tap knows of its place; the step keeps it, so that it can name the points that did not fire.
+struct Point {
+  std::string name, who;
+  std::vector<std::shared_ptr<Ring>> rings;
+  Calls calls;
+  size_t index;
+};
+
+// The rows of one backward: reserved at its first gradient, counted once it has ended well.
+struct Block {
+  enum class State { open, committed, aborted };
+  int64_t base, n;
+  State state = State::open;
+  std::vector<int64_t> missing;
+};
+
+// One outermost backward: nested ones (reentrant checkpoints) are part of it.
+struct Backward {
+  std::set<std::thread::id> threads;  // where its checkpoints ran forward again
+  std::vector<int> fired;
+  std::vector<std::vector<std::vector<at::Tensor>>> pending;  // a tap's tensors that wait for the end
+  std::shared_ptr<Block> block;
+  std::optional<at::Tensor> mask;
+  int64_t n_expected;
+  double scale;
+};
+
+class Step : public std::enable_shared_from_this<Step> {
+ public:
+  Step(int64_t capacity, bool missing_is_nan) : missing_is_nan(missing_is_nan), capacity_(capacity) {}
+
+  // What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows.
+  void set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale);
+
+  // A captured module runs forward; inside a backward (a checkpoint) that backward is the step to come.
+  void enter_forward();
+
+  // Find the running backward and its rows; every check that needs no gradient values is made here.
+  struct Begun {
+    std::shared_ptr<Backward> run;
+    std::shared_ptr<Block> block;
+    int n_fired;
+  };
+  Begun begin(const Point& point, at::IntArrayRef shape);
+
+  // The end of the outermost backward: commit its rows at all points together, or none of them.
+  void end(int64_t task);
+
+  // Forget a backward that failed: its rows are void.
+  void abort(int64_t task);
+
+  // (first row, rows, points that did not fire) of every committed backward, in order.
+  std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> committed() const;
+
+  void clear();
+  void close() { active = false; }
+
+  const bool missing_is_nan;
+  std::atomic<bool> active{true};
+  std::atomic<int64_t> n_ended{0}, n_calls{0};
+  std::vector<std::shared_ptr<Point>> points;
+
+ private:
+  std::shared_ptr<Backward> find(int64_t task) const;
+  std::shared_ptr<Backward> open(int64_t task);
+  void check_rows(const Point& point, Backward& run, int64_t n);
+  void abort_locked(int64_t task);
+  void finish(const Point& point, Backward& run);
+
+  const int64_t capacity_;
+  mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<Block>> blocks_;
+  std::map<int64_t, std::shared_ptr<Backward>> running_;  // by the id of the engine's graph task
+  std::optional<at::Tensor> mask_;
+  int64_t n_expected_ = -1;
+  double scale_ = 1.0;
+};
+
+}  // namespace tlfast

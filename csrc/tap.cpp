@@ -1,0 +1,167 @@
+// Taps: from the autograd edge to the rows.
+#include "tap.h"
+
+#include <ATen/SequenceNumber.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <unordered_map>
+
+#include "errors.h"
+
+namespace tlfast {
+namespace {
+
+namespace autograd = torch::autograd;
+using autograd::Node;
+using autograd::variable_list;
+
+[[noreturn]] void refuse_compiled_autograd(const Tap& tap) {
+  TORCH_CHECK(false, broken_rule(tap.point->who, "the backward", "run in the eager engine", "compiled autograd",
+                                 "Use backend=\"python\"."));
+}
+
+// On the grad_fn of a fresh output.
+struct PreHook : autograd::FunctionPreHook {
+  PreHook(std::shared_ptr<Tap> tap, uint32_t output_nr) : tap(std::move(tap)), output_nr(output_nr) {}
+  variable_list operator()(const variable_list& grads) override {
+    const at::Tensor& grad = grads[output_nr];
+    if (grad.defined())
+      tap->fire(grad);
+    else if (tap->step->active)
+      tap->fire(autograd::get_current_node()->input_metadata(output_nr).zeros_like());
+    return grads;
+  }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(*tap); }
+  std::shared_ptr<Tap> tap;
+  uint32_t output_nr;
+};
+
+// An identity whose backward fires the tap: the gradient through this module alone.
+struct IdentityNode : Node {
+  explicit IdentityNode(std::shared_ptr<Tap> tap) : tap(std::move(tap)) {}
+  variable_list apply(variable_list&& grads) override {
+    if (grads[0].defined())
+      tap->fire(grads[0]);
+    else if (tap->step->active)
+      tap->fire(input_metadata(0).zeros_like());
+    return std::move(grads);
+  }
+  std::string name() const override { return "TlfastIdentity"; }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(*tap); }
+  std::shared_ptr<Tap> tap;
+};
+
+// autograd::Edge holds its node by shared_ptr up to torch 2.11 and by intrusive_ptr in 2.13.
+template <class Pointer = decltype(autograd::Edge::function)>
+Pointer make_identity(std::shared_ptr<Tap> tap) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return Pointer(new IdentityNode(std::move(tap)), [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<IdentityNode>(std::move(tap));
+}
+
+// Taps by number, for compiled code.
+std::mutex registry_mutex;
+std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
+  static auto* taps = new std::unordered_map<int64_t, std::weak_ptr<Tap>>();
+  return *taps;
+}
+std::atomic<int64_t> next_number{0};
+
+at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
+  if (const auto tap = Tap::by_number(number)) tap->fire(grad);
+}
+
+}  // namespace
+
+Tap::Tap(std::shared_ptr<Step> step_, std::string name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
+    : step(std::move(step_)),
+      point(std::make_shared<Point>(Point{name, "capture at " + name, std::move(rings), calls, step->points.size()})),
+      number(next_number++) {
+  step->points.push_back(point);
+}
+
+Tap::~Tap() {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry().erase(number);
+}
+
+std::shared_ptr<Tap> Tap::by_number(int64_t number) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(number);
+  return found == registry().end() ? nullptr : found->second.lock();
+}
+
+void Tap::forward_pre() {
+  if (!step->active) return;
+  entry_ = at::sequence_number::peek();
+  entry_thread_ = std::this_thread::get_id();
+  step->enter_forward();
+  last_call = ++step->n_calls;
+  if (!at::GradMode::is_enabled()) return;
+  const int64_t ended = step->n_ended;
+  if (seen_ended_.exchange(ended) != ended) n_called_ = 0;
+  ++n_called_;
+}
+
+std::optional<at::Tensor> Tap::attach(const at::Tensor& output, bool is_input) {
+  if (!is_input && !output.is_view() && entry_thread_ == std::this_thread::get_id()) {
+    const auto& node = output.grad_fn();
+    if (node && node->sequence_nr() >= entry_) {
+      node->add_pre_hook(std::make_unique<PreHook>(shared_from_this(), output.output_nr()));
+      return std::nullopt;
+    }
+  }
+  auto node = make_identity(shared_from_this());
+  node->set_next_edges(autograd::collect_next_edges(output));
+  at::Tensor through = output.detach();
+  autograd::set_history(through, node);
+  return through;
+}
+
+bool Tap::sums() const { return point->calls == Calls::sum && n_called_ > 1; }
+
+void Tap::fire(const at::Tensor& given) {
+  if (!step->active) return;
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  TORCH_CHECK(given.defined() && !given.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks),
+              broken_rule(point->who, "a gradient", "be an ordinary tensor", "one inside torch.func (vmap, grad, ...)",
+                          "Capture outside the transform."));
+  const at::Tensor& grad = given;
+  const auto [run, block, n_fired] = step->begin(*point, grad.sizes());
+  auto& held = run->pending[point->index];
+  if (point->calls == Calls::stack) {
+    std::vector<at::Tensor> parts;
+    for (const auto& ring : point->rings) parts.push_back(ring->part(grad, run->mask, run->scale));
+    held.push_back(std::move(parts));
+  } else if (sums()) {
+    for (const auto& ring : point->rings) ring->check(grad);
+    if (held.empty())
+      held.push_back({grad.to(accumulator(grad.scalar_type()), /*non_blocking=*/false, /*copy=*/true)});
+    else
+      held[0][0].add_(grad);
+  } else {
+    TORCH_CHECK(n_fired == 1 || point->calls != Calls::sum,
+                broken_rule(point->who, "a point", "fire as often as it was called since the last step", "once more",
+                            "Run one backward for each forward."));
+    for (const auto& ring : point->rings) ring->write(block->base, grad, run->mask, run->scale);
+  }
+}
+
+void register_tap(const std::shared_ptr<Tap>& tap) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[tap->number] = tap;
+}
+
+TORCH_LIBRARY_FRAGMENT(tlfast, library) {
+  library.def("fire(Tensor(a!) token, Tensor grad, int number) -> ()", {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) { library.impl("fire", fire_op); }
+
+}  // namespace tlfast
