@@ -1,0 +1,174 @@
+"""Examples from whatever holds tokens, and the batches of one unit: sorted by length, filled to a token budget."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .dataset.plan import Example
+from .errors import broken_rule
+
+PaddingSide = Literal["right", "left"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of B examples, padded to P positions.
+
+    ``mask`` is True at real tokens, or None where all of them are real.
+    """
+
+    input_ids: torch.Tensor  # int64 [B, P]
+    mask: torch.Tensor | None  # bool [B, P]
+    padding_side: PaddingSide = "right"
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The next token of each position, -100 where there is none: int64 [B, P]."""
+        labels = torch.full_like(self.input_ids, -100)
+        labels[:, :-1] = self.input_ids[:, 1:]
+        if self.mask is not None:
+            labels[:, :-1].masked_fill_(~(self.mask[:, :-1] & self.mask[:, 1:]), -100)
+        return labels
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """The position of each real token in its example, int64 [B, P]; None where it is the column's number."""
+        if self.mask is None or self.padding_side == "right":
+            return None
+        return (self.mask.cumsum(1) - 1).clamp_(min=0)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return Batch(self.input_ids.to(device, non_blocking=True), mask, self.padding_side)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the examples of one unit become batches, whatever else is collected.
+
+    Args:
+        batch_tokens: at most so many positions B x P in a batch (but at least one example).
+        width: positions of every batch; None: those of its longest example.
+        padding_side: where the padding goes.
+        pad_id: the token at padded positions; any valid one, since it is masked.
+    """
+
+    batch_tokens: int
+    width: int | None = None
+    padding_side: PaddingSide = "right"
+    pad_id: int = 0
+
+    def order(self, examples: Sequence[Example]) -> list[int]:
+        """The longest first, so that neighbours need little padding and the most memory is asked for at once."""
+        return sorted(range(len(examples)), key=lambda i: -examples[i].length)  # a stable sort
+
+    def batches(self, examples: Sequence[Example], order: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """Yield (which examples, batch) in the given order; depends on these examples alone."""
+        start = 0
+        while start < len(order):
+            n_positions = self.width or examples[order[start]].length
+            rows = list(order[start : start + max(1, self.batch_tokens // n_positions)])
+            yield rows, self.batch([examples[i] for i in rows], n_positions)
+            start += len(rows)
+
+    def batch(self, examples: Sequence[Example], n_positions: int) -> Batch:
+        """One padded batch."""
+        ids = np.full((len(examples), n_positions), self.pad_id, dtype=np.int64)
+        lengths = np.array([example.length for example in examples])
+        for row, example in zip(ids, examples, strict=True):
+            real = slice(example.length) if self.padding_side == "right" else slice(n_positions - example.length, None)
+            row[real] = example.input_ids
+        columns = np.arange(n_positions)
+        if self.padding_side == "right":
+            mask = columns < lengths[:, None]
+        else:
+            mask = columns >= n_positions - lengths[:, None]
+        return Batch(
+            torch.from_numpy(ids),
+            None if lengths.min() == n_positions else torch.from_numpy(mask),
+            self.padding_side,
+        )
+
+
+def as_examples(batches: Iterable[Any]) -> list[Example]:
+    """Turn token sequences, examples, or batches of them into a list of examples, numbered from 0.
+
+    An item is one sequence of tokens, a tensor or array [P] or [B, P], an `Example`, a mapping with ``input_ids`` (and
+    ``attention_mask``, ``source``, ``start`` if there are any), or a list of such items.
+
+    Raises:
+        ValueError, TypeError: for an item that is none of these, or an example of less than 2 tokens.
+
+    Example:
+        >>> from tlfast.batches import as_examples
+        >>> [e.length for e in as_examples([[5, 6, 7], {"input_ids": [[1, 2], [3, 4]]}])]
+        [3, 2, 2]
+    """
+    examples: list[Example] = []
+    for item in batches:
+        for ids, source, start in _sequences(item):
+            tokens = ids if isinstance(ids, array) else array("i", ids)
+            if len(tokens) < 2:
+                got = f"{len(tokens)} in example {len(examples)}"
+                remedy = "A single token has no next one; leave it out."
+                raise ValueError(broken_rule("collect", "examples", "have 2 tokens or more", got, remedy))
+            examples.append(Example(len(examples), tokens, source, start, len(tokens)))
+    if not examples:
+        raise ValueError(broken_rule("collect", "batches", "hold examples", "none", "Is the iterable used up?"))
+    return examples
+
+
+def _sequences(item: Any) -> Iterator[tuple[Sequence[int], str, int]]:
+    if isinstance(item, Example):
+        yield item.input_ids, item.source, item.start
+    elif isinstance(item, Mapping) and "input_ids" in item:
+        yield from _of_mapping(item)
+    elif isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim in (1, 2):
+        for ids in item.tolist() if item.ndim == 2 else [item.tolist()]:
+            yield _checked(ids), "", 0
+    elif isinstance(item, array) or (isinstance(item, Sequence) and item and isinstance(item[0], int)):
+        yield _checked(item), "", 0
+    elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
+        for part in item:
+            yield from _sequences(part)
+    else:
+        rule = "hold token sequences, tensors [P] or [B, P], or mappings with input_ids"
+        got = type(item).__name__
+        raise TypeError(broken_rule("collect", "batches", rule, got, "Tokenize the text first."))
+
+
+def _of_mapping(item: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], str, int]]:
+    ids, mask = _as_list(item["input_ids"]), _as_list(item.get("attention_mask"))
+    nested = bool(ids) and not isinstance(ids[0], int)
+    rows, masks = (ids, mask) if nested else ([ids], None if mask is None else [mask])
+    sources, starts = item.get("source", ""), _as_list(item.get("start", 0))
+    for i, row in enumerate(rows):
+        real = _as_list(row)
+        if masks is not None:
+            real = [token for token, keep in zip(real, masks[i], strict=True) if keep]
+        source = sources if isinstance(sources, str) else sources[i]
+        yield _checked(real), source, int(starts if isinstance(starts, int) else starts[i])
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+
+
+def _checked(ids: Sequence[Any]) -> Sequence[int]:
+    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in ids):
+        odd = next(token for token in ids if not isinstance(token, int) or not 0 <= token < 2**31)
+        raise ValueError(broken_rule("collect", "tokens", "be ints from 0 on", repr(odd), "Check the input_ids."))
+    return ids
+
+
+def unit_rows(row_bytes: int, ring_bytes: int = 256 << 20, most: int = 2048) -> int:
+    """How many rows a unit has where nobody says: as many as fit ``ring_bytes``, and at most ``most``."""
+    return max(1, min(most, math.floor(ring_bytes / max(1, row_bytes))))

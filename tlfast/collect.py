@@ -1,0 +1,257 @@
+"""The main job: a model and examples in, a dataset of gradients out, unit by unit."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import Batching, PaddingSide, as_examples, unit_rows
+from .dataset.background import BackgroundWriter
+from .dataset.folder import refuse_stranger
+from .dataset.plan import Example, Plan, Unit
+from .dataset.writer import DatasetWriter
+from .errors import broken_rule
+from .fingerprint import examples_fingerprint, model_fingerprint
+from .freeze import freeze
+from .hooks import Capture, capture
+from .loss import next_token_loss
+from .points import find_points
+from .progress import Progress
+from .spec import Over, Points, Reduction, Spec, as_specs, one_of
+from .units import Blocks, Loss, Oddities, Runner, probe_columns
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data."""
+
+    out: Path
+    n_rows: int
+    n_rows_before: int
+    n_units: int
+    n_tokens: int
+    n_bytes: int
+    n_nonfinite_rows: int
+    n_saturated: int
+    time_s: float
+
+    def __str__(self) -> str:
+        rate = self.n_rows / max(self.time_s, 1e-9)
+        before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
+        return (
+            f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
+            f" in {self.time_s:.1f} s ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
+        )
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    out: str | os.PathLike[str],
+    *,
+    points: Points | Spec | Sequence[Spec],
+    reduce: Reduction = "mean",
+    over: Over = "pos",
+    dtype: torch.dtype | None = None,
+    output: int | str | None = None,
+    loss: Loss = next_token_loss,
+    batch_tokens: int = 2048,
+    seq_len: int | None = None,
+    rows_per_unit: int | None = None,
+    padding_side: PaddingSide = "right",
+    pad_id: int = 0,
+    grad_scale: float = 1.0,
+    attach: str = "auto",
+    backend: str = "auto",
+    calls: str = "raise",
+    missing: str = "raise",
+    overwrite: bool = False,
+    progress: bool = True,
+    header: Mapping[str, Any] | None = None,
+    config: str | Mapping[str, Any] = "",
+) -> Report:
+    """Collect the gradients of ``model`` at ``points`` into the dataset folder ``out``: one row per example.
+
+    The model runs in eval mode and frozen (no parameter gradient), and is as before afterwards. A row depends on its
+    example alone, up to rounding; rounding depends on the examples of its unit alone, so a resumed run gives the same
+    bytes. If ``out`` holds a part of the same dataset, only the units that are missing are computed.
+
+    Args:
+        model: any module; with the default loss, one that returns logits, such as a Hugging Face causal LM.
+        batches: token sequences, tensors [P] or [B, P], mappings with ``input_ids``, or lists of these. They are
+            rearranged: only the order of the examples counts.
+        out: the folder; new, empty, or with a part of this dataset.
+        points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
+        loss: (model, batch) -> scalar that is a sum over examples; batch is a `tlfast.batches.Batch`.
+        batch_tokens: positions B x P in a batch, at most (but at least one example).
+        seq_len: positions of rows that keep the position dimension, zero at padding; None: of the longest example.
+        rows_per_unit: examples per unit, the piece that is written and resumed whole; None: those that fill 256 MiB,
+            at most 2048. Memory used: three times as much.
+        padding_side: "right" or "left".
+        pad_id: the token at padded positions, which are masked.
+        grad_scale: the loss is multiplied by it and the rows divided by it: keeps small fp16 gradients alive.
+        overwrite: remove a dataset that lies in ``out`` first.
+        progress: show a bar, or a line every 30 s where there is no terminal, on stderr.
+        header: what else to say of the data in dataset.json, JSON; part of the dataset's identity.
+        config: text or mapping for config.yaml.
+
+    Returns:
+        A Report.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, a foreign or different ``out``, a full disk, a model without
+            gradients: before anything is written.
+        KeyboardInterrupt: after Ctrl-C, with all finished units on disk; the message says how many.
+
+    Example:
+        >>> import tempfile, torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+        >>> out = tempfile.mkdtemp()
+        >>> tlfast.collect(model, [[1, 2, 3], [4, 5]], out, points="0", progress=False).n_rows
+        2
+        >>> tlfast.open_dataset(out)["0"].shape
+        torch.Size([2, 4])
+    """
+    refuse_stranger(Path(out), "collect")
+    specs = _specs(model, points, reduce, over, dtype, output)
+    _check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
+    one_of("collect", "padding_side", padding_side, ("right", "left"))
+    if not 0 < grad_scale < math.inf:
+        raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
+    examples = as_examples(batches)
+    width = _width(specs, examples, seq_len)
+    batching = Batching(batch_tokens, width, padding_side, pad_id)
+
+    def enter(rows: int) -> Capture:
+        return capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+
+    with _at_work(model):
+        columns = probe_columns(model, enter, batching, loss, examples[0])
+        plan = Plan(len(examples), rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
+        identity = {
+            "model": _describe(model),
+            "specs": [_plain(model, spec) for spec in specs],
+            "loss": "next-token cross-entropy, summed over each example's tokens" if loss is next_token_loss
+            else f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
+            "batching": {"batch_tokens": batch_tokens, "width": width, "padding_side": padding_side, "pad_id": pad_id},
+            "grad_scale": grad_scale, "calls": calls, "missing": missing,
+            "examples": {"tokens": sum(e.length for e in examples), "sha256": examples_fingerprint(examples)},
+        }  # fmt: skip
+        for key, value in (header or {}).items():
+            known = identity.get(key)
+            identity[key] = {**known, **value} if isinstance(known, dict) else value
+        writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
+        n_before = sum(len(plan.unit_named(name)) for name in writer.done)
+        todo = [unit for unit in plan.units if unit.name not in writer.done]
+        shown = Progress(plan.n_examples, n_before, progress)
+        try:
+            if todo:
+                with BackgroundWriter(writer) as background, enter(max(map(len, todo))) as cap, shown:
+                    runner = Runner(model, cap, batching, loss, grad_scale)
+                    _run(runner, Blocks(columns, cap.capacity, runner.device.type == "cuda"), todo, examples,
+                         background, shown, missing == "nan")  # fmt: skip
+        except KeyboardInterrupt:
+            kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
+            raise KeyboardInterrupt(kept) from None
+    return Report(
+        writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
+        shown.n_nonfinite, shown.n_saturated, shown.time_s,
+    )  # fmt: skip
+
+
+def _run(
+    runner: Runner,
+    blocks: Blocks,
+    todo: Sequence[Unit],
+    examples: Sequence[Example],
+    background: BackgroundWriter,
+    shown: Progress,
+    with_missing: bool,
+) -> None:
+    oddities = Oddities(runner.cap)
+
+    def step_done(n_examples: int, n_tokens: int) -> None:
+        shown.n_bytes = background.bytes_written
+        shown.step(n_examples, n_tokens)
+
+    for unit in todo:
+        part = examples[unit.start : unit.stop]
+        places = runner.fill_ring(part, step_done)
+        block = blocks.fill(runner.cap, places)
+        flags = oddities.flags(block, places, with_missing)
+        shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
+        background.submit(unit, block, part, flags)
+
+
+@contextmanager
+def _at_work(model: nn.Module) -> Iterator[None]:
+    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with freeze(model), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _specs(
+    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | None, output: int | str | None
+) -> list[Spec]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
+    named = isinstance(points, Spec) or (isinstance(points, Sequence) and any(isinstance(p, Spec) for p in points))
+    specs = as_specs("collect", points, None if named else Spec(points, reduce, over, dtype, output))
+    for spec in specs:
+        find_points("collect", model, spec.points)
+        if 0 in spec.dims:
+            remedy = "Reduce the batch when reading, or use capture."
+            raise ValueError(broken_rule("collect", "over", "keep the batch: a row is an example", spec.over, remedy))
+    return specs
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(broken_rule("collect", name, "be a positive number", repr(value), "Give a whole number."))
+
+
+def _width(specs: Sequence[Spec], examples: Sequence[Example], seq_len: int | None) -> int | None:
+    """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
+    longest = max(example.length for example in examples)
+    if seq_len is not None and longest > seq_len:
+        remedy = "Cut the examples, or give a larger seq_len."
+        raise ValueError(broken_rule("collect", "examples", f"have {seq_len} tokens at most", longest, remedy))
+    return None if all(1 in spec.dims for spec in specs) else seq_len or longest
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtypes": dtypes,
+        "fingerprint": model_fingerprint(model),
+    }
+
+
+def _plain(model: nn.Module, spec: Spec) -> dict[str, Any]:
+    """A spec as JSON; the points that a predicate picked stand for it."""
+    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else spec.points
+    return {
+        "points": points if isinstance(points, str) else list(points),
+        "reduce": spec.reduce,
+        "over": list(spec.dims),
+        "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),
+        "output": spec.output,
+        "name": spec.name,
+    }

@@ -1,0 +1,41 @@
+"""Short names for a model, a tokenizer and a set of examples: equal where a run may continue another one's dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dataset.plan import Example
+
+_SAMPLES = 1024  # values of each parameter that are hashed: training changes nearly all, and reading all takes minutes
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names, dtypes and shapes of all parameters and buffers, and of evenly spaced values of each."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+            values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
+            digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def examples_fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of all tokens, sources and starts."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.source}\0{example.start} {example.length};".encode())
+        digest.update(memoryview(example.input_ids))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of a fast tokenizer's own JSON, or of a slow one's vocabulary."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    text = str(fast.to_str()) if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
