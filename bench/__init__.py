@@ -1,0 +1,1 @@
+"""The measured claims: `python -m bench hooks kernel step collect`; README.md here says how to read them."""

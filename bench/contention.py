@@ -1,0 +1,88 @@
+"""The same steps beside a busy Python thread: who waits for the GIL inside backward."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .measure import Measured, Sections, interleave
+from .report import Cell, Table
+from .rivals import BARE, Attach
+from .training import Job, check_variants, sampler
+
+SWITCH_INTERVAL = 1e-4  # seconds; why: see busy_thread
+BUSY = " beside a busy thread"
+
+
+@contextmanager
+def busy_thread() -> Iterator[threading.Event]:
+    """A Python thread that never gives up the GIL by itself; it runs while the event is set.
+
+    Who wants the GIL back waits for one switch interval, if the busy thread has woken up meanwhile. PyTorch gives the
+    GIL up in every operator that Python calls, and for the whole of backward. The interval is 0.1 ms here, a fiftieth
+    of Python's default: that favours those who wait often, and keeps the one wait that every backward has at its end,
+    with hooks or without, small beside the backward itself.
+    """
+    running, ended = threading.Event(), threading.Event()
+
+    def spin() -> None:
+        while not ended.is_set():
+            running.wait()
+            for _ in range(200):
+                pass
+
+    thread = threading.Thread(target=spin, daemon=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    thread.start()
+    try:
+        yield running
+    finally:
+        ended.set()
+        running.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def measure(job: Job, variants: dict[str, Attach], n_steps: int, rounds: int) -> Measured:
+    """Check, then time every variant alone and beside the busy thread, in the same rounds."""
+    check_variants(job, variants)
+    with busy_thread() as running:
+
+        def beside(sample: Callable[[], Sections]) -> Sections:
+            try:
+                return sample()
+            finally:
+                running.clear()
+
+        samplers: dict[str, Callable[[], Sections]] = {}
+        for name, attach in variants.items():
+            samplers[name] = sampler(job, attach, n_steps)
+            busy = sampler(job, attach, n_steps, running.set)
+            samplers[name + BUSY] = lambda busy=busy: beside(busy)  # type: ignore[misc]
+        return interleave(samplers, rounds)
+
+
+def backward_ratio(measured: Measured, name: str) -> float:
+    """How many times longer a variant's backward takes beside the busy thread."""
+    return measured[name + BUSY]["backward"].ratio(measured[name]["backward"])
+
+
+def table(title: str, measured: Measured, n_points: int) -> Table:
+    """Forward and backward of every variant, alone and beside the busy thread."""
+    rows: list[dict[str, Cell]] = []
+    for name in (name for name in measured if not name.endswith(BUSY)):
+        row: dict[str, Cell] = {"variant": name}
+        for section in ("forward", "backward"):
+            alone, busy = measured[name][section], measured[name + BUSY][section]
+            row[section], row[f"{section}_busy"] = alone.median * 1e6, busy.median * 1e6
+            row[f"{section}_ratio"] = busy.ratio(alone)
+            row[f"{section}_busy_above_floor"] = busy.above(measured[BARE + BUSY][section]) * 1e6 / n_points
+        rows.append(row)
+    columns = [f"{section}{part}" for section in ("forward", "backward") for part in ("", "_busy", "_ratio")]
+    return Table(
+        f"{title}: us a step; us a point above the floor", BARE, ["variant", *columns, "backward_busy_above_floor"],
+        rows, "every forward is Python, so it shares the GIL; every backward waits for the GIL once, at its end",
+    )  # fmt: skip
