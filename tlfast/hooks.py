@@ -101,7 +101,7 @@ class Capture:
                 )
             ) from error  # fmt: skip
         if error is None and not self._step.n_ended:
-            if self._compiled_before and not self._step.n_calls:
+            if self._compiled_before and not any(tap.last_call for _, tap in self._taps):
                 # The model may lie inside a compiled function or wrapper that `check_not_compiled` can't see.
                 raise RuntimeError(
                     broken_rule(
