@@ -1,0 +1,57 @@
+"""What all tests share: which backend runs, in which attachment, on how many threads, with which seed."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+import tlfast
+
+FULL_WARNS = "ignore:Full backward hook is firing when gradients are computed with respect to module outputs"
+# The same examples in every run and no time limits: a test fails because the code is wrong, not because of the day.
+settings.register_profile("tlfast", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("tlfast")
+
+ATTACHMENTS = ["tensor", pytest.param("full", marks=pytest.mark.filterwarnings(FULL_WARNS))]
+
+
+def pytest_configure(config):
+    if os.environ.get("TLFAST_REQUIRE_NATIVE") != "1" and not tlfast.backend().startswith("native"):
+        # Without native code its one warning is right; every other warning stays an error.
+        config.addinivalue_line("filterwarnings", "ignore:tlfast runs in pure Python")
+    if os.environ.get("TLFAST_EXPECT_SANITIZED") == "1":
+        from tlfast import _build_info
+
+        if not _build_info.SANITIZE:
+            pytest.exit(f"tests: tlfast must be the sanitized build, got {tlfast.__file__}. Run make sanitize.", 1)
+
+
+def usable(backend):
+    """``backend``; skips if the native code can't be used here, and fails if it must be."""
+    if backend == "native" and not tlfast.backend().startswith("native"):
+        if os.environ.get("TLFAST_REQUIRE_NATIVE") == "1":
+            pytest.fail(f"TLFAST_REQUIRE_NATIVE=1, but tlfast runs {tlfast.backend()}")
+        pytest.skip(tlfast.backend())
+    return backend
+
+
+@pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.sanitize)])
+def backend(request):
+    """Each of the two implementations."""
+    return usable(request.param)
+
+
+@pytest.fixture(params=ATTACHMENTS)
+def attach(request):
+    """Each of the two ways to sit on a point."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
