@@ -1,0 +1,148 @@
+"""The house rules as functions of a path and its text: floors, first lines, sizes, names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+MAX_LINES = 260
+
+# From the ground up; a module imports only from rows above its own. A new module needs a place here.
+FLOORS = (
+    ("_C", "_build_info", "errors"),
+    ("spec",),
+    ("reference",),
+    ("ops", "ring", "points"),
+    ("taps",),
+    ("attachment", "freeze"),
+    ("hooks",),
+    ("dataset.errors",),
+    ("dataset.plan", "dataset.durable"),
+    ("dataset.layout",),
+    ("dataset.description",),
+    ("dataset.commits",),
+    ("dataset.background", "dataset.card", "dataset.columns", "dataset.folder", "dataset.rows"),
+    ("dataset.verify",),
+    ("dataset.reader", "dataset.writer"),
+    ("dataset",),
+    ("batches", "fingerprint", "huggingface", "progress", "text"),
+    ("loss", "units"),
+    ("collect",),
+    ("collect_text",),
+    ("__init__",),
+    ("cli",),
+    ("__main__",),
+)
+NATIVE_FLOORS = (
+    ("errors", "reduce", "view"),
+    ("capture_cpu",),
+    ("capture",),
+    ("ring",),
+    ("step",),
+    ("tap",),
+    ("module",),
+)
+# The dataset on disk knows nothing of capture: of the rest of the package it may import these alone.
+BELOW_DATASET = {"errors"}
+CORE_LIBRARIES = {"torch", "numpy"}
+VAGUE_FILES = re.compile(r"(^|_)(utils?|helpers?|misc|common|managers?|handlers?|stuff)(_|$)")
+VAGUE_NAMES = re.compile(r"(Utils?|Helper|Manager|Handler)$")
+# Folders of one machine; a path in an example is relative, or under /tmp, /data or the like.
+MACHINE_PATHS = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|opt)/[\w.]")
+
+
+def level(name: str, floors: tuple[tuple[str, ...], ...]) -> int:
+    found = [number for number, names in enumerate(floors) if name in names]
+    if len(found) != 1:
+        raise AssertionError(f"{name} must stand once in the floors of tests/test_floors.py, got {len(found)} times")
+    return found[0]
+
+
+def module_name(path: Path) -> str:
+    """``tlfast/dataset/plan.py`` -> ``dataset.plan``, ``tlfast/dataset/__init__.py`` -> ``dataset``."""
+    parts = list(path.with_suffix("").parts[1:])
+    return ".".join(parts[:-1] or parts) if parts[-1] == "__init__" else ".".join(parts)
+
+
+def package_imports(path: Path, source: str, known: set[str]) -> set[str]:
+    """Names of the modules of tlfast that a file imports, anywhere in it."""
+    package = ["tlfast", *path.parts[1:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "tlfast":
+                    found.add(alias.name.partition(".")[2] or "__init__")
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            if base[0] != "tlfast":
+                continue
+            for alias in node.names:
+                inner = ".".join([*base[1:], alias.name])
+                found.add(inner if inner in known else ".".join(base[1:]) or "__init__")
+    return found
+
+
+def outside_imports(source: str) -> set[str]:
+    """Libraries imported when the module is: at its top level, in its classes, under if and try."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found - set(sys.stdlib_module_names) - {"tlfast"}
+
+
+def upward_imports(path: Path, source: str, known: set[str]) -> list[str]:
+    own = module_name(path)
+    wrong = []
+    for other in sorted(package_imports(path, source, known) - {own}):
+        if level(other, FLOORS) >= level(own, FLOORS):
+            wrong.append(f"{path} imports tlfast.{other}, which is not on a floor beneath it")
+        elif own.split(".")[0] == "dataset" != other.split(".")[0] and other not in BELOW_DATASET:
+            wrong.append(f"{path} imports tlfast.{other}, but the dataset may use only {sorted(BELOW_DATASET)}")
+    return wrong
+
+
+def upward_includes(path: Path, source: str) -> list[str]:
+    wrong = []
+    for other in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source, flags=re.MULTILINE):
+        stem = Path(other).stem
+        if stem != path.stem and level(stem, NATIVE_FLOORS) >= level(path.stem, NATIVE_FLOORS):
+            wrong.append(f"{path} includes {other}, which is not on a floor beneath it")
+    return wrong
+
+
+def broken_laws(path: Path, source: str) -> list[str]:
+    """What a file breaks of the laws that hold for every source file."""
+    lines = source.splitlines()
+    wrong = []
+    if len(lines) > MAX_LINES:
+        wrong.append(f"{path} must have at most {MAX_LINES} lines, got {len(lines)}")
+    if VAGUE_FILES.search(path.stem):
+        wrong.append(f"{path} must be named after what it holds")
+    if MACHINE_PATHS.search(source):
+        wrong.append(f"{path} must name no folder of one machine, got {MACHINE_PATHS.search(source)[0]!r}...")
+    first = lines[0] if lines else ""
+    if path.suffix in (".py", ".pyi"):
+        if not re.match(r'"""\S.{9,}', first):
+            wrong.append(f"{path} must say in a docstring on its first line what it holds, got {first!r}")
+        classes = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+        vague = filter(VAGUE_NAMES.search, classes)
+        wrong += [f"{path}: class {name} must be named with a term of the field" for name in vague]
+    elif not re.match(r"// \S.{9,}", first):
+        wrong.append(f"{path} must say in a comment on its first line what it holds, got {first!r}")
+    return wrong

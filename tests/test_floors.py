@@ -1,0 +1,143 @@
+"""The house rules hold: a file imports only from floors beneath it, says first what it holds, and stays small."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from source_rules import (
+    CORE_LIBRARIES,
+    FLOORS,
+    MAX_LINES,
+    NATIVE_FLOORS,
+    broken_laws,
+    module_name,
+    outside_imports,
+    upward_imports,
+    upward_includes,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository, relative to its root; without git, all that lie there."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        found = (path.relative_to(ROOT) for pattern in patterns for path in ROOT.rglob(pattern))
+        return sorted(path for path in found if path.parts[0] not in ("build", ".venv"))
+    return sorted(Path(line) for line in listing.stdout.splitlines() if (ROOT / line).is_file())
+
+
+SOURCES = tracked("*.py", "*.pyi", "*.cpp", "*.h", "*.cu", "*.cuh")
+PACKAGE = [path for path in SOURCES if path.parts[0] == "tlfast" and path.suffix == ".py"]
+NATIVE = [path for path in SOURCES if path.parts[0] == "csrc"]
+KNOWN = {module_name(path) for path in PACKAGE} | {"_C", "_build_info"}
+
+
+def by_path(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=str)
+
+
+@by_path(PACKAGE)
+def test_imports_go_down(path):
+    assert upward_imports(path, (ROOT / path).read_text(), KNOWN) == []
+
+
+@by_path(PACKAGE)
+def test_optional_libraries_are_imported_where_they_are_used(path):
+    assert outside_imports((ROOT / path).read_text()) <= CORE_LIBRARIES
+
+
+@by_path(NATIVE)
+def test_includes_go_down(path):
+    assert upward_includes(path, (ROOT / path).read_text()) == []
+
+
+@by_path(SOURCES)
+def test_laws_of_a_file(path):
+    assert broken_laws(path, (ROOT / path).read_text()) == []
+
+
+def test_floors_name_what_exists():
+    names = [name for floor in FLOORS for name in floor]
+    assert sorted(names) == sorted(KNOWN | {"__init__"})
+    assert sorted({path.stem for path in NATIVE}) == sorted(name for floor in NATIVE_FLOORS for name in floor)
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("tlfast/spec.py", "from .hooks import capture"),
+        ("tlfast/spec.py", "from . import reference"),
+        ("tlfast/spec.py", "from . import __version__"),
+        ("tlfast/ring.py", "def f():\n    import tlfast.hooks"),
+        ("tlfast/ring.py", "from tlfast import Spec"),
+        ("tlfast/ring.py", "from tlfast.points import x"),
+        ("tlfast/dataset/plan.py", "from .writer import x"),
+        ("tlfast/dataset/plan.py", "from ..collect import x"),
+        ("tlfast/dataset/writer.py", "from ..hooks import Capture"),
+        ("tlfast/dataset/writer.py", "from .. import spec"),
+    ],
+)
+def test_an_upward_import_is_found(path, source):
+    assert len(upward_imports(Path(path), source, KNOWN)) == 1
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("tlfast/hooks.py", "from . import ring, taps\nfrom .errors import broken_rule\nimport torch"),
+        ("tlfast/dataset/writer.py", "from .plan import Plan\nfrom ..errors import broken_rule\nfrom . import rows"),
+        ("tlfast/collect.py", "from .dataset.plan import Plan\nfrom .dataset import writer"),
+        ("tlfast/cli.py", "from . import __version__\nimport tlfast"),
+    ],
+)
+def test_a_downward_import_is_right(path, source):
+    assert upward_imports(Path(path), source, KNOWN) == []
+
+
+def test_an_import_of_a_library_is_found():
+    source = (
+        "import torch, os\ntry:\n    import yaml.nodes\nexcept ImportError:\n    pass\n"
+        "class A:\n    from tqdm import tqdm\ndef f():\n    import pyarrow\n"
+        "if TYPE_CHECKING:\n    import transformers\n"
+    )
+    assert outside_imports(source) == {"torch", "yaml", "tqdm"}
+
+
+def test_an_upward_include_is_found():
+    assert len(upward_includes(Path("csrc/view.h"), '#include "tap.h"\n#include <vector>\n')) == 1
+    assert upward_includes(Path("csrc/tap.cpp"), '#include "tap.h"\n#include "ring.h"\n') == []
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("tlfast/spec.py", '"""What is kept."""\n' + "x = 1\n" * MAX_LINES),
+        ("tlfast/spec.py", "import os\n"),
+        ("tlfast/spec.py", ""),
+        ("tlfast/spec.py", '"""\nWhat is kept.\n"""\n'),
+        ("tlfast/spec.py", '"""What is kept."""\nclass TapManager: ...\n'),
+        ("tlfast/spec.py", '"""What is kept."""\nPATH = "/ho' + 'me/someone"\n'),
+        ("tlfast/io_utils.py", '"""What is kept."""\n'),
+        ("csrc/tap.h", "#pragma once\n"),
+        ("csrc/helpers.h", "// What all files share.\n"),
+    ],
+)
+def test_a_broken_law_is_found(path, source):
+    assert len(broken_laws(Path(path), source)) == 1
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("tlfast/spec.py", '"""What is kept."""\nfrom contextlib import contextmanager\n'),
+        ("tlfast/spec.py", '"""What is kept."""\nPATH = "data/work/home/x"\n'),
+        ("csrc/tap.h", "// The tap of one point.\n"),
+    ],
+)
+def test_a_kept_law_is_right(path, source):
+    assert broken_laws(Path(path), source) == []
