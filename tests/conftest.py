@@ -42,6 +42,12 @@ def backend(request):
     return usable(request.param)
 
 
+@pytest.fixture
+def native():
+    """The native backend alone."""
+    return usable("native")
+
+
 @pytest.fixture(params=ATTACHMENTS)
 def attach(request):
     """Each of the two ways to sit on a point."""
