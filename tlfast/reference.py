@@ -94,7 +94,7 @@ def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[i
     """Check dtypes, shape and memory of an op's arguments before a byte is written."""
     if grad.layout != torch.strided or out.layout != torch.strided:
         raise ValueError(broken_rule(who, "grad", "be dense", grad.layout, "Turn sparse=True off in the embedding."))
-    if not grad.dtype.is_floating_point or accumulator(grad.dtype) != torch.promote_types(grad.dtype, torch.float32):
+    if grad.dtype not in (torch.float32, *HALF_TYPES, torch.float64):
         raise ValueError(
             broken_rule(who, "grad", "be float32, bfloat16, float16 or float64", grad.dtype, "Cast it first.")
         )
