@@ -38,7 +38,8 @@ def reduced_shape(shape: torch.Size, dims: tuple[int, ...]) -> torch.Size:
 def check_mask(who: str, mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return ``mask`` expanded to ``shape``; ValueError unless it is boolean and covers the leading dimensions."""
     if mask.dtype != torch.bool:
-        raise ValueError(broken_rule(who, "mask", "be boolean", mask.dtype, "Use mask.bool(); True means a real token."))
+        remedy = "Use mask.bool(); True means a real token."
+        raise ValueError(broken_rule(who, "mask", "be boolean", mask.dtype, remedy))
     if mask.shape != shape[: mask.dim()] or mask.dim() == 0:
         raise ValueError(
             broken_rule(
@@ -109,7 +110,8 @@ def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[i
         raise ValueError(broken_rule(who, "out", f"be on {grad.device}, as grad is", out.device, "Move one of them."))
     want = reduced_shape(grad.shape, dims)
     if out.shape != want:
-        raise ValueError(broken_rule(who, "out", f"have shape {list(want)}", list(out.shape), "Check over= and shapes."))
+        remedy = "Check over= and shapes."
+        raise ValueError(broken_rule(who, "out", f"have shape {list(want)}", list(out.shape), remedy))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def one_of(who: str, argument: str, value: object, allowed: tuple[str, ...]) -> 
 
 def parse_over(who: str, over: Over) -> tuple[int, ...]:
     """Turn ``over`` ("pos", "batch", ints, or several of them) into a tuple of dimension numbers."""
-    items = tuple(over) if isinstance(over, Iterable) and not isinstance(over, str) else (over,)
+    items: tuple[object, ...] = tuple(over) if isinstance(over, Iterable) and not isinstance(over, str) else (over,)
     dims: list[int] = []
     for item in items:
         if isinstance(item, str):
