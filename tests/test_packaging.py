@@ -1,0 +1,245 @@
+"""The package: what it imports, what its extras and versions are, what setup.py builds and says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tlfast
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+OPTIONAL = (
+    "google_crc32c", "matplotlib", "pyarrow", "safetensors", "tokenizers", "tqdm", "transformer_lens", "transformers",
+    "tyro", "yaml",
+)  # fmt: skip
+
+LOADED = f"""
+import sys, torch, numpy
+before = set(sys.modules)
+import tlfast
+names = {OPTIONAL!r}
+print(*sorted(name for name in names if name in sys.modules and name not in before))
+"""
+# Imports of these libraries fail as they do where they are not installed.
+BLOCK = """
+import sys
+class Blocked:
+    names = {names!r}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+CAPTURE = """
+import torch, tlfast
+model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh())
+with tlfast.capture(model, "0", reduce="mean", rows=4, backend="python") as cap:
+    model(torch.ones(2, 5, 3)).sum().backward()
+assert cap["0"].shape == (2, 3), cap["0"].shape
+"""
+WRITE = """
+import torch
+from tlfast.dataset import DatasetWriter, Plan
+DatasetWriter("out", header={}, columns={"h": (torch.float32, (4,))}, plan=Plan(1, 1), config={"reduce": "mean"})
+"""
+COLLECT = """
+from tlfast.cli import main
+raise SystemExit(main(["collect", "--help"]))
+"""
+LOAD = """
+from tlfast.huggingface import load_model
+import torch
+load_model("model", None, torch.device("cpu"))
+"""
+
+
+def run(*command, folder=ROOT, **env):
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def extras():
+    """Extra -> its requirements, as the installed package declares them."""
+    metadata = importlib.metadata.metadata("tlfast")
+    names = {name: [] for name in metadata.get_all("Provides-Extra")}
+    for line in importlib.metadata.requires("tlfast"):
+        requirement, _, marker = line.partition(";")
+        found = re.search(r"""extra == ["']([\w-]+)["']""", marker)
+        names.setdefault(found[1] if found else "", []).append(requirement.strip())
+    return names
+
+
+def project_name(requirement):
+    return re.match(r"[\w-]+", requirement)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+
+
+def test_import_pulls_in_no_optional_library():
+    done = run("-c", LOADED)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stdout + done.stderr
+
+
+def test_the_check_of_imports_can_fail():
+    done = run("-c", LOADED.replace("import tlfast", "import tlfast, yaml"))
+    assert done.stdout.split() == ["yaml"]
+
+
+def test_capture_works_without_any_optional_library():
+    done = run("-c", BLOCK.format(names=OPTIONAL) + CAPTURE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "library, code",
+    [("pyarrow", WRITE), ("google_crc32c", WRITE), ("yaml", WRITE), ("tyro", COLLECT), ("transformers", LOAD)],
+)
+def test_a_missing_library_names_its_extra(library, code, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    done = run("-c", BLOCK.format(names=(library,)) + code, folder=tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{library} must be installed" in last
+    assert "pip install 'tlfast[collect]'" in last
+    assert not (tmp_path / "out").exists(), "a missing library must be found before any work"
+
+
+# ----------------------------------------------------------------------------------------------------------- metadata
+
+
+def test_one_version():
+    in_project = re.search(r'^version = "([^"]+)"', PYPROJECT, flags=re.MULTILINE)[1]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1]
+    assert {tlfast.__version__, importlib.metadata.version("tlfast"), newest} == {in_project}
+
+
+def test_the_core_needs_torch_and_numpy_alone():
+    assert sorted(map(project_name, extras()[""])) == ["numpy", "torch"]
+
+
+def test_every_named_extra_exists():
+    pages = [*ROOT.glob("tlfast/**/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "Makefile"]
+    named = {name for page in pages for name in re.findall(r"tlfast\[([\w,-]+)\]", page.read_text())}
+    assert named, "the errors of missing libraries must name an extra"
+    assert {part for name in named for part in name.split(",")} <= set(extras())
+
+
+def test_collect_names_all_that_it_imports():
+    names = {project_name(line).replace("-", "_").lower() for line in extras()["collect"]}
+    calls = {call for page in ROOT.glob("tlfast/**/*.py") for call in re.findall(r'\bextra\("(\w+)', page.read_text())}
+    assert "yaml" in calls
+    assert {"pyyaml" if name == "yaml" else name for name in calls} <= names
+
+
+def test_the_command_is_declared():
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="tlfast")
+    assert {script.value for script in scripts} == {"tlfast.cli:main"}
+    done = run("-m", "tlfast", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"tlfast {tlfast.__version__}"), done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- setup.py
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what setup.py reads: a build must not touch this checkout."""
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").write_text("# tlfast\n")
+    ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    shutil.copytree(ROOT / "tlfast", tmp_path / "tlfast", ignore=ignored)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    return tmp_path
+
+
+def test_wheel_without_native_code(source):
+    command = ["-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
+    done = run(*command, folder=source, TLFAST_BUILD="none", PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        info = archive.read("tlfast/_build_info.py").decode()
+    assert wheel.name == f"tlfast-{tlfast.__version__}-py3-none-any.whl"
+    assert {"tlfast/py.typed", "tlfast/_build_info.pyi", "tlfast/_C.pyi"} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.partition("/")[0] for name in names} == {"tlfast", f"tlfast-{tlfast.__version__}.dist-info"}
+    assert not [name for name in names if name.endswith((".so", ".cpp"))]
+    values = {}
+    exec(info, values)
+    assert (values["BUILT"], values["REASON"], values["TORCH"]) == (False, "TLFAST_BUILD=none", None)
+
+
+@pytest.mark.parametrize(
+    "wanted, said",
+    [
+        ("cuda", "TLFAST_BUILD must be auto, cpu or none, got 'cuda'. This version has no CUDA code yet."),
+        ("gpu", "TLFAST_BUILD must be one of auto, cpu, cuda, none, got 'gpu'. Unset it for auto."),
+    ],
+)
+def test_a_build_that_does_not_exist_is_refused(source, wanted, said):
+    done = run("setup.py", "--version", folder=source, TLFAST_BUILD=wanted)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler(source, compiler):
+    must = run("setup.py", "--version", folder=source, TLFAST_BUILD="cpu", CXX=compiler)
+    assert must.returncode != 0
+    assert re.search(rf"TLFAST_BUILD must be possible.*got 'cpu', but .*{compiler}", must.stderr)
+
+    may = run("setup.py", "-q", "build", "--build-lib", "built", folder=source, TLFAST_BUILD="auto", CXX=compiler)
+    assert may.returncode == 0, may.stderr
+    assert "tlfast: no native module, pure Python (" in may.stdout
+    assert compiler in (source / "built" / "tlfast" / "_build_info.py").read_text()
+
+
+def test_without_torch(source):
+    (source / "torch.py").write_text("raise ImportError('not here')\n")
+    done = run("setup.py", "--version", folder=source, TLFAST_BUILD="auto", PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    assert "no native module, pure Python (torch could not be imported" in done.stdout
+
+
+def test_an_old_torch_is_refused(source):
+    (source / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+    done = run("setup.py", "--version", folder=source, TLFAST_BUILD="cpu", PYTHONPATH=str(source))
+    assert done.returncode != 0
+    assert "torch must be 2.11 or newer, got 2.9.1+cpu" in done.stderr
+
+
+def test_what_runs_is_what_was_built():
+    if importlib.util.find_spec("tlfast._build_info") is None:
+        assert tlfast.backend().startswith("python: ")
+        return
+    import torch
+
+    from tlfast import _build_info
+
+    if _build_info.BUILT and torch.__version__ == _build_info.TORCH:
+        assert tlfast.backend().startswith("native ("), tlfast.backend()
+    else:
+        assert tlfast.backend().startswith("python: ")
+        assert _build_info.REASON in tlfast.backend() or str(_build_info.TORCH) in tlfast.backend()

@@ -1,0 +1,118 @@
+"""What the README says is true: its examples run, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tlfast
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8") if page.exists() else ""
+
+
+def code_blocks(text: str, language: str) -> list[tuple[int, str]]:
+    """(line number, code) of each fenced block of one language."""
+    found = re.finditer(rf"^```{language}[ \t]*\n(.*?)^```[ \t]*$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text[: block.start(1)].count("\n") + 1, block[1]) for block in found]
+
+
+def run_block(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block as a user would: in a new interpreter and an empty folder; a warning is a failure."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    source = "import tlfast, torch, warnings\nwarnings.simplefilter('error')\ndel tlfast, torch, warnings\n" + code
+    return subprocess.run(
+        [sys.executable, "-c", source],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def missing_commands(text: str, targets: set[str]) -> set[str]:
+    """Targets of make that a page names, in code, and that the Makefile does not have."""
+    code = re.findall(r"`{1,3}[^`]*`{1,3}", text)
+    return {name for part in code for name in re.findall(r"\bmake ([a-z][a-z-]*)", part)} - targets
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Relative links and pictures that lead to no file."""
+    links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text)
+    return [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# Without a block there is still a test, and it fails.
+PYTHON_BLOCKS = code_blocks(text_of(README), "python") or [(0, "raise SystemExit('README.md holds no python block')")]
+
+
+def test_readme_exists():
+    assert README.exists(), "README.md must exist: what it is, the two commands, an example of capture"
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=f"line {line}") for line, code in PYTHON_BLOCKS])
+def test_readme_example_runs(code, tmp_path):
+    done = run_block(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_commands_and_links_of_a_page(page):
+    assert page.exists(), f"{page.name} must exist"
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert missing_commands(text_of(page), targets) == set()
+    assert broken_links(page, text_of(page)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in tlfast.__all__ if callable(getattr(tlfast, name))])
+def test_public_docstring_has_an_example_that_runs(name):
+    thing = getattr(tlfast, name)
+    examples = [test for test in doctest.DocTestFinder().find(thing, name) if test.examples]
+    assert examples, f"tlfast.{name} must have a runnable example in its docstring"
+    for example in examples:
+        # The globals of its own module would hide a missing import.
+        example.globs = {}
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+        assert runner.run(example).failed == 0, f"the example of tlfast.{example.name} failed, see above"
+
+
+def test_all_names_are_there():
+    assert sorted(tlfast.__all__) == sorted(set(tlfast.__all__))
+    assert importlib.import_module("tlfast").__doc__
+
+
+def test_a_wrong_block_is_found(tmp_path):
+    assert "ZeroDivisionError" in run_block("1 / 0", tmp_path).stderr
+    assert run_block("torch.ones(1)", tmp_path).returncode != 0, "a block must import what it uses"
+    assert run_block("import warnings; warnings.warn('old')", tmp_path).returncode != 0
+
+
+def test_blocks_are_found():
+    text = "a\n```python\nx = 1\n```\n```\nplain\n```\n```bash\nmake it\n```\n```python\ny = 2\nz = 3\n```\n"
+    assert code_blocks(text, "python") == [(3, "x = 1\n"), (12, "y = 2\nz = 3\n")]
+
+
+def test_wrong_commands_and_links_are_found(tmp_path):
+    assert missing_commands("Run `make demo`, then\n```\nmake nothing\n```\nwe make sure", {"demo"}) == {"nothing"}
+    page = tmp_path / "page.md"
+    (tmp_path / "there.md").touch()
+    text = "[a](there.md#part) ![b](gone.png) [c](https://example.org/x) [d](#part)"
+    assert broken_links(page, text) == ["gone.png"]
