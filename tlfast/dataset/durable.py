@@ -40,12 +40,21 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def _lock(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        # Some network filesystems are mounted without locks; a unit must then have one writer at a time.
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a dataset folder; the kernel drops it where the process dies."""
     fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        _lock(fd)
         yield
     finally:
         os.close(fd)
@@ -122,7 +131,7 @@ class PendingFile:
     def discard(self) -> None:
         """Remove the temporary name, if it is still there, and close."""
         if self._fd >= 0:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # already named, or not removable now: the next run removes it
                 os.unlink(self._temporary)
             os.close(self._fd)
             self._fd = -1
@@ -141,7 +150,7 @@ def _create_locked(folder: Path) -> tuple[Path, int]:
         path = folder / f".tlfast-{secrets.token_hex(8)}.tmp"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             if os.fstat(fd).st_nlink:  # else remove_stale took it between open and flock
                 return path, fd
         except BaseException:
@@ -152,13 +161,13 @@ def _create_locked(folder: Path) -> tuple[Path, int]:
 
 def remove_stale(folder: Path) -> None:
     """Remove temporary files in ``folder`` whose writer is dead; those of living writers are locked and stay."""
-    for entry in list(os.scandir(folder)):
-        if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+    for path in (folder / name for name in os.listdir(folder) if TEMPORARY.fullmatch(name)):
+        if path.is_file() and not path.is_symlink():
             with suppress(OSError):  # gone meanwhile, or locked
-                fd = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW)
+                fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(entry.path)
+                    os.unlink(path)
                 finally:
                     os.close(fd)
 

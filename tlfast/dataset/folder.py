@@ -31,7 +31,7 @@ def is_dataset(out: Path) -> bool:
 def is_empty(out: Path) -> bool:
     """Whether nothing lies in ``out`` but the leavings of a run killed before it wrote dataset.json."""
     return not out.exists() or (
-        out.is_dir() and all(TEMPORARY.fullmatch(entry.name) or entry.name == LOCK_NAME for entry in os.scandir(out))
+        out.is_dir() and all(TEMPORARY.fullmatch(name) or name == LOCK_NAME for name in os.listdir(out))
     )
 
 

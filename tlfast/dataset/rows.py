@@ -40,7 +40,7 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
     try:
         values = [
             pa.array([example.id for example in examples], pa.int64()),
-            pa.array([list(example.input_ids) for example in examples], schema.field("input_ids").type),
+            pa.array([example.input_ids for example in examples], schema.field("input_ids").type),
             pa.array([example.source for example in examples], pa.string()),
             pa.array([example.start for example in examples], pa.int64()),
             pa.array([example.length for example in examples], pa.int32()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from .commits import (
     CommittedFile,
     check_folders,
     check_sizes,
+    commit_path,
     committed_names,
     data_path,
     publish,
@@ -140,6 +142,9 @@ class DatasetWriter:
             OSError: where the disk fails; nothing of the unit exists then.
         """
         self._check(unit, tensors, examples, flags)
+        if os.path.lexists(self.out / commit_path(unit)):
+            self.done.add(unit.name)
+            return False
         layout = unit_layout(self.columns, unit)
         norms: dict[str, Any] = {}
         bad = np.zeros(len(unit), dtype=bool)
