@@ -89,21 +89,22 @@ void check_mask(const at::Tensor& mask, const at::Tensor& grad) {
 
 View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, at::IntArrayRef dims,
              Reduction reduction) {
-  std::vector<Dim> kept, reduced;
+  ViewBuilder builder;
   int64_t out_dim = 0;
   for (int64_t d = 0; d < grad.dim(); ++d) {
     const int64_t mask_stride = mask && d < mask->dim() ? mask->stride(d) : 0;
     if (std::find(dims.begin(), dims.end(), d) != dims.end())
-      reduced.push_back({grad.size(d), grad.stride(d), 0, mask_stride});
+      builder.reduce({grad.size(d), grad.stride(d), 0, mask_stride});
     else
-      kept.push_back({grad.size(d), grad.stride(d), out.stride(out_dim++), mask_stride});
+      builder.keep({grad.size(d), grad.stride(d), out.stride(out_dim++), mask_stride});
   }
-  return make_view(kept, reduced, reduction == Reduction::last);
+  return builder.build(reduction == Reduction::last);
 }
 
 void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce, at::IntArrayRef over,
                 const std::optional<at::Tensor>& mask, double scale) {
-  capture(out, grad, parse_reduction(std::string(reduce)), over, mask, scale);
+  make_plan(out, grad, parse_reduction(std::string(reduce)), over, mask)
+      .run(grad.const_data_ptr(), out.mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr, scale);
 }
 
 }  // namespace
@@ -140,17 +141,20 @@ std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims) 
   return out;
 }
 
-Counts capture(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
-               const std::optional<at::Tensor>& mask, double scale) {
+Counts Plan::run(const void* grad, void* out, const void* mask, double scale) const {
+  if (empty) return {};
+  return capture_cpu(view, reduction, grad_dtype, out_dtype, grad, out, static_cast<const uint8_t*>(mask), scale);
+}
+
+Plan make_plan(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
+               const std::optional<at::Tensor>& mask) {
   const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims("capture", over, grad.dim());
   check(out, grad, dims);
   if (mask) check_mask(*mask, grad);
   TORCH_CHECK_VALUE(grad.is_cpu(), broken_rule("capture", "grad", "be on cpu for the native code", grad.device(),
                                                "Use backend=\"python\"."));
-  if (out.numel() == 0) return {};
-  return capture_cpu(view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
-                     *dtype_of(out.scalar_type()), grad.const_data_ptr(), out.mutable_data_ptr(),
-                     mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr, scale);
+  return {view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
+          *dtype_of(out.scalar_type()), out.numel() == 0};
 }
 
 TORCH_LIBRARY_FRAGMENT(tlfast, library) {

@@ -18,8 +18,18 @@ std::vector<int64_t> normal_dims(const std::string& who, at::IntArrayRef dims, i
 // The shape that is left when the (normal) dims are reduced away.
 std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims);
 
-// Check everything, then write. `over` is ignored by Reduction::none.
-Counts capture(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
-               const std::optional<at::Tensor>& mask, double scale);
+// One call's geometry and types, checked: it fits every tensor of the same sizes, strides and dtypes.
+struct Plan {
+  View view;
+  Reduction reduction;
+  Dtype grad_dtype, out_dtype;
+  bool empty;
+
+  Counts run(const void* grad, void* out, const void* mask, double scale) const;
+};
+
+// Check everything. `over` is ignored by Reduction::none.
+Plan make_plan(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
+               const std::optional<at::Tensor>& mask);
 
 }  // namespace tlfast

@@ -25,8 +25,13 @@ std::vector<int64_t> Ring::dims_of(at::IntArrayRef shape) const {
 }
 
 bool Ring::keeps_batch(at::IntArrayRef shape) const {
-  const auto dims = dims_of(shape);
-  return !shape.empty() && (dims.empty() || dims.front() != 0);
+  const int64_t n = int64_t(shape.size());
+  bool keeps = n > 0;
+  for (int64_t d : dims_) {
+    if (d < -n || d >= n) dims_of(shape);  // throws
+    keeps &= d != 0 && d != -n;
+  }
+  return keeps;
 }
 
 int64_t Ring::n_rows(at::IntArrayRef shape) const { return keeps_batch(shape) ? shape[0] : 1; }
@@ -52,21 +57,53 @@ at::Tensor Ring::check(const at::Tensor& grad) {
   return fitting(at::IntArrayRef(shape).slice(keeps_batch(grad.sizes()) ? 1 : 0), grad);
 }
 
-void Ring::reduce(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
-  const Counts counts = capture(out, grad, reduction_, dims_, mask, scale);
-  n_nonfinite += counts.nonfinite;
-  n_saturated += counts.saturated;
+void Ring::count(const Counts& counts) {
+  if (counts.nonfinite) {
+    n_nonfinite += counts.nonfinite;
+    n_saturated += counts.saturated;
+  }
+}
+
+bool Ring::Known::fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask) const {
+  return grad.scalar_type() == dtype && grad.sizes() == at::IntArrayRef(sizes) &&
+         grad.strides() == at::IntArrayRef(strides) && mask.has_value() == !mask_sizes.empty() &&
+         (!mask || (mask->sizes() == at::IntArrayRef(mask_sizes) && mask->strides() == at::IntArrayRef(mask_strides)));
 }
 
 void Ring::write(int64_t base, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
-  const at::Tensor rows = check(grad);
-  reduce(keeps_batch(grad.sizes()) ? rows.narrow(0, base, grad.size(0)) : rows.select(0, base), grad, mask, scale);
+  std::shared_ptr<const Known> known;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    known = known_;
+  }
+  if (!known || !grad.is_cpu() || !known->fits(grad, mask)) {
+    const at::Tensor rows = check(grad);
+    const at::Tensor out = keeps_batch(grad.sizes()) ? rows.narrow(0, 0, grad.size(0)) : rows.select(0, 0);
+    auto made = std::make_shared<Known>(Known{grad.sizes().vec(),
+                                              grad.strides().vec(),
+                                              {},
+                                              {},
+                                              grad.scalar_type(),
+                                              make_plan(out, grad, reduction_, dims_, mask),
+                                              static_cast<char*>(rows.mutable_data_ptr()),
+                                              rows.stride(0) * int64_t(rows.element_size())});
+    if (mask) {
+      made->mask_sizes = mask->sizes().vec();
+      made->mask_strides = mask->strides().vec();
+    }
+    known = std::move(made);
+    std::lock_guard<std::mutex> lock(mutex_);
+    known_ = known;
+  }
+  count(known->plan.run(grad.const_data_ptr(), known->rows + base * known->row_bytes,
+                        mask ? mask->const_data_ptr() : nullptr, scale));
 }
 
 at::Tensor Ring::part(const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
   const auto shape = reduced_shape(grad.sizes(), dims_of(grad.sizes()));
   const at::Tensor out = at::empty(shape, grad.options().dtype(dtype_.value_or(grad.scalar_type())));
-  reduce(out, grad, mask, scale);
+  count(make_plan(out, grad, reduction_, dims_, mask)
+            .run(grad.const_data_ptr(), out.mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr, scale));
   return keeps_batch(grad.sizes()) ? out : out.unsqueeze(0);
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 
 #include "capture.h"
@@ -39,10 +40,21 @@ class Ring {
   std::atomic<int64_t> n_nonfinite{0}, n_saturated{0};
 
  private:
+  // The last write's geometry: a training loop has the same one at every step.
+  struct Known {
+    bool fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask) const;
+
+    std::vector<int64_t> sizes, strides, mask_sizes, mask_strides;
+    at::ScalarType dtype;
+    Plan plan;
+    char* rows;
+    int64_t row_bytes;
+  };
+
   std::vector<int64_t> dims_of(at::IntArrayRef shape) const;
+  void count(const Counts& counts);
   bool keeps_batch(at::IntArrayRef shape) const;
   at::Tensor fitting(at::IntArrayRef row_shape, const at::Tensor& like);
-  void reduce(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
 
   const Reduction reduction_;
   const std::vector<int64_t> dims_;
@@ -50,6 +62,7 @@ class Ring {
   const int64_t capacity_;
   mutable std::mutex mutex_;  // two backwards may meet at the first gradient
   at::Tensor rows_;
+  std::shared_ptr<const Known> known_;
 };
 
 }  // namespace tlfast

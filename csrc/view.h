@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <stdexcept>
 
 namespace tlfast {
 
@@ -11,82 +11,104 @@ struct Dim {
   int64_t size, grad, out, mask;
 };
 
+// A few dimensions, in place: a call must not allocate.
+class Dims {
+ public:
+  static constexpr int kMost = 16;  // dimensions that can't be joined; torch itself stops at 64
+
+  void push_back(const Dim& d) {
+    if (n_ == kMost) throw std::length_error("capture: grad must have at most 16 dimensions that can't be joined");
+    dims_[n_++] = d;
+  }
+  void erase(int i) {
+    for (--n_; i < n_; ++i) dims_[i] = dims_[i + 1];
+  }
+  int size() const { return n_; }
+  const Dim& operator[](int i) const { return dims_[i]; }
+  Dim& back() { return dims_[n_ - 1]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < n_; ++i) n *= dims_[i].size;
+    return n;
+  }
+
+ private:
+  Dim dims_[kMost];
+  int n_ = 0;
+};
+
 struct View {
-  std::vector<Dim> outer;    // kept dimensions but the inner one, slowest first
-  std::vector<Dim> reduced;  // reduced dimensions but the inner one, in row-major order
-  Dim inner{1, 1, 1, 0};     // the dimension that runs through the vector registers
+  Dims outer;             // kept dimensions but the inner one, slowest first
+  Dims reduced;           // reduced dimensions but the inner one, in row-major order
+  Dim inner{1, 1, 1, 0};  // the dimension that runs through the vector registers
   bool inner_reduced = false;
   int64_t n_outer = 1, n_reduced = 1;
-
-  bool empty() const { return n_outer * inner.size == 0 && !inner_reduced; }
 };
 
 namespace detail {
 
-// Join neighbours that lie behind each other in all three tensors; drop dimensions of size 1.
-inline std::vector<Dim> joined(const std::vector<Dim>& dims) {
-  std::vector<Dim> out;
-  for (const Dim& d : dims) {
-    if (d.size == 1) continue;
-    if (!out.empty()) {
-      Dim& o = out.back();
-      if (o.grad == d.grad * d.size && o.out == d.out * d.size && o.mask == d.mask * d.size) {
-        o = {o.size * d.size, d.grad, d.out, d.mask};
-        continue;
-      }
+// Append a dimension; it joins the one before it where they lie behind each other in all three tensors.
+inline void append(Dims& dims, const Dim& d) {
+  if (d.size == 1) return;
+  if (dims.size() > 0) {
+    Dim& o = dims.back();
+    if (o.grad == d.grad * d.size && o.out == d.out * d.size && o.mask == d.mask * d.size) {
+      o = {o.size * d.size, d.grad, d.out, d.mask};
+      return;
     }
-    out.push_back(d);
   }
-  return out;
+  dims.push_back(d);
 }
 
-inline int64_t product(const std::vector<Dim>& dims) {
-  int64_t n = 1;
-  for (const Dim& d : dims) n *= d.size;
-  return n;
-}
-
-// The last dimension along which the gradient is contiguous, or -1.
-inline int contiguous(const std::vector<Dim>& dims) {
-  for (int i = int(dims.size()) - 1; i >= 0; --i)
+// The last dimension along which the gradient is contiguous and the mask is constant, or -1.
+inline int contiguous(const Dims& dims) {
+  for (int i = dims.size() - 1; i >= 0; --i)
     if (dims[i].grad == 1 && dims[i].mask == 0) return i;
   return -1;
 }
 
 }  // namespace detail
 
-// `ordered`: the reduction looks at the order of elements (`last`), so the reduced dimensions stay whole.
-inline View make_view(const std::vector<Dim>& kept, const std::vector<Dim>& reduced, bool ordered) {
-  View v;
-  v.outer = detail::joined(kept);
-  v.reduced = detail::joined(reduced);
-  int at = detail::contiguous(v.outer);
-  const int run = ordered ? -1 : detail::contiguous(v.reduced);
-  if (at < 0 && run >= 0) {
-    v.inner = v.reduced[run];
-    v.inner_reduced = true;
-    v.reduced.erase(v.reduced.begin() + run);
-  } else {
-    if (at < 0 && !v.outer.empty() && v.outer.back().mask == 0) at = int(v.outer.size()) - 1;
-    if (at >= 0) {
-      v.inner = v.outer[at];
-      v.outer.erase(v.outer.begin() + at);
+// Collects the dimensions of a call in order, then makes its view.
+class ViewBuilder {
+ public:
+  void keep(const Dim& d) { detail::append(view_.outer, d); }
+  void reduce(const Dim& d) { detail::append(view_.reduced, d); }
+
+  // `ordered`: the reduction looks at the order of elements (`last`), so the reduced dimensions stay whole.
+  View build(bool ordered) {
+    View& v = view_;
+    int at = detail::contiguous(v.outer);
+    const int run = ordered ? -1 : detail::contiguous(v.reduced);
+    if (at < 0 && run >= 0) {
+      v.inner = v.reduced[run];
+      v.inner_reduced = true;
+      v.reduced.erase(run);
+    } else {
+      if (at < 0 && v.outer.size() > 0 && v.outer.back().mask == 0) at = v.outer.size() - 1;
+      if (at >= 0) {
+        v.inner = v.outer[at];
+        v.outer.erase(at);
+      }
     }
+    v.n_outer = v.outer.numel();
+    v.n_reduced = v.reduced.numel();
+    return v;
   }
-  v.n_outer = detail::product(v.outer);
-  v.n_reduced = detail::product(v.reduced);
-  return v;
-}
+
+ private:
+  View view_;
+};
 
 // Walks over all indices of some dimensions in row-major order, keeping the offsets into the three tensors.
 class Walk {
  public:
-  explicit Walk(const std::vector<Dim>& dims) : dims_(dims), index_(dims.size(), 0) {}
+  explicit Walk(const Dims& dims) : dims_(dims) {}
 
   // Jump to the n-th index.
   void seek(int64_t n) {
     grad = out = mask = 0;
-    for (size_t d = dims_.size(); d-- > 0;) {
+    for (int d = dims_.size(); d-- > 0;) {
       index_[d] = n % dims_[d].size;
       n /= dims_[d].size;
       grad += index_[d] * dims_[d].grad;
@@ -96,7 +118,7 @@ class Walk {
   }
 
   void next() {
-    for (size_t d = dims_.size(); d-- > 0;) {
+    for (int d = dims_.size(); d-- > 0;) {
       grad += dims_[d].grad;
       out += dims_[d].out;
       mask += dims_[d].mask;
@@ -111,8 +133,8 @@ class Walk {
   int64_t grad = 0, out = 0, mask = 0;
 
  private:
-  const std::vector<Dim>& dims_;
-  std::vector<int64_t> index_;
+  const Dims& dims_;
+  int64_t index_[Dims::kMost] = {};
 };
 
 }  // namespace tlfast
