@@ -1,0 +1,89 @@
+"""`tlfast collect`: from settings to a dataset, by way of a Hugging Face model and text files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from .collect import Report, collect
+from .dataset.folder import refuse_stranger
+from .errors import broken_rule
+from .fingerprint import tokenizer_fingerprint
+from .huggingface import (
+    beginning_of_text,
+    check_model_name,
+    encoder,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    portable_name,
+)
+from .ops import backend
+from .points import find_points
+from .settings import CollectSettings, stored_as
+from .text import cut_texts, find_text_files
+
+
+def collect_text(settings: CollectSettings) -> Report:
+    """Collect the gradients that ``settings`` ask for; cheap checks first, the model last.
+
+    Raises:
+        ValueError: for bad settings, before the model runs.
+        KeyboardInterrupt: as `collect`.
+    """
+    settings.check()
+    refuse_stranger(Path(settings.out), "collect")
+    check_model_name(settings.model)
+    device = pick_device(settings.device)
+    files = find_text_files(settings.text, settings.pattern)
+    if not any(file.path.stat().st_size for file in files):
+        got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
+        raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
+    tokenizer = load_tokenizer(settings.model)
+    model = load_model(settings.model, stored_as(settings.model_dtype), device)
+    find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
+    _check_fits(model, settings.seq_len)
+    examples = cut_texts(
+        files,
+        encoder(tokenizer),
+        settings.seq_len,
+        max_examples=settings.max_examples or None,
+        first=beginning_of_text(tokenizer, settings.bos),
+    )
+    from . import __version__
+
+    return collect(
+        model,
+        examples,
+        settings.out,
+        points=settings.points,
+        reduce=settings.reduce,  # type: ignore[arg-type]
+        over=settings.dims,
+        dtype=stored_as(settings.dtype),
+        output=settings.which_output,
+        batch_tokens=settings.batch_tokens,
+        seq_len=settings.seq_len,
+        rows_per_unit=settings.rows_per_unit or None,
+        padding_side=settings.padding_side,  # type: ignore[arg-type]
+        pad_id=tokenizer.pad_token_id or 0,
+        grad_scale=settings.grad_scale,
+        attach=settings.attach,
+        backend=settings.backend,
+        calls=settings.calls,
+        missing=settings.missing,
+        overwrite=settings.overwrite,
+        header={
+            "model": {"name": portable_name(settings.model)},
+            "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
+            "text": {"seq_len": settings.seq_len, "bos": settings.bos},
+        },
+        config=settings.to_yaml(f"tlfast {__version__}, {backend()}, {device}"),
+    )
+
+
+def _check_fits(model: nn.Module, seq_len: int) -> None:
+    n_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(n_positions, int) and seq_len > n_positions:
+        rule = f"be at most {n_positions}, the positions of the model"
+        raise ValueError(broken_rule("collect", "seq_len", rule, seq_len, "Give a smaller --seq-len."))

@@ -1,0 +1,53 @@
+"""What runs on this machine, in which versions, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from .ops import backend
+
+# Distribution -> the extra that brings it.
+_LIBRARIES = {
+    "google-crc32c": "collect",
+    "pyarrow": "collect",
+    "pyyaml": "collect",
+    "safetensors": "collect",
+    "tokenizers": "collect",
+    "tqdm": "collect",
+    "transformers": "collect",
+    "tyro": "collect",
+    "matplotlib": "plot",
+    "transformer-lens": "transformer-lens",
+}
+
+
+def diagnose() -> Iterator[str]:
+    """Yield one line for each thing that matters; what is absent says how to get it."""
+    from . import __version__
+
+    yield f"tlfast        {__version__}"
+    yield f"backend       {backend()}"
+    if not backend().startswith("native"):
+        yield "              to build it: pip install --no-build-isolation -e . (needs a C++ compiler and this torch)"
+    yield f"python        {platform.python_version()} on {platform.platform()}"
+    yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    yield f"gpus          {', '.join(gpus) or 'none'}"
+    versions = {library: _version(library) for library in ("numpy", *_LIBRARIES)}
+    yield from (f"{library:<13} {version}" for library, version in versions.items() if version)
+    for name in dict.fromkeys(_LIBRARIES.values()):
+        absent = [library for library, needed_by in _LIBRARIES.items() if needed_by == name and not versions[library]]
+        if absent:
+            yield f"missing       {', '.join(absent)}: pip install 'tlfast[{name}]'"
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,110 @@
+"""Hugging Face models and tokenizers, loaded from a folder or the hub, with errors of one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dataset.errors import extra
+from .errors import broken_rule
+
+# What the hub accepts as a name: one part, or two with a slash.
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def check_model_name(name: str) -> None:
+    """ValueError unless ``name`` is a folder with a config.json, or can be a name on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            got = f"{name!r} without config.json"
+            remedy = "Save one with save_pretrained."
+            raise ValueError(broken_rule("collect", "model", "be a folder with a Hugging Face model", got, remedy))
+    elif path.exists() or not _HUB_NAME.fullmatch(name) or name.startswith(".") or _in_a_folder(path):
+        rule = "be a folder or a name on the hub"
+        got = f"{name!r}, {'a file' if path.exists() else 'no such folder'}"
+        raise ValueError(broken_rule("collect", "model", rule, got, "Check the path."))
+
+
+def _in_a_folder(path: Path) -> bool:
+    # "demo/modle" could be a name on the hub, but where there is a folder demo it's a path with a slip in it.
+    return len(path.parts) > 1 and path.parent.is_dir()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer that belongs to a model; ValueError where there is none."""
+    return _load("AutoTokenizer", name)
+
+
+def load_model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """Load a causal language model onto a device; ``dtype`` None is the checkpoint's own. ValueError if it fails."""
+    model: nn.Module = _load("AutoModelForCausalLM", name, dtype="auto" if dtype is None else dtype)
+    return model.to(device)
+
+
+def _load(kind: str, name: str, **settings: Any) -> Any:
+    transformers = extra("transformers", "collect")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    folder = Path(name).expanduser()
+    try:
+        return getattr(transformers, kind).from_pretrained(str(folder) if folder.is_dir() else name, **settings)
+    except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises, several lines long
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        got = f"{name!r}: {' '.join(lines)[:300]}"
+        remedy = "Check the folder, or the name and the connection to the hub."
+        raise ValueError(broken_rule("collect", "model", f"be loadable as {kind}", got, remedy)) from error
+
+
+def beginning_of_text(tokenizer: Any, bos: str) -> list[int]:
+    """The tokens to put before each example.
+
+    ``bos`` is "auto" (what the tokenizer itself puts before a text: Llama and Gemma do, GPT-2 doesn't), "always" or
+    "never".
+    """
+    token = tokenizer.bos_token_id
+    if bos == "always" and token is None:
+        raise ValueError(
+            broken_rule("collect", "bos", "be auto or never for this tokenizer", repr(bos), "It has no bos token.")
+        )
+    if bos == "never" or token is None:
+        return []
+    return [token] if bos == "always" or list(tokenizer("a")["input_ids"][:1]) == [token] else []
+
+
+def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    """A function from text to its tokens, without special ones and without warnings about long texts."""
+
+    def encode(text: str) -> Sequence[int]:
+        tokens: Sequence[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return tokens
+
+    return encode
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the first GPU, or the CPU. ValueError where it isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        got = f"{name!r}: {str(error).splitlines()[0]}"
+        raise ValueError(broken_rule("collect", "device", "be usable", got, 'Use "auto" or "cpu".')) from error
+    return device
+
+
+def portable_name(name: str) -> str:
+    """The model's name without the machine: the last part of a folder's path, or the name on the hub."""
+    path = Path(name).expanduser()
+    return Path(os.path.abspath(path)).name if path.is_dir() else name
