@@ -214,7 +214,10 @@ def select_output(output: object, which: int | str | None) -> tuple[torch.Tensor
     if isinstance(output, torch.Tensor):
         return output, None
     if isinstance(output, Mapping):
-        keys: list[Any] = list(output.keys()) if which is None else [which]
+        keys: list[Any] = list(output.keys())
+        if which is not None:  # an index counts the keys, as in a ModelOutput
+            by_index = isinstance(which, int) and which not in output and -len(keys) <= which < len(keys)
+            keys = [keys[which] if by_index else which]  # type: ignore[index]
         items = output
     elif isinstance(output, (tuple, list)):
         keys = list(range(len(output))) if which is None else [which]
@@ -305,7 +308,8 @@ class Tap:
         # Always a node of our own: whether somebody else uses the output too (a penalty on it inside the module, say)
         # can't be seen from here, and a hook on the output's own node would see that gradient as well.
         _, key = select_output(output, self.output)
-        return replace_output(output, key, _Identity.apply(tensor, self))  # type: ignore[no-untyped-call]
+        through: object = replace_output(output, key, _Identity.apply(tensor, self))  # type: ignore[no-untyped-call]
+        return through
 
     def checked_output(self, output: object) -> torch.Tensor | None:
         """The output tensor if it can have a gradient; an error, or None, where it can't."""
