@@ -103,7 +103,7 @@ def run(quick: bool = False, variants: dict[str, Attach] | None = None) -> Resul
         result.tables.append(
             Table(f"{kind} modules: us a step; us a point above the floor", BARE,
                   ["variant", "median", "min", "ratio_to_floor", "total_above_floor", "min_above_floor",
-                   "forward_above_floor", "backward_above_floor", "cpu_above_floor"],
+                   "forward_above_floor", "backward_above_floor", "free_above_floor", "cpu_above_floor"],
                   cost_rows(alone, BARE, n_points))
         )  # fmt: skip
         busy = contention.measure(job, pair, n_steps // 2, rounds)

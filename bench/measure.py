@@ -16,7 +16,7 @@ import torch
 
 import tlfast
 
-Sections = dict[str, float]  # what one sample returns: section ("total", "cpu", "backward") -> seconds a call
+Sections = dict[str, float]  # what one sample returns: section ("total", "cpu", "backward", ...) -> seconds a call
 
 
 class WrongResult(AssertionError):

@@ -10,6 +10,7 @@ from typing import Literal
 from .measure import Measured, cpu_slug, machine
 
 RESULTS = Path(__file__).parent / "results"
+TIMED = {"total", "forward", "backward", "free", "cpu"}  # the sections that cost_rows compares
 Cell = str | float | int | None
 
 
@@ -65,7 +66,7 @@ def cost_rows(measured: Measured, floor: str, n_points: int = 1, unit: float = 1
         row["median"] = times["total"].median * unit
         row["min"] = times["total"].min * unit
         row["ratio_to_floor"] = times["total"].ratio(base["total"])
-        for section in times:
+        for section in TIMED & times.keys():
             row[f"{section}_above_floor"] = times[section].above(base[section]) * unit / n_points
         row["min_above_floor"] = (times["total"].min - base["total"].min) * unit / n_points
         rows.append(row)

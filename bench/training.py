@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .measure import Sections, check_close, check_equal, no_collector, reduction_bound
+from .measure import Sections, WrongResult, check_close, check_equal, no_collector, reduction_bound
 from .rivals import Attach, Keep, first_tensor
 
 
@@ -60,7 +61,12 @@ def check_variants(job: Job, variants: dict[str, Attach]) -> None:
                 job.step()
                 for leaf, truth in zip(job.leaves, own, strict=True):
                     check_equal(name, leaf.grad, truth)
-                for point, row, grad in zip(job.keep.points, rows() or [], grads, strict=False):
+                kept = rows()
+                if kept is None:  # nothing is kept, as by an empty hook
+                    continue
+                if len(kept) != len(grads):
+                    raise WrongResult(f"{name}: there must be a row for each of {len(grads)} points, got {len(kept)}")
+                for point, row, grad in zip(job.keep.points, kept, grads, strict=True):
                     truth, bound = reduction_bound(grad, 1, job.keep.reduce, job.keep.dtype)
                     check_close(f"{name} at {point}", row, truth, bound)
 
@@ -68,11 +74,12 @@ def check_variants(job: Job, variants: dict[str, Attach]) -> None:
 def sampler(job: Job, attach: Attach, n_steps: int, beside: Callable[[], None] | None = None) -> Callable[[], Sections]:
     """What takes one sample: hooks on, one step to warm up, then n_steps timed; seconds a step.
 
+    Sections: forward, backward, free (the graph is let go), total of these, cpu, and waits in backward (a number).
     ``beside`` runs before each timed step (it lets a busy thread go on, say).
     """
 
     def sample() -> Sections:
-        forward = backward = cpu = 0.0
+        spent = dict.fromkeys(("forward", "backward", "free", "cpu", "waits"), 0.0)
         with attach(job.model, job.keep):
             job.step()
             with no_collector():
@@ -80,16 +87,24 @@ def sampler(job: Job, attach: Attach, n_steps: int, beside: Callable[[], None] |
                     job.forget()
                     if beside is not None:
                         beside()
-                    cpu_start, start = time.process_time(), time.perf_counter()
+                    cpu, start = time.process_time(), time.perf_counter()
                     loss = job.forward()
-                    middle = time.perf_counter()
-                    loss.backward()
-                    stop, cpu_stop = time.perf_counter(), time.process_time()
-                    forward += middle - start
-                    backward += stop - middle
-                    cpu += cpu_stop - cpu_start
-        total = forward + backward
-        sections = {"total": total, "forward": forward, "backward": backward, "cpu": cpu}
-        return {section: seconds / n_steps for section, seconds in sections.items()}
+                    waits, middle = n_waits(), time.perf_counter()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    stop, waits_stop = time.perf_counter(), n_waits()
+                    del loss
+                    end, cpu_end = time.perf_counter(), time.process_time()
+                    spent["forward"] += middle - start
+                    spent["backward"] += stop - middle
+                    spent["free"] += end - stop
+                    spent["cpu"] += cpu_end - cpu
+                    spent["waits"] += waits_stop - waits
+        spent["total"] = spent["forward"] + spent["backward"] + spent["free"]
+        return {section: amount / n_steps for section, amount in spent.items()}
 
     return sample
+
+
+def n_waits() -> int:
+    """How often this thread has stood still of its own accord until now, waiting for the GIL for one."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if hasattr(resource, "RUSAGE_THREAD") else 0
