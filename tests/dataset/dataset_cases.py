@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tlfast.dataset import DatasetWriter, Example, GradientDataset, Plan, open_dataset
+
+HERE = Path(__file__).parent
 
 COLUMNS = {
     "blocks.0.hook_resid_post": (torch.bfloat16, (6,)),
@@ -92,3 +97,10 @@ def content(out: Path) -> dict[str, bytes]:
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name != "dataset.json"
     }
+
+
+def run_python(*arguments, **options):
+    """Start python on a program of this folder, with tlfast and this folder importable."""
+    root = str(HERE.parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(HERE)]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, **options)

@@ -2,14 +2,10 @@
 
 import errno
 import os
-import signal
-import subprocess
 import threading
-import time
 
 import pytest
 from dataset_cases import PLAN, check_rows, examples, make_writer, rows_of, truth
-from test_dataset_crash import run_python
 
 from tlfast.dataset import BackgroundWriter, open_dataset, verify_dataset
 
@@ -238,76 +234,3 @@ def test_closed_and_bad_arguments():
         submit(background, 0)
     with pytest.raises(ValueError, match="max_pending must be at least 1, got 0"):
         BackgroundWriter(Gate(), max_pending=0)
-
-
-NO_CLOSE = """
-import sys, threading
-from dataset_cases import *
-from tlfast.dataset import BackgroundWriter
-background = BackgroundWriter(make_writer(sys.argv[1]))
-background._writer.write_unit = lambda *job: threading.Event().wait()
-background.submit(PLAN.unit(0), {}, [])
-print("leaving", flush=True)
-"""
-
-
-def test_a_program_that_never_closes_still_ends(tmp_path):
-    process = run_python("-c", NO_CLOSE, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=SECONDS)
-    assert (process.returncode, output) == (0, "leaving\n"), errors
-    assert len(open_dataset(tmp_path, partial=True)) == 0
-
-
-INTERRUPTED = """
-import os, sys, time
-from dataset_cases import *
-from tlfast.dataset import BackgroundWriter
-writer, fsync = make_writer(sys.argv[1]), os.fsync
-os.fsync = lambda fd: (time.sleep(0.2), fsync(fd))
-with BackgroundWriter(writer) as background:
-    for unit in PLAN.units * 1000:
-        background.submit(unit, rows_of(unit, truth()), examples(unit))
-        print("submitted", flush=True)
-"""
-
-
-def test_ctrl_c_ends_at_once_and_keeps_whole_units(tmp_path):
-    process = run_python("-c", INTERRUPTED, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == "submitted\n"
-    assert process.stdout.readline() == "submitted\n"
-    time.sleep(0.1)  # it now waits in the third submit
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == -signal.SIGINT, errors
-    assert errors.rstrip().endswith("KeyboardInterrupt")
-    ds = open_dataset(tmp_path, partial=True)
-    assert ds.verify().ok
-    assert len(ds.units) == 2
-    check_rows(ds, truth())
-
-
-FORKED = """
-import os, sys
-from dataset_cases import *
-from tlfast.dataset import BackgroundWriter
-background = BackgroundWriter(make_writer(sys.argv[1]))
-child = os.fork()
-if child == 0:
-    status = 1
-    try:
-        background.submit(PLAN.unit(0), rows_of(PLAN.unit(0), truth()), examples(PLAN.unit(0)))
-        background.flush()
-    except RuntimeError as error:
-        print(error, flush=True)
-        status = 7
-    finally:
-        os._exit(status)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_fork_without_the_thread_does_not_hang(tmp_path):
-    process = run_python("-c", FORKED, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 7, errors
-    assert "BackgroundWriter: thread must be alive" in output

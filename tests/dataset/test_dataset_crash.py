@@ -2,25 +2,28 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from dataset_cases import check_rows, content, make_dataset, make_writer, truth, write_units
+from dataset_cases import (
+    HERE,
+    check_rows,
+    content,
+    examples,
+    make_dataset,
+    make_writer,
+    rows_of,
+    run_python,
+    truth,
+    write_units,
+)
 
 from tlfast.dataset import DatasetError, open_dataset, verify_dataset
 from tlfast.dataset.durable import TEMPORARY
-
-HERE = Path(__file__).parent
-
-
-def run_python(*arguments, **options):
-    """Start python on a program of this folder, with tlfast and this folder importable."""
-    root = str(HERE.parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(HERE)]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,36 @@ def test_random_instants_with_large_units(tmp_path):
     out = random.Random(1).choice(folders)
     write_units(make_writer(out, columns=random_kills.COLUMNS, plan=random_kills.PLAN), tensors)
     check_rows(open_dataset(out), tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc, which names a descriptor's file, is Linux's")
+def test_the_order_of_durability(tmp_path, monkeypatch):
+    """No name before its content is synced, no commit before the names are, and the commit's own name last."""
+    writer = make_writer(tmp_path)
+    steps = []
+
+    def kind(path):
+        return re.sub(r"\.tlfast-[0-9a-f]{16}\.tmp", "temporary", str(Path(path).relative_to(tmp_path)))
+
+    fsync, replace, link = os.fsync, os.replace, os.link
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (steps.append(f"sync {kind(os.readlink(f'/proc/self/fd/{fd}'))}"), fsync(fd))
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(f"name {kind(b)}"), replace(a, b)))
+    monkeypatch.setattr(os, "link", lambda a, b: (steps.append(f"link {kind(b)}"), link(a, b)))
+    unit = writer.plan.unit(0)
+    writer.write_unit(unit, rows_of(unit, truth()), examples(unit))
+    assert steps == [
+        "sync data/temporary",
+        "sync rows/temporary",
+        "sync commits/temporary",
+        "name data/u000000.safetensors",
+        "name rows/u000000.parquet",
+        "sync data",
+        "sync rows",
+        "link commits/u000000.json",
+        "sync commits",
+    ]
 
 
 def test_a_live_writer_keeps_its_temporary_file(tmp_path):

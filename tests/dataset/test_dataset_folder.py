@@ -4,13 +4,11 @@ import errno
 import fcntl
 import os
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 
 import pytest
 import torch
-import yaml
 from dataset_cases import (
     COLUMNS,
     HEADER,
@@ -25,7 +23,6 @@ from dataset_cases import (
     truth,
     write_units,
 )
-from test_dataset_crash import run_python
 
 import tlfast.dataset.writer as writer_module
 from tlfast.dataset import DatasetError, Plan, check_disk_space, estimate_bytes, open_dataset, verify_dataset
@@ -163,43 +160,6 @@ def test_a_writer_overtaken_just_before_its_commit(tmp_path, monkeypatch):
     assert same_bits(ds["loss"][:], truth()["loss"][:4])
 
 
-RACE = """
-import os, sys, google_crc32c, pyarrow, pyarrow.parquet, torch
-from dataset_cases import *
-torch.set_num_threads(1)
-pyarrow.array([1])
-for round in range(5):
-    children = []
-    for seed in range(4):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                writer, tensors = make_writer(f"{sys.argv[1]}/{round}"), truth(seed=seed)
-                won = [writer.write_unit(unit, rows_of(unit, tensors), examples(unit)) for unit in PLAN.units]
-                status = 10 + sum(won)
-            finally:
-                os._exit(status)
-        children.append(child)
-    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
-
-
-def test_four_processes_on_the_same_units(tmp_path):
-    process = run_python("-c", RACE, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=120)
-    assert len(output.splitlines()) == 5
-    for k, line in enumerate(output.splitlines()):
-        wins = [int(status) - 10 for status in line.split()]
-        assert min(wins) >= 0, errors
-        assert sum(wins) == PLAN.n_units
-        ds = open_dataset(tmp_path / str(k))
-        assert ds.verify().ok
-        for unit in PLAN.units:
-            rows = ds["blocks.1.attn"][unit.start : unit.stop]
-            assert any(same_bits(rows, truth(seed=s)["blocks.1.attn"][unit.start : unit.stop]) for s in range(4))
-
-
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_filesystem_without_locks(tmp_path, monkeypatch, code):
     def unsupported(*arguments):
@@ -240,85 +200,6 @@ def test_the_estimate_is_near(tmp_path):
     make_dataset(tmp_path, columns=columns, plan=plan)
     real = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert 0.95 < estimate_bytes(columns, 64, tokens=4) / real < 1.05
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"columns": {}}, "columns must name at least one point"),
-        ({"columns": {"x": (torch.int64, ())}}, "dtype of 'x' must be one of float64, float32, float16, bfloat16"),
-        ({"columns": {"x": (torch.float32, (-1,))}}, "shape of 'x' must be non-negative ints"),
-        ({"columns": {"__metadata__": (torch.float32, ())}}, "column name must be valid text"),
-        ({"columns": {"\ud800": (torch.float32, ())}}, "column name must be valid text"),
-        ({"header": {"x": object()}}, "header must be JSON"),
-        ({"header": {"x": float("nan")}}, "header must be JSON"),
-    ],
-)
-def test_bad_arguments_make_no_folder(tmp_path, change, message):
-    with pytest.raises(DatasetError, match=message):
-        make_writer(tmp_path / "d", **change)
-    assert not (tmp_path / "d").exists()
-
-
-@pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (-1, 1), (1.0, 1), (True, 1), ("1", 1)])
-def test_bad_plans(numbers):
-    with pytest.raises(DatasetError, match="must be a positive int"):
-        Plan(*numbers)
-
-
-def test_plan():
-    plan = Plan(11, 4)
-    assert [(u.name, u.start, u.stop) for u in plan.units] == [
-        ("u000000", 0, 4),
-        ("u000001", 4, 8),
-        ("u000002", 8, 11),
-    ]
-    assert Plan.from_json(plan.to_json()) == plan
-    assert plan.unit_named("u000002") == plan.unit(2)
-    big = Plan(3_000_000, 1)
-    assert big.unit_named("u1000000") == big.unit(1_000_000)
-    for name in ("u3", "u0000001", "u000003", "U000001", "", "../u000000", "u000000\n", "u" + "\u0660" * 6):
-        with pytest.raises(DatasetError):
-            plan.unit_named(name)
-    with pytest.raises(IndexError):
-        plan.unit(3)
-
-
-def test_config_and_card(tmp_path):
-    make_dataset(tmp_path, config={"points": ["a|b", "ü"], "dtype": "bfloat16"}, columns={"a|b`\n": COLUMNS["loss"]})
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"points": ["a|b", "ü"], "dtype": "bfloat16"}
-    card = (tmp_path / "README.md").read_text()
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front["configs"] == [{"config_name": "rows", "data_files": "rows/*.parquet"}]
-    assert r"| `a\|b'\x0a` | F16 | [] |" in card
-
-
-def test_hugging_face_reads_the_rows_by_the_card(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    script = (
-        "import sys, datasets; d = datasets.load_dataset(sys.argv[1], 'rows', split='train', cache_dir=sys.argv[2]);"
-        "print(len(d), d[10]['input_ids'], sorted(d.column_names)[:3], d[3]['source'])"
-    )
-    make_dataset(tmp_path / "d")
-    process = run_python(
-        "-c", script, tmp_path / "d", tmp_path / "cache", stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    output, errors = process.communicate(timeout=120)
-    assert output == "11 [10, 2147483647] ['flags', 'id', 'input_ids'] file_0.py\n", errors
-
-
-def test_importing_the_dataset_needs_torch_and_numpy_only():
-    script = (
-        "import sys\n"
-        "for name in ('pyarrow', 'safetensors', 'google_crc32c', 'yaml', 'pandas'): sys.modules[name] = None\n"
-        "import tlfast.dataset as d\n"
-        "try: d.DatasetWriter('/nonexistent', header={}, columns={}, plan=d.Plan(1, 1))\n"
-        "except ImportError as error: print(error)\n"
-    )
-    process = run_python("-c", script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=120)
-    assert "google_crc32c must be installed" in output, errors
-    assert output.endswith("Run: pip install 'tlfast[collect]'\n")
 
 
 def test_verify_of_no_dataset(tmp_path):

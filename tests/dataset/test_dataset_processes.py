@@ -1,0 +1,121 @@
+"""The writer in processes of its own: one that never closes, Ctrl-C, a fork, four at once on the same units."""
+
+import signal
+import subprocess
+import time
+
+from dataset_cases import PLAN, check_rows, run_python, same_bits, truth
+
+from tlfast.dataset import open_dataset
+
+SECONDS = 120  # far above what any of this takes: only a hang takes longer
+
+
+NO_CLOSE = """
+import sys, threading
+from dataset_cases import *
+from tlfast.dataset import BackgroundWriter
+background = BackgroundWriter(make_writer(sys.argv[1]))
+background._writer.write_unit = lambda *job: threading.Event().wait()
+background.submit(PLAN.unit(0), {}, [])
+print("leaving", flush=True)
+"""
+
+
+def test_a_program_that_never_closes_still_ends(tmp_path):
+    process = run_python("-c", NO_CLOSE, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, output) == (0, "leaving\n"), errors
+    assert len(open_dataset(tmp_path, partial=True)) == 0
+
+
+INTERRUPTED = """
+import os, sys, time
+from dataset_cases import *
+from tlfast.dataset import BackgroundWriter
+writer, fsync = make_writer(sys.argv[1]), os.fsync
+os.fsync = lambda fd: (time.sleep(0.2), fsync(fd))
+with BackgroundWriter(writer) as background:
+    for unit in PLAN.units * 1000:
+        background.submit(unit, rows_of(unit, truth()), examples(unit))
+        print("submitted", flush=True)
+"""
+
+
+def test_ctrl_c_ends_at_once_and_keeps_whole_units(tmp_path):
+    process = run_python("-c", INTERRUPTED, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "submitted\n"
+    assert process.stdout.readline() == "submitted\n"
+    time.sleep(0.1)  # it now waits in the third submit
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == -signal.SIGINT, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    ds = open_dataset(tmp_path, partial=True)
+    assert ds.verify().ok
+    assert len(ds.units) == 2
+    check_rows(ds, truth())
+
+
+FORKED = """
+import os, sys
+from dataset_cases import *
+from tlfast.dataset import BackgroundWriter
+background = BackgroundWriter(make_writer(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    status = 1
+    try:
+        background.submit(PLAN.unit(0), rows_of(PLAN.unit(0), truth()), examples(PLAN.unit(0)))
+        background.flush()
+    except RuntimeError as error:
+        print(error, flush=True)
+        status = 7
+    finally:
+        os._exit(status)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_without_the_thread_does_not_hang(tmp_path):
+    process = run_python("-c", FORKED, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 7, errors
+    assert "BackgroundWriter: thread must be alive" in output
+
+
+RACE = """
+import os, sys, google_crc32c, pyarrow, pyarrow.parquet, torch
+from dataset_cases import *
+torch.set_num_threads(1)
+pyarrow.array([1])
+for round in range(5):
+    children = []
+    for seed in range(4):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                writer, tensors = make_writer(f"{sys.argv[1]}/{round}"), truth(seed=seed)
+                won = [writer.write_unit(unit, rows_of(unit, tensors), examples(unit)) for unit in PLAN.units]
+                status = 10 + sum(won)
+            finally:
+                os._exit(status)
+        children.append(child)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+def test_four_processes_on_the_same_units(tmp_path):
+    process = run_python("-c", RACE, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=120)
+    assert len(output.splitlines()) == 5
+    for k, line in enumerate(output.splitlines()):
+        wins = [int(status) - 10 for status in line.split()]
+        assert min(wins) >= 0, errors
+        assert sum(wins) == PLAN.n_units
+        ds = open_dataset(tmp_path / str(k))
+        assert ds.verify().ok
+        for unit in PLAN.units:
+            rows = ds["blocks.1.attn"][unit.start : unit.stop]
+            assert any(same_bits(rows, truth(seed=s)["blocks.1.attn"][unit.start : unit.stop]) for s in range(4))
