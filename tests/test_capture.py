@@ -1,0 +1,363 @@
+"""Capture: right rows at every point of real models, over several batches, in every reduction; the public face."""
+
+import math
+
+import pytest
+import torch
+from comparison import assert_captured, assert_rows, assert_same_bits, assert_untouched
+from models import SETUPS, Chain, Residual, activation_gradients, hooks_left, inputs, tokens, uneven
+from torch import nn
+
+import tlfast
+
+REDUCTIONS = ("none", "sum", "mean", "last", "norm", "absmax")
+
+
+@pytest.fixture(params=SETUPS)
+def setup(request):
+    """One of the small models."""
+    return SETUPS[request.param]()
+
+
+def test_right_gradients_at_every_point(setup, backend, attach):
+    right = activation_gradients(setup)
+    with tlfast.capture(setup.model, setup.points, output=setup.output, rows=8, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+    assert not hooks_left(setup.model)
+    assert cap.backend == backend
+    assert cap.names == [name for name, _ in setup.model.named_modules() if name in setup.points]
+    assert cap.rows == len(cap) == 3
+    for name in setup.points:
+        assert_rows(cap, name, right[name][0])
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_every_reduction_over_several_steps(backend, attach, reduce, dtype):
+    setup = SETUPS["residual"]()
+    right = activation_gradients(setup)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    with tlfast.capture(
+        setup.model, setup.points, reduce=reduce, dtype=dtype, rows=10, attach=attach, backend=backend
+    ) as cap:
+        setup.loss().backward()
+        with cap.batch(mask=mask):
+            setup.loss().backward()
+        setup.loss().backward()
+    for name in setup.points:
+        assert cap[name].dtype == (dtype or torch.float32)
+        assert_untouched(cap._rings[name].rows, 9)
+        for start, used in ((0, None), (3, mask), (6, None)):
+            assert_captured(cap[name][start : start + 3], right[name][0], reduce, (1,), used)
+        assert_same_bits(cap[name][6:9], cap[name][:3])
+
+
+@pytest.mark.parametrize("over, dims, n_rows", [("batch", (0,), 1), (("batch", "pos"), (0, 1), 1), (-1, (2,), 3)])
+def test_over_other_dimensions(backend, attach, over, dims, n_rows):
+    setup = SETUPS["chain"]()
+    right = activation_gradients(setup)["hook"][0]
+    with tlfast.capture(setup.model, "hook", reduce="sum", over=over, rows=4, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+    assert cap.rows == n_rows
+    value = cap["hook"] if n_rows == 3 else cap["hook"][0]
+    assert_captured(value, right, "sum", dims)
+    assert_untouched(cap._rings["hook"].rows, n_rows)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_native_and_python_agree(native, attach, reduce):
+    setup = SETUPS["gpt2"]()
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    columns = {}
+    for backend in ("native", "python"):
+        with (
+            tlfast.capture(
+                setup.model, setup.points, reduce=reduce, dtype=torch.float32, rows=4, attach=attach, backend=backend
+            ) as cap,
+            cap.batch(mask=mask),
+        ):
+            setup.loss().backward()
+        columns[backend] = {name: cap[name] for name in cap.names}
+    for name in setup.points:
+        a, b = columns["native"][name], columns["python"][name]
+        if reduce in ("none", "last", "absmax"):
+            assert_same_bits(a, b, name)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_several_specs_at_one_point(backend, attach):
+    setup = SETUPS["chain"]()
+    right = activation_gradients(setup)
+    specs = [
+        tlfast.Spec(["linear", "hook"], reduce="mean"),
+        tlfast.Spec("hook", reduce="norm", over=-1, dtype=torch.bfloat16),
+        tlfast.Spec("hook", reduce="none", dtype=torch.float16, name="all"),
+    ]
+    with tlfast.capture(setup.model, specs, rows=4, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+    assert cap.names == ["linear", "hook:mean", "hook:norm", "hook:all"]
+    assert_captured(cap["linear"], right["linear"][0], "mean", (1,))
+    assert_captured(cap["hook:mean"], right["hook"][0], "mean", (1,))
+    assert_captured(cap["hook:norm"], right["hook"][0], "norm", (2,))
+    assert_captured(cap["hook:all"], right["hook"][0], "none", ())
+    assert [cap[n].dtype for n in cap.names] == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("output", ["second", 2])
+def test_outputs_of_mappings_by_key(backend, output):
+    from models import Named
+
+    class Indexed(dict):
+        """As Hugging Face outputs: values by position, too."""
+
+        def __getitem__(self, key):
+            return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+        def copy(self):
+            return Indexed(self)
+
+    model, x = nn.Sequential(Named(Indexed)), inputs()
+    with tlfast.capture(model, "0", output=output, rows=4, backend=backend) as cap:
+        out = model(x)
+        assert type(out) is Indexed
+        (uneven(out["first"]) + uneven(out["second"])).backward()
+    out = model(x)
+    assert_rows(cap, "0", torch.autograd.grad(uneven(out["second"]), out["second"])[0])
+
+
+@pytest.mark.parametrize("output, right", [(None, "first"), ("second", "second"), (1, "second"), (0, "first")])
+def test_outputs_of_hugging_face_models(backend, output, right):
+    from dataclasses import dataclass
+
+    from transformers.utils import ModelOutput
+
+    @dataclass
+    class Output(ModelOutput):
+        first: torch.Tensor | None = None
+        second: torch.Tensor | None = None
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return Output(first=x * 2, second=x * 3)
+
+    factor = {"first": 5.0, "second": 7.0}
+    model, x = nn.Sequential(Model()), inputs()
+    with tlfast.capture(model, "0", output=output, rows=4, backend=backend) as cap:
+        out = model(x)
+        assert type(out) is Output
+        (out.first * 5 + out["second"] * 7).sum().backward()
+    assert_same_bits(x.grad, torch.full_like(x, 31.0))
+    assert_rows(cap, "0", torch.full_like(x, factor[right]))
+
+
+def test_named_tuples_and_lists_keep_their_type(backend):
+    from typing import NamedTuple
+
+    class Both(NamedTuple):
+        a: torch.Tensor
+        b: torch.Tensor
+
+    class Model(nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.make = make
+
+        def forward(self, x):
+            return self.make(x * 2, x * 3)
+
+    for make, kind in ((Both, Both), (lambda *xs: list(xs), list), (lambda *xs: xs, tuple)):
+        model, x = nn.Sequential(Model(make)), inputs()
+        with tlfast.capture(model, "0", output=1, rows=4, backend=backend) as cap:
+            out = model(x)
+            assert type(out) is kind
+            (out[0].sum() * 5 + out[1].sum() * 7).backward()
+        assert_rows(cap, "0", torch.full_like(x, 7.0))
+        assert_same_bits(x.grad, torch.full_like(x, 31.0))
+
+
+def test_an_unused_first_output_is_missing_and_not_the_second(backend, attach):
+    class Model(nn.Module):
+        def forward(self, x):
+            return x * 2, x * 3
+
+    def step():
+        return uneven(model[1](model[0](x)[1]))
+
+    model, x = nn.Sequential(Model(), nn.Identity()), inputs()
+    with tlfast.capture(model, ["0", "1"], rows=7, attach=attach, backend=backend, missing="nan") as cap:
+        uneven(model[1](model[0](x)[0])).backward()
+        step().backward()
+    assert_same_bits(cap["0"][:3], cap["1"][:3])
+    assert cap["0"][3:].isnan().all()
+    assert cap.missing["0"].tolist() == [False] * 3 + [True] * 3
+    assert not cap.missing["1"].any()
+    with tlfast.capture(model, ["0", "1"], rows=7, attach=attach, backend=backend):
+        uneven(model[1](model[0](x)[0])).backward()
+        with pytest.raises(RuntimeError, match="no gradient at 0"):
+            step().backward()
+
+
+def test_rows_align_over_batches_of_different_sizes(backend, attach):
+    model = Residual()
+    batches = [tokens(n, 4) for n in (1, 3, 2)]
+    with tlfast.capture(model, ["hook_embed", "unembed"], reduce="sum", rows=7, attach=attach, backend=backend) as cap:
+        for number, batch in enumerate(batches):
+            with cap.batch(ids=[f"{number}.{i}" for i in range(len(batch))]):
+                uneven(model(batch)).backward()
+    assert cap.ids == ["0.0", "1.0", "1.1", "1.2", "2.0", "2.1"]
+    assert cap.rows == 6
+    assert cap.capacity == 7
+    model.zero_grad()
+    with tlfast.capture(model, "unembed", reduce="sum", rows=7, attach=attach, backend=backend) as alone:
+        for batch in batches:
+            uneven(model(batch)).backward()
+    assert_same_bits(cap["unembed"], alone["unembed"])
+    assert alone.ids == [None] * 6
+
+
+def test_mask_makes_mean_and_last_blind_to_padding_on_either_side(backend, attach):
+    # The same three tokens, padded on the left and on the right: a model without positions sees the same.
+    model, real, pad = Residual(), tokens(1, 3), torch.zeros(1, 2, dtype=torch.long)
+    batches = {"none": real, "left": torch.cat([pad, real], 1), "right": torch.cat([real, pad], 1)}
+    for reduce in REDUCTIONS[1:]:
+        with tlfast.capture(
+            model, "blocks.*.hook_resid_post", reduce=reduce, rows=4, attach=attach, backend=backend
+        ) as cap:
+            for side, batch in batches.items():
+                mask = torch.ones_like(batch, dtype=torch.bool)
+                if side != "none":
+                    mask[:, :2] = side == "right"
+                    mask[:, -2:] = side == "left"
+                with cap.batch(mask=mask):
+                    # The loss reaches the padding, too: as at inner points of a real model.
+                    (model(batch).square() * torch.where(mask, 1.0, 5.0)[..., None]).sum().backward()
+        for name in cap.names:
+            torch.testing.assert_close(cap[name][1:], cap[name][:1].expand(2, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scale_divides_the_scaler_out(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(
+        setup.model, "hook", reduce="sum", dtype=torch.float16, rows=8, attach=attach, backend=backend
+    ) as cap:
+        setup.loss().backward()
+        with cap.batch(grad_scale=2.0**20):
+            (setup.loss() * 2.0**20).backward()
+    assert cap.counts["hook"] == {"nonfinite": 0, "saturated": 0}
+    assert_same_bits(cap["hook"][3:], cap["hook"][:3])
+
+
+def test_clear_forgets_rows_and_keeps_memory(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=4, attach=attach, backend=backend) as cap:
+        for _ in range(3):
+            with cap.batch(ids="abc"):
+                setup.loss().backward()
+            first = cap["hook"].clone()
+            memory = cap._rings["hook"].rows.data_ptr()
+            assert (cap.rows, cap.ids) == (3, ["a", "b", "c"])
+            cap.clear()
+            assert (cap.rows, cap.ids, cap["hook"].shape[0]) == (0, [], 0)
+        with cap.batch(ids="abc"):
+            setup.loss().backward()
+            cap.clear()  # once read, even inside
+        assert cap.rows == 0
+        with cap.batch(ids="xyz"):
+            setup.loss().backward()
+    assert cap.ids == ["x", "y", "z"]
+    assert_same_bits(cap["hook"], first)
+    assert cap._rings["hook"].rows.data_ptr() == memory
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_rows_are_a_view_and_are_never_part_of_a_graph(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=4, attach=attach, backend=backend) as cap:
+        setup.loss().backward(create_graph=True)
+    assert cap["hook"].data_ptr() == cap._rings["hook"].rows.data_ptr()
+    assert not cap["hook"].requires_grad
+    assert cap["hook"].grad_fn is None
+    setup.model.zero_grad()  # breaks the cycle that create_graph made
+
+
+def test_gradients_and_outputs_of_the_model_are_left_as_they_are(backend, attach):
+    setup = SETUPS["residual"]()
+    setup.loss().backward()
+    plain = {name: p.grad.clone() for name, p in setup.model.named_parameters()}
+    setup.model.zero_grad()
+    with tlfast.capture(setup.model, setup.points, rows=4, attach=attach, backend=backend):
+        setup.loss().backward()
+    for name, p in setup.model.named_parameters():
+        assert_same_bits(p.grad, plain[name], name)
+
+
+def test_two_captures_at_once_and_nested(backend, attach):
+    setup = SETUPS["chain"]()
+    right = activation_gradients(setup)
+
+    def open_capture(points, **more):
+        return tlfast.capture(setup.model, points, rows=10, attach=attach, backend=backend, **more)
+
+    with open_capture(["linear", "hook"]) as outer, open_capture("hook", reduce="norm", over=-1) as beside:
+        setup.loss().backward()
+        with open_capture(["hook", "tanh"]) as inner:
+            setup.loss().backward()
+        setup.loss().backward()
+    assert (outer.rows, beside.rows, inner.rows) == (9, 9, 3)
+    assert_rows(outer, "hook", right["hook"][0].repeat(3, 1, 1))
+    assert_rows(outer, "linear", right["linear"][0].repeat(3, 1, 1))
+    assert_rows(inner, "hook", right["hook"][0])
+    assert_rows(inner, "tanh", right["tanh"][0])
+    assert_captured(beside["hook"], right["hook"][0].repeat(3, 1, 1), "norm", (2,))
+    assert not hooks_left(setup.model)
+
+
+def test_captures_of_both_attachments_and_backends_agree_on_one_backward(native):
+    setup = SETUPS["residual"]()
+    right = activation_gradients(setup)
+    with (
+        tlfast.capture(setup.model, setup.points[1:], rows=4, attach="tensor", backend="native") as a,
+        tlfast.capture(setup.model, setup.points[1:], rows=4, attach="full", backend="native") as b,
+        tlfast.capture(setup.model, setup.points[1:], rows=4, attach="tensor", backend="python") as c,
+        tlfast.capture(setup.model, setup.points[1:], rows=4, attach="full", backend="python") as d,
+    ):
+        setup.loss().backward()
+    for name in setup.points[1:]:
+        for cap in (a, b, c, d):
+            assert_rows(cap, name, right[name][0])
+
+
+def test_forward_without_grad_is_no_step(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=4, attach=attach, backend=backend) as cap:
+        with torch.no_grad():
+            setup.loss()
+        setup.model.eval()
+        with torch.inference_mode():
+            setup.model(inputs().detach())
+        setup.loss().backward()
+    assert cap.rows == 3
+
+
+def test_a_capture_without_backward_warns(backend, attach):
+    setup = SETUPS["chain"]()
+    with (
+        pytest.warns(UserWarning, match="capture: no backward reached the points, so there are no rows"),
+        tlfast.capture(setup.model, "hook", rows=4, attach=attach, backend=backend) as cap,
+    ):
+        setup.loss()
+    assert cap.rows == 0
+    with pytest.raises(RuntimeError, match="capture: the column hook must have been written, got no row"):
+        cap["hook"]
+
+
+def test_zero_examples_make_zero_rows(backend, attach):
+    model = Chain()
+    with tlfast.capture(model, "hook", reduce="sum", rows=4, attach=attach, backend=backend) as cap:
+        model(torch.zeros(0, 4, 6, requires_grad=True)).sum().backward()
+        uneven(model(inputs(2))).backward()
+    assert cap.rows == 2
+    assert cap["hook"].shape == (2, 6)
+    assert not cap["hook"].isnan().any()
+    assert math.isnan(cap._rings["hook"].rows[2, 0])
