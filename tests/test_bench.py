@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from bench import collect, hooks, kernel, step, storing, training
-from bench.measure import Times, WrongResult, check_close, check_equal, interleave
-from bench.report import Claim, Result, save, show
-from bench.rivals import BARE, VARIANTS, Keep, Rows, python_full_hook, tlfast_capture
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # at the end: where tlfast is taken from another build, only the benches come from here
+
+from bench import collect, hooks, kernel, step, storing, training  # noqa: E402
+from bench.measure import Times, WrongResult, check_close, check_equal, interleave  # noqa: E402
+from bench.report import Claim, Result, save, show  # noqa: E402
+from bench.rivals import BARE, VARIANTS, Keep, Rows, python_full_hook, tlfast_capture  # noqa: E402
 
 
 def finite(value: object) -> bool:
