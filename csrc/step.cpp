@@ -28,12 +28,13 @@ void Step::set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double 
   scale_ = scale;
 }
 
-void Step::enter_forward() {
+bool Step::enter_forward() {
   const int64_t task = current_task();
-  if (task == -1 || !active) return;
+  if (task == -1 || !active) return false;
   std::lock_guard<std::mutex> lock(mutex_);
   auto run = find(task);
   (run ? run : open(task))->threads.insert(std::this_thread::get_id());
+  return true;
 }
 
 std::shared_ptr<Backward> Step::find(int64_t task) const {

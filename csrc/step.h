@@ -47,13 +47,16 @@ struct Backward {
 
 class Step : public std::enable_shared_from_this<Step> {
  public:
-  Step(int64_t capacity, bool missing_is_nan) : missing_is_nan(missing_is_nan), capacity_(capacity) {}
+  static std::shared_ptr<Step> make(int64_t capacity, bool missing_is_nan) {
+    return std::shared_ptr<Step>(new Step(capacity, missing_is_nan));
+  }
 
   // What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows.
   void set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale);
 
   // A captured module runs forward; inside a backward (a checkpoint) that backward is the step to come.
-  void enter_forward();
+  // Returns whether there is one.
+  bool enter_forward();
 
   // Find the running backward and its rows; every check that needs no gradient values is made here.
   struct Begun {
@@ -81,6 +84,7 @@ class Step : public std::enable_shared_from_this<Step> {
   std::vector<std::shared_ptr<Point>> points;
 
  private:
+  Step(int64_t capacity, bool missing_is_nan) : missing_is_nan(missing_is_nan), capacity_(capacity) {}
   std::shared_ptr<Backward> find(int64_t task) const;
   std::shared_ptr<Backward> open(int64_t task);
   void check_rows(const Point& point, Backward& run, int64_t n);

@@ -1,7 +1,6 @@
 // Taps: from the autograd edge to the rows.
 #include "tap.h"
 
-#include <ATen/SequenceNumber.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -88,11 +87,23 @@ void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
 
 }  // namespace
 
-Tap::Tap(std::shared_ptr<Step> step_, std::string name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
+Calls parse_calls(const std::string& name) {
+  return name == "sum" ? Calls::sum : name == "last" ? Calls::last : name == "stack" ? Calls::stack : Calls::raise;
+}
+
+Tap::Tap(std::shared_ptr<Step> step_, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
     : step(std::move(step_)),
       point(std::make_shared<Point>(Point{name, "capture at " + name, std::move(rings), calls, step->points.size()})),
       number(next_number++) {
   step->points.push_back(point);
+}
+
+std::shared_ptr<Tap> Tap::make(std::shared_ptr<Step> step, const std::string& name,
+                               std::vector<std::shared_ptr<Ring>> rings, Calls calls) {
+  std::shared_ptr<Tap> tap(new Tap(std::move(step), name, std::move(rings), calls));
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[tap->number] = tap;
+  return tap;
 }
 
 Tap::~Tap() {
@@ -108,24 +119,27 @@ std::shared_ptr<Tap> Tap::by_number(int64_t number) {
 
 void Tap::forward_pre() {
   if (!step->active) return;
-  entry_ = at::sequence_number::peek();
-  entry_thread_ = std::this_thread::get_id();
-  step->enter_forward();
+  const bool in_backward = step->enter_forward();
   last_call = ++step->n_calls;
   if (!at::GradMode::is_enabled()) return;
   const int64_t ended = step->n_ended;
   if (seen_ended_.exchange(ended) != ended) n_called_ = 0;
   ++n_called_;
+  recomputed_ = in_backward;
 }
 
-std::optional<at::Tensor> Tap::attach(const at::Tensor& output, bool is_input) {
-  if (!is_input && !output.is_view() && entry_thread_ == std::this_thread::get_id()) {
-    const auto& node = output.grad_fn();
-    if (node && node->sequence_nr() >= entry_) {
-      node->add_pre_hook(std::make_unique<PreHook>(shared_from_this(), output.output_nr()));
-      return std::nullopt;
-    }
-  }
+bool Tap::attach_to_node(const at::Tensor& output) {
+  const auto& node = output.grad_fn();
+  // An output that is a view loses its node to an in-place operation. A hook put on the node by the module itself may
+  // change the gradient, and belongs before the point, not behind it.
+  if (!node || output.is_view() || !node->tensor_pre_hooks().empty()) return false;
+  for (const auto& hook : node->pre_hooks())
+    if (!dynamic_cast<PreHook*>(hook.get())) return false;
+  node->add_pre_hook(std::make_unique<PreHook>(shared_from_this(), output.output_nr()));
+  return true;
+}
+
+at::Tensor Tap::attach_behind(const at::Tensor& output) {
   auto node = make_identity(shared_from_this());
   node->set_next_edges(autograd::collect_next_edges(output));
   at::Tensor through = alias_of(output);
@@ -133,15 +147,11 @@ std::optional<at::Tensor> Tap::attach(const at::Tensor& output, bool is_input) {
   return through;
 }
 
-bool Tap::sums() const { return point->calls == Calls::sum && n_called_ > 1; }
+bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 || recomputed_); }
 
-void Tap::fire(const at::Tensor& given) {
+void Tap::fire(const at::Tensor& grad) {
   if (!step->active) return;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  TORCH_CHECK(given.defined() && !given.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks),
-              broken_rule(point->who, "a gradient", "be an ordinary tensor", "one inside torch.func (vmap, grad, ...)",
-                          "Capture outside the transform."));
-  const at::Tensor& grad = given;
   const auto [run, block, n_fired] = step->begin(*point, grad.sizes());
   auto& held = run->pending[point->index];
   if (point->calls == Calls::stack) {
@@ -160,11 +170,6 @@ void Tap::fire(const at::Tensor& given) {
                             "Run one backward for each forward."));
     for (const auto& ring : point->rings) ring->write(block->base, grad, run->mask, run->scale);
   }
-}
-
-void register_tap(const std::shared_ptr<Tap>& tap) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  registry()[tap->number] = tap;
 }
 
 TORCH_LIBRARY_FRAGMENT(tlfast, library) {

@@ -5,25 +5,26 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <thread>
-
 #include "step.h"
 
 namespace tlfast {
 
 class Tap : public std::enable_shared_from_this<Tap> {
  public:
-  Tap(std::shared_ptr<Step> step, std::string name, std::vector<std::shared_ptr<Ring>> rings, Calls calls);
+  static std::shared_ptr<Tap> make(std::shared_ptr<Step> step, const std::string& name,
+                                   std::vector<std::shared_ptr<Ring>> rings, Calls calls);
   ~Tap();
   Tap(const Tap&) = delete;
   Tap& operator=(const Tap&) = delete;
 
-  // The module is entered: nodes made from here on are its own.
+  // The module is entered.
   void forward_pre();
 
-  // Attach to an output that requires grad: a pre-hook on its grad_fn where the output is the module's own, else an
-  // identity node behind it, whose output is then to be used instead. `is_input`: the output is one of the inputs.
-  std::optional<at::Tensor> attach(const at::Tensor& output, bool is_input);
+  // Hook the node that made an output, if nobody else can see that node; `output` must be held by nobody else.
+  bool attach_to_node(const at::Tensor& output);
+
+  // Put an identity node behind an output, which sees the gradient through this module alone; returns its output.
+  at::Tensor attach_behind(const at::Tensor& output);
 
   // Write one gradient into the rows of the running step. Needs no GIL; touches no Python object.
   void fire(const at::Tensor& grad);
@@ -37,12 +38,14 @@ class Tap : public std::enable_shared_from_this<Tap> {
   std::atomic<int64_t> last_call{0};  // when the module was entered last, counted over the capture
 
  private:
+  Tap(std::shared_ptr<Step> step, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls);
   bool sums() const;
 
-  std::atomic<int64_t> n_called_{0};  // forwards since the last committed step
+  std::atomic<int64_t> n_called_{0};     // forwards since the last committed step; 0 in compiled code
+  std::atomic<bool> recomputed_{false};  // entered inside a backward: a checkpoint, whose other calls may still come
   std::atomic<int64_t> seen_ended_{-1};
-  uint64_t entry_ = 0;  // autograd's sequence number at entry, of this thread:
-  std::thread::id entry_thread_;
 };
+
+Calls parse_calls(const std::string& name);
 
 }  // namespace tlfast

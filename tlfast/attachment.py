@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import broken_rule
-from .taps import replace_output, select_output
+from .taps import fire_op, replace_output, select_output
 
 
 def _inert(*_: object) -> None:
@@ -43,11 +45,14 @@ class _ForwardPreHook(_Hook):
     hook_id = -1
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        self.move_last(module)
+        if not torch.compiler.is_compiling():
+            self.tap.forward_pre()
+
+    def move_last(self, module: nn.Module) -> None:
         hooks = module._forward_hooks
         if next(reversed(hooks), -1) != self.hook_id and self.hook_id in hooks:
             hooks.move_to_end(self.hook_id)
-        if not torch.compiler.is_compiling():
-            self.tap.forward_pre()
 
 
 class _ForwardHook(_Hook):
@@ -55,7 +60,7 @@ class _ForwardHook(_Hook):
         super().__init__(tap)
         # For compiled code, which can't look into a native object: the tap is a number, and the op that fires it must
         # change a tensor from outside the graph, or it would be dropped as unused.
-        self.output, self.number, self.fire_op, self.token = tap.output, tap.number, tap.fire_op, torch.zeros(1)
+        self.output, self.number, self.fire_op, self.token = tap.output, tap.number, fire_op(tap), torch.zeros(1)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -77,6 +82,14 @@ class _ForwardHook(_Hook):
         return replace_output(output, key, tensor)
 
 
+class _NativePreHook(_ForwardPreHook):
+    """The same; `_C.call_natively` makes the interpreter call native code, and Dynamo still reads `__call__`."""
+
+
+class _NativeForwardHook(_ForwardHook):
+    """The same."""
+
+
 class _CheckHook(_Hook):
     """Before a full hook wraps the output: can it have a gradient at all?"""
 
@@ -90,19 +103,45 @@ class _FullHook(_Hook):
         self.tap.full(grad_output)
 
 
-def hook_module(module: nn.Module, tap: Any, attach: str) -> list[Any]:
+@lru_cache(maxsize=1)
+def _prepare(native: ModuleType) -> None:
+    """Make the native hooks native, and let them learn how an output looks that nobody else holds.
+
+    Only such an output's own node may be hooked: whoever else holds the tensor can send it gradients that did not pass
+    through the module, as a penalty that the module keeps for itself does.
+    """
+    native.call_natively(_NativePreHook, _NativeForwardHook)
+
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    probe = Doubled()
+    tap = native.Tap(native.Step(1, "raise"), "probe", [], None, "raise")
+    handle = probe.register_forward_hook(_NativeForwardHook(tap))
+    native.learn_references(True)
+    try:
+        probe(torch.zeros(1, requires_grad=True))
+    finally:
+        native.learn_references(False)
+        handle.remove()
+
+
+def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | None) -> list[Any]:
     """Register a tap's hooks on a module; the handles remove them.
 
     "auto" is "tensor": it is equal to "full" wherever both exist, and works where full hooks don't (in-place
     operations, mapping outputs).
     """
-    pre = _ForwardPreHook(tap)
+    if native is not None:
+        _prepare(native)
+    pre = _ForwardPreHook(tap) if native is None else _NativePreHook(tap)
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))
         handles.append(module.register_full_backward_hook(_FullHook(tap)))
     else:
-        handles.append(module.register_forward_hook(_ForwardHook(tap)))
+        handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))
     pre.hook_id = handles[1].id
     return handles
 

@@ -19,7 +19,7 @@ from .ops import pick_native
 from .points import find_points
 from .spec import Over, Points, Reduction, Spec, as_specs, one_of, parse_over
 
-_IN_PLACE = "BackwardHookFunctionBackward is a view and is being modified inplace"
+_IN_PLACE = "is a view and is being modified inplace"
 
 
 class Capture:
@@ -37,6 +37,7 @@ class Capture:
         one_of(who, "missing", missing, ("raise", "nan"))
         devices = {p.device.type for p in model.parameters()}
         module = pick_native(who, backend, devices)
+        self._native = module
         self.backend = "python" if module is None else "native"
         self.capacity = rows
         self._model, self._attach = model, attach
@@ -81,7 +82,7 @@ class Capture:
         self._entered = True
         try:
             for module, tap in self._taps:
-                self._handles += hook_module(module, tap, self._attach)
+                self._handles += hook_module(module, tap, self._attach, self._native)
         except BaseException:
             self._detach()
             raise
@@ -91,7 +92,7 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._detach()
-        if isinstance(error, RuntimeError) and _IN_PLACE in str(error):
+        if isinstance(error, RuntimeError) and "BackwardHookFunction" in str(error) and _IN_PLACE in str(error):
             called = max((tap for _, tap in self._taps), key=lambda tap: tap.last_call, default=None)
             name = called.name if called is not None else "?"
             raise RuntimeError(

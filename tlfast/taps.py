@@ -254,22 +254,20 @@ _ALIVE: weakref.WeakValueDictionary[int, Tap] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("tlfast_python::fire", mutates_args={"token"})
-def fire_op(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
+def _fire(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
     """Fire a tap from compiled code, where a tap is a number; ``token`` only keeps the call from being dropped."""
     tap = _ALIVE.get(number)
     if tap is not None:
         tap.fire(grad)
 
 
-@fire_op.register_fake
+@_fire.register_fake
 def _(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
     return None
 
 
 class Tap:
     """Sits at one point and writes its gradients into the rings of its columns."""
-
-    fire_op = staticmethod(torch.ops.tlfast_python.fire)
 
     def __init__(self, step: Step, name: str, rings: list[Ring], output: int | str | None, calls: str):
         self.step, self.name, self.rings, self.output, self.calls = step, name, rings, output, calls
@@ -401,3 +399,8 @@ class Tap:
                 ring.put_stack(run.block.base, run.block.n, [parts[number] for parts in reversed(held)])
             else:
                 ring.write(run.block.base, held[0][0], run.mask, run.scale)
+
+
+def fire_op(tap: Any) -> Any:
+    """The op by which compiled code fires a tap, of either backend."""
+    return torch.ops.tlfast_python.fire if isinstance(tap, Tap) else torch.ops.tlfast.fire

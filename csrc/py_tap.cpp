@@ -1,0 +1,152 @@
+// The Python end of a tap, with the GIL held but for the firing itself.
+#include "py_tap.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "errors.h"
+
+namespace py = pybind11;
+
+namespace tlfast {
+namespace {
+
+// How often things are referenced while a forward hook looks at a plain output that nobody else holds: by the running
+// frames alone. It depends on Python's and torch's versions, so it is learnt, from a module made for it.
+struct References {
+  Py_ssize_t object = 0;
+  size_t tensor = 0, node = 0;
+
+  static References of(PyObject* object, const at::Tensor& tensor) {
+    const auto& node = tensor.grad_fn();
+    return {Py_REFCNT(object), tensor.use_count(), node ? size_t(node.use_count()) : 0};
+  }
+  bool within(const References& most) const {
+    return object <= most.object && tensor <= most.tensor && node <= most.node;
+  }
+};
+References unshared;
+bool learning = false;
+
+py::object from_taps(const char* name) { return py::module_::import("tlfast.taps").attr(name); }
+
+std::string type_name(const py::handle& given) { return py::str(py::type::of(given).attr("__name__")); }
+
+PyTap& tap_of(PyObject* hook) {
+  static PyObject* const name = PyUnicode_InternFromString("tap");
+  return py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name)).cast<PyTap&>();
+}
+
+// Whether another hook was registered anywhere since this was asked last: ids are counted up in one place.
+bool hooks_were_added() {
+  static PyObject* const handle_type =
+      py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle")).release().ptr();
+  static PyObject* const name = PyUnicode_InternFromString("next_id");
+  static long long seen = -1;
+  const auto next = py::reinterpret_steal<py::object>(PyObject_GetAttr(handle_type, name));
+  const long long now = PyLong_AsLongLong(next.ptr());
+  const bool added = now != seen;
+  seen = now;
+  return added;
+}
+
+template <class Body>
+PyObject* guarded(Body body) {
+  try {
+    return body().release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+  }
+  return nullptr;
+}
+
+// hook(module, args)
+PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject*) {
+  return guarded([&] {
+    if (hooks_were_added()) py::handle(hook).attr("move_last")(py::handle(PyTuple_GetItem(args, 0)));
+    tap_of(hook).tap->forward_pre();
+    return py::object(py::none());
+  });
+}
+
+// hook(module, args, output)
+PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject*) {
+  return guarded([&] { return tap_of(hook).forward(PyTuple_GetItem(args, 2)); });
+}
+
+}  // namespace
+
+PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
+    : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
+
+void PyTap::learn_references(bool learn) { learning = learn; }
+
+void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
+  // The interpreter calls an object through its type's tp_call, Dynamo traces what it finds under `__call__`: so eager
+  // code runs natively, and compiled code sees the Python of these classes.
+  reinterpret_cast<PyTypeObject*>(pre_hook.ptr())->tp_call = call_pre_hook;
+  reinterpret_cast<PyTypeObject*>(forward_hook.ptr())->tp_call = call_forward_hook;
+}
+
+// The output tensor if it can have a gradient; an error, or undefined, where it can't.
+at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) const {
+  const std::string& who = tap->point->who;
+  if (!THPVariable_Check(tensor.ptr())) {
+    const std::string rule = output.is_none() ? "hold a tensor" : "hold " + std::string(py::repr(output));
+    TORCH_CHECK_TYPE(false,
+                     broken_rule(who, "the output", rule, type_name(given), "Choose it with output=<index or key>."));
+  }
+  const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
+  TORCH_CHECK(!found.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks),
+              broken_rule(who, "the output", "be a tensor with memory of its own", "one inside a torch.func transform",
+                          "Use loss.backward() or torch.autograd.grad instead."));
+  if (found.requires_grad()) return found;
+  TORCH_CHECK(tap->step->missing_is_nan,
+              broken_rule(who, "the output", "require grad", "a tensor without a graph: no gradient can reach it",
+                          "Use freeze(model) to start the graph at the embedding, or pass missing=\"nan\"."));
+  return {};
+}
+
+py::object PyTap::forward(const py::handle& given) {
+  if (!tap->step->active || !at::GradMode::is_enabled()) return py::none();
+  if (THPVariable_Check(given.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(given.ptr());
+    const References references = References::of(given.ptr(), tensor);
+    if (learning) {
+      unshared = references;
+      return py::none();
+    }
+    const bool own = tensor.requires_grad() && references.within(unshared);
+    const at::Tensor checked_tensor = checked(given, given);
+    if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
+  }
+  const py::tuple found = from_taps("select_output")(given, output);
+  const at::Tensor tensor = checked(found[0], given);
+  if (!tensor.defined()) return py::none();
+  const auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
+  return from_taps("replace_output")(given, found[1], through);
+}
+
+void PyTap::check_full(const py::handle& given) {
+  const bool known = THPVariable_Check(given.ptr()) || PyTuple_Check(given.ptr());
+  if (!known)
+    TORCH_CHECK_TYPE(false, broken_rule(tap->point->who, "the output", "be a tensor or a tuple with attach=\"full\"",
+                                        type_name(given), "Use attach=\"tensor\"."));
+  if (!tap->step->active) return;
+  const py::tuple found = from_taps("select_output")(given, output);
+  checked(found[0], given);
+  full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<size_t>() : 0;
+}
+
+void PyTap::full(const py::tuple& grad_output) const {
+  if (!tap->step->active) return;
+  const py::object grad = grad_output[full_index_];
+  if (!THPVariable_Check(grad.ptr())) return;
+  const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
+  const py::gil_scoped_release release;
+  tap->fire(tensor);
+}
+
+}  // namespace tlfast

@@ -1,0 +1,40 @@
+// The Python end of a tap: what PyTorch's module hooks call.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include "tap.h"
+
+namespace tlfast {
+
+class PyTap {
+ public:
+  // `output`: which of several outputs is meant; None is the first tensor.
+  PyTap(std::shared_ptr<Tap> tap, pybind11::object output, pybind11::list rings);
+
+  // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
+  pybind11::object forward(const pybind11::handle& given);
+
+  // What a full backward hook needs of an output; called before the hook wraps it.
+  void check_full(const pybind11::handle& given);
+
+  // The body of a full backward hook.
+  void full(const pybind11::tuple& grad_output) const;
+
+  // Make instances of two hook classes run natively when they are called.
+  static void call_natively(const pybind11::type& pre_hook, const pybind11::type& forward_hook);
+
+  // While true, `forward` only learns how often an output is referenced that nobody but its caller holds.
+  static void learn_references(bool learn);
+
+  const std::shared_ptr<Tap> tap;
+  const pybind11::object output;
+  const pybind11::list rings;
+
+ private:
+  at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
+
+  size_t full_index_ = 0;  // where in the output the tensor was, for the full hook
+};
+
+}  // namespace tlfast
