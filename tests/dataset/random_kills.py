@@ -1,4 +1,7 @@
-"""Run as a program: ``python random_kills.py FOLDER N`` makes N datasets and kills each run at a random instant."""
+"""Run as a program: ``python random_kills.py FOLDER N`` makes N datasets and kills each run at a random instant.
+
+Run k is killed a random few milliseconds after its unit k % 4 is committed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dataset_cases import examples, make_writer, rows_of, truth
 from tlfast.dataset import BackgroundWriter, Plan
 
 COLUMNS = {"a": (torch.bfloat16, (256,)), "b": (torch.float32, (3, 100))}
-PLAN = Plan(n_examples=2000, rows_per_unit=200)
+PLAN = Plan(n_examples=2000, rows_per_unit=50)
 
 
 def main(folder: Path, n: int) -> None:
@@ -34,9 +37,14 @@ def main(folder: Path, n: int) -> None:
                 with BackgroundWriter(writer) as background:
                     for unit in PLAN.units:
                         background.submit(unit, rows_of(unit, tensors), examples(unit))
+                signal.pause()
             finally:
-                os._exit(0)
-        time.sleep(instants.uniform(0, 0.06))
+                os._exit(1)
+        while len(list((folder / str(k)).glob("commits/*.json"))) < k % 4:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                sys.exit(f"run {k} ended by itself")
+            time.sleep(0.001)
+        time.sleep(instants.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
