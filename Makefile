@@ -118,9 +118,10 @@ $(STAMPS)/torch: FORCE | $(PY)
 	@if [ "$(call HAS_TORCH,$(PY))" != True ]; then \
 	  echo "set-up: installing torch $(TORCH_VERSION) into $(BIN)"; $(PIP) install -q "torch==$(TORCH_VERSION)"; \
 	fi
-	@{ $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'; \
-	   echo "# TLFAST_BUILD=$(TLFAST_BUILD)"; } > $@.new
-	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+	@new=$$(mktemp $@.XXXXXX); \
+	{ $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'; \
+	  echo "# TLFAST_BUILD=$(TLFAST_BUILD)"; } > $$new; \
+	if cmp -s $$new $@; then rm $$new; else mv $$new $@; fi
 
 # Quiet but for warnings and the outcome; all of it when something fails. The same step rebuilds when a source changed.
 $(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py $(NATIVE) $(ENVIRONMENT)
