@@ -27,11 +27,12 @@ FLOORS = (
     ("dataset.verify",),
     ("dataset.reader", "dataset.writer"),
     ("dataset",),
-    ("batches", "fingerprint", "huggingface", "progress", "text"),
+    ("batches", "fingerprint", "huggingface", "progress", "settings", "text"),
     ("loss", "units"),
     ("collect",),
     ("collect_text",),
     ("__init__",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .collect_text import collect_text
 from .dataset import open_dataset, verify_dataset
 from .dataset.errors import extra
@@ -38,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return OK if args else BAD_INPUT
     if args[0] == "--version":
-        from . import __version__
-
         print(f"tlfast {__version__}")
         return OK
     if args[0] not in commands:
@@ -69,7 +68,7 @@ def _collect(args: list[str]) -> int:
         settings["default"] = load_settings(Path(args.pop(0)))
     wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
     try:
-        report = collect_text(wanted)
+        report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):  # before the first unit
             raise

@@ -19,14 +19,15 @@ from .huggingface import (
     pick_device,
     portable_name,
 )
-from .ops import backend
 from .points import find_points
 from .settings import CollectSettings, stored_as
 from .text import cut_texts, find_text_files
 
 
-def collect_text(settings: CollectSettings) -> Report:
+def collect_text(settings: CollectSettings, made_by: str) -> Report:
     """Collect the gradients that ``settings`` ask for; cheap checks first, the model last.
+
+    ``made_by`` becomes the first line of config.yaml, a comment.
 
     Raises:
         ValueError: for bad settings, before the model runs.
@@ -51,8 +52,6 @@ def collect_text(settings: CollectSettings) -> Report:
         max_examples=settings.max_examples or None,
         first=beginning_of_text(tokenizer, settings.bos),
     )
-    from . import __version__
-
     return collect(
         model,
         examples,
@@ -78,7 +77,7 @@ def collect_text(settings: CollectSettings) -> Report:
             "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
             "text": {"seq_len": settings.seq_len, "bos": settings.bos},
         },
-        config=settings.to_yaml(f"tlfast {__version__}, {backend()}, {device}"),
+        config=settings.to_yaml(f"{made_by}, {device}"),
     )
 
 

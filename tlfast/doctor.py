@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import __version__
 from .ops import backend
 
 # Distribution -> the extra that brings it.
@@ -28,8 +29,6 @@ _LIBRARIES = {
 
 def diagnose() -> Iterator[str]:
     """Yield one line for each thing that matters; what is absent says how to get it."""
-    from . import __version__
-
     yield f"tlfast        {__version__}"
     yield f"backend       {backend()}"
     if not backend().startswith("native"):
