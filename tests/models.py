@@ -133,6 +133,7 @@ class Setup:
     points: list[str]
     loss: Callable[[], torch.Tensor]
     output: int | str | None = None
+    batch: torch.Tensor | None = None
 
 
 def inputs(n_examples=3, n_positions=4) -> torch.Tensor:
@@ -153,7 +154,7 @@ def uneven(x: torch.Tensor) -> torch.Tensor:
 def residual() -> Setup:
     model, batch = Residual(), tokens()
     points = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.1", "blocks.1.hook_resid_post"]
-    return Setup(model, ["embed", *points, "unembed"], lambda: uneven(model(batch)))
+    return Setup(model, ["embed", *points, "unembed"], lambda: uneven(model(batch)), batch=batch)
 
 
 def chain() -> Setup:

@@ -176,6 +176,14 @@ def test_named_tuples_and_lists_keep_their_type(backend):
         assert_same_bits(x.grad, torch.full_like(x, 31.0))
 
 
+def test_negative_index_of_an_output(backend, attach):
+    setup = SETUPS["second_of_pair"]()
+    right = activation_gradients(setup)["0"][0]
+    with tlfast.capture(setup.model, "0", output=-1, rows=4, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+    assert_rows(cap, "0", right)
+
+
 def test_an_unused_first_output_is_missing_and_not_the_second(backend, attach):
     class Model(nn.Module):
         def forward(self, x):

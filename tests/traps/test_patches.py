@@ -71,3 +71,21 @@ def test_trap_05b_two_captures_and_a_patch_in_between(backend, attach):
     right = torch.autograd.grad(uneven(model.head(model.flat(out)).unflatten(0, (3, 4))), out)[0]
     assert_rows(a, "hook", right)
     assert_rows(b, "hook", right)
+
+
+def test_trap_05b_several_points_patched_after_the_capture_was_entered(backend, attach):
+    model, x = Chain(), inputs()
+    points = [model.linear, model.tanh, model.hook]
+    handles = []
+    with tlfast.capture(model, ["linear", "tanh", "hook"], rows=10, attach=attach, backend=backend) as cap:
+        for n_patched in range(1, 4):
+            handles.append(points[-n_patched].register_forward_hook(lambda m, args, out: out * 2))
+            uneven(model(x)).backward()
+    for handle in handles:
+        handle.remove()
+    outs = [model.linear(x) * 2]
+    outs.append(model.tanh(outs[-1]) * 2)
+    outs.append(model.hook(outs[-1]) * 2)
+    grads = torch.autograd.grad(uneven(model.head(model.flat(outs[-1])).unflatten(0, (3, 4))), outs)
+    for name, grad in zip(("linear", "tanh", "hook"), grads, strict=True):
+        torch.testing.assert_close(cap[name][6:], grad, rtol=0, atol=0)
