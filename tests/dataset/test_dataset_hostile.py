@@ -172,6 +172,17 @@ def test_changed_dataset_json(out, change, message):
         open_dataset(out)
 
 
+def test_a_config_hash_of_another_dataset(out):
+    def forge(d):
+        d.pop("checksum")
+        d["config_hash"] = "0" * 64
+        d["checksum"] = _checksum(d)
+
+    edit_json(out / "dataset.json", forge)
+    with pytest.raises(DatasetError, match="must match its config_hash"):
+        open_dataset(out)
+
+
 @pytest.mark.parametrize(
     "change",
     [

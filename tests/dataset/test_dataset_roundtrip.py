@@ -75,9 +75,10 @@ def test_special_values_keep_their_bits(tmp_path, dtype):
     assert ds.info()["non_finite_rows"] == 3
 
 
-def test_payload_lies_where_the_plan_says(tmp_path):
+@pytest.mark.parametrize("unit", PLAN.units, ids=lambda unit: unit.name)
+def test_payload_lies_where_the_plan_says(tmp_path, unit):
     make_dataset(tmp_path / "d")
-    data = (tmp_path / "d" / "data" / "u000000.safetensors").read_bytes()
+    data = (tmp_path / "d" / "data" / f"{unit.name}.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     assert 8 + length == 4096
     header = json.loads(data[8:4096])
