@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import broken_rule
-from .taps import fire_op, replace_output, select_output
+from .taps import fire_op, refuse_compiled_autograd, replace_output, select_output
 
 
 def _inert(*_: object) -> None:
@@ -100,6 +100,7 @@ class _CheckHook(_Hook):
 
 class _FullHook(_Hook):
     def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        refuse_compiled_autograd()
         self.tap.full(grad_output)
 
 

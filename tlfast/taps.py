@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -35,17 +36,30 @@ class Backward:
         self.mask, self.n_expected, self.scale = mask, n_expected, scale
 
 
+def refuse_compiled_autograd() -> None:
+    """RuntimeError in compiled autograd: it never calls what is to run at the end, so no row would be committed."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        raise RuntimeError(
+            broken_rule("capture", "the backward", "run in the eager engine", "compiled autograd", "Turn it off.")
+        )
+
+
 class _End:
     """Runs when a backward ends; if the engine drops it without a call, the backward failed and its rows are void."""
+
+    step: Step | None = None  # for one that was dropped before it was made
 
     def __init__(self, step: Step, task: int):
         self.step, self.task = step, task
 
     def __call__(self) -> None:
-        self.step.end(self.task)
+        if self.step is not None:
+            self.step.end(self.task)
 
     def __del__(self) -> None:
-        self.step.abort(self.task)
+        if self.step is not None:
+            self.step.abort(self.task)
 
 
 class Step:
@@ -81,6 +95,7 @@ class Step:
         return found
 
     def _open(self, task: int) -> Backward:
+        refuse_compiled_autograd()
         self.running[task] = opened = Backward(len(self.taps), *self._batch)
         torch.autograd.Variable._execution_engine.queue_callback(_End(self, task))  # type: ignore[attr-defined]
         return opened
