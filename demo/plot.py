@@ -45,10 +45,10 @@ def draw(model_folder: Path, dataset: GradientDataset, file: Path) -> None:
         1, 2, figsize=(11, 4.2), sharey=True, width_ratios=[3, 1.25], layout="constrained", dpi=150
     )
     # At the last position no next token is predicted and nothing comes later: its gradient is zero.
-    shown = by_position[:, : n_positions - 1]
+    shown = by_position[:, : n_positions - 1].numpy()
     image = left.imshow(
         shown, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest",
-        norm=LogNorm(shown.min().item(), shown.max().item()), extent=(-0.5, n_positions - 1.5, -0.5, n_layers - 0.5),
+        norm=LogNorm(shown.min(), shown.max()), extent=(-0.5, n_positions - 1.5, -0.5, n_layers - 0.5),
     )  # fmt: skip
     bar = figure.colorbar(image, ax=left, pad=0.015, ticks=LogLocator(subs=(1, 2, 5)), format=PLAIN)
     bar.minorticks_off()

@@ -43,7 +43,7 @@ def find_text_files(paths: Sequence[str | os.PathLike[str]], pattern: str = "*")
     if not roots:
         raise ValueError(broken_rule("collect", "text", "name a file or a folder", "nothing", "Give text files."))
     for root, path in zip(roots, paths, strict=True):
-        if not root.exists():
+        if not root.exists() or not str(path):
             raise ValueError(
                 broken_rule("collect", "text", "be an existing file or folder", f"{str(path)!r}", "Check the path.")
             )
