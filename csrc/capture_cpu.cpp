@@ -13,11 +13,11 @@
 namespace tlfast {
 namespace {
 
-constexpr int64_t kBlock = 2048;      // accumulators of a task: 8 KiB of the L1 cache in float32
-constexpr int64_t kSmallBlock = 256;  // the same where there would be too few tasks to share out
-constexpr int64_t kLanes = 64;        // partial results of a reduced inner dimension: four AVX-512 registers
-constexpr int64_t kOffsets = 256;     // reduced rows looked up at once
-constexpr int64_t kGrain = 32768;     // elements worth a thread, as at::internal::GRAIN_SIZE
+constexpr int64_t kBlock = 2048;   // accumulators of a task: 8 KiB of the L1 cache in float32
+constexpr int64_t kCut = 64;       // elements; where few outer indices are to keep many threads busy
+constexpr int64_t kLanes = 64;     // partial results of a reduced inner dimension: four AVX-512 registers
+constexpr int64_t kOffsets = 256;  // reduced rows looked up at once
+constexpr int64_t kGrain = 32768;  // elements worth a thread, as at::internal::GRAIN_SIZE
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TLFAST_X86 1
@@ -124,15 +124,18 @@ struct Store {
   static TLFAST_INLINE void run(O* __restrict out, const A* __restrict acc, int64_t length, int64_t stride_,
                                 Reduction reduction, int64_t n, A scale, Counts* counts) {
     const int64_t stride = kUnit ? 1 : stride_;
-    int64_t nonfinite = 0, saturated = 0;
     const auto loop = [&](auto result) __attribute__((always_inline)) {
+      uint32_t any = 0;
       for (int64_t i = 0; i < length; ++i) {
-        const A value = result(acc[i]) * scale;
-        const O stored = Narrow<O>::of(value);
+        const O stored = Narrow<O>::of(result(acc[i]) * scale);
         out[i * stride] = stored;
-        const bool bad = !is_finite(widen(stored));
-        nonfinite += bad;
-        saturated += bad & is_finite(value);
+        any |= uint32_t(!is_finite(widen(stored)));
+      }
+      if (!any) return;
+      for (int64_t i = 0; i < length; ++i) {
+        const bool bad = !is_finite(widen(out[i * stride]));
+        counts->nonfinite += bad;
+        counts->saturated += bad && is_finite(result(acc[i]) * scale);
       }
     };
     if (reduction == Reduction::mean)
@@ -141,8 +144,6 @@ struct Store {
       loop([n](A x) { return finish(Reduction::norm, x, n); });
     else
       loop([reduction, n](A x) { return finish(reduction, x, n); });
-    counts->nonfinite += nonfinite;
-    counts->saturated += saturated;
   }
 };
 
@@ -150,6 +151,15 @@ struct Store {
 template <class Use>
 int64_t for_real_rows(const View& view, const uint8_t* mask, bool last_only, Use use) {
   int64_t offsets[kOffsets], held = 0, n = 0;
+  if (!mask && !last_only && view.reduced.size() <= 1) {  // the common case, without the walk
+    const int64_t stride = view.reduced.size() ? view.reduced[0].grad : 0;
+    for (; n < view.n_reduced; n += held) {
+      held = std::min(kOffsets, view.n_reduced - n);
+      for (int64_t k = 0; k < held; ++k) offsets[k] = (n + k) * stride;
+      use(offsets, held);
+    }
+    return n;
+  }
   Walk walk(view.reduced);
   for (int64_t k = 0; k < view.n_reduced; ++k, walk.next()) {
     if (mask && !mask[walk.mask]) continue;
@@ -170,52 +180,58 @@ Counts run(const View& v, Reduction reduction, const G* grad, O* out, const uint
   using A = typename AccumulatorOf<G>::type;
   const bool row = v.inner_reduced;
   const int64_t whole = row ? 1 : v.inner.size;
-  const int64_t block = v.n_outer * ((whole + kBlock - 1) / kBlock) >= 8 ? kBlock : kSmallBlock;
+  // The cut of the inner dimension changes no result: each of its elements is added up on its own.
+  const int64_t shares = (at::get_num_threads() + v.n_outer - 1) / v.n_outer;
+  const int64_t share = (whole / shares + kCut) / kCut * kCut;
+  const int64_t block = std::min(kBlock, share);
   const int64_t n_blocks = (whole + block - 1) / block;
   const int64_t work = std::max<int64_t>(v.n_reduced, 1) * (row ? v.inner.size : std::min(whole, block));
   std::atomic<int64_t> nonfinite{0}, saturated{0};
 
-  at::parallel_for(0, v.n_outer * n_blocks, std::max<int64_t>(1, kGrain / std::max<int64_t>(work, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     alignas(64) A acc[kBlock];
-                     Counts counts;
-                     Walk walk(v.outer);
-                     walk.seek(begin / n_blocks);
-                     for (int64_t task = begin; task < end; ++task) {
-                       const int64_t first = (task % n_blocks) * block, length = std::min(block, whole - first);
-                       const G* g = grad + walk.grad + first * v.inner.grad;
-                       O* o = out + walk.out + first * v.inner.out;
-                       int64_t n;
-                       For<Start<A>>::here(acc, row ? kLanes : length);
-                       const uint8_t* m = mask ? mask + walk.mask : nullptr;
-                       const int64_t stride = v.inner.grad;
-                       if (row) {
-                         n = v.inner.size * for_real_rows(v, m, false, [&](const int64_t* offsets, int64_t held) {
-                               if (stride == 1)
-                                 For<Lanes<G, R, true>>::here(acc, g, offsets, held, v.inner.size, stride);
-                               else
-                                 For<Lanes<G, R, false>>::here(acc, g, offsets, held, v.inner.size, stride);
-                             });
-                         for (int64_t half = kLanes / 2; half > 0; half /= 2)
-                           for (int64_t j = 0; j < half; ++j) acc[j] = R::combine(acc[j], acc[j + half]);
-                       } else {
-                         n = for_real_rows(v, m, reduction == Reduction::last,
-                                           [&](const int64_t* offsets, int64_t held) {
-                                             if (stride == 1)
-                                               For<Columns<G, R, true>>::here(acc, g, offsets, held, length, stride);
-                                             else
-                                               For<Columns<G, R, false>>::here(acc, g, offsets, held, length, stride);
-                                           });
-                       }
-                       if (v.inner.out == 1 || row)
-                         For<Store<A, O, true>>::here(o, acc, length, int64_t(1), reduction, n, A(scale), &counts);
-                       else
-                         For<Store<A, O, false>>::here(o, acc, length, v.inner.out, reduction, n, A(scale), &counts);
-                       if (task % n_blocks == n_blocks - 1) walk.next();
-                     }
-                     nonfinite += counts.nonfinite;
-                     saturated += counts.saturated;
-                   });
+  const auto do_tasks = [&](int64_t begin, int64_t end) {
+    alignas(64) A acc[kBlock];
+    Counts counts;
+    Walk walk(v.outer);
+    walk.seek(begin / n_blocks);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = (task % n_blocks) * block, length = std::min(block, whole - first);
+      const G* g = grad + walk.grad + first * v.inner.grad;
+      O* o = out + walk.out + first * v.inner.out;
+      int64_t n;
+      For<Start<A>>::here(acc, row ? kLanes : length);
+      const uint8_t* m = mask ? mask + walk.mask : nullptr;
+      const int64_t stride = v.inner.grad;
+      if (row) {
+        n = v.inner.size * for_real_rows(v, m, false, [&](const int64_t* offsets, int64_t held) {
+              if (stride == 1)
+                For<Lanes<G, R, true>>::here(acc, g, offsets, held, v.inner.size, stride);
+              else
+                For<Lanes<G, R, false>>::here(acc, g, offsets, held, v.inner.size, stride);
+            });
+        for (int64_t half = kLanes / 2; half > 0; half /= 2)
+          for (int64_t j = 0; j < half; ++j) acc[j] = R::combine(acc[j], acc[j + half]);
+      } else {
+        n = for_real_rows(v, m, reduction == Reduction::last, [&](const int64_t* offsets, int64_t held) {
+          if (stride == 1)
+            For<Columns<G, R, true>>::here(acc, g, offsets, held, length, stride);
+          else
+            For<Columns<G, R, false>>::here(acc, g, offsets, held, length, stride);
+        });
+      }
+      if (v.inner.out == 1 || row)
+        For<Store<A, O, true>>::here(o, acc, length, int64_t(1), reduction, n, A(scale), &counts);
+      else
+        For<Store<A, O, false>>::here(o, acc, length, v.inner.out, reduction, n, A(scale), &counts);
+      if (task % n_blocks == n_blocks - 1) walk.next();
+    }
+    nonfinite += counts.nonfinite;
+    saturated += counts.saturated;
+  };
+  const int64_t n_tasks = v.n_outer * n_blocks;
+  if (n_tasks * work <= kGrain)
+    do_tasks(0, n_tasks);
+  else
+    at::parallel_for(0, n_tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(work, 1)), do_tasks);
   return {nonfinite, saturated};
 }
 

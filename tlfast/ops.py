@@ -161,3 +161,6 @@ def reduce_into(
     else:
         torch.ops.tlfast.capture(out, grad, reduce, dims, mask, scale)
     return out
+
+
+_load()  # registers torch.ops.tlfast; says nothing where there is no native code, until it is asked for
