@@ -83,7 +83,7 @@ def compile_flags(torch):
         # OpenMP runtime that torch has loaded, so there is one thread pool, not two.
         flags.append("-fopenmp")
     if SANITIZE:
-        flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         flags.append("-fno-wrapv")  # Python asks for -fwrapv, under which signed overflow would pass unseen
     if os.environ.get("TLFAST_WERROR") == "1":
         flags.append("-Werror")
