@@ -4,16 +4,14 @@ import os
 
 import pytest
 import torch
+from backends import ATTACHMENTS, usable
 from hypothesis import settings
 
 import tlfast
 
-FULL_WARNS = "ignore:Full backward hook is firing when gradients are computed with respect to module outputs"
 # The same examples in every run and no time limits: a test fails because the code is wrong, not because of the day.
 settings.register_profile("tlfast", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("tlfast")
-
-ATTACHMENTS = ["tensor", pytest.param("full", marks=pytest.mark.filterwarnings(FULL_WARNS))]
 
 
 def pytest_configure(config):
@@ -25,15 +23,6 @@ def pytest_configure(config):
 
         if not _build_info.SANITIZE:
             pytest.exit(f"tests: tlfast must be the sanitized build, got {tlfast.__file__}. Run make sanitize.", 1)
-
-
-def usable(backend):
-    """``backend``; skips if the native code can't be used here, and fails if it must be."""
-    if backend == "native" and not tlfast.backend().startswith("native"):
-        if os.environ.get("TLFAST_REQUIRE_NATIVE") == "1":
-            pytest.fail(f"TLFAST_REQUIRE_NATIVE=1, but tlfast runs {tlfast.backend()}")
-        pytest.skip(tlfast.backend())
-    return backend
 
 
 @pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.sanitize)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from .errors import broken_rule
 from .taps import fire_op, refuse_compiled_autograd, replace_output, select_output
@@ -102,6 +103,13 @@ class _FullHook(_Hook):
     def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
         refuse_compiled_autograd()
         self.tap.full(grad_output)
+
+
+# Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
+# runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
+# its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
+for _hook in (_ForwardPreHook, _ForwardHook, _CheckHook, _FullHook):
+    set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 @lru_cache(maxsize=1)

@@ -112,10 +112,13 @@ class Capture:
                         "torch._dynamo.reset().",
                     )
                 )  # fmt: skip
-            warnings.warn(
-                "capture: no backward reached the points, so there are no rows; was backward() called inside the with?",
-                stacklevel=2,
+            text = (
+                "capture: no backward reached the points, so there are no rows; was backward() called inside the with?"
             )
+            if anything_compiled():
+                text += " Compiled modules of one class share their code, whatever their hooks, unless "
+                text += "torch._dynamo.config.skip_nnmodule_hook_guards = False."
+            warnings.warn(text, stacklevel=2)
 
     def _detach(self) -> None:
         self._step.close()
