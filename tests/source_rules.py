@@ -43,6 +43,7 @@ NATIVE_FLOORS = (
     ("ring",),
     ("step",),
     ("tap",),
+    ("py_tap",),
     ("module",),
 )
 # The dataset on disk knows nothing of capture: of the rest of the package it may import these alone.
