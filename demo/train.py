@@ -83,7 +83,7 @@ def train(folder: Path, time_s: float) -> tuple[float, float]:
         mean = loss.item() if step == 0 else 0.9 * mean + 0.1 * loss.item()
         first = mean if step == 0 else first
         step += 1
-        if step == 1 or time.monotonic() - shown > time_s / 8:
+        if step == 1 or time.monotonic() - shown > max(time_s / 8, 2.0):
             shown = time.monotonic()
             print(f"  step {step:4d}  {shown - start:5.1f} s  loss {mean:.3f}", flush=True)
     print(f"  step {step:4d}  {time.monotonic() - start:5.1f} s  loss {mean:.3f} (running mean)", flush=True)

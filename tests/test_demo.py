@@ -42,6 +42,7 @@ def test_the_demo_runs_over_what_an_earlier_one_left(tmp_path, capfd, monkeypatc
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"old")
     monkeypatch.setattr(run, "QUICK", (0.1, 40, 16))
+    monkeypatch.setattr(train, "BATCH", 4)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run.main(["--quick", "--into", str(tmp_path)])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from transformers.utils import logging
 
 import tlfast
+from tlfast.cli import main
 
 N_TOKENS = 256
 N_LAYERS = 2
@@ -75,3 +76,25 @@ def unit_bytes(folder):
 def collect(model, out, examples, **settings):
     """`tlfast.collect` at every block, in silence."""
     return tlfast.collect(model, examples, out, **{"points": POINTS["gpt2"], "progress": False} | settings)
+
+
+def collect_words(folder, **changes):
+    """The arguments of `tlfast collect` for the model and the text in a folder."""
+    settings = {
+        "model": str(folder / "model"), "text": str(folder / "text"), "points": "transformer.h.*", "reduce": "mean",
+        "dtype": "bfloat16", "out": str(folder / "out"), "seq_len": "32", "max_examples": "24",
+        "rows_per_unit": "10",
+    } | changes  # fmt: skip
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", *value.split("\n"))]
+
+
+def complaint_of(capsys, arguments, code=2):
+    """The one line on stderr with which a command ended."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert len(lines) == 1, shown.err
+    if arguments[0] == "collect":
+        assert shown.out == f"{tlfast.backend()}\n"
+    return lines[0]

@@ -115,7 +115,7 @@ def as_examples(batches: Iterable[Any]) -> list[Example]:
     examples: list[Example] = []
     for item in batches:
         for ids, source, start in _sequences(item):
-            tokens = ids if isinstance(ids, array) else array("i", ids)
+            tokens = _checked(ids)
             if len(tokens) < 2:
                 got = f"{len(tokens)} in example {len(examples)}"
                 remedy = "A single token has no next one; leave it out."
@@ -133,9 +133,9 @@ def _sequences(item: Any) -> Iterator[tuple[Sequence[int], str, int]]:
         yield from _of_mapping(item)
     elif isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim in (1, 2):
         for ids in item.tolist() if item.ndim == 2 else [item.tolist()]:
-            yield _checked(ids), "", 0
+            yield ids, "", 0
     elif isinstance(item, array) or (isinstance(item, Sequence) and item and isinstance(item[0], int)):
-        yield _checked(item), "", 0
+        yield item, "", 0
     elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
         for part in item:
             yield from _sequences(part)
@@ -155,18 +155,22 @@ def _of_mapping(item: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], str, i
         if masks is not None:
             real = [token for token, keep in zip(real, masks[i], strict=True) if keep]
         source = sources if isinstance(sources, str) else sources[i]
-        yield _checked(real), source, int(starts if isinstance(starts, int) else starts[i])
+        yield real, source, int(starts if isinstance(starts, int) else starts[i])
 
 
 def _as_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
 
 
-def _checked(ids: Sequence[Any]) -> Sequence[int]:
-    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in ids):
-        odd = next(token for token in ids if not isinstance(token, int) or not 0 <= token < 2**31)
-        raise ValueError(broken_rule("collect", "tokens", "be ints from 0 on", repr(odd), "Check the input_ids."))
-    return ids
+def _checked(ids: Sequence[Any]) -> array[int]:
+    try:
+        tokens = ids if isinstance(ids, array) else array("i", ids)
+        if not tokens or min(tokens) >= 0:
+            return tokens
+    except (TypeError, OverflowError):
+        pass
+    odd = next((token for token in ids if not isinstance(token, int) or not 0 <= token < 2**31), ids)
+    raise ValueError(broken_rule("collect", "tokens", "be ints from 0 on", repr(odd), "Check the input_ids."))
 
 
 def unit_rows(row_bytes: int, ring_bytes: int = 256 << 20, most: int = 2048) -> int:

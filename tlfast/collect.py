@@ -118,7 +118,7 @@ def collect(
         >>> tlfast.collect(model, [[1, 2, 3], [4, 5]], out, points="0", progress=False).n_rows
         2
         >>> tlfast.open_dataset(out)["0"].shape
-        torch.Size([2, 4])
+        (2, 4)
     """
     refuse_stranger(Path(out), "collect")
     specs = _specs(model, points, reduce, over, dtype, output)

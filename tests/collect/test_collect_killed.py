@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 from tiny_models import save_model, save_text, unit_bytes
 
 import tlfast
@@ -31,6 +32,7 @@ def arguments(folder, out):
 def undisturbed(tmp_path_factory):
     """Where model and text lie, and beside them the dataset of a run from beginning to end."""
     folder = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)  # as every test has it; this comes before
     save_model(folder / "model")
     save_text(folder / "text")
     assert main(arguments(folder, folder / "out")) == 0

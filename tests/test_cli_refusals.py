@@ -1,0 +1,142 @@
+"""What the command line refuses: one line that says what to do, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from tiny_models import collect_words, complaint_of, save_model, save_text
+
+from tlfast import huggingface
+from tlfast.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model and text."""
+    folder = tmp_path_factory.mktemp("refusals")
+    save_model(folder / "model")
+    save_text(folder / "text")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (
+            {"model": "/nowhere/model"},
+            "collect: model must be a folder or a name on the hub, got '/nowhere/model', no such",
+        ),
+        (
+            {"model": "FOLDER/modle"},
+            "collect: model must be a folder or a name on the hub, got .*modle', no such folder",
+        ),
+        (
+            {"model": "FOLDER/text"},
+            "collect: model must be a folder with a Hugging Face model, got .* without config.json",
+        ),
+        ({"text": "/nowhere/text"}, "collect: text must be an existing file or folder, got '/nowhere/text'"),
+        ({"text": ""}, "collect: text must be an existing file or folder, got ''"),
+        ({"text": "FOLDER/empty.txt"}, "collect: text must hold text, got 1 empty file"),
+        ({"text": "FOLDER/short.txt"}, "collect: text must hold text, got 1 file with less than 2 tokens"),
+        ({"text": "FOLDER/none"}, r"collect: text must hold files like '\*', got .*none"),
+        ({"text": "FOLDER/model/model.safetensors"}, "collect: text must be UTF-8 text"),
+        (
+            {"points": "transfromer.h.*"},
+            "collect: points must match a module, got 'transfromer.*Nearest: transformer.h",
+        ),
+        ({"reduce": "meen"}, "collect: reduce must be one of none, sum, mean, last, norm, absmax, got 'meen'"),
+        ({"over": "positions"}, 'over must be "batch", "pos" or dimension numbers, got \'positions\''),
+        ({"over": "batch,pos"}, "over must keep the batch: a row is an example, got 'batch,pos'"),
+        ({"dtype": "int8"}, "collect: dtype must be one of float32, bfloat16, float16, float64, auto, got 'int8'"),
+        ({"model_dtype": "fp32"}, "collect: model_dtype must be one of"),
+        ({"device": "gpu"}, "collect: device must be usable, got 'gpu'"),
+        ({"out": "FOLDER/text"}, "collect: out must be a new or empty folder, or a tlfast dataset, got .*text"),
+        ({"out": "FOLDER/short.txt"}, "collect: out must be a new or empty folder, or a tlfast dataset, got .*a file"),
+        ({"seq_len": "65"}, "collect: seq_len must be at most 64, the positions of the model, got 65"),
+        ({"seq_len": "1"}, "collect: seq_len must be at least 2, got 1"),
+        ({"rows_per_unit": "-1"}, "collect: rows_per_unit must be at least 0, got -1"),
+        ({"bos": "always"}, "collect: bos must be auto or never for this tokenizer, got 'always'"),
+        ({"backend": "rust"}, "collect: backend must be one of auto, native, python, got 'rust'"),
+        ({"points": "transformer.h.*.attn", "output": "3"}, "collect: model must give a gradient at every point"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, change, text):
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("x")
+    (folder / "none").mkdir(exist_ok=True)
+    changes = {"out": str(tmp_path / "out")} | {k: v.replace("FOLDER", str(folder)) for k, v in change.items()}
+    complaint = complaint_of(capsys, ["collect", *collect_words(folder, **changes)])
+    assert pytest.raises(AssertionError, match=text).matches(AssertionError(complaint)), complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_found_before_the_run(folder, tmp_path, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
+    complaint = complaint_of(capsys, ["collect", *collect_words(folder, out=str(tmp_path / "out"))])
+    assert "out must have 0.000 GB free for this dataset, got 0.000 GB at" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_gradients_is_found_before_the_run(folder, tmp_path, capsys, monkeypatch):
+    def without_gradients(name, dtype, device):
+        model = huggingface.load_model(name, dtype, device)
+        model.forward = torch.no_grad()(model.forward)
+        return model
+
+    monkeypatch.setattr("tlfast.collect_text.load_model", without_gradients)
+    complaint = complaint_of(capsys, ["collect", *collect_words(folder, out=str(tmp_path / "out"))])
+    assert complaint.startswith("collect: model must give a gradient at every point")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_read_is_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    complaint = complaint_of(
+        capsys, ["collect", *collect_words(folder, model=str(tmp_path / "model"), out=str(tmp_path / "o"))]
+    )
+    assert complaint.startswith("collect: model must be loadable as Auto")
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ("model: a\ntext: b\npoints: c\nrows: 3\n", "config must hold model, .*, got unknown rows in"),
+        ("model: a\n", "config must hold model, text, points and other settings .*, got only model in"),
+        ("- model\n", "config must be a mapping, got list in"),
+        ("model: [\n", "config must be a readable YAML file"),
+        ("model: a\ntext: b\npoints: 3\n", "points must be a list of text, got 3 in"),
+        ("model: a\ntext: b\npoints: c\nseq_len: x\n", "seq_len must be int, got 'x' in"),
+    ],
+)
+def test_a_wrong_config_is_refused(tmp_path, capsys, content, text):
+    (tmp_path / "config.yaml").write_text(content)
+    complaint = complaint_of(capsys, ["collect", str(tmp_path / "config.yaml")])
+    assert pytest.raises(AssertionError, match=text).matches(AssertionError(complaint)), complaint
+
+
+def test_a_missing_config_is_refused(tmp_path, capsys):
+    assert "config must be a readable YAML file" in complaint_of(capsys, ["collect", str(tmp_path / "config.yaml")])
+
+
+def test_a_wrong_flag_is_exit_code_2(folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["collect", *collect_words(folder), "--sequence-length", "3"])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["train"], "tlfast: command must be one of collect, info, verify, doctor, got 'train'"),
+        (["info"], "tlfast info: the argument must be one dataset folder, got nothing"),
+        (["verify", "a", "b"], "tlfast verify: the argument must be one dataset folder, got a b"),
+        (["info", "/nowhere"], "/nowhere/dataset.json"),
+    ],
+)
+def test_wrong_commands_are_refused(capsys, arguments, text):
+    assert text in complaint_of(capsys, arguments)
