@@ -1,9 +1,11 @@
 // The fused op: schema, checks, geometry; dispatch by device.
 #include "capture.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cctype>
 
 #include "errors.h"
 
@@ -30,12 +32,21 @@ std::string name_of(at::ScalarType dtype) {
       return "torch.int64";
     case at::kInt:
       return "torch.int32";
-    case at::kBool:
-      return "torch.bool";
+    case at::kShort:
+      return "torch.int16";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
     case at::kComplexFloat:
       return "torch.complex64";
-    default:
-      return c10::str("torch.", c10::toString(dtype));
+    case at::kComplexDouble:
+      return "torch.complex128";
+    default: {  // the rest is called in Python as in C++, in lower case
+      std::string name = c10::toString(dtype);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+      return "torch." + name;
+    }
   }
 }
 
@@ -72,6 +83,11 @@ void check(const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) 
   const auto want = reduced_shape(grad.sizes(), dims);
   TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(want), broken_rule(who, "out", "have shape " + list_of(want),
                                                                       list_of(out.sizes()), "Check over= and shapes."));
+  TORCH_CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes,
+                    broken_rule(who, "out", "have memory of its own for each element", "an expanded tensor",
+                                "Pass a contiguous one."));
+  TORCH_CHECK_VALUE(!out.has_storage() || !out.is_alias_of(grad) || out.numel() == 0,
+                    broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own."));
 }
 
 void check_mask(const at::Tensor& mask, const at::Tensor& grad) {
@@ -161,6 +177,9 @@ TORCH_LIBRARY_FRAGMENT(tlfast, library) {
   library.def("capture(Tensor(a!) out, Tensor grad, str reduce, int[] over, Tensor? mask=None, float scale=1.0) -> ()",
               {at::Tag::pt2_compliant_tag});
 }
+
+// Sparse gradients get here to be refused in our own words.
+TORCH_LIBRARY_IMPL(tlfast, SparseCPU, library) { library.impl("capture", capture_op); }
 
 TORCH_LIBRARY_IMPL(tlfast, CPU, library) { library.impl("capture", capture_op); }
 

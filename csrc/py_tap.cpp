@@ -10,18 +10,20 @@ namespace py = pybind11;
 namespace tlfast {
 namespace {
 
-// How often things are referenced while a forward hook looks at a plain output that nobody else holds: by the running
-// frames alone. It depends on Python's and torch's versions, so it is learnt, from a module made for it.
+// How often an output, its memory and its node are referenced while a forward hook looks at a plain output that nobody
+// else holds: by the running frames alone. It depends on Python's and torch's versions, so it is learnt, from a module
+// made for it.
 struct References {
   Py_ssize_t object = 0;
-  size_t tensor = 0, node = 0;
+  size_t tensor = 0, storage = 0, node = 0;
 
   static References of(PyObject* object, const at::Tensor& tensor) {
     const auto& node = tensor.grad_fn();
-    return {Py_REFCNT(object), tensor.use_count(), node ? size_t(node.use_count()) : 0};
+    const size_t storage = tensor.has_storage() ? tensor.storage().use_count() : ~size_t(0);
+    return {Py_REFCNT(object), size_t(tensor.use_count()), storage, node ? size_t(node.use_count()) : 0};
   }
   bool within(const References& most) const {
-    return object <= most.object && tensor <= most.tensor && node <= most.node;
+    return object <= most.object && tensor <= most.tensor && storage <= most.storage && node <= most.node;
   }
 };
 References unshared;
@@ -36,17 +38,12 @@ PyTap& tap_of(PyObject* hook) {
   return py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name)).cast<PyTap&>();
 }
 
-// Whether another hook was registered anywhere since this was asked last: ids are counted up in one place.
-bool hooks_were_added() {
+// How many hooks were ever registered anywhere: their ids are counted up in one place.
+long long hooks_registered() {
   static PyObject* const handle_type =
       py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle")).release().ptr();
   static PyObject* const name = PyUnicode_InternFromString("next_id");
-  static long long seen = -1;
-  const auto next = py::reinterpret_steal<py::object>(PyObject_GetAttr(handle_type, name));
-  const long long now = PyLong_AsLongLong(next.ptr());
-  const bool added = now != seen;
-  seen = now;
-  return added;
+  return PyLong_AsLongLong(py::reinterpret_steal<py::object>(PyObject_GetAttr(handle_type, name)).ptr());
 }
 
 template <class Body>
@@ -64,8 +61,13 @@ PyObject* guarded(Body body) {
 // hook(module, args)
 PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject*) {
   return guarded([&] {
-    if (hooks_were_added()) py::handle(hook).attr("move_last")(py::handle(PyTuple_GetItem(args, 0)));
-    tap_of(hook).tap->forward_pre();
+    PyTap& tap = tap_of(hook);
+    const long long registered = hooks_registered();
+    if (tap.hooks_seen != registered) {
+      py::handle(hook).attr("move_last")(py::handle(PyTuple_GetItem(args, 0)));
+      tap.hooks_seen = registered;
+    }
+    tap.tap->forward_pre();
     return py::object(py::none());
   });
 }
@@ -137,12 +139,13 @@ void PyTap::check_full(const py::handle& given) {
   if (!tap->step->active) return;
   const py::tuple found = from_taps("select_output")(given, output);
   checked(found[0], given);
-  full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<size_t>() : 0;
+  full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<Py_ssize_t>() : 0;
 }
 
 void PyTap::full(const py::tuple& grad_output) const {
   if (!tap->step->active) return;
-  const py::object grad = grad_output[full_index_];
+  const Py_ssize_t n = Py_ssize_t(grad_output.size());
+  const py::object grad = grad_output[size_t(full_index_ < 0 ? full_index_ + n : full_index_)];
   if (!THPVariable_Check(grad.ptr())) return;
   const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
   const py::gil_scoped_release release;

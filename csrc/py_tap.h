@@ -30,11 +30,12 @@ class PyTap {
   const std::shared_ptr<Tap> tap;
   const pybind11::object output;
   const pybind11::list rings;
+  long long hooks_seen = -1;  // how many hooks were registered when ours was last put behind the others
 
  private:
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
 
-  size_t full_index_ = 0;  // where in the output the tensor was, for the full hook
+  Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };
 
 }  // namespace tlfast

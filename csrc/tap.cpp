@@ -17,9 +17,9 @@ namespace autograd = torch::autograd;
 using autograd::Node;
 using autograd::variable_list;
 
-[[noreturn]] void refuse_compiled_autograd(const Tap& tap) {
-  TORCH_CHECK(false, broken_rule(tap.point->who, "the backward", "run in the eager engine", "compiled autograd",
-                                 "Use backend=\"python\"."));
+[[noreturn]] void refuse_compiled_autograd() {
+  TORCH_CHECK(false,
+              broken_rule("capture", "the backward", "run in the eager engine", "compiled autograd", "Turn it off."));
 }
 
 // On the grad_fn of a fresh output.
@@ -33,7 +33,7 @@ struct PreHook : autograd::FunctionPreHook {
       tap->fire(autograd::get_current_node()->input_metadata(output_nr).zeros_like());
     return grads;
   }
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(*tap); }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
   std::shared_ptr<Tap> tap;
   uint32_t output_nr;
 };
@@ -49,7 +49,7 @@ struct IdentityNode : Node {
     return std::move(grads);
   }
   std::string name() const override { return "TlfastIdentity"; }
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(*tap); }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
   std::shared_ptr<Tap> tap;
 };
 

@@ -114,6 +114,20 @@ def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[i
         raise ValueError(broken_rule(who, "out", f"have shape {list(want)}", list(out.shape), remedy))
 
 
+def check_memory(who: str, out: torch.Tensor, grad: torch.Tensor) -> None:
+    """Check that no element of ``out`` lies where another one or the gradient does."""
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(
+            broken_rule(
+                who, "out", "have memory of its own for each element", "an expanded tensor", "Pass a contiguous one."
+            )
+        )
+    if out.numel() and torch._C._is_alias_of(out, grad):
+        raise ValueError(
+            broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own.")
+        )
+
+
 @torch.no_grad()
 def capture(
     out: torch.Tensor,
@@ -130,6 +144,7 @@ def capture(
     """
     dims = () if reduce == "none" else normal_dims("capture", over, grad.dim())
     check_capture("capture", out, grad, dims)
+    check_memory("capture", out, grad)
     wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale)
     out.copy_(wide)
     bad = ~torch.isfinite(out)
