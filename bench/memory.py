@@ -31,7 +31,7 @@ def measure(arguments: dict[str, object], variant: str, folder: Path) -> int:
 
 
 def main() -> None:
-    """Warm up on one batch, with `collect` too, so that all variants have the same libraries in memory; then measure."""
+    """Warm up on one batch, with `collect` too, so that all variants hold the same libraries; then measure."""
     from .collect import make_work
     from .storing import COLLECT, VARIANTS, Work
 
