@@ -31,7 +31,7 @@ std::unique_ptr<PyTap> make_tap(std::shared_ptr<Step> step, const std::string& n
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The native code of tlfast; tlfast.taps and tlfast.ring do the same in Python.";
+  m.doc() = "The native code of tlfast; tlfast.steps, taps and ring do the same in Python.";
   m.attr("TORCH_VERSION") = c10::str(TORCH_VERSION_MAJOR, ".", TORCH_VERSION_MINOR);
   m.def("describe", [] { return c10::str("cpu, ", cpu_features()); });
   m.def("call_natively", &PyTap::call_natively);
@@ -54,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<PyTap>(m, "Tap")
       .def(py::init(&make_tap))
+      .def_static("to_sink", &PyTap::to_sink)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
       .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })
       .def("check_full", &PyTap::check_full)

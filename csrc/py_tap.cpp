@@ -1,6 +1,7 @@
 // The Python end of a tap, with the GIL held but for the firing itself.
 #include "py_tap.h"
 
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "errors.h"
@@ -29,7 +30,7 @@ struct References {
 References unshared;
 bool learning = false;
 
-py::object from_taps(const char* name) { return py::module_::import("tlfast.taps").attr(name); }
+py::object from_outputs(const char* name) { return py::module_::import("tlfast.outputs").attr(name); }
 
 std::string type_name(const py::handle& given) { return py::str(py::type::of(given).attr("__name__")); }
 
@@ -77,7 +78,39 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject*) {
   return guarded([&] { return tap_of(hook).forward(PyTuple_GetItem(args, 2)); });
 }
 
+// A Python callable as a sink. It may be dropped by a thread that doesn't hold the GIL.
+Sink sink_of(py::object callable) {
+  const std::shared_ptr<py::object> held(new py::object(std::move(callable)), [](py::object* object) {
+    const py::gil_scoped_acquire gil;
+    delete object;
+  });
+  return [held](const at::Tensor& grad) {
+    const py::gil_scoped_acquire gil;
+    const auto given = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad.detach()));
+    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(held->ptr(), given.ptr()));
+    if (!result) {
+      python_error error;  // keeps its Python type on the way through the engine
+      error.persist();
+      throw error;
+    }
+  };
+}
+
 }  // namespace
+
+std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::string& name, const py::object& sink,
+                                      const std::string& reduce, std::vector<int64_t> dims, const py::object& output) {
+  auto tap = Tap::make(std::move(step), name, {}, Calls::last);
+  if (THPVariable_Check(sink.ptr())) {
+    tap->sink = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
+                 dims = std::move(dims)](const at::Tensor& grad) {
+      make_plan(out, grad, reduction, dims, {}).run(grad.const_data_ptr(), out.mutable_data_ptr(), nullptr, 1.0);
+    };
+  } else {
+    tap->sink = sink_of(sink);
+  }
+  return std::make_unique<PyTap>(std::move(tap), output, py::list());
+}
 
 PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
     : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
@@ -124,11 +157,11 @@ py::object PyTap::forward(const py::handle& given) {
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
   }
-  const py::tuple found = from_taps("select_output")(given, output);
+  const py::tuple found = from_outputs("select_output")(given, output);
   const at::Tensor tensor = checked(found[0], given);
   if (!tensor.defined()) return py::none();
   const auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
-  return from_taps("replace_output")(given, found[1], through);
+  return from_outputs("replace_output")(given, found[1], through);
 }
 
 void PyTap::check_full(const py::handle& given) {
@@ -137,7 +170,7 @@ void PyTap::check_full(const py::handle& given) {
     TORCH_CHECK_TYPE(false, broken_rule(tap->point->who, "the output", "be a tensor or a tuple with attach=\"full\"",
                                         type_name(given), "Use attach=\"tensor\"."));
   if (!tap->step->active) return;
-  const py::tuple found = from_taps("select_output")(given, output);
+  const py::tuple found = from_outputs("select_output")(given, output);
   checked(found[0], given);
   full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<Py_ssize_t>() : 0;
 }

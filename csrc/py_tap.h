@@ -12,6 +12,11 @@ class PyTap {
   // `output`: which of several outputs is meant; None is the first tensor.
   PyTap(std::shared_ptr<Tap> tap, pybind11::object output, pybind11::list rings);
 
+  // A tap that hands each gradient to a sink, a tensor or a callable, and keeps no rows.
+  static std::unique_ptr<PyTap> to_sink(std::shared_ptr<Step> step, const std::string& name,
+                                        const pybind11::object& sink, const std::string& reduce,
+                                        std::vector<int64_t> dims, const pybind11::object& output);
+
   // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
   pybind11::object forward(const pybind11::handle& given);
 

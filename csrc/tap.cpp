@@ -151,6 +151,7 @@ bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 ||
 
 void Tap::fire(const at::Tensor& grad) {
   if (!step->active) return;
+  if (sink) return sink(grad);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto [run, block, n_fired] = step->begin(*point, grad.sizes());
   auto& held = run->pending[point->index];

@@ -5,9 +5,13 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <functional>
+
 #include "step.h"
 
 namespace tlfast {
+
+using Sink = std::function<void(const at::Tensor&)>;
 
 class Tap : public std::enable_shared_from_this<Tap> {
  public:
@@ -26,7 +30,8 @@ class Tap : public std::enable_shared_from_this<Tap> {
   // Put an identity node behind an output, which sees the gradient through this module alone; returns its output.
   at::Tensor attach_behind(const at::Tensor& output);
 
-  // Write one gradient into the rows of the running step. Needs no GIL; touches no Python object.
+  // Write one gradient into the rows of the running step, or hand it to the sink. Needs no GIL; touches no Python
+  // object.
   void fire(const at::Tensor& grad);
 
   // The tap that compiled code knows by this number, or null when it is gone.
@@ -35,6 +40,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
   const std::shared_ptr<Step> step;
   const std::shared_ptr<Point> point;
   const int64_t number;
+  Sink sink;                          // takes the gradients in place of rows; set before the tap is hooked
   std::atomic<int64_t> last_call{0};  // when the module was entered last, counted over the capture
 
  private:

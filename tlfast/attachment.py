@@ -12,7 +12,9 @@ from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from .errors import broken_rule
-from .taps import fire_op, refuse_compiled_autograd, replace_output, select_output
+from .outputs import replace_output, select_output
+from .steps import refuse_compiled_autograd
+from .taps import fire_op
 
 
 def _inert(*_: object) -> None:

@@ -21,10 +21,11 @@ from .dataset.writer import DatasetWriter
 from .errors import broken_rule
 from .fingerprint import examples_fingerprint, model_fingerprint
 from .freeze import freeze
-from .hooks import Capture, capture
+from .hooks import Capture
 from .loss import next_token_loss
 from .points import find_points
 from .progress import Progress
+from .public import capture
 from .spec import Over, Points, Reduction, Spec, as_specs, one_of
 from .units import Blocks, Loss, Oddities, Runner, probe_columns
 

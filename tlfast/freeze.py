@@ -44,7 +44,9 @@ class _StartGraph:
     def __call__(self, module: nn.Module, args: object, output: object) -> torch.Tensor | None:
         if not isinstance(output, torch.Tensor):
             raise TypeError(
-                broken_rule("freeze", "the embedding's output", "be a tensor", type(output).__name__, "Pass embedding=.")
+                broken_rule(
+                    "freeze", "the embedding's output", "be a tensor", type(output).__name__, "Pass embedding=."
+                )
             )
         if not torch.is_grad_enabled() or output.requires_grad:
             return None

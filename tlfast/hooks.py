@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from . import ring as python_ring
+from . import steps as python_steps
 from . import taps as python_taps
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .errors import broken_rule
 from .ops import pick_native
 from .points import find_points
-from .spec import Over, Points, Reduction, Spec, as_specs, one_of, parse_over
+from .spec import Spec, one_of
 
 _IN_PLACE = "is a view and is being modified inplace"
 
@@ -43,7 +44,7 @@ class Capture:
         self._model, self._attach = model, attach
         ring_type: Any = python_ring.Ring if module is None else module.Ring
         tap_type: Any = python_taps.Tap if module is None else module.Tap
-        self._step: Any = python_taps.Step(rows, missing) if module is None else module.Step(rows, missing)
+        self._step: Any = python_steps.Step(rows, missing) if module is None else module.Step(rows, missing)
         self._rings: dict[str, Any] = {}
         self._taps: list[tuple[nn.Module, Any]] = []
         found = [find_points(who, model, spec.points) for spec in specs]
@@ -233,61 +234,3 @@ class Capture:
             raise RuntimeError(
                 broken_rule(who, "the block", "hold a forward and a backward", "no committed row", "Call backward().")
             )
-
-
-def capture(
-    model: nn.Module,
-    points: Points | Spec | Sequence[Spec],
-    *,
-    rows: int,
-    reduce: Reduction = "none",
-    over: Over = "pos",
-    dtype: torch.dtype | None = None,
-    output: int | str | None = None,
-    attach: str = "auto",
-    backend: str = "auto",
-    calls: str = "raise",
-    missing: str = "raise",
-) -> Capture:
-    """Capture the gradient with respect to the output of some modules, while backward runs.
-
-    Args:
-        model: any module, not yet compiled.
-        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a list, a predicate on
-            names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and ``output`` are theirs).
-        rows: how many rows to hold; memory is taken at the first gradient.
-        reduce: none, sum, mean, last, norm or absmax.
-        over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
-        dtype: the stored dtype; None keeps the gradient's.
-        output: index or key of the output to take; None is the first tensor.
-        attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
-        backend: "native", "python" or "auto".
-        calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
-            reduction), "last" (the last one to fire, which is the first call), "stack" (call index before the row's
-            dimensions).
-        missing: for a point without a gradient in a backward: "raise", or "nan" rows, flagged in ``cap.missing``.
-
-    Returns:
-        A context manager; ``cap[name]`` is Tensor[rows, ...]; row r is the same example at every point.
-
-    Raises:
-        ValueError, TypeError: for bad arguments, before any hook is registered.
-
-    Example:
-        >>> import torch, tlfast
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
-        >>> with tlfast.capture(model, "0", rows=8) as cap:
-        ...     model(torch.ones(2, 4)).sum().backward()
-        >>> cap["0"].shape
-        torch.Size([2, 3])
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    one_of("capture", "reduce", reduce, ("none", "sum", "mean", "last", "norm", "absmax"))
-    parse_over("capture", over)
-    is_spec = isinstance(points, Spec) or (
-        isinstance(points, Sequence) and not isinstance(points, str) and any(isinstance(p, Spec) for p in points)
-    )
-    plain = None if is_spec else Spec(points, reduce, over, dtype, output)  # type: ignore[arg-type]
-    specs = as_specs("capture", points, plain)  # type: ignore[arg-type]
-    return Capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from functools import lru_cache
@@ -19,7 +20,9 @@ def _build_reason() -> str:
         from . import _build_info
     except ImportError:
         return "the native code was not built"
-    return str(getattr(_build_info, "REASON", "")) or "the native code was not built"
+    if _build_info.BUILT:
+        return "the native module that was built is gone"
+    return _build_info.REASON or "the native code was not built"
 
 
 @lru_cache(maxsize=1)
@@ -40,8 +43,9 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from . import _C
     except ImportError as error:
-        reason = _build_reason() if "_C" in str(error) else f"{type(error).__name__}: {error}"
-        return None, reason
+        # A module that is there and can't be loaded (a missing symbol, say) has a reason of its own.
+        missing = importlib.util.find_spec(f"{__package__}._C") is None
+        return None, _build_reason() if missing else f"{type(error).__name__}: {error}"
     if here != _C.TORCH_VERSION:
         return None, f"built for torch {_C.TORCH_VERSION}, but torch {torch.__version__} is running"
     _register_fakes()

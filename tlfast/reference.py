@@ -122,7 +122,7 @@ def check_memory(who: str, out: torch.Tensor, grad: torch.Tensor) -> None:
                 who, "out", "have memory of its own for each element", "an expanded tensor", "Pass a contiguous one."
             )
         )
-    if out.numel() and torch._C._is_alias_of(out, grad):
+    if out.numel() and torch._C._is_alias_of(out, grad):  # type: ignore[attr-defined]
         raise ValueError(
             broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own.")
         )
