@@ -72,7 +72,7 @@ def test_one_or_many_specs():
         as_specs("capture", [one, "b"], None)
 
 
-@pytest.mark.parametrize("over", [np.float32(1), np.int64(1), (np.int64(1),), torch.tensor(1)])
+@pytest.mark.parametrize("over", [np.float32(1), np.int64(1), (np.int64(1),)])
 def test_dimension_numbers_are_plain_ones(over):
     with pytest.raises(TypeError, match="Spec: over must be"):
         parse_over("Spec", over)

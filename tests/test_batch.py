@@ -1,0 +1,115 @@
+"""cap.batch and cap.clear: masks, ids, scales, and rows that are forgotten."""
+
+import math
+
+import pytest
+import torch
+from comparison import assert_same_bits
+from models import SETUPS, Residual, tokens, uneven
+
+import tlfast
+
+REDUCTIONS = ("none", "sum", "mean", "last", "norm", "absmax")
+
+
+def test_rows_align_over_batches_of_different_sizes(backend, attach):
+    model = Residual()
+    batches = [tokens(n, 4) for n in (1, 3, 2)]
+    with tlfast.capture(model, ["hook_embed", "unembed"], reduce="sum", rows=7, attach=attach, backend=backend) as cap:
+        for number, batch in enumerate(batches):
+            with cap.batch(ids=[f"{number}.{i}" for i in range(len(batch))]):
+                uneven(model(batch)).backward()
+    assert cap.ids == ["0.0", "1.0", "1.1", "1.2", "2.0", "2.1"]
+    assert cap.rows == 6
+    assert cap.capacity == 7
+    model.zero_grad()
+    with tlfast.capture(model, "unembed", reduce="sum", rows=7, attach=attach, backend=backend) as alone:
+        for batch in batches:
+            uneven(model(batch)).backward()
+    assert_same_bits(cap["unembed"], alone["unembed"])
+    assert alone.ids == [None] * 6
+
+
+def test_mask_makes_mean_and_last_blind_to_padding_on_either_side(backend, attach):
+    # The same three tokens, padded on the left and on the right: a model without positions sees the same.
+    model, real, pad = Residual(), tokens(1, 3), torch.zeros(1, 2, dtype=torch.long)
+    batches = {"none": real, "left": torch.cat([pad, real], 1), "right": torch.cat([real, pad], 1)}
+    for reduce in REDUCTIONS[1:]:
+        with tlfast.capture(
+            model, "blocks.*.hook_resid_post", reduce=reduce, rows=4, attach=attach, backend=backend
+        ) as cap:
+            for side, batch in batches.items():
+                mask = torch.ones_like(batch, dtype=torch.bool)
+                if side != "none":
+                    mask[:, :2] = side == "right"
+                    mask[:, -2:] = side == "left"
+                with cap.batch(mask=mask):
+                    # The loss reaches the padding, too: as at inner points of a real model.
+                    (model(batch).square() * torch.where(mask, 1.0, 5.0)[..., None]).sum().backward()
+        for name in cap.names:
+            torch.testing.assert_close(cap[name][1:], cap[name][:1].expand(2, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scale_divides_the_scaler_out(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(
+        setup.model, "hook", reduce="sum", dtype=torch.float16, rows=8, attach=attach, backend=backend
+    ) as cap:
+        setup.loss().backward()
+        with cap.batch(grad_scale=2.0**20):
+            (setup.loss() * 2.0**20).backward()
+    assert cap.counts["hook"] == {"nonfinite": 0, "saturated": 0}
+    assert_same_bits(cap["hook"][3:], cap["hook"][:3])
+
+
+def test_clear_forgets_rows_and_keeps_memory(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=4, attach=attach, backend=backend) as cap:
+        for _ in range(3):
+            with cap.batch(ids="abc"):
+                setup.loss().backward()
+            first = cap["hook"].clone()
+            memory = cap._rings["hook"].rows.data_ptr()
+            assert (cap.rows, cap.ids) == (3, ["a", "b", "c"])
+            cap.clear()
+            assert (cap.rows, cap.ids, cap["hook"].shape[0]) == (0, [], 0)
+        with cap.batch(ids="abc"):
+            setup.loss().backward()
+            cap.clear()  # once read, even inside
+        assert cap.rows == 0
+        with cap.batch(ids="xyz"):
+            setup.loss().backward()
+    assert cap.ids == ["x", "y", "z"]
+    assert_same_bits(cap["hook"], first)
+    assert cap._rings["hook"].rows.data_ptr() == memory
+
+
+BATCHES = {
+    "mask of numbers": (
+        {"mask": torch.ones(3, 4)},
+        "batch: mask must be boolean [B, P], got torch.float32 [3, 4]. Use mask.bool().",
+    ),
+    "mask of one number": (
+        {"mask": torch.tensor(True)},
+        "batch: mask must be boolean [B, P], got torch.bool []. Use mask.bool().",
+    ),
+    "ids and mask": (
+        {"mask": torch.ones(3, 4, dtype=torch.bool), "ids": [1, 2]},
+        "batch: ids must have one id for each of 3 examples, got 2. Check both.",
+    ),
+    "grad_scale": ({"grad_scale": 0.0}, "batch: grad_scale must be positive, got 0.0. Use scaler.get_scale()."),
+    "grad_scale nan": (
+        {"grad_scale": math.nan},
+        "batch: grad_scale must be positive, got nan. Use scaler.get_scale().",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong, text", BATCHES.values(), ids=BATCHES)
+def test_bad_batches(backend, wrong, text):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=4, backend=backend) as cap:
+        with pytest.raises(ValueError, match=r"^batch: ") as error, cap.batch(**wrong):
+            raise AssertionError("entered")
+        setup.loss().backward()
+    assert str(error.value) == text
