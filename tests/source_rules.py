@@ -39,7 +39,7 @@ FLOORS = (
     ("__main__",),
 )
 NATIVE_FLOORS = (
-    ("errors", "reduce", "view"),
+    ("errors", "isa", "reduce", "view"),
     ("capture_cpu",),
     ("capture",),
     ("ring",),
