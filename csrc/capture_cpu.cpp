@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "isa.h"
+
 namespace tlfast {
 namespace {
 
@@ -18,53 +20,6 @@ constexpr int64_t kCut = 64;       // elements; where few outer indices are to k
 constexpr int64_t kLanes = 64;     // partial results of a reduced inner dimension: four AVX-512 registers
 constexpr int64_t kOffsets = 256;  // reduced rows looked up at once
 constexpr int64_t kGrain = 32768;  // elements worth a thread, as at::internal::GRAIN_SIZE
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define TLFAST_X86 1
-#define TLFAST_AVX2 __attribute__((target("avx2")))
-#define TLFAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
-#endif
-
-enum class Isa { baseline, avx2, avx512 };
-
-Isa detect() {
-#if TLFAST_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2")) return Isa::avx2;
-#endif
-  return Isa::baseline;
-}
-const Isa isa = detect();
-
-// Run T::run(args...) compiled for this machine's instruction set.
-template <class T>
-struct For {
-  template <class... Args>
-  __attribute__((noinline)) static void baseline(Args... args) {
-    T::run(args...);
-  }
-#if TLFAST_X86
-  template <class... Args>
-  TLFAST_AVX2 __attribute__((noinline)) static void avx2(Args... args) {
-    T::run(args...);
-  }
-  template <class... Args>
-  TLFAST_AVX512 __attribute__((noinline)) static void avx512(Args... args) {
-    T::run(args...);
-  }
-#endif
-  template <class... Args>
-  static void here(Args... args) {
-#if TLFAST_X86
-    if (isa == Isa::avx512) return avx512(args...);
-    if (isa == Isa::avx2) return avx2(args...);
-#endif
-    baseline(args...);
-  }
-};
 
 template <class A>
 struct Start {
@@ -283,6 +238,6 @@ Counts capture_cpu(const View& v, Reduction r, Dtype grad_dtype, Dtype out_dtype
   }
 }
 
-const char* cpu_features() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+const char* cpu_features() { return isa_name(); }
 
 }  // namespace tlfast

@@ -64,12 +64,14 @@ def test_refused_when_it_is_made(wrong, kind, text):
 
 def test_one_or_many_specs():
     one, two = tlfast.Spec("a"), tlfast.Spec("b")
-    assert as_specs("capture", one, None) == [one]
-    assert as_specs("capture", [one, two], None) == [one, two]
-    assert as_specs("capture", (one,), None) == [one]
-    assert as_specs("capture", "a", one) == [one]
+    plain = ("sum", "batch", torch.float16, 1)
+    assert as_specs("capture", one, *plain) == [one]
+    assert as_specs("capture", [one, two], *plain) == [one, two]
+    assert as_specs("capture", (one,), *plain) == [one]
+    assert as_specs("capture", "a", *plain) == [tlfast.Spec("a", *plain)]
+    assert as_specs("capture", ["a", "b"], *plain) == [tlfast.Spec(["a", "b"], *plain)]
     with pytest.raises(TypeError, match="capture: points must be all names or all Specs"):
-        as_specs("capture", [one, "b"], None)
+        as_specs("capture", [one, "b"], *plain)
 
 
 @pytest.mark.parametrize("over", [np.float32(1), np.int64(1), (np.int64(1),)])

@@ -1,3 +1,5 @@
+"""The native module: what tlfast.steps, taps and ring do in Python."""
+
 from collections.abc import Sequence
 from typing import Any
 

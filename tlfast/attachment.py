@@ -53,7 +53,7 @@ class _ForwardPreHook(_Hook):
             self.tap.forward_pre()
 
     def move_last(self, module: nn.Module) -> None:
-        hooks = module._forward_hooks
+        hooks: Any = module._forward_hooks  # an OrderedDict
         if next(reversed(hooks), -1) != self.hook_id and self.hook_id in hooks:
             hooks.move_to_end(self.hook_id)
 

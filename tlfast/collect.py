@@ -210,8 +210,7 @@ def _specs(
 ) -> list[Spec]:
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    named = isinstance(points, Spec) or (isinstance(points, Sequence) and any(isinstance(p, Spec) for p in points))
-    specs = as_specs("collect", points, None if named else Spec(points, reduce, over, dtype, output))
+    specs = as_specs("collect", points, reduce, over, dtype, output)
     for spec in specs:
         find_points("collect", model, spec.points)
         if 0 in spec.dims:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +14,10 @@ from .errors import broken_rule
 
 def find_embedding(model: nn.Module) -> nn.Module:
     """The module whose output starts the graph: ``get_input_embeddings()``, ``embed``, or the only ``nn.Embedding``."""
-    if hasattr(model, "get_input_embeddings"):
+    get: Any = getattr(model, "get_input_embeddings", None)
+    if callable(get):
         try:
-            found = model.get_input_embeddings()
+            found = get()
         except NotImplementedError:
             found = None
         if isinstance(found, nn.Module):
@@ -43,11 +45,8 @@ class _StartGraph:
 
     def __call__(self, module: nn.Module, args: object, output: object) -> torch.Tensor | None:
         if not isinstance(output, torch.Tensor):
-            raise TypeError(
-                broken_rule(
-                    "freeze", "the embedding's output", "be a tensor", type(output).__name__, "Pass embedding=."
-                )
-            )
+            given = type(output).__name__
+            raise TypeError(broken_rule("freeze", "the embedding's output", "be a tensor", given, "Pass embedding=."))
         if not torch.is_grad_enabled() or output.requires_grad:
             return None
         if torch.compiler.is_compiling():

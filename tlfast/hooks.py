@@ -30,7 +30,7 @@ class Capture:
         self, model: nn.Module, specs: list[Spec], *, rows: int, attach: str, backend: str, calls: str, missing: str
     ):
         who = "capture"
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        if type(rows) is not int or rows < 1:
             raise ValueError(broken_rule(who, "rows", "be a positive number", repr(rows), "Give the rows to hold."))
         one_of(who, "attach", attach, ("auto", "tensor", "full"))
         one_of(who, "backend", backend, ("auto", "native", "python"))

@@ -55,7 +55,7 @@ def _load() -> tuple[ModuleType | None, str]:
 def _register_fakes() -> None:
     """What the native ops do to tensors without data: they write into their first argument and return nothing."""
 
-    @torch.library.register_fake("tlfast::capture")
+    @torch.library.register_fake("tlfast::capture")  # type: ignore[untyped-decorator]
     def capture(
         out: torch.Tensor,
         grad: torch.Tensor,
@@ -67,7 +67,7 @@ def _register_fakes() -> None:
         dims = () if reduce == "none" else reference.normal_dims("capture", tuple(over), grad.dim())
         reference.check_capture("capture", out, grad, dims)
 
-    @torch.library.register_fake("tlfast::fire")
+    @torch.library.register_fake("tlfast::fire")  # type: ignore[untyped-decorator]
     def fire(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
         return None
 

@@ -71,9 +71,9 @@ def find_points(who: str, model: nn.Module, points: Points) -> dict[str, nn.Modu
 
     A module that is known under two names is found under each of them by name, once by a glob.
     """
-    exact = isinstance(points, str) and not is_glob(points)
-    exact = exact or (not callable(points) and not isinstance(points, str) and not any(map(is_glob, points)))
+    names = [points] if isinstance(points, str) else [] if callable(points) else list(points)
+    exact = bool(names) and not any(is_glob(str(name)) for name in names)
     modules = dict(model.named_modules(remove_duplicate=not exact))
-    if not (exact and (points == "" or (not isinstance(points, str) and "" in points))):
+    if "" not in names:  # the model itself is a point only by its name
         modules.pop("", None)
     return {name: modules[name] for name in match_names(who, modules, points)}

@@ -68,13 +68,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    one_of("capture", "reduce", reduce, ("none", "sum", "mean", "last", "norm", "absmax"))
-    parse_over("capture", over)
-    is_spec = isinstance(points, Spec) or (
-        isinstance(points, Sequence) and not isinstance(points, str) and any(isinstance(p, Spec) for p in points)
-    )
-    plain = None if is_spec else Spec(points, reduce, over, dtype, output)  # type: ignore[arg-type]
-    specs = as_specs("capture", points, plain)  # type: ignore[arg-type]
+    specs = as_specs("capture", points, reduce, over, dtype, output)
     return Capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -115,17 +115,23 @@ class Spec:
         return self.name or self.reduce
 
 
-def as_specs(who: str, points: Points | Spec | Sequence[Spec], plain: Spec | None) -> list[Spec]:
-    """Return the specs meant by ``points``: itself, a list of specs, or ``plain`` for names, globs and predicates."""
+def as_specs(
+    who: str,
+    points: Points | Spec | Sequence[Spec],
+    reduce: Reduction,
+    over: Over,
+    dtype: torch.dtype | None,
+    output: int | str | None,
+) -> list[Spec]:
+    """The specs meant by ``points``: itself, a list of specs, or one made of the rest for names and predicates."""
     if isinstance(points, Spec):
         return [points]
-    if isinstance(points, Sequence) and not isinstance(points, str) and any(isinstance(p, Spec) for p in points):
+    if isinstance(points, Sequence) and not isinstance(points, str):
         specs = [p for p in points if isinstance(p, Spec)]
-        if len(specs) != len(points):
+        if specs and len(specs) != len(points):
             raise TypeError(
                 broken_rule(who, "points", "be all names or all Specs", list(points), "Wrap the names in a Spec.")
             )
-        return specs
-    if plain is None:
-        raise TypeError(broken_rule(who, "points", "be given", points, "Name the points to capture."))
-    return [plain]
+        if specs:
+            return specs
+    return [Spec(cast(Points, points), reduce, over, dtype, output)]

@@ -108,7 +108,7 @@ class Step:
     def _open(self, task: int) -> Backward:
         refuse_compiled_autograd()
         self.running[task] = opened = Backward(len(self.taps), *self._batch)
-        torch.autograd.Variable._execution_engine.queue_callback(_End(self, task))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(_End(self, task))
         return opened
 
     def begin(self, tap: Point, shape: torch.Size) -> tuple[Backward, Block]:

@@ -20,12 +20,12 @@ class _Identity(torch.autograd.Function):
     """Identity whose backward fires a tap: the gradient through this module alone, for outputs that are inputs."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:
         ctx.tap = tap
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.tap.fire(grad)
         return grad, None
 
