@@ -23,18 +23,17 @@ BATCH = 16
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def norms_by_position(model_folder: Path, dataset: GradientDataset, most: int = 256) -> torch.Tensor:
-    """Median gradient norm over full-length examples: float32 [points, positions]."""
+def norms_by_position(model_folder: Path, dataset: GradientDataset, most: int = 768) -> torch.Tensor:
+    """Mean gradient norm of full-length examples from all over the dataset: float32 [points, positions]."""
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    width = max(example["length"] for example in dataset.examples[:most])
-    full = [e["input_ids"] for e in dataset.examples[:most] if e["length"] == width]
-    with (
-        tlfast.freeze(model),
-        tlfast.capture(model, dataset.points, reduce="norm", over=-1, rows=len(full)) as cap,
-    ):
+    tokens = [example["input_ids"] for example in dataset.examples]
+    width = max(map(len, tokens))
+    full = [ids for ids in tokens if len(ids) == width]
+    full = full[:: -(-len(full) // most)]
+    with tlfast.freeze(model), tlfast.capture(model, dataset.points, reduce="norm", over=-1, rows=len(full)) as cap:
         for start in range(0, len(full), BATCH):
             next_token_loss(model, Batch(torch.tensor(full[start : start + BATCH]), None)).backward()
-    return torch.stack([cap[point].median(0).values for point in dataset.points])
+    return torch.stack([cap[point].mean(0) for point in dataset.points])
 
 
 def draw(model_folder: Path, dataset: GradientDataset, file: Path) -> None:
@@ -54,7 +53,7 @@ def draw(model_folder: Path, dataset: GradientDataset, file: Path) -> None:
     bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, length=0)
-    left.set_title("norm at each position, median example", loc="left", fontsize=11, color=INK)
+    left.set_title("norm at each position, mean over examples", loc="left", fontsize=11, color=INK)
     left.set_xlabel("position in the example (bytes)", color=MUTED)
     left.set_ylabel("block", color=MUTED)
     left.set_yticks(range(n_layers))
@@ -68,7 +67,7 @@ def draw(model_folder: Path, dataset: GradientDataset, file: Path) -> None:
     for patch in box["boxes"]:
         patch.set(facecolor="#9ec5ea", edgecolor=MUTED, linewidth=0.8)
     right.set_xscale("log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     right.xaxis.set_major_formatter(PLAIN)
     right.minorticks_off()
     right.set_title(f"norm of the {len(dataset)} stored rows", loc="left", fontsize=11, color=INK)

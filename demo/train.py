@@ -58,6 +58,7 @@ def train(folder: Path, time_s: float) -> tuple[float, float]:
     config = GPT2Config(
         vocab_size=256, n_positions=SEQ_LEN, n_layer=6, n_embd=128, n_head=4, bos_token_id=None, eos_token_id=None,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one kernel
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     tokens = training_tokens(tokenizer)
