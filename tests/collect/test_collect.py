@@ -121,3 +121,21 @@ def test_the_function_is_not_hidden_by_its_module():
     import tlfast.collect
 
     assert callable(tlfast.collect)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, in torch's own imports
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo itself
+def test_a_compiled_model_gives_the_same_rows(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 256))
+    collect(model, tmp_path / "eager", EXAMPLES, points="1", batch_tokens=64)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    collect(compiled, tmp_path / "compiled", EXAMPLES, points="_orig_mod.1", batch_tokens=64)
+    torch._dynamo.reset()
+    eager, rows = (tlfast.open_dataset(tmp_path / name) for name in ("eager", "compiled"))
+    true = eager["1"][:]
+    assert true.abs().amax(1).min() > 0
+    # The same kernels on the same batches; a compiler may put the terms of 256 logits in another order.
+    bound = 256 * torch.finfo().eps * true.abs().max().item()
+    torch.testing.assert_close(rows["_orig_mod.1"][:], true, rtol=0, atol=bound)
