@@ -134,4 +134,7 @@ def as_specs(
             )
         if specs:
             return specs
+    one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
+    parse_over(who, over)
+    stored_dtype(who, dtype)
     return [Spec(cast(Points, points), reduce, over, dtype, output)]
