@@ -20,7 +20,7 @@ ARGUMENTS = {
     "over": ({"over": "width", "reduce": "sum"}, ValueError, 'capture: over must be "batch", "pos" or dimension num'),
     "dtype": (
         {"dtype": torch.int8}, ValueError,
-        "capture: dtype must be one of float32, bfloat16, float16, float64 or None, got torch.int8. Choose one of these.",
+        "capture: dtype must be one of float32, bfloat16, float16, float64 or None, got torch.int8. ",
     ),
     "attach": (
         {"attach": "node"}, ValueError,

@@ -67,6 +67,15 @@ def test_more_than_one_block_and_thread(backend, reduce):
             check(backend, Case(shape, "contiguous", torch.float32, torch.bfloat16, reduce, dims, mask))
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("grad_dtype, n", [(torch.float32, 70), (torch.bfloat16, 140)], ids=str)
+def test_more_bytes_than_a_cache_holds(native, reduce, grad_dtype, n):
+    torch.set_num_threads(2)
+    for layout, dims, mask in (("contiguous", (1,), "none"), ("sliced", (1,), "random"), ("offset", (0, 2), "none")):
+        check("native", Case((3, n, 6001), layout, grad_dtype, torch.bfloat16, reduce, dims, mask))
+
+
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
 def test_the_reference_in_float64_is_the_truth(grad_dtype, reduce):
