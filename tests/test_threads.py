@@ -92,6 +92,17 @@ def test_trap_27_several_backwards_through_one_captured_model(backend, attach, c
     assert not hooks_left(model)
 
 
+def test_rings_are_allocated_once_by_whoever_is_first(backend, attach):
+    model = chain().model.requires_grad_(False)
+    batches = [inputs(1) for _ in range(6)]
+    for _ in range(5):
+        with tlfast.capture(model, "hook", rows=7, attach=attach, backend=backend) as cap:
+            losses = [uneven(model(x)) for x in batches]
+            in_threads(*[loss.backward for loss in losses])
+        assert cap.rows == 6
+        assert not cap["hook"].isnan().any(), "a row went into a ring that another thread replaced"
+
+
 def test_forward_here_backward_there(backend, attach):
     setup = chain()
     right = activation_gradients(setup)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from .errors import broken_rule
@@ -21,6 +23,7 @@ class Ring:
         self.dtype = dtype
         self.capacity = capacity
         self.rows: torch.Tensor | None = None
+        self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
         self.n_nonfinite = 0
         self.n_saturated = 0
 
@@ -37,10 +40,11 @@ class Ring:
         return self._fitting(shape[1:] if self._keeps_batch(grad.shape) else shape, grad)
 
     def _fitting(self, row_shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        if self.rows is None:
-            dtype = self.dtype or like.dtype
-            self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
-        elif self.rows.shape[1:] != row_shape:
+        with self._lock:
+            if self.rows is None:
+                dtype = self.dtype or like.dtype
+                self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
+        if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
                     self.who, "a row", f"have shape {list(self.rows.shape[1:])} in every step", list(row_shape),
@@ -51,8 +55,9 @@ class Ring:
 
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         n_nonfinite, n_saturated = capture(out, grad, self.reduce, self.dims, mask, scale)
-        self.n_nonfinite += n_nonfinite
-        self.n_saturated += n_saturated
+        with self._lock:
+            self.n_nonfinite += n_nonfinite
+            self.n_saturated += n_saturated
 
     def write(self, base: int, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         """Reduce, cast and copy ``grad`` into the rows from ``base`` on."""

@@ -152,6 +152,13 @@ class Tap:
         elif self._sums():
             for ring in self.rings:
                 ring.check(grad)
+            if held and held[0][0].shape != grad.shape:  # which += would broadcast
+                raise ValueError(
+                    broken_rule(
+                        self.who, "a point", f"have one shape in all calls to be summed ({list(held[0][0].shape)})",
+                        list(grad.shape), 'Choose calls="last" or "stack".',
+                    )
+                )  # fmt: skip
             if held:
                 held[0][0] += grad
             else:

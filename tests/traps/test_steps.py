@@ -91,6 +91,27 @@ def test_trap_06_sum_adds_what_a_bfloat16_store_would_lose(backend, attach):
     assert_rows(cap, "hook", torch.full(x.shape, 258.0, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("n_positions", [(4, 1), (1, 4), (4, 5)])
+def test_trap_06_calls_of_several_shapes_are_never_broadcast(backend, attach, n_positions):
+    hook = HookPoint()
+    model, (a, b) = nn.ModuleDict({"hook": hook}), (inputs(3, n) for n in n_positions)
+    with tlfast.capture(
+        model, "hook", reduce="sum", rows=8, attach=attach, backend=backend, calls="sum", missing="nan"
+    ) as cap:
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is below
+            (uneven(hook(a)) + uneven(hook(b))).backward()
+        assert cap.rows == 0
+        uneven(hook(a)).backward()
+    first, second = [3, n_positions[1], 6], [3, n_positions[0], 6]
+    assert str(error.value) == (
+        f"capture at hook: a point must have one shape in all calls to be summed ({first}), got {second}. "
+        'Choose calls="last" or "stack".'
+    )
+    with tlfast.capture(model, "hook", reduce="sum", rows=8, attach=attach, backend=backend, calls="stack") as cap:
+        (uneven(hook(a)) + uneven(hook(b))).backward()
+    assert cap["hook"].shape == (3, 2, 6)
+
+
 def test_trap_06_forwards_that_wait_for_their_backwards(backend, attach):
     setup = chain()
     right = activation_gradients(setup)["hook"][0]
