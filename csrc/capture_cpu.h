@@ -6,11 +6,6 @@
 
 namespace tlfast {
 
-// How many stored values are infinite or NaN, and how many of them only through the cast.
-struct Counts {
-  int64_t nonfinite = 0, saturated = 0;
-};
-
 // Reduce `grad` as `view` says and store it in `out`; `mask` (one byte an element) may be null. Deterministic for every
 // number of threads: the order of additions depends on the shapes alone.
 Counts capture_cpu(const View& view, Reduction reduction, Dtype grad_dtype, Dtype out_dtype, const void* grad,

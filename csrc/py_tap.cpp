@@ -157,6 +157,39 @@ py::object PyTap::forward(const py::handle& given) {
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
   }
+  if (PyTuple_CheckExact(given.ptr())) {
+    const Py_ssize_t index = index_in(given);
+    if (index < 0) return forward_slowly(given);
+    const at::Tensor tensor = checked(PyTuple_GET_ITEM(given.ptr(), index), given);
+    if (!tensor.defined()) return py::none();
+    const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
+    auto replaced = py::reinterpret_steal<py::object>(PyTuple_New(n));
+    for (Py_ssize_t i = 0; i < n; ++i)
+      PyTuple_SET_ITEM(replaced.ptr(), i,
+                       i == index ? THPVariable_Wrap(tap->attach_behind(tensor))
+                                  : py::handle(PyTuple_GET_ITEM(given.ptr(), i)).inc_ref().ptr());
+    return replaced;
+  }
+  return forward_slowly(given);
+}
+
+// Where in a tuple the tensor is, or -1 where Python is to find it: the rules are those of tlfast.outputs.
+Py_ssize_t PyTap::index_in(const py::handle& given) const {
+  const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
+  if (PyLong_CheckExact(output.ptr())) {
+    const Py_ssize_t index = output.cast<Py_ssize_t>();
+    return index >= 0 && index < n && THPVariable_Check(PyTuple_GET_ITEM(given.ptr(), index)) ? index : -1;
+  }
+  if (!output.is_none()) return -1;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(given.ptr(), i);
+    if (THPVariable_Check(item) && at::isFloatingType(THPVariable_Unpack(item).scalar_type())) return i;
+  }
+  return -1;
+}
+
+// Outputs of any other kind: mappings, lists, named tuples.
+py::object PyTap::forward_slowly(const py::handle& given) const {
   const py::tuple found = from_outputs("select_output")(given, output);
   const at::Tensor tensor = checked(found[0], given);
   if (!tensor.defined()) return py::none();

@@ -39,6 +39,8 @@ class PyTap {
 
  private:
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
+  Py_ssize_t index_in(const pybind11::handle& given) const;
+  pybind11::object forward_slowly(const pybind11::handle& given) const;
 
   Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };

@@ -17,6 +17,11 @@ namespace tlfast {
 enum class Reduction : int { none, sum, mean, last, norm, absmax };
 enum class Dtype : int { f32, bf16, f16, f64 };
 
+// How many stored values are infinite or NaN, and how many of them only through the cast.
+struct Counts {
+  int64_t nonfinite = 0, saturated = 0;
+};
+
 // A stored bfloat16 or float16: 16 bits of memory, no arithmetic.
 struct bf16 {
   uint16_t bits;

@@ -40,6 +40,7 @@ FLOORS = (
 )
 NATIVE_FLOORS = (
     ("errors", "isa", "reduce", "view"),
+    ("loops",),
     ("capture_cpu",),
     ("capture",),
     ("ring",),
