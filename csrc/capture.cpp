@@ -12,12 +12,6 @@
 namespace tlfast {
 namespace {
 
-std::string list_of(at::IntArrayRef sizes) {
-  std::string out = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
-  return out + "]";
-}
-
 std::string name_of(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:

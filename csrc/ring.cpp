@@ -44,10 +44,10 @@ at::Tensor Ring::fitting(at::IntArrayRef row_shape, const at::Tensor& like) {
     rows_ = at::full(shape, std::numeric_limits<double>::quiet_NaN(),
                      like.options().dtype(dtype_.value_or(like.scalar_type())));
   } else if (rows_.sizes().slice(1) != row_shape) {
-    const auto list = [](at::IntArrayRef sizes) { return c10::str("[", c10::Join(", ", sizes), "]"); };
-    TORCH_CHECK_VALUE(false, broken_rule(who, "a row", "have shape " + list(rows_.sizes().slice(1)) + " in every step",
-                                         list(row_shape),
-                                         "Pad the batches to one length, or reduce over the dimension that changes."));
+    TORCH_CHECK_VALUE(
+        false,
+        broken_rule(who, "a row", "have shape " + list_of(rows_.sizes().slice(1)) + " in every step",
+                    list_of(row_shape), "Pad the batches to one length, or reduce over the dimension that changes."));
   }
   return rows_;
 }

@@ -161,6 +161,11 @@ void Tap::fire(const at::Tensor& grad) {
     held.push_back(std::move(parts));
   } else if (sums()) {
     for (const auto& ring : point->rings) ring->check(grad);
+    TORCH_CHECK_VALUE(held.empty() || held[0][0].sizes() == grad.sizes(),  // which add_ would broadcast
+                      broken_rule(point->who, "a point",
+                                  "have one shape in all calls to be summed (" +
+                                      list_of(held.empty() ? grad.sizes() : held[0][0].sizes()) + ")",
+                                  list_of(grad.sizes()), "Choose calls=\"last\" or \"stack\"."));
     if (held.empty())
       held.push_back({grad.to(accumulator(grad.scalar_type()), /*non_blocking=*/false, /*copy=*/true)});
     else
