@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+# On a shared machine, threads that spin while they wait for one another make all of this several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import plot
 import train
 

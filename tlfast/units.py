@@ -32,7 +32,7 @@ class Runner:
         batch = batch.to(self.device)
         with self.cap.batch(batch.mask, range(len(batch.input_ids)), self.grad_scale):
             loss = self.loss(self.model, batch)
-            (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()  # type: ignore[no-untyped-call]
+            (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
 
     def fill_ring(self, examples: Sequence[Example], step_done: Callable[[int, int], None]) -> torch.Tensor:
         """Fill the ring; return where the row of each example lies in it, int64 [examples].
