@@ -30,6 +30,29 @@ def test_rows_align_over_batches_of_different_sizes(backend, attach):
     assert alone.ids == [None] * 6
 
 
+def test_steps_with_and_without_ids(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=13, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+        with cap.batch(ids="abc"):
+            setup.loss().backward()
+        assert cap.ids == [None, None, None, *"abc"]
+        setup.loss().backward()
+        loss = setup.loss()
+        with cap.batch(ids=(7, 8, 9)):
+            loss.backward()
+    assert cap.ids == [None, None, None, *"abc", None, None, None, 7, 8, 9]
+
+
+def test_two_backwards_in_one_batch_name_their_rows_twice(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=7, attach=attach, backend=backend) as cap, cap.batch(ids="abc"):
+        loss = setup.loss()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert cap.ids == [*"abcabc"]
+
+
 def test_mask_makes_mean_and_last_blind_to_padding_on_either_side(backend, attach):
     # The same three tokens, padded on the left and on the right: a model without positions sees the same.
     model, real, pad = Residual(), tokens(1, 3), torch.zeros(1, 2, dtype=torch.long)

@@ -79,6 +79,16 @@ def test_trap_02_in_place_after_the_point_tensor(backend, kind):
 
 
 @pytest.mark.filterwarnings(NO_ROWS)
+def test_trap_02_the_output_of_an_identity_still_shares_its_memory(backend):
+    model, x = nn.Sequential(HookPoint()), inputs()
+    with tlfast.capture(model, "0", rows=4, attach="tensor", backend=backend):
+        given = x * 1
+        out = model(given)
+        out[:, 0] = 7.0
+    assert (given[:, 0] == 7.0).all(), "as in the model without a capture"
+
+
+@pytest.mark.filterwarnings(NO_ROWS)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_trap_02_in_place_after_the_point_full(backend, kind):
