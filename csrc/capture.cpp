@@ -59,8 +59,7 @@ std::optional<Dtype> dtype_of(at::ScalarType dtype) {
   }
 }
 
-void check(const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) {
-  const auto who = "capture";
+void check(const std::string& who, const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) {
   TORCH_CHECK_VALUE(
       grad.layout() == at::kStrided && out.layout() == at::kStrided,
       broken_rule(who, "grad", "be dense", grad.layout() == at::kStrided ? "a sparse out" : "torch.sparse_coo",
@@ -84,17 +83,16 @@ void check(const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) 
                     broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own."));
 }
 
-void check_mask(const at::Tensor& mask, const at::Tensor& grad) {
-  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool,
-                    broken_rule("capture", "mask", "be boolean", name_of(mask.scalar_type()),
-                                "Use mask.bool(); True means a real token."));
+void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor& grad) {
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, broken_rule(who, "mask", "be boolean", name_of(mask.scalar_type()),
+                                                                 "Use mask.bool(); True means a real token."));
   const bool leads = mask.dim() > 0 && mask.dim() <= grad.dim() && mask.sizes() == grad.sizes().slice(0, mask.dim());
+  TORCH_CHECK_VALUE(leads,
+                    broken_rule(who, "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
+                                list_of(mask.sizes()), "Pass the attention mask of this very batch."));
   TORCH_CHECK_VALUE(
-      leads, broken_rule("capture", "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
-                         list_of(mask.sizes()), "Pass the attention mask of this very batch."));
-  TORCH_CHECK_VALUE(mask.device() == grad.device(),
-                    broken_rule("capture", "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(),
-                                "Move one of them."));
+      mask.device() == grad.device(),
+      broken_rule(who, "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(), "Move one of them."));
 }
 
 View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, at::IntArrayRef dims,
@@ -113,18 +111,20 @@ View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<
 
 void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce, at::IntArrayRef over,
                 const std::optional<at::Tensor>& mask, double scale) {
-  make_plan(out, grad, parse_reduction(std::string(reduce)), over, mask)
+  make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask)
       .run(grad.const_data_ptr(), out.mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr, scale);
 }
 
 }  // namespace
 
 Reduction parse_reduction(const std::string& name) {
-  static const char* const names[] = {"none", "sum", "mean", "last", "norm", "absmax"};
-  for (int i = 0; i < 6; ++i)
-    if (name == names[i]) return Reduction(i);
-  TORCH_CHECK_VALUE(false, broken_rule("capture", "reduce", "be one of none, sum, mean, last, norm, absmax",
-                                       "'" + name + "'", "Check the spelling."));
+  int i = 0;
+  for (const char* known : kReductionNames) {
+    if (name == known) return Reduction(i);
+    ++i;
+  }
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kReductionNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "reduce", rule, "'" + name + "'", "Check the spelling."));
 }
 
 std::vector<int64_t> normal_dims(const std::string& who, at::IntArrayRef dims, int64_t n_dims) {
@@ -156,12 +156,12 @@ Counts Plan::run(const void* grad, void* out, const void* mask, double scale) co
   return capture_cpu(view, reduction, grad_dtype, out_dtype, grad, out, static_cast<const uint8_t*>(mask), scale);
 }
 
-Plan make_plan(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
-               const std::optional<at::Tensor>& mask) {
-  const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims("capture", over, grad.dim());
-  check(out, grad, dims);
-  if (mask) check_mask(*mask, grad);
-  TORCH_CHECK_VALUE(grad.is_cpu(), broken_rule("capture", "grad", "be on cpu for the native code", grad.device(),
+Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
+               at::IntArrayRef over, const std::optional<at::Tensor>& mask) {
+  const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims(who, over, grad.dim());
+  check(who, out, grad, dims);
+  if (mask) check_mask(who, *mask, grad);
+  TORCH_CHECK_VALUE(grad.is_cpu(), broken_rule(who, "grad", "be on cpu for the native code", grad.device(),
                                                "Use backend=\"python\"."));
   return {view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
           *dtype_of(out.scalar_type()), out.numel() == 0};

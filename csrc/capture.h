@@ -28,8 +28,8 @@ struct Plan {
   Counts run(const void* grad, void* out, const void* mask, double scale) const;
 };
 
-// Check everything. `over` is ignored by Reduction::none.
-Plan make_plan(const at::Tensor& out, const at::Tensor& grad, Reduction reduction, at::IntArrayRef over,
-               const std::optional<at::Tensor>& mask);
+// Check everything, in the name of `who`. `over` is ignored by Reduction::none.
+Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
+               at::IntArrayRef over, const std::optional<at::Tensor>& mask);
 
 }  // namespace tlfast

@@ -1,6 +1,7 @@
 // Reductions (start, step, combine, finish) and number formats, shared by the CPU and the CUDA kernels; knows no torch.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,7 @@
 namespace tlfast {
 
 enum class Reduction : int { none, sum, mean, last, norm, absmax };
+inline constexpr std::array<const char*, 6> kReductionNames{"none", "sum", "mean", "last", "norm", "absmax"};
 enum class Dtype : int { f32, bf16, f16, f64 };
 
 // How many stored values are infinite or NaN, and how many of them only through the cast.
@@ -76,8 +78,18 @@ template <>
 struct Narrow<double> {
   static TLFAST_INLINE double of(double x) { return x; }
 };
+// float64 as float32, rounded to odd: rounding that to 16 bits gives what one rounding would have given.
+// Source: Boldo and Melquiond, "When double rounding is odd" (2005).
+TLFAST_INLINE float to_odd(double x) {
+  const float narrow = float(x);
+  const double back = double(narrow);
+  const uint32_t toward_zero = bits_of(narrow) - uint32_t((back < 0 ? -back : back) > (x < 0 ? -x : x));
+  return (back == x) | (x != x) ? narrow : float_of(toward_zero | 1u);
+}
+
 template <>
 struct Narrow<bf16> {
+  static TLFAST_INLINE bf16 of(double x) { return of(to_odd(x)); }
   static TLFAST_INLINE bf16 of(float x) {
     const uint32_t u = bits_of(x);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -86,6 +98,7 @@ struct Narrow<bf16> {
 };
 template <>
 struct Narrow<f16> {
+  static TLFAST_INLINE f16 of(double x) { return of(to_odd(x)); }
   static TLFAST_INLINE f16 of(float x) {
     const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
     const uint32_t rebiased = magnitude - (112u << 23);

@@ -84,7 +84,7 @@ void Ring::write(int64_t base, const at::Tensor& grad, const std::optional<at::T
                                               {},
                                               {},
                                               grad.scalar_type(),
-                                              make_plan(out, grad, reduction_, dims_, mask),
+                                              make_plan(who, out, grad, reduction_, dims_, mask),
                                               static_cast<char*>(rows.mutable_data_ptr()),
                                               rows.stride(0) * int64_t(rows.element_size())});
     if (mask) {
@@ -102,7 +102,7 @@ void Ring::write(int64_t base, const at::Tensor& grad, const std::optional<at::T
 at::Tensor Ring::part(const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
   const auto shape = reduced_shape(grad.sizes(), dims_of(grad.sizes()));
   const at::Tensor out = at::empty(shape, grad.options().dtype(dtype_.value_or(grad.scalar_type())));
-  count(make_plan(out, grad, reduction_, dims_, mask)
+  count(make_plan(who, out, grad, reduction_, dims_, mask)
             .run(grad.const_data_ptr(), out.mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr, scale));
   return keeps_batch(grad.sizes()) ? out : out.unsqueeze(0);
 }

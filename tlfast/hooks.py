@@ -24,7 +24,24 @@ _IN_PLACE = "is a view and is being modified inplace"
 
 
 class Capture:
-    """The gradients of some points, one row an example; made by `tlfast.capture`, used as a context manager."""
+    """The gradients of some points, one row an example; made by `tlfast.capture`, used as a context manager.
+
+    ``cap[name]`` is Tensor[rows, ...]; ``cap.names``, ``cap.rows``, ``cap.ids``, ``cap.missing`` and ``cap.counts``
+    tell what is there; ``cap.batch(...)`` says what the next step is about and ``cap.clear()`` makes room.
+
+    Raises:
+        RuntimeError, ValueError: in the forward or backward that breaks a rule, naming the point. No row of that step
+            is kept, and every earlier one is.
+
+    Example:
+        >>> import torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.GELU())
+        >>> with tlfast.capture(model, ["0", "1"], rows=8) as cap:
+        ...     with cap.batch(ids=["a", "b"]):
+        ...         model(torch.ones(2, 4)).sum().backward()
+        >>> cap.names, cap.rows, cap.ids
+        (['0', '1'], 2, ['a', 'b'])
+    """
 
     def __init__(
         self, model: nn.Module, specs: list[Spec], *, rows: int, attach: str, backend: str, calls: str, missing: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -72,6 +72,19 @@ def _register_fakes() -> None:
         return None
 
 
+@cache
+def _tell(reason: str) -> None:
+    """Warn, once for each reason, that Python does the work; an error under TLFAST_REQUIRE_NATIVE=1."""
+    if os.environ.get("TLFAST_REQUIRE_NATIVE") == "1":
+        raise RuntimeError(
+            broken_rule(
+                "tlfast", "the native code", "be usable (TLFAST_REQUIRE_NATIVE=1)", reason,
+                "Run pip install --no-build-isolation -e . again, or unset the variable.",
+            )
+        )  # fmt: skip
+    warnings.warn(f"tlfast runs in pure Python, slower and with the same results: {reason}", stacklevel=4)
+
+
 @lru_cache(maxsize=1)
 def native() -> ModuleType | None:
     """The native module, or None after one warning that says why it isn't used.
@@ -81,14 +94,7 @@ def native() -> ModuleType | None:
     """
     module, reason = _load()
     if module is None:
-        if os.environ.get("TLFAST_REQUIRE_NATIVE") == "1":
-            raise RuntimeError(
-                broken_rule(
-                    "tlfast", "the native code", "be usable (TLFAST_REQUIRE_NATIVE=1)", reason,
-                    "Run pip install --no-build-isolation -e . again.",
-                )
-            )  # fmt: skip
-        warnings.warn(f"tlfast runs in pure Python, slower and with the same results: {reason}", stacklevel=3)
+        _tell(reason)
     return module
 
 
@@ -117,6 +123,7 @@ def pick_native(who: str, wanted: str, devices: set[str]) -> ModuleType | None:
                     'Pass backend="python" or "auto".',
                 )
             )  # fmt: skip
+        _tell(f"the native code runs on cpu, and {who} is on {', '.join(sorted(others))}")
         return None
     module, reason = _load()
     if module is None and wanted == "native":

@@ -149,7 +149,7 @@ def attach(
         tap = native.Tap.to_sink(step, name, sink, reduce, dims, output)
     elif isinstance(sink, torch.Tensor):
         out = sink
-        tap = SinkTap(step, name, lambda grad: capture_in_python(out, grad, reduce, dims), output)
+        tap = SinkTap(step, name, lambda grad: capture_in_python(out, grad, reduce, dims, who=who), output)
     else:
         tap = SinkTap(step, name, sink, output)
     return AttachHandle(step, hook_module(module, tap, attach, native))

@@ -51,10 +51,15 @@ def check_mask(who: str, mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def reduce_gradient(
-    grad: torch.Tensor, reduce: str, dims: tuple[int, ...], mask: torch.Tensor | None, scale: float = 1.0
+    grad: torch.Tensor,
+    reduce: str,
+    dims: tuple[int, ...],
+    mask: torch.Tensor | None,
+    scale: float = 1.0,
+    who: str = "capture",
 ) -> torch.Tensor:
     """Reduce ``grad`` over the (normal) ``dims`` and return the result in the accumulator's dtype."""
-    real = None if mask is None else check_mask("capture", mask, grad.shape)
+    real = None if mask is None else check_mask(who, mask, grad.shape)
     wide = grad.to(accumulator(grad.dtype))
     if reduce == "none":
         out = wide if real is None else torch.where(real, wide, 0.0)
@@ -128,6 +133,17 @@ def check_memory(who: str, out: torch.Tensor, grad: torch.Tensor) -> None:
         )
 
 
+def to_odd(wide: torch.Tensor) -> torch.Tensor:
+    """float64 as float32, rounded to odd: what then rounds it to a 16-bit type rounds as if there had been one step.
+
+    Source: Boldo and Melquiond, "When double rounding is odd" (2005).
+    """
+    narrow = wide.float()
+    bits = narrow.view(torch.int32) - (narrow.double().abs() > wide.abs()).int()  # towards zero
+    odd = (bits | 1).view(torch.float32)
+    return torch.where((narrow.double() == wide) | wide.isnan(), narrow, odd)
+
+
 @torch.no_grad()
 def capture(
     out: torch.Tensor,
@@ -136,17 +152,18 @@ def capture(
     over: tuple[int, ...],
     mask: torch.Tensor | None = None,
     scale: float = 1.0,
+    who: str = "capture",
 ) -> tuple[int, int]:
     """Reduce, cast and copy ``grad`` into ``out``; return how many stored values are non-finite and saturated.
 
     Accumulates in float32 (float64 for float64) and casts once, to nearest even. Saturated: finite before the cast,
     infinite after it.
     """
-    dims = () if reduce == "none" else normal_dims("capture", over, grad.dim())
-    check_capture("capture", out, grad, dims)
-    check_memory("capture", out, grad)
-    wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale)
-    out.copy_(wide)
+    dims = () if reduce == "none" else normal_dims(who, over, grad.dim())
+    check_capture(who, out, grad, dims)
+    check_memory(who, out, grad)
+    wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale, who)
+    out.copy_(to_odd(wide) if wide.dtype == torch.float64 and out.dtype in HALF_TYPES else wide)
     bad = ~torch.isfinite(out)
     n_bad = int(bad.sum())
     return n_bad, int((bad & torch.isfinite(wide)).sum()) if n_bad else 0

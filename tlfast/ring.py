@@ -54,7 +54,7 @@ class Ring:
         return self.rows
 
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        n_nonfinite, n_saturated = capture(out, grad, self.reduce, self.dims, mask, scale)
+        n_nonfinite, n_saturated = capture(out, grad, self.reduce, self.dims, mask, scale, self.who)
         with self._lock:
             self.n_nonfinite += n_nonfinite
             self.n_saturated += n_saturated

@@ -9,11 +9,9 @@ from torch import nn
 
 from .batches import Batch, Batching
 from .dataset.layout import Column
-from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, Example
+from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example
 from .errors import broken_rule
 from .hooks import Capture
-
-FLAG_SATURATED = 4  # a value of the row was finite and became infinite in the stored dtype
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -81,25 +79,25 @@ class Oddities:
         self.cap = cap
         self.n_nonfinite_rows = 0
         self.n_saturated = 0
-        self._counted = (0, 0)
+        self._counted = dict.fromkeys(cap.names, (0, 0))
 
     def flags(self, block: Mapping[str, torch.Tensor], places: torch.Tensor, with_missing: bool) -> list[int] | None:
         """FLAG_... bits of each row of the unit just captured, or None where there is nothing to say."""
-        counts = self.cap.counts.values()
-        counted = sum(c["nonfinite"] for c in counts), sum(c["saturated"] for c in counts)
-        n_nonfinite, n_saturated = (now - before for now, before in zip(counted, self._counted, strict=True))
+        counted = {name: (c["nonfinite"], c["saturated"]) for name, c in self.cap.counts.items()}
+        saturated = {name: n_saturated - self._counted[name][1] for name, (_, n_saturated) in counted.items()}
+        any_nonfinite = any(n > self._counted[name][0] for name, (n, _) in counted.items())
         self._counted = counted
         missing = torch.stack(list(self.cap.missing.values())).any(0)[places] if with_missing else torch.zeros(1).bool()
-        if not n_nonfinite and not missing.any():
+        if not any_nonfinite and not missing.any():
             return None
         flags = missing.expand(len(places)) * FLAG_MISSING
-        for rows in block.values():
+        for name, rows in block.items():
             flat = rows.flatten(1)
             flags = flags | (~flat.isfinite()).any(1) * FLAG_NON_FINITE
-            if n_saturated:
+            if saturated[name]:  # counted for the column, so a gradient that was infinite itself is flagged beside it
                 flags = flags | flat.isinf().any(1) * FLAG_SATURATED
         self.n_nonfinite_rows += int((flags & FLAG_NON_FINITE).count_nonzero())
-        self.n_saturated += n_saturated
+        self.n_saturated += sum(saturated.values())
         return [int(bits) for bits in flags.tolist()]
 
 

@@ -10,9 +10,8 @@ from tiny_models import collect
 from torch import nn
 
 import tlfast
-from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE
+from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED
 from tlfast.progress import Progress
-from tlfast.units import FLAG_SATURATED
 
 
 class Poisoned(nn.Module):

@@ -5,7 +5,7 @@ from .columns import GradientColumn
 from .errors import DatasetError
 from .folder import check_disk_space
 from .layout import Column
-from .plan import FLAG_MISSING, FLAG_NON_FINITE, Example, Plan, Unit
+from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
 from .reader import GradientDataset, open_dataset
 from .verify import Problem, Report, verify_dataset
 from .writer import DatasetWriter, estimate_bytes
@@ -13,6 +13,7 @@ from .writer import DatasetWriter, estimate_bytes
 __all__ = [
     "FLAG_MISSING",
     "FLAG_NON_FINITE",
+    "FLAG_SATURATED",
     "BackgroundWriter",
     "Column",
     "DatasetError",

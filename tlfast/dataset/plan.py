@@ -11,6 +11,7 @@ from .errors import dataset_error
 
 FLAG_NON_FINITE = 1  # some stored value of the row is NaN or infinite, at any point
 FLAG_MISSING = 2  # the row is NaN at a point that did not fire
+FLAG_SATURATED = 4  # a value of the row became infinite in the cast to the stored dtype
 
 _UNIT_NAME = re.compile(r"u([0-9]{6}|[1-9][0-9]{6,17})", re.ASCII)
 
