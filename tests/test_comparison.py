@@ -10,6 +10,7 @@ from comparison import (
     assert_rows,
     assert_same_bits,
     assert_untouched,
+    rounded_once,
     spread_mask,
     tolerance,
     truth,
@@ -98,6 +99,17 @@ def test_overflow_must_go_the_way_of_the_truth(value, wrong):
     assert_close_to_truth(exact.half(), exact, none)
     with pytest.raises(AssertionError):
         assert_close_to_truth(torch.tensor([wrong]).half(), exact, none)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounded_once_is_the_cast_from_float32_and_more_than_it_from_float64(dtype):
+    values = torch.arange(0, 2**32, 65521, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    assert_same_bits(rounded_once(values.double(), dtype), values.to(dtype))
+    eps = torch.finfo(dtype).eps
+    above, below = 1 + eps / 2 + 2.0**-40, 1 + 3 * eps / 2 - 2.0**-40
+    got = rounded_once(torch.tensor([above, -above, below], dtype=torch.float64), dtype)
+    assert got.tolist() == [1 + eps, -1 - eps, 1 + eps]
+    assert torch.tensor(above, dtype=torch.float64).to(dtype).item() == 1.0, "torch rounds twice"
 
 
 def test_nan_in_the_truth_asks_for_nan():

@@ -87,7 +87,7 @@ def test_native_code_required():
     )
     reason = out[3].removeprefix("python: ")
     text = f"tlfast: the native code must be usable (TLFAST_REQUIRE_NATIVE=1), got {reason}. "
-    text += "Run pip install --no-build-isolation -e . again."
+    text += "Run pip install --no-build-isolation -e . again, or unset the variable."
     assert out[:3] == [text, text, "python"]
     assert not warned
 
@@ -172,16 +172,30 @@ def test_native_code_runs_by_itself(recwarn):
     assert not [w for w in recwarn if "tlfast" in str(w.message)]
 
 
-def test_other_devices_run_in_python(monkeypatch):
+def test_other_devices_run_in_python_and_say_so(monkeypatch):
     from tlfast import ops
 
-    assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None
+    monkeypatch.delenv("TLFAST_REQUIRE_NATIVE", raising=False)
+    ops._tell.cache_clear()
+    with pytest.warns(
+        UserWarning, match="tlfast runs in pure Python, slower .*: the native code runs on cpu, and capture"
+    ):
+        assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None
+    assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None, "and once is enough"
     with pytest.raises(RuntimeError) as error:
         ops.pick_native("capture", "native", {"meta", "cpu"})
     assert str(error.value) == (
         "capture: backend must be \"python\" for these devices (the native code runs on cpu), got ['meta']. "
         'Pass backend="python" or "auto".'
     )
+    monkeypatch.setenv("TLFAST_REQUIRE_NATIVE", "1")
+    ops._tell.cache_clear()
+    with pytest.raises(
+        RuntimeError, match=r"tlfast: the native code must be usable \(TLFAST_REQUIRE_NATIVE=1\), got the"
+    ):
+        ops.pick_native("capture", "auto", {"meta"})
+    assert ops.pick_native("capture", "python", {"meta"}) is None
+    ops._tell.cache_clear()
 
 
 def test_both_backends_are_tested_here_if_they_must_be():

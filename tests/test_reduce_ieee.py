@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comparison import assert_captured, assert_same_bits
+from comparison import assert_captured, assert_same_bits, rounded_once
 from op_cases import GRAD_DTYPES, HALVES, REDUCTIONS, run_op, stored_dtypes
 
 import tlfast
@@ -136,6 +136,24 @@ def test_float64_is_accumulated_in_float64(backend):
     assert reduced(backend, values, "sum", torch.float64) == 2.0**24 + 2 + 2.0**-20
     assert reduced(backend, torch.full((3,), 1e200, dtype=torch.float64), "mean", torch.float32) == math.inf
     assert reduced(backend, torch.tensor([3e100, 4e100], dtype=torch.float64), "norm", torch.float64) == 5e100
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float64_is_rounded_once(backend, dtype):
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    # Just beside the ties, by less than float32 can tell; also where results are subnormal, overflow or vanish.
+    ties = [1 + eps / 2, 1 + 3 * eps / 2, tiny * eps / 2, tiny * eps * 1.5, tiny * (1 + eps / 2), 1e-46, 1e300]
+    ends = [math.inf, -math.inf, math.nan, 0.0, -0.0]
+    near = [s * t * f for s in (1, -1) for t in ties for f in (1 - 2.0**-40, 1.0, 1 + 2.0**-40)]
+    given = torch.tensor([*near, *ends], dtype=torch.float64)
+    out = torch.empty(len(given), dtype=dtype)
+    run_op(backend, out, given, "none", ())
+    assert_same_bits(out, rounded_once(given, dtype))
+    for value in near:  # and the same as the result of a reduction
+        assert_same_bits(
+            torch.tensor(reduced(backend, torch.tensor([value, 0.0], dtype=torch.float64), "sum", dtype)).to(dtype),
+            rounded_once(torch.tensor(value, dtype=torch.float64), dtype),
+        )
 
 
 def test_norm_overflows_and_underflows_with_its_squares(backend):
