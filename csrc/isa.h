@@ -1,6 +1,9 @@
 // One loop compiled for several instruction sets, chosen at run time: one build runs on any x86-64.
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 namespace tlfast {
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -11,13 +14,16 @@ namespace tlfast {
 
 enum class Isa { baseline, avx2, avx512 };
 
+// What this CPU can do; TLFAST_CPU=avx2 or baseline stays below that, so that tests reach every kernel.
 inline Isa detect() {
 #if TLFAST_X86
+  const char* set = std::getenv("TLFAST_CPU");
+  const std::string_view most = set ? set : "";
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2")) return Isa::avx2;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && most != "avx2" && most != "baseline") return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && most != "baseline") return Isa::avx2;
 #endif
   return Isa::baseline;
 }
