@@ -89,6 +89,26 @@ def test_trap_02_the_output_of_an_identity_still_shares_its_memory(backend):
 
 
 @pytest.mark.filterwarnings(NO_ROWS)
+def test_trap_02_the_input_of_an_identity_does_not_learn_of_an_operation_in_place(backend):
+    """A documented difference: with a capture the two names share memory and not the history; full hooks raise."""
+    model, x = nn.Sequential(HookPoint()), inputs()
+
+    def gradient():
+        x.grad = None
+        given = x * 1
+        model(given).mul_(3)
+        given.square().sum().backward()
+        return x.grad
+
+    plain = gradient()
+    with tlfast.capture(model, "0", rows=4, attach="tensor", missing="nan", backend=backend) as cap:
+        captured = gradient()
+    assert cap.rows == 0, "no gradient went through the point"
+    assert_same_bits(plain, 18 * x.detach())
+    assert_same_bits(captured, 6 * x.detach())
+
+
+@pytest.mark.filterwarnings(NO_ROWS)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_trap_02_in_place_after_the_point_full(backend, kind):
