@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch.nn.modules.module import _global_forward_hooks
 
 from .errors import broken_rule
 from .outputs import replace_output, select_output
@@ -115,13 +116,12 @@ for _hook in (_ForwardPreHook, _ForwardHook, _CheckHook, _FullHook):
 
 
 @lru_cache(maxsize=1)
-def _prepare(native: ModuleType) -> None:
-    """Make the native hooks native, and let them learn how an output looks that nobody else holds.
+def _learn_references(native: ModuleType) -> None:
+    """Let the native hooks learn how often an output is referenced that nobody else holds.
 
     Only such an output's own node may be hooked: whoever else holds the tensor can send it gradients that did not pass
     through the module, as a penalty that the module keeps for itself does.
     """
-    native.call_natively(_NativePreHook, _NativeForwardHook)
 
     class Doubled(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,10 +132,18 @@ def _prepare(native: ModuleType) -> None:
     handle = probe.register_forward_hook(_NativeForwardHook(tap))
     native.learn_references(True)
     try:
-        probe(torch.zeros(1, requires_grad=True))
+        with torch.inference_mode(False), torch.enable_grad():
+            probe(torch.zeros(1, requires_grad=True))
     finally:
         native.learn_references(False)
         handle.remove()
+
+
+def _prepare(native: ModuleType) -> None:
+    """Make the native hooks native; without what is learnt here, every output gets an identity node."""
+    native.call_natively(_NativePreHook, _NativeForwardHook)
+    if not _global_forward_hooks:  # one that keeps what it sees would be taken for nobody
+        _learn_references(native)
 
 
 def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | None) -> list[Any]:
