@@ -1,6 +1,7 @@
 """What all tests share: which backend runs, in which attachment, on how many threads, with which seed."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from backends import ATTACHMENTS, usable
 from hypothesis import settings
 
 import tlfast
+
+# A shell's job in the background ignores Ctrl-C, and so would the processes that tests start to interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run and no time limits: a test fails because the code is wrong, not because of the day.
 settings.register_profile("tlfast", derandomize=True, deadline=None, database=None, print_blob=True)
