@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "reduce.h"
+
 namespace tlfast {
 
 // One dimension; strides in elements. `out` is 0 where it is reduced, `mask` 0 where the mask doesn't depend on it.
@@ -23,8 +25,8 @@ class Dims {
   void erase(int i) {
     for (--n_; i < n_; ++i) dims_[i] = dims_[i + 1];
   }
-  int size() const { return n_; }
-  const Dim& operator[](int i) const { return dims_[i]; }
+  TLFAST_INLINE int size() const { return n_; }
+  TLFAST_INLINE const Dim& operator[](int i) const { return dims_[i]; }
   Dim& back() { return dims_[n_ - 1]; }
   int64_t numel() const {
     int64_t n = 1;
@@ -103,10 +105,10 @@ class ViewBuilder {
 // Walks over all indices of some dimensions in row-major order, keeping the offsets into the three tensors.
 class Walk {
  public:
-  explicit Walk(const Dims& dims) : dims_(dims) {}
+  TLFAST_INLINE explicit Walk(const Dims& dims) : dims_(dims) {}
 
   // Jump to the n-th index.
-  void seek(int64_t n) {
+  TLFAST_INLINE void seek(int64_t n) {
     grad = out = mask = 0;
     for (int d = dims_.size(); d-- > 0;) {
       index_[d] = n % dims_[d].size;
@@ -117,7 +119,7 @@ class Walk {
     }
   }
 
-  void next() {
+  TLFAST_INLINE void next() {
     for (int d = dims_.size(); d-- > 0;) {
       grad += dims_[d].grad;
       out += dims_[d].out;

@@ -39,9 +39,9 @@ FLOORS = (
     ("__main__",),
 )
 NATIVE_FLOORS = (
-    ("errors", "isa", "reduce", "view"),
-    ("loops",),
-    ("capture_cpu",),
+    ("errors", "isa", "reduce"),
+    ("loops", "view"),
+    ("capture_cpu", "capture_cuda"),
     ("capture",),
     ("ring",),
     ("step",),
