@@ -13,7 +13,7 @@ MAX_LINES = 260
 FLOORS = (
     ("_C", "_build_info", "errors"),
     ("spec",),
-    ("reference",),
+    ("cuda_status", "reference"),
     ("ops", "outputs", "points", "ring"),
     ("steps",),
     ("taps",),
@@ -42,7 +42,7 @@ NATIVE_FLOORS = (
     ("errors", "isa", "reduce"),
     ("loops", "view"),
     ("capture_cpu", "capture_cuda"),
-    ("capture",),
+    ("capture", "cuda_status"),
     ("ring",),
     ("step",),
     ("tap",),
