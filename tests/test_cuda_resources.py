@@ -51,22 +51,24 @@ def test_names_are_short():
 
 @needs_cxxfilt
 def test_a_line_for_each_kernel():
-    lines = cuda_resources.table(cuda_resources.parse(CLEAN))
+    both = CLEAN + CLEAN.replace("'sm_80'", "'sm_90'").replace("Used 28", "Used 32").partition(CURSOR)[0]
+    lines = cuda_resources.table(cuda_resources.parse(both.rpartition("ptxas info    : Compiling")[0]))
     assert [line.split() for line in lines] == [
-        ["kernel", "arch", "registers", "shared", "stack", "spilled"],
-        ["columns<float,", "bf16,", "2>", "sm_80", "28", "2048", "1336", "0"],
-        ["set_kernel", "sm_90", "8", "0", "0", "0"],
+        ["|", "sm_80", "|", "sm_90"],
+        ["kernel", *["|", "registers", "shared", "stack", "spills"] * 2],
+        ["columns<float,", "bf16,", "2>", "|", "28", "2048", "1336", "0", "|", "32", "2048", "1336", "0"],
+        ["set_kernel", "|", "|", "8", "0", "0", "0"],
     ]
 
 
 @needs_cxxfilt
 def test_many_kernels_are_shown_by_template(monkeypatch):
-    monkeypatch.setattr(cuda_resources, "MOST_LINES", 4)
+    monkeypatch.setattr(cuda_resources, "MOST_LINES", 2)
     bigger = SPILLED.replace("Li2E", "Li3E").replace("Used 28", "Used 30")
     lines = cuda_resources.table(cuda_resources.parse(CLEAN + bigger))
-    assert [line.split() for line in lines[1:]] == [
-        ["columns<...>", "(2)", "sm_80", "30", "2048", "1336", "64"],
-        ["set_kernel<...>", "(2)", "sm_90", "8", "0", "0", "0"],
+    assert [line.split() for line in lines[2:]] == [
+        ["columns<...>", "(2)", "|", "30", "2048", "1336", "64", "|"],
+        ["set_kernel", "|", "|", "8", "0", "0", "0"],
     ]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import cuda_build
 
 MOST_LINES = 100
-HEAD = f"{'registers':>9} {'shared':>6} {'stack':>6} {'spilled':>7}"
+HEAD = f"{'registers':>9} {'shared':>6} {'stack':>6} {'spills':>6}"
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Usage:
         return self.spill_stores + self.spill_loads
 
     def numbers(self) -> str:
-        return f"{self.registers:>9} {self.shared:>6} {self.stack:>6} {self.spilled:>7}"
+        return f"{self.registers:>9} {self.shared:>6} {self.stack:>6} {self.spilled:>6}"
 
 
 def parse(log: str) -> list[Usage]:
@@ -97,29 +97,38 @@ def _shorten(name: str) -> str:
 
 
 def table(found: list[Usage]) -> list[str]:
-    """A line for each kernel; for each template where that were too many, with the largest number of each kind."""
+    """A line for each kernel, with four numbers an architecture; where those were too many lines, one for all kernels
+    of a template, with the largest number of each kind."""
     names = short_names([use.kernel for use in found])
-    rows = [(names[use.kernel], use) for use in found]
-    if len(rows) >= MOST_LINES:
+    rows: dict[str, list[Usage]] = {}
+    for use in found:
+        rows.setdefault(names[use.kernel], []).append(use)
+    if len(rows) > MOST_LINES:
         rows = _by_template(rows)
-    width = max(len("kernel"), *(len(name) for name, _ in rows))
-    lines = [f"{'kernel':<{width}} {'arch':<8} {HEAD}"]
-    return lines + [f"{name:<{width}} {use.arch:<8} {use.numbers()}" for name, use in sorted(rows, key=_order)]
+    archs = list(dict.fromkeys(use.arch for use in found))
+    width = max(len("kernel"), *map(len, rows))
+    lines = [" ".join([f"{'':<{width}}", *(f"| {arch:<{len(HEAD)}}" for arch in archs)]).rstrip()]
+    lines.append(" ".join([f"{'kernel':<{width}}", *(f"| {HEAD}" for _ in archs)]))
+    for name, uses in sorted(rows.items()):
+        shown = {use.arch: use.numbers() for use in uses}
+        lines.append(
+            " ".join([f"{name:<{width}}", *(f"| {shown.get(arch, ''):<{len(HEAD)}}" for arch in archs)]).rstrip()
+        )
+    return lines
 
 
-def _order(row: tuple[str, Usage]) -> tuple[str, str]:
-    return row[0], row[1].arch
-
-
-def _by_template(rows: list[tuple[str, Usage]]) -> list[tuple[str, Usage]]:
-    groups: dict[tuple[str, str], list[Usage]] = {}
-    for name, use in rows:
-        groups.setdefault((name.partition("<")[0], use.arch), []).append(use)
-    merged = []
-    for (template, arch), uses in groups.items():
-        most = [max(getattr(use, field) for use in uses) for field in ("registers", "shared", "stack")]
-        spilled = [sum(getattr(use, field) for use in uses) for field in ("spill_stores", "spill_loads")]
-        merged.append((f"{template}<...> ({len(uses)})", Usage(template, arch, *most, *spilled)))
+def _by_template(rows: dict[str, list[Usage]]) -> dict[str, list[Usage]]:
+    groups: dict[str, list[list[Usage]]] = {}
+    for name, uses in rows.items():
+        groups.setdefault(name.partition("<")[0], []).append(uses)
+    merged = {}
+    for template, kernels in groups.items():
+        most: dict[str, Usage] = {}
+        for use in (use for uses in kernels for use in uses):
+            so_far = most.setdefault(use.arch, Usage(template, use.arch))
+            for kind in ("registers", "shared", "stack", "spill_stores", "spill_loads"):
+                setattr(so_far, kind, max(getattr(so_far, kind), getattr(use, kind)))
+        merged[f"{template}<...> ({len(kernels)})" if len(kernels) > 1 else template] = list(most.values())
     return merged
 
 
