@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "cuda_status.h"
 #include "py_tap.h"
 
 namespace py = pybind11;
@@ -34,6 +35,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The native code of tlfast; tlfast.steps, taps and ring do the same in Python.";
   m.attr("TORCH_VERSION") = c10::str(TORCH_VERSION_MAJOR, ".", TORCH_VERSION_MINOR);
   m.def("describe", [] { return c10::str("cpu, ", cpu_features()); });
+  m.def("cuda_status", &cuda_status);
+  m.def("cuda_capability", &cuda_capability);
   m.def("call_natively", &PyTap::call_natively);
   m.def("learn_references", &PyTap::learn_references);
 

@@ -13,7 +13,7 @@ MAX_LINES = 260
 FLOORS = (
     ("_C", "_build_info", "errors"),
     ("spec",),
-    ("reference",),
+    ("cuda_status", "reference"),
     ("ops", "outputs", "points", "ring"),
     ("steps",),
     ("taps",),
@@ -42,9 +42,8 @@ NATIVE_FLOORS = (
     ("errors", "isa", "reduce"),
     ("loops", "view"),
     ("capture_cpu", "capture_cuda.h"),
-    ("cuda_results",),
-    ("capture_cuda",),
-    ("capture",),
+    ("cuda_results", "cuda_status", "device"),
+    ("capture", "capture_cuda"),
     ("ring",),
     ("step",),
     ("tap",),
@@ -125,16 +124,14 @@ def upward_imports(path: Path, source: str, known: set[str]) -> list[str]:
 
 
 def upward_includes(path: Path, source: str) -> list[str]:
-    wrong = []
     named = {name for names in NATIVE_FLOORS for name in names}
 
     def floor(file: Path) -> int:  # a header that others than its source file need has a floor of its own
         return level(file.name if file.name in named else file.stem, NATIVE_FLOORS)
 
-    for other in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source, flags=re.MULTILINE):
-        if Path(other).stem != path.stem and floor(Path(other)) >= floor(path):
-            wrong.append(f"{path} includes {other}, which is not on a floor beneath it")
-    return wrong
+    others = re.findall(r'^\s*#\s*include\s*"([^"]+)"', source, flags=re.MULTILINE)
+    higher = [o for o in others if Path(o).stem != path.stem and floor(Path(o)) >= floor(path)]
+    return [f"{path} includes {other}, which is not on a floor beneath it" for other in higher]
 
 
 def broken_laws(path: Path, source: str) -> list[str]:
