@@ -204,6 +204,12 @@ class Capture:
             for name, ring in self._rings.items()
         }
 
+    @property
+    def counters(self) -> list[torch.Tensor]:
+        """What `counts` reads, for each column int64 [2 or more] on its ring's device: to be copied without waiting."""
+        rings = self._rings.values()
+        return [r.counters if hasattr(r, "counters") else torch.tensor([r.n_nonfinite, r.n_saturated]) for r in rings]
+
     def clear(self) -> None:
         """Forget all rows and keep the memory; RuntimeError while a backward is running."""
         self._step.clear()
