@@ -114,7 +114,7 @@ def test_a_wait_that_is_left_out_is_found(left_out):
         streams = FakeStreams(random, ignored=left_out)
         Collection(streams, random, sizes, with_room=left_out != "room").run()
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="wrong rows in column"):
         all_schedules()
 
 
