@@ -30,20 +30,19 @@ def graphs_wanted(cuda_graph: CudaGraph, devices: set[torch.device], backend: Ca
     possible = cuda_graph != "off" and on_cuda and backend() == "native"
     if cuda_graph == "on" and not possible:
         where = ", ".join(sorted(map(str, devices)))
-        got = (
-            f'"on" with the {backend()} backend and a model on {where}' if on_cuda else f'"on" with a model on {where}'
-        )
+        got = f'"on" with a model on {where}' + (f" and the {backend()} backend" if on_cuda else "")
         rule = 'be "auto" or "off" unless the model is on one CUDA device and the native code runs there'
         raise ValueError(broken_rule("collect", "cuda_graph", rule, got, "Leave it out."))
     return possible
 
 
 class Replays:
-    """Runs batches by replaying graphs, or eagerly once a graph could not be made.
+    """Runs batches by replaying graphs, or eagerly once a graph could not be made: a RuntimeError of ``graph_step``.
 
     Args:
         cap: the capture whose rows are written.
-        graph_step: makes a graph of one forward and backward, and the function that replays it.
+        graph_step: makes a graph of one forward and backward, leaves rows and counts as they were, and returns the
+            function that replays it, which commits one step.
         required: an error where no graph can be made, instead of a warning.
     """
 
@@ -56,7 +55,7 @@ class Replays:
         """One forward and one backward of a batch that has a mask: the same rows as ``eager`` writes.
 
         Raises:
-            RuntimeError: where a graph is required and can't be made.
+            ValueError: where a graph is required and can't be made.
         """
         graph = None if self._refused else self._graph(eager, batch)
         if graph is None:
@@ -89,9 +88,8 @@ class Replays:
         if self.required:
             rule = 'be "auto" or "off" for a model that can\'t run inside a CUDA graph'
             remedy = 'Pass cuda_graph="auto" to go on without graphs.'
-            raise RuntimeError(
-                broken_rule("collect", "cuda_graph", f"be {rule}", f'"on" (<{reason}>)', remedy)
-            ) from error
+            text = broken_rule("collect", "cuda_graph", rule, f'"on": <{reason}>', remedy)
+            raise ValueError(text) from error
         self._refused = True
         self._graphs.clear()
         text = f"collect: the steps run one by one, since no CUDA graph could be made of this model: {reason}"

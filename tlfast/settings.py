@@ -161,6 +161,8 @@ def _typed(name: str, value: Any, kind: type, path: Path) -> Any:
             return tuple(items)
     elif kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)  # over: -1 and output: 0 are numbers to YAML
+    elif name == "cuda_graph" and isinstance(value, bool):
+        return "on" if value else "off"  # so YAML reads these words
     elif type(value) is kind:
         return value
     elif kind is float and type(value) is int:
