@@ -19,9 +19,8 @@ std::shared_ptr<Ring> make_ring(const std::string& column, const std::string& re
   return std::make_shared<Ring>(column, parse_reduction(reduce), std::move(dims), stored, capacity);
 }
 
-std::optional<at::Tensor> rows_of(const Ring& ring) {
-  const at::Tensor rows = ring.rows();
-  return rows.defined() ? std::optional<at::Tensor>(rows) : std::nullopt;
+std::optional<at::Tensor> defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 std::unique_ptr<PyTap> make_tap(std::shared_ptr<Step> step, const std::string& name, const py::list& rings,
@@ -44,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Ring, std::shared_ptr<Ring>>(m, "Ring")
       .def(py::init(&make_ring))
       .def_readonly("column", &Ring::column)
-      .def_property_readonly("rows", &rows_of)
+      .def_property_readonly("rows", [](const Ring& ring) { return defined(ring.rows()); })
       .def_property_readonly("counters", &Ring::counters)
       .def_property_readonly("counted", [](const Ring& ring) {
         const Counts counts = ring.counted();
@@ -63,6 +62,9 @@ PYBIND11_MODULE(_C, m) {
              step.start_recording(reinterpret_cast<THPDevice*>(device.ptr())->device);
            })
       .def("stop_recording", &Step::stop_recording)
+      .def("start_trial", &Step::start_trial)
+      .def("stop_trial", &Step::stop_trial)
+      .def_property_readonly("cursor", [](const Step& step) { return defined(step.cursor()); })
       .def("replay", &Step::replay)
       .def("take_back", &Step::take_back)
       .def("close", &Step::close)

@@ -186,6 +186,25 @@ at::Tensor Ring::counters() const {
   return at::tensor({n_nonfinite_.load(), n_saturated_.load(), n_writes_.load()}, at::kLong);
 }
 
+void Ring::save_counts() {
+  saved_ = counters().clone();
+  saved_writes_ = n_writes_;
+}
+
+void Ring::restore_counts() {
+  n_writes_ = saved_writes_;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (counters_.defined()) {
+    if (saved_.device() == counters_.device())
+      counters_.copy_(saved_);
+    else
+      counters_.zero_();  // they are there only since the trial
+  } else {
+    n_nonfinite_ = saved_.const_data_ptr<int64_t>()[kNonfinite];
+    n_saturated_ = saved_.const_data_ptr<int64_t>()[kSaturated];
+  }
+}
+
 Counts Ring::counted() const {
   const at::Tensor host = counters().cpu();
   const int64_t* const n = host.const_data_ptr<int64_t>();

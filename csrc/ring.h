@@ -49,6 +49,10 @@ class Ring {
   // The same on the host; waits for a GPU, and is an error if a write that was launched has not been done.
   Counts counted() const;
 
+  // Remember the counts, and go back to them, in the order of the current stream.
+  void save_counts();
+  void restore_counts();
+
   // Writes that were recorded, not done, since the last call.
   int64_t take_recorded() { return n_recorded_.exchange(0); }
   void replayed(int64_t n_writes) { n_writes_ += n_writes; }
@@ -85,8 +89,9 @@ class Ring {
   const std::vector<int64_t> dims_;
   const std::optional<at::ScalarType> dtype_;
   const int64_t capacity_;
-  mutable std::mutex mutex_;    // two backwards may meet at the first gradient
-  at::Tensor rows_, counters_;  // counters_: of rows on a GPU
+  mutable std::mutex mutex_;            // two backwards may meet at the first gradient
+  at::Tensor rows_, counters_, saved_;  // counters_: of rows on a GPU
+  int64_t saved_writes_ = 0;
   std::shared_ptr<const Known> known_;
   std::vector<std::shared_ptr<const Known>> recorded_;  // graphs use their memory for as long as they live
   std::atomic<int64_t> n_nonfinite_{0}, n_saturated_{0}, n_writes_{0}, n_recorded_{0};

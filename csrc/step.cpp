@@ -182,6 +182,22 @@ void Step::clear() {
   blocks_.clear();
 }
 
+void Step::start_trial() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  check_at_rest("graph_step");
+  before_ = blocks_;
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) ring->save_counts();
+}
+
+void Step::stop_trial() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  blocks_ = std::move(before_);
+  before_.clear();
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) ring->restore_counts();
+}
+
 void Step::start_recording(const at::Device& device) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_at_rest("graph_step");

@@ -96,7 +96,13 @@ class Step : public std::enable_shared_from_this<Step> {
   void replay(const Recording& recording);
   void take_back(const Recording& recording);
 
+  // What runs between these two leaves rows and counts as they were: to warm up what is recorded next.
+  void start_trial();
+  void stop_trial();
+
   void close() { active = false; }
+
+  at::Tensor cursor() const { return cursor_; }
 
   const bool missing_is_nan;
   std::atomic<bool> active{true};
@@ -125,7 +131,7 @@ class Step : public std::enable_shared_from_this<Step> {
   at::Tensor cursor_;           // int64 [1] on the device: the row at which the next replay begins,
   int64_t cursor_stands_ = -1;  // and where it stands; -1: it must be set
   bool recording_ = false;
-  std::vector<std::shared_ptr<Block>> before_;  // the blocks that were there when the recording began
+  std::vector<std::shared_ptr<Block>> before_;  // the blocks that were there when the recording or the trial began
 };
 
 }  // namespace tlfast
