@@ -1,7 +1,9 @@
 // Cuts a call into blocks and launches the CUDA kernels: the C interface of capture_cuda.h.
 #include "capture_cuda.cuh"
 
+#if !TLFAST_SIMT
 #include <cuda_runtime.h>
+#endif
 
 #include <algorithm>
 

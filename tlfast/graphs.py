@@ -63,8 +63,8 @@ class GraphStep:
             got = f"the {cap.backend} backend"
             raise RuntimeError(broken_rule(who, "cap", "run the native code", got, "See tlfast.backend()."))
         if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
-            got = [type(x).__name__ for x in inputs]
-            raise TypeError(broken_rule(who, "inputs", "be one tensor or more", got, "Pass the tensors of a batch."))
+            types = [type(x).__name__ for x in inputs]
+            raise TypeError(broken_rule(who, "inputs", "be one tensor or more", types, "Pass the tensors of a batch."))
         if type(warmup) is not int or warmup < 1:
             remedy = "The first run allocates what the others use."
             raise ValueError(broken_rule(who, "warmup", "be at least 1", repr(warmup), remedy))
@@ -104,14 +104,13 @@ class GraphStep:
             ValueError: for inputs of other shapes or dtypes than were recorded.
             RuntimeError: where the capture has no room for the rows, or is closed. Nothing has run then.
         """
-        if not self._cap.active:
+        if not self._cap._handles:
             raise RuntimeError(
                 broken_rule("graph_step", "the capture", "be entered", "one that is left", "Replay inside the with.")
             )
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in self._inputs]:
-            wanted, got = ([f"{x.dtype} {list(x.shape)}" for x in xs] for xs in (self._inputs, inputs))
             remedy = "Record a graph for each shape."
-            raise ValueError(broken_rule("graph_step", "inputs", f"be {', '.join(wanted)}", ", ".join(got), remedy))
+            raise ValueError(broken_rule("graph_step", "inputs", f"be {_kinds(self._inputs)}", _kinds(inputs), remedy))
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given, non_blocking=True)
         self._native_step.replay(self._recording)
@@ -121,6 +120,10 @@ class GraphStep:
             self._native_step.take_back(self._recording)
             raise
         return self._out
+
+
+def _kinds(tensors: tuple[torch.Tensor, ...]) -> str:
+    return ", ".join(f"{x.dtype} {list(x.shape)}" for x in tensors)
 
 
 def graph_step(cap: Capture, step: Callable[..., Any], *inputs: torch.Tensor, warmup: int = 2) -> GraphStep:
@@ -154,7 +157,7 @@ def graph_step(cap: Capture, step: Callable[..., Any], *inputs: torch.Tensor, wa
         ...             step(batch)
         ...     return cap["0"]
     """
-    if not cap.active:
+    if not cap._handles:
         raise RuntimeError(
             broken_rule("graph_step", "cap", "be entered", "a capture outside its with", "Call it inside the with.")
         )

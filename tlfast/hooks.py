@@ -144,11 +144,6 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    @property
-    def active(self) -> bool:
-        """Whether it is entered, and not left yet."""
-        return bool(self._handles)
-
     # The rows.
 
     @property
@@ -204,9 +199,8 @@ class Capture:
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """For each column how many stored values were non-finite, and how many of them only through the cast."""
-        return {
-            name: dict(zip(("nonfinite", "saturated"), ring.counted, strict=True)) for name, ring in self._rings.items()
-        }
+        kinds = ("nonfinite", "saturated")
+        return {name: dict(zip(kinds, ring.counted, strict=True)) for name, ring in self._rings.items()}
 
     @property
     def counters(self) -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ class Ring:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """How many stored values are NaN or infinite, and how many of them only through the cast; waits for the device."""
+        """How many stored values are NaN or infinite, and how many of them only through the cast; waits for a GPU."""
         n_nonfinite, n_saturated = self.counters.tolist()
         return n_nonfinite, n_saturated
 
