@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -134,7 +135,7 @@ def compile_object(command: list[str], source: Path, target: Path) -> bool:
         CannotBuildCuda: if the compiler fails; the text holds its first error.
     """
     used = hashlib.sha256()
-    before = [Path(name) for word, name in zip(command, command[1:], strict=False) if word == "-include"]
+    before = [Path(name) for word, name in itertools.pairwise(command) if word == "-include"]
     for path in sorted(_included(source, *before)):
         used.update(path.encode() + (ROOT / path).read_bytes())
     stamp = json.dumps({"command": command, "sources": used.hexdigest()}, indent=1)
