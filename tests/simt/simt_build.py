@@ -73,7 +73,9 @@ def library(*names: str, sanitize: bool = False) -> Path:
             flags = shim_flags if source in shim else kernel_flags
             run_compiler([command, *flags, "-c", str(source), "-o", objects[-1]])
         made = f"{folder}/library.so"
-        run_compiler([command, "-shared", "-Wl,-z,defs", *(["-fsanitize=address"] if sanitize else []), *objects, "-o", made])
+        run_compiler(
+            [command, "-shared", "-Wl,-z,defs", *(["-fsanitize=address"] if sanitize else []), *objects, "-o", made]
+        )
         os.replace(made, path)  # two tests may build at once: the last one wins, and both are whole
     return path
 
