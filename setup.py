@@ -126,11 +126,8 @@ def add_kernels(extension, choice):
     """Compile the CUDA kernels and link them into the extension, with a CUDA runtime that nobody else sees."""
     try:
         if SIMT:
-            command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch), "-fPIC", "-I."]
-            command += ["-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
-            command.append("-Wno-unknown-pragmas")  # nvcc's unroll
-            made = Path("build/simt/capture_cuda.o")
-            cuda_build.compile_object(command, cuda_build.SOURCE, made)
+            command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch)]
+            extension.extra_objects += map(str, cuda_build.compile_for_cpu(command))
         else:
             started = time.monotonic()
             made, new = cuda_build.compile_kernels(choice.cuda, choice.archs)
@@ -140,9 +137,9 @@ def add_kernels(extension, choice):
             # place of ours, which are of another version.
             extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
             extension.extra_link_args += [str(choice.cuda.runtime), "-ldl", "-lrt", "-lpthread"]
+            extension.extra_objects.append(str(made))
     except cuda_build.CannotBuildCuda as error:
         sys.exit(f"setup.py: {error}" + ("" if SIMT else ". TLFAST_BUILD=cpu builds without CUDA."))
-    extension.extra_objects.append(str(made))
 
 
 def choose():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ SOURCE = Path("csrc/capture_cuda.cu")
 FOLDER = Path("build/cuda")
 # A100 and H100 as machine code; what is newer compiles the PTX when it first runs.
 DEFAULT_ARCHS = ("sm_80", "sm_90", "compute_90")
+SHIM = ("scheduler", "fiber", "shared_memory")  # what tests/simt/simt.h declares
 OLDEST = (12, 0)  # the first nvcc that takes -std=c++20
 
 
@@ -127,6 +129,18 @@ def compile_kernels(toolkit: Toolkit, archs: tuple[str, ...]) -> tuple[Path, boo
     return target, compile_object([*toolkit.command(archs), *flags], SOURCE, target)
 
 
+def compile_for_cpu(command: list[str]) -> list[Path]:
+    """The objects of the kernels as C++ and of the shim in tests/simt that runs them, by this C++ compiler."""
+    shim = [*command, "-O2", "-fPIC", "-Itests/simt", "-fno-extern-tls-init"]  # shared memory needs no constructor
+    kernels = [*shim, "-Icsrc", "-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
+    kernels += ["-fsanitize=alignment", "-Wno-unknown-pragmas"]  # an address as a GPU wants it; nvcc's unroll
+    sources = {SOURCE: kernels} | {Path("tests/simt") / f"{name}.cpp": shim for name in SHIM}
+    made = [Path("build/simt/objects") / f"{source.stem}.o" for source in sources]
+    for (source, by), target in zip(sources.items(), made, strict=True):
+        compile_object(by, source, target)
+    return made
+
+
 def compile_object(command: list[str], source: Path, target: Path) -> bool:
     """Compile ``source`` (a path in the repository) unless ``target`` is of the same command and text; True if it ran.
 
@@ -134,7 +148,7 @@ def compile_object(command: list[str], source: Path, target: Path) -> bool:
         CannotBuildCuda: if the compiler fails; the text holds its first error.
     """
     used = hashlib.sha256()
-    before = [Path(name) for word, name in zip(command, command[1:], strict=False) if word == "-include"]
+    before = [Path(name) for word, name in itertools.pairwise(command) if word == "-include"]
     for path in sorted(_included(source, *before)):
         used.update(path.encode() + (ROOT / path).read_bytes())
     stamp = json.dumps({"command": command, "sources": used.hexdigest()}, indent=1)
