@@ -35,9 +35,10 @@ class FlatCall(ctypes.Structure):
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL:
+def kernels(source: str = "capture_simt.cpp") -> ctypes.CDLL:
+    """The kernels as they are, or changed by `simt_build.changed_kernels`."""
     sanitize = os.environ.get(simt_build.SANITIZED) == "1"
-    loaded = ctypes.CDLL(str(simt_build.library("capture_simt.cpp", sanitize=sanitize)))
+    loaded = ctypes.CDLL(str(simt_build.library(source, sanitize=sanitize)))
     loaded.simt_message.restype = loaded.simt_error.restype = ctypes.c_char_p
     return loaded
 
@@ -69,6 +70,7 @@ def launch(
     cursor: torch.Tensor | None = None,
     row_elements: int = 0,
     counters: torch.Tensor | None = None,
+    library: ctypes.CDLL | None = None,
 ) -> Outcome:
     """Call the kernels as they are, unless there is nothing to write: then nobody calls them (`Plan::run`)."""
     if out.numel() == 0:
@@ -91,14 +93,15 @@ def launch(
         address(counters),
         0,
     )
-    return Outcome(kernels().simt_capture(ctypes.byref(call)), call.scratch_bytes)
+    return Outcome((library or kernels()).simt_capture(ctypes.byref(call)), call.scratch_bytes)
 
 
-def capture(*args: object, order: int = 0, **kwargs: object) -> Outcome:
+def capture(*args: object, order: int = 0, library: ctypes.CDLL | None = None, **kwargs: object) -> Outcome:
     """``launch`` in one of the orders of fibers, and it must go well."""
-    kernels().simt_set_order(order)
-    outcome = launch(*args, **kwargs)  # type: ignore[arg-type]
-    assert outcome.error == 0, f"{outcome.error}: {kernels().simt_message().decode()}"
+    library = library or kernels()
+    library.simt_set_order(order)
+    outcome = launch(*args, library=library, **kwargs)  # type: ignore[arg-type]
+    assert outcome.error == 0, f"{outcome.error}: {library.simt_message().decode()}"
     return outcome
 
 

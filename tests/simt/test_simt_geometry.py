@@ -6,11 +6,13 @@ import math
 import mmap
 
 import pytest
+import simt_build
 import torch
 from comparison import assert_captured, assert_same_bits
 from op_cases import GRAD_DTYPES, REDUCTIONS, Case, left_shape, make_mask
 from simt_capture import ORDERS, WRITES, capture, kernels
 
+NORESERVE = 0x4000  # MAP_NORESERVE of Linux' asm-generic/mman-common.h; Python's mmap has the name from 3.13 on
 FAR = 2**31 + 8  # elements
 SPLIT = ("sum", "mean", "norm", "absmax")
 
@@ -56,7 +58,12 @@ def test_unaligned_pointers_and_strides(grad_dtype, reduce):
 def test_split_reductions(grad_dtype, reduce):
     n = (256 << 10) // grad_dtype.itemsize  # elements of a few blocks
     orders = itertools.cycle(ORDERS)
-    for shape, dims in (((n // 8, 8), (0,)), ((n // 3, 3), (0,)), ((2, n + 77), (1,)), ((3, n // 60 + 1, 61), (1, 2))):
+    for shape, dims in (
+        ((n // 8, 1, 8), (0,)),
+        ((n // 3, 1, 3), (0,)),
+        ((2, n + 77), (1,)),
+        ((3, n // 60 + 1, 61), (1, 2)),
+    ):
         grad = torch.randn(shape).to(grad_dtype)
         for kind in ("none", "random"):
             mask, results = make_mask(shape, kind), []
@@ -81,6 +88,47 @@ def test_nothing_and_nan_in_split_reductions(reduce):
         assert capture(out, grad, reduce, (1,), mask, counters=counters).scratch_bytes > 0
         assert_captured(out, grad, reduce, (1,), mask)
         assert counters.tolist() == [(~out.isfinite()).sum(), 0, 1]
+
+
+FEW_BLOCKS = {"blocks": ("kMostBlocks = 1 << 30", "kMostBlocks = 2")}
+TAKEN = "results.take(split, outer, 0, row_base + at.out, sum, n);\n    }\n"
+NO_BARRIERS = {
+    "columns": ("    __syncthreads();  // the next item writes the same shared memory\n", ""),
+    "rows": (TAKEN + "    __syncthreads();\n", TAKEN),
+}
+
+
+def rounds_of(library, grad, reduce, dims):
+    """The results in several orders of fibers, with two blocks for everything."""
+    found = []
+    for order in (*ORDERS, 4, 5):
+        out, counters = out_of(grad, reduce, dims), torch.zeros(3, dtype=torch.int64)
+        capture(out, grad, reduce, dims, counters=counters, order=order, library=library)
+        found.append((out, counters))
+    return found
+
+
+def test_blocks_that_take_more_than_one_item():
+    """The grid is never smaller than the work below 2^30 blocks, so here its limit is 2."""
+    library = kernels(str(simt_build.changed_kernels("few_blocks", **FEW_BLOCKS)))
+    for reduce, grad_dtype in itertools.product(REDUCTIONS, (torch.float32, torch.bfloat16)):
+        for shape in ((5, 70, 130), (3, 4, 515), (1, 20000, 3)):
+            grad = torch.randn(shape).to(grad_dtype)
+            for dims in ((1,), (2,), (0, 2)):
+                found = rounds_of(library, grad, reduce, dims)
+                assert_captured(found[0][0], grad, reduce, dims)
+                for out, counters in found:
+                    assert_same_bits(out, found[0][0])
+                    assert counters.tolist() == [0, 0, 1]
+
+
+def test_the_kernels_need_their_barrier_between_items():
+    """What the test above would see if the barriers weren't there."""
+    changes = FEW_BLOCKS | NO_BARRIERS
+    library = kernels(str(simt_build.changed_kernels("no_barriers", **changes)))
+    for dims, reduce in itertools.product(((1,), (2,)), ("sum", "absmax")):
+        found = rounds_of(library, torch.randn(5, 300, 515), reduce, dims)
+        assert any(not torch.equal(out, found[0][0]) for out, _ in found), dims
 
 
 def pointer(tensor):
@@ -113,8 +161,8 @@ def test_rows_land_at_the_cursor(width, reduce):
 
 
 def far_memory(n, dtype):
-    """Memory of ``n`` elements that is only reserved; what isn't touched takes no page. And the map that holds it."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    """Memory of ``n`` elements that takes no page where it isn't touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     held = mmap.mmap(-1, n * dtype.itemsize, flags=flags)
     return torch.frombuffer(held, dtype=dtype)
 
