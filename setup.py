@@ -128,6 +128,7 @@ def add_kernels(extension, choice):
         if SIMT:
             command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch), "-fPIC", "-I."]
             command += ["-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
+            command.append("-Wno-unknown-pragmas")  # nvcc's unroll
             made = Path("build/simt/capture_cuda.o")
             cuda_build.compile_object(command, cuda_build.SOURCE, made)
         else:

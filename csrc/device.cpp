@@ -37,9 +37,9 @@ void* current_stream(const at::Device& device) {
 #endif
 }
 
-void launch_capture(const std::string& who, const at::Device& device, const CudaCapture& call) {
+void launch_capture(const std::string& who, const at::Device& device, void* stream, const CudaCapture& call) {
   const c10::OptionalDeviceGuard guard(device);
-  check(who, tlfast_cuda_capture(&call, current_stream(device)));
+  check(who, tlfast_cuda_capture(&call, stream));
 }
 
 void launch_set_cursor(const at::Tensor& cursor, int64_t row) {
@@ -61,7 +61,7 @@ at::Tensor scratch_for(const CudaCapture& call, const at::Tensor& like) {
 
 bool on_gpu(const at::Tensor&) { return false; }
 void* current_stream(const at::Device&) { return nullptr; }
-void launch_capture(const std::string&, const at::Device&, const CudaCapture&) {}
+void launch_capture(const std::string&, const at::Device&, void*, const CudaCapture&) {}
 void launch_set_cursor(const at::Tensor&, int64_t) {}
 void launch_advance(const at::Tensor&, int64_t) {}
 at::Tensor scratch_for(const CudaCapture&, const at::Tensor&) { return {}; }

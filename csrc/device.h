@@ -13,8 +13,10 @@ bool on_gpu(const at::Tensor& tensor);
 // The current stream of a GPU, as CUDA knows it.
 void* current_stream(const at::Device& device);
 
-// Launch on the current stream of `device`, which becomes the current device meanwhile; errors name `who`.
-void launch_capture(const std::string& who, const at::Device& device, const CudaCapture& call);
+// Launch on `stream` of `device`, which becomes the current device meanwhile; errors name `who`.
+void launch_capture(const std::string& who, const at::Device& device, void* stream, const CudaCapture& call);
+
+// The same on the current stream of the cursor's device.
 void launch_set_cursor(const at::Tensor& cursor, int64_t row);
 void launch_advance(const at::Tensor& cursor, int64_t n_rows);
 

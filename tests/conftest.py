@@ -44,6 +44,18 @@ def native():
     return usable("native")
 
 
+@pytest.fixture
+def cuda():
+    """A CUDA device; skips where there is none, and fails if there must be one."""
+    try:
+        return torch.empty(0, device="cuda").device
+    except (RuntimeError, AssertionError) as error:
+        reason = f"no CUDA device: {str(error).splitlines()[0]}"
+    if os.environ.get("TLFAST_REQUIRE_CUDA") == "1":
+        pytest.fail(f"TLFAST_REQUIRE_CUDA=1, but there is {reason}")
+    return pytest.skip(reason)
+
+
 @pytest.fixture(params=ATTACHMENTS)
 def attach(request):
     """Each of the two ways to sit on a point."""

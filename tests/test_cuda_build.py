@@ -177,6 +177,15 @@ def test_the_object_is_kept_until_something_changes(machine, tmp_path, monkeypat
     assert len(calls(tmp_path / "cuda")) == again + 5
 
 
+def test_what_is_included_by_a_flag_counts_too(machine, tmp_path):
+    (machine / "simt.h").write_text('#include "csrc/other.h"\n')
+    command = [str(toolkit(tmp_path / "cuda")), "-include", "simt.h"]
+    made = cuda_build.FOLDER / "x.o"
+    outcomes = [cuda_build.compile_object(command, cuda_build.SOURCE, made) for _ in range(2)]
+    (machine / "csrc" / "other.h").write_text("int changed;\n")
+    assert [*outcomes, cuda_build.compile_object(command, cuda_build.SOURCE, made)] == [True, False, True]
+
+
 def test_a_failure_leaves_nothing_that_looks_right(machine, tmp_path, monkeypatch):
     toolkit(tmp_path / "cuda")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))

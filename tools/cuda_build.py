@@ -134,7 +134,8 @@ def compile_object(command: list[str], source: Path, target: Path) -> bool:
         CannotBuildCuda: if the compiler fails; the text holds its first error.
     """
     used = hashlib.sha256()
-    for path in sorted(_included(source)):
+    before = [Path(name) for word, name in zip(command, command[1:], strict=False) if word == "-include"]
+    for path in sorted(_included(source, *before)):
         used.update(path.encode() + (ROOT / path).read_bytes())
     stamp = json.dumps({"command": command, "sources": used.hexdigest()}, indent=1)
     note, log, made = ((ROOT / target).with_suffix(suffix) for suffix in (".json", ".log", ".new.o"))
@@ -157,10 +158,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def _included(source: Path) -> set[str]:
-    """``source`` and all that it reaches by #include "..."."""
+def _included(*sources: Path) -> set[str]:
+    """``sources`` and all that they reach by #include "..."."""
     found: set[str] = set()
-    waiting = [source]
+    waiting = list(sources)
     while waiting:
         path = waiting.pop()
         if str(path) not in found and (ROOT / path).is_file():
