@@ -21,8 +21,8 @@ class Order {
   unsigned choose(uint32_t bits) {
     if (number_ == 0) return std::countr_zero(bits);
     if (number_ == 1) return 31 - std::countl_zero(bits);
-    const unsigned from = draw() % 32;
-    return (std::countr_zero(std::rotr(bits, int(from))) + from) % 32;
+    for (unsigned skip = draw() % std::popcount(bits); skip > 0; --skip) bits &= bits - 1;
+    return std::countr_zero(bits);
   }
 
  private:

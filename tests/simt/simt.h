@@ -51,8 +51,11 @@ constexpr size_t kSharedDefault = 48 << 10;  // without cudaFuncAttributeMaxDyna
 constexpr size_t kSharedZone = 1 << 10;      // watched bytes behind what a block has asked for
 }  // namespace simt
 
-// What `extern __shared__ unsigned char tlfast_shared[];` of a kernel names, at file scope.
-extern thread_local unsigned char tlfast_shared[simt::kSharedMost + simt::kSharedZone];
+// What `extern __shared__ unsigned char tlfast_shared[];` names, at file scope and in the functions of tlfast::cuda.
+extern "C" thread_local unsigned char tlfast_shared[simt::kSharedMost + simt::kSharedZone];
+namespace tlfast::cuda {
+extern "C" thread_local unsigned char tlfast_shared[simt::kSharedMost + simt::kSharedZone];
+}
 
 // ------------------------------------------------------------------------------------------------------------ vectors
 

@@ -14,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+SANITIZED = "TLFAST_SIMT_SANITIZED"  # 1 in a process that has AddressSanitizer
 CACHE = ROOT / "build" / "simt"
 # As setup.py compiles the kernels: no fused multiply-add, no errno in the way of sqrt.
 FLAGS = (
@@ -26,8 +27,9 @@ FLAGS = (
     "-Wall",
     "-Wextra",
 )
-# -Werror: the shim and the kernels compile without a warning. -fno-extern-tls-init: tlfast_shared needs no constructor.
-STRICT = ("-Werror", "-fno-extern-tls-init")
+# -Werror: the shim and the kernels compile without a warning, but for #pragma unroll, which is nvcc's.
+# -fno-extern-tls-init: shared memory has no constructors.
+STRICT = ("-Werror", "-Wno-unknown-pragmas", "-fno-extern-tls-init")
 KERNEL = ("-x", "c++", f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-include", "simt.h", "-DTLFAST_SIMT=1")
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1")
 
@@ -41,13 +43,38 @@ def compiler() -> str:
 
 
 def digest_of(sources: tuple[Path, ...], flags: tuple[str, ...], command: str) -> str:
-    """A name for all that the library is made of: sources, headers beside them, flags, and the compiler's version."""
+    """A name for all that the library is made of: sources, what they may include, flags, and the compiler's version."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((flags, version, [path.name for path in sources])).encode())
-    headers = [path for folder in (HERE, ROOT / "csrc") for path in folder.iterdir() if path.suffix in (".h", ".cuh")]
-    for path in (*sources, *sorted(headers)):
+    folders = sorted({HERE, ROOT / "csrc", *(path.parent for path in sources)})
+    included = [path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh", ".cu")]
+    for path in (*sources, *sorted(included)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
+
+
+def changed_kernels(name: str, **changes: tuple[str, str]) -> Path:
+    """`capture_simt.cpp` in a folder with a copy of the kernels in which texts, each there once, are replaced.
+
+    Example: ``changed_kernels("few_blocks", blocks=("kMostBlocks = 1 << 30", "kMostBlocks = 2"))``.
+    """
+    folder = CACHE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    left = dict(changes)
+    for source in (HERE / "capture_simt.cpp", *(ROOT / "csrc").glob("*cuda*.cu*")):
+        text = source.read_text()
+        for what, (before, after) in changes.items():
+            if before in text:
+                assert text.count(before) == 1, f"{before!r} stands more than once in {source}"
+                text = text.replace(before, after)
+                del left[what]
+        made = folder / source.name
+        if not made.exists() or made.read_text() != text:
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                file.write(text)
+            os.replace(file.name, made)
+    assert not left, f"the kernels have changed, and {left} is no longer in them"
+    return folder / "capture_simt.cpp"
 
 
 def library(*names: str, sanitize: bool = False) -> Path:
@@ -62,7 +89,8 @@ def library(*names: str, sanitize: bool = False) -> Path:
     # The kernels' addresses are checked, as a GPU does; the handler is the shim's own, so nothing is linked for it.
     kernel_flags = (*FLAGS, *STRICT, *extra, *KERNEL, "-fsanitize=alignment")
     shim_flags = (*FLAGS, *STRICT, *extra, f"-I{HERE}")
-    path = CACHE / f"{kernels[0].stem}-{digest_of((*shim, *kernels), kernel_flags + shim_flags, command)}.so"
+    digest = digest_of((*shim, *kernels), kernel_flags + shim_flags, command)
+    path = CACHE / f"{kernels[0].parent.name}-{kernels[0].stem}-{digest}.so"
     if path.exists():
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -94,7 +122,7 @@ def run_sanitized(program: str, *arguments: str) -> subprocess.CompletedProcess[
         for name in ("libasan.so", "libstdc++.so")
     ]
     options = f"detect_leaks=0:halt_on_error=1:{os.environ.get('ASAN_OPTIONS', '')}"
-    env = os.environ | {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": options}
+    env = os.environ | {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": options, SANITIZED: "1"}
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], env=env, capture_output=True, text=True, check=False
     )

@@ -22,7 +22,7 @@ MISTAKES = {
     "a lane with another mask": (MASK + "0xffffffff of thread 16 at __shfl_sync, broken_kernels.cu:", 64),
     "a caller that isn't in its mask": (
         "simt: mask must name its caller, got 0x7fffffff of thread 31 at __syncwarp",
-        64,
+        32,
     ),
     "a width of three": ("simt: width must be a power of two up to 32, got 3. Leave it out.", 32),
     "a store behind shared memory": ("simt: a block must stay within its 256 bytes of dynamic shared memory, got ", 64),
