@@ -31,12 +31,14 @@ bool all_divide(const Dims& dims, int64_t Dim::* stride, int64_t by) {
   return true;
 }
 
-// Whether `v` neighbours of the inner dimension can be loaded at once everywhere.
-bool loads_vectors(const CudaCapture& c, int64_t v) {
-  return c.view.inner.grad == 1 && c.view.inner.size % v == 0 &&
-         reinterpret_cast<uintptr_t>(c.grad) % kLoadBytes == 0 && all_divide(c.view.outer, &Dim::grad, v) &&
+// Whether `v` neighbours of the inner dimension lie side by side everywhere. It decides the order of additions, so it
+// asks for sizes and strides alone; the address decides only how the neighbours are loaded.
+bool lies_in_vectors(const CudaCapture& c, int64_t v) {
+  return c.view.inner.grad == 1 && c.view.inner.size % v == 0 && all_divide(c.view.outer, &Dim::grad, v) &&
          all_divide(c.view.reduced, &Dim::grad, v);
 }
+
+bool loads_wide(const CudaCapture& c) { return reinterpret_cast<uintptr_t>(c.grad) % kLoadBytes == 0; }
 
 // Whether `v` results can be stored at once everywhere.
 bool stores_vectors(const CudaCapture& c, int64_t v) {
@@ -90,9 +92,15 @@ Cut cut_rows(const View& v, int64_t width, int64_t element_bytes) {
 
 bool picks_one(Reduction reduction) { return reduction == Reduction::none || reduction == Reduction::last; }
 
-// The cut of a reduction that loads `vector` elements at once.
-Cut cut_of(const CudaCapture& c, int64_t vector) {
-  const int64_t width = over(c.view.inner.size, vector), bytes = vector * int64_t(size_of(c.grad_dtype));
+// How many elements of a reduction are taken in at once.
+int64_t vector_of(const CudaCapture& c) {
+  const int64_t v = kLoadBytes / int64_t(size_of(c.grad_dtype));
+  return lies_in_vectors(c, v) ? v : 1;
+}
+
+Cut cut_of(const CudaCapture& c) {
+  const int64_t vector = vector_of(c), width = over(c.view.inner.size, vector);
+  const int64_t bytes = vector * int64_t(size_of(c.grad_dtype));
   return c.view.inner_reduced ? cut_rows(c.view, width, bytes) : cut_columns(c.view, width, bytes);
 }
 
@@ -116,16 +124,16 @@ cudaError_t launch(void (*kernel)(Params...), int64_t n_blocks, int splits, int 
   return cudaGetLastError();
 }
 
-template <class G, class R, int V>
+template <class G, class R, int V, bool kWide>
 cudaError_t reduce(const CudaCapture& c, void* stream) {
   using A = typename AccumulatorOf<G>::type;
-  const Cut cut = cut_of(c, V);
+  const Cut cut = cut_of(c);
   cudaError_t error;
   if (c.view.inner_reduced) {
-    error = launch(rows<G, R, V>, cut.n_items, cut.splits, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
+    error = launch(rows<G, R, V, kWide>, cut.n_items, cut.splits, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
   } else {
     const size_t shared = size_t(cut.warps) * cut.tile * V * sizeof(A);
-    error = launch(columns<G, R, V>, cut.n_items, cut.splits, cut.warps * kLanesOfWarp, shared, stream, c, cut);
+    error = launch(columns<G, R, V, kWide>, cut.n_items, cut.splits, cut.warps * kLanesOfWarp, shared, stream, c, cut);
   }
   if (error || cut.splits == 1) return error;
   const int64_t n_results = c.view.n_outer * (c.view.inner_reduced ? 1 : c.view.inner.size);
@@ -135,7 +143,8 @@ cudaError_t reduce(const CudaCapture& c, void* stream) {
 template <class G, class R>
 cudaError_t pick_width(const CudaCapture& c, void* stream) {
   constexpr int kVector = kLoadBytes / sizeof(G);
-  return loads_vectors(c, kVector) ? reduce<G, R, kVector>(c, stream) : reduce<G, R, 1>(c, stream);
+  if (vector_of(c) == 1) return reduce<G, R, 1, false>(c, stream);
+  return loads_wide(c) ? reduce<G, R, kVector, true>(c, stream) : reduce<G, R, kVector, false>(c, stream);
 }
 
 template <class G, class O>
@@ -145,7 +154,7 @@ cudaError_t pick(const CudaCapture& c, void* stream) {
     const Cut cut = whole(c.view, kLanesOfWarp, over(over(c.view.inner.size, v), kLanesOfWarp * kPieceLoads));
     return launch(kernel, over(cut.n_items, kPickWarps), 1, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
   };
-  const bool vectors = loads_vectors(c, kVector) && stores_vectors(c, kVector);
+  const bool vectors = lies_in_vectors(c, kVector) && loads_wide(c) && stores_vectors(c, kVector);
   return vectors ? go(picks<G, O, kVector>, kVector) : go(picks<G, O, 1>, 1);
 }
 
@@ -185,9 +194,7 @@ using namespace tlfast::cuda;
 
 int64_t tlfast_cuda_scratch_bytes(const tlfast::CudaCapture* call) {
   if (picks_one(call->reduction)) return 0;
-  // For both kinds of loads: which one it will be depends on the address of each gradient.
-  const int64_t vector = kLoadBytes / int64_t(size_of(call->grad_dtype));
-  return std::max(scratch_of(*call, cut_of(*call, 1)), scratch_of(*call, cut_of(*call, vector)));
+  return scratch_of(*call, cut_of(*call));
 }
 
 int tlfast_cuda_capture(const tlfast::CudaCapture* call, void* stream) {

@@ -16,8 +16,8 @@ __device__ __forceinline__ A* shared_partials() {
 }
 
 // The reduced dimension lies outside of the inner one: a block takes a tile of the inner dimension, and its threads
-// take reduced rows in turn. V elements a load.
-template <class G, class R, int V>
+// take reduced rows in turn. V elements at once, in one load if kWide.
+template <class G, class R, int V, bool kWide>
 __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
     columns(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
   using A = typename AccumulatorOf<G>::type;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
           const int64_t row = k + i * n_at_once;
           const bool real = row < end && (!mask || mask[row * of_mask]);
           n += real;
-          if (real && inside) held[i] = load<G, V>(grad + row * stride);
+          if (real && inside) held[i] = load<kWide, G, V>(grad + row * stride);
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, held[i]);
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
         const Offsets from = offsets_of(v.reduced, cut.by_reduced, k);
         const bool real = !mask || mask[from.mask];
         n += real;
-        if (real && inside) take_in<R>(acc, load<G, V>(grad + from.grad));
+        if (real && inside) take_in<R>(acc, load<kWide, G, V>(grad + from.grad));
       }
     }
     // First over the rows of a warp, then over the warps: always in this order.
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
 }
 
 // The inner dimension itself is reduced: `warps` warps share the pieces of one result.
-template <class G, class R, int V>
+template <class G, class R, int V, bool kWide>
 __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
     rows(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
   using A = typename AccumulatorOf<G>::type;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
       for (int i = 0; i < kPieceLoads; ++i) {
         held[i] = {};
         const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-        if (real && mine < v.inner.size) held[i] = load<G, V>(grad + from.grad + mine * v.inner.grad);
+        if (real && mine < v.inner.size) held[i] = load<kWide, G, V>(grad + from.grad + mine * v.inner.grad);
       }
 #pragma unroll
       for (int i = 0; i < kPieceLoads; ++i) take_in<R>(acc, held[i]);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
     for (int i = 0; i < kPieceLoads; ++i) {
       held[i] = {};
       const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-      if (n && mine < v.inner.size) held[i] = load<G, V>(grad + mine * v.inner.grad);
+      if (n && mine < v.inner.size) held[i] = load<true, G, V>(grad + mine * v.inner.grad);
     }
 #pragma unroll
     for (int i = 0; i < kPieceLoads; ++i) {

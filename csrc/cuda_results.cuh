@@ -68,16 +68,18 @@ struct alignas(V * sizeof(T) < kLoadBytes ? V * sizeof(T) : kLoadBytes) Pack {
   T values[V];
 };
 
-template <class T, int V>
+// V neighbours: in one load where the address allows it (kWide), else one by one, in the same order.
+template <bool kWide, class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* from) {
-  if constexpr (V * sizeof(T) == kLoadBytes) {
+  Pack<T, V> pack;
+  if constexpr (kWide && V * sizeof(T) == kLoadBytes) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
-    Pack<T, V> pack;
     std::memcpy(&pack, &bits, sizeof(pack));
-    return pack;
   } else {
-    return *reinterpret_cast<const Pack<T, V>*>(from);
+#pragma unroll
+    for (int j = 0; j < V; ++j) pack.values[j] = from[j];
   }
+  return pack;
 }
 
 template <class R, class A, class G, int V>

@@ -55,6 +55,21 @@ def test_unaligned_pointers_and_strides(grad_dtype, reduce):
 
 @pytest.mark.parametrize("reduce", SPLIT)
 @pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
+def test_the_address_changes_no_bit(grad_dtype, reduce):
+    """The order of additions comes from sizes and strides alone."""
+    for shape, dims in (((2, 50, 64), (1,)), ((2, 50, 64), (2,)), ((9000, 1, 64), (0,)), ((2, 40000), (1,))):
+        grad, results = torch.randn(shape).to(grad_dtype), []
+        for shift in (0, 1, 3):
+            moved = torch.empty(grad.numel() + 16, dtype=grad_dtype)[shift : shift + grad.numel()].view(shape)
+            moved.copy_(grad)
+            results.append(out_of(grad, reduce, dims, torch.float64 if grad_dtype == torch.float64 else torch.float32))
+            capture(results[-1], moved, reduce, dims)
+        for result in results[1:]:
+            assert_same_bits(result, results[0], (shape, dims))
+
+
+@pytest.mark.parametrize("reduce", SPLIT)
+@pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
 def test_split_reductions(grad_dtype, reduce):
     n = (256 << 10) // grad_dtype.itemsize  # elements of a few blocks
     orders = itertools.cycle(ORDERS)
