@@ -127,7 +127,8 @@ def add_kernels(extension, choice):
     try:
         if SIMT:
             command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch)]
-            extension.extra_objects += map(str, cuda_build.compile_for_cpu(command))
+            library = cuda_build.compile_for_cpu(command)
+            extension.extra_link_args += [str(library), f"-Wl,-rpath,{library.parent}"]
         else:
             started = time.monotonic()
             made, new = cuda_build.compile_kernels(choice.cuda, choice.archs)

@@ -129,16 +129,24 @@ def compile_kernels(toolkit: Toolkit, archs: tuple[str, ...]) -> tuple[Path, boo
     return target, compile_object([*toolkit.command(archs), *flags], SOURCE, target)
 
 
-def compile_for_cpu(command: list[str]) -> list[Path]:
-    """The objects of the kernels as C++ and of the shim in tests/simt that runs them, by this C++ compiler."""
-    shim = [*command, "-O2", "-fPIC", "-Itests/simt", "-fno-extern-tls-init"]  # shared memory needs no constructor
+def compile_for_cpu(command: list[str]) -> Path:
+    """A library of the kernels as C++ and of the shim in tests/simt that runs them, by this C++ compiler.
+
+    A library of its own, since to the shim every thread_local variable around it is shared memory of a kernel.
+    """
+    shim = [*command, "-O2", "-fPIC", "-fvisibility=default", "-Itests/simt"]
+    shim += ["-fno-extern-tls-init"]  # shared memory needs no constructor
     kernels = [*shim, "-Icsrc", "-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
     kernels += ["-fsanitize=alignment", "-Wno-unknown-pragmas"]  # an address as a GPU wants it; nvcc's unroll
     sources = {SOURCE: kernels} | {Path("tests/simt") / f"{name}.cpp": shim for name in SHIM}
     made = [Path("build/simt/objects") / f"{source.stem}.o" for source in sources]
     for (source, by), target in zip(sources.items(), made, strict=True):
         compile_object(by, source, target)
-    return made
+    library = ROOT / "build/simt/libtlfast_simt.so"
+    linked = _run([*command, "-shared", *map(str, made), "-o", str(library)])
+    if linked.returncode != 0:
+        raise CannotBuildCuda(f"{command[0]} cannot link {library}: {linked.stderr.strip()}")
+    return library
 
 
 def compile_object(command: list[str], source: Path, target: Path) -> bool:
