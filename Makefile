@@ -88,7 +88,7 @@ simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
 	@TLFAST_BUILD=cpu TLFAST_SIMT=1 $(PY) setup.py -q build --build-lib $(SIMT) > $(SIMT)/build.log 2>&1 \
 	  || { tail -n 60 $(SIMT)/build.log; exit 1; }
 	cd $(SIMT) && PYTHONPATH=$(CURDIR)/$(SIMT) TLFAST_EXPECT_SIMT=1 TLFAST_REQUIRE_NATIVE=1 \
-	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m simt $(CURDIR)/tests $(TEST_ARGS)
+	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests $(TEST_ARGS)
 
 # Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
 cuda-compile: ## compile the CUDA kernels, show their registers, fail on a spill (needs nvcc, no GPU)
