@@ -213,6 +213,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, void (*call_)(void*), void* 
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kSharedMost) return cudaErrorInvalidValue;
+  static std::mutex one_launch;  // threads of the host may launch at once, and there is one GPU
+  const std::lock_guard<std::mutex> lock(one_launch);
   call = call_, arguments = arguments_;
   blockDim = block, gridDim = grid, n_threads = unsigned(per_block);
   order.start();
