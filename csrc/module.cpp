@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_ring))
       .def_readonly("column", &Ring::column)
       .def_property_readonly("rows", [](const Ring& ring) { return defined(ring.rows()); })
+      .def_property_readonly("n_writes", &Ring::n_writes)
       .def_property_readonly("counters", &Ring::counters)
       .def_property_readonly("counted", [](const Ring& ring) {
         const Counts counts = ring.counted();

@@ -16,6 +16,7 @@ def learn_references(learn: bool) -> None: ...
 class Ring:
     column: str
     rows: torch.Tensor | None
+    n_writes: int
     counters: torch.Tensor
     counted: tuple[int, int]
     def __init__(

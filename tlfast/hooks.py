@@ -204,8 +204,13 @@ class Capture:
 
     @property
     def counters(self) -> list[torch.Tensor]:
-        """What `counts` reads, for each column int64 [2 or more] on its ring's device: to be copied without waiting."""
+        """What `counts` reads and how often rows were written: for each column int64 [3] on its ring's device."""
         return [ring.counters for ring in self._rings.values()]
+
+    @property
+    def n_writes(self) -> list[int]:
+        """How often the rows of each column were, or are still to be, written by what was launched until now."""
+        return [ring.n_writes for ring in self._rings.values()]
 
     def clear(self) -> None:
         """Forget all rows and keep the memory; RuntimeError while a backward is running."""
