@@ -34,11 +34,12 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 PIP := $(PY) -m pip --disable-pip-version-check
 SANITIZED := build/sanitize
+SIMT := build/simt-package
 
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test lint format bench sanitize cuda-compile clean distclean
+.PHONY: help setup demo test lint format bench sanitize simt cuda-compile clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,18 +81,18 @@ sanitize: $(STAMPS)/install ## the native tests under AddressSanitizer and UBSan
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -q -s -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m sanitize $(CURDIR)/tests $(TEST_ARGS)
 
-CU := $(wildcard csrc/*.cu)
-cuda-compile: ## compile every csrc/*.cu with nvcc and show its registers (needs no GPU)
-ifeq ($(CU),)
-	@echo "cuda-compile: csrc/ holds no .cu files; nothing to compile"
-else
-	@command -v nvcc > /dev/null || { echo "cuda-compile: nvcc must be on the PATH. Install the CUDA toolkit"; exit 1; }
-	@mkdir -p build/cuda
-	@for source in $(CU); do \
-	  echo "nvcc $$source"; \
-	  nvcc -std=c++20 -O3 -arch=all-major -Xptxas -v -c $$source -o build/cuda/$$(basename $$source .cu).o; \
-	done
-endif
+# The module of this build has the CUDA kernels compiled for the CPU, by tests/simt, in place of the CPU's own.
+simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
+	@echo "simt: building into $(SIMT)"
+	@rm -rf $(SIMT); mkdir -p $(SIMT)
+	@TLFAST_BUILD=cpu TLFAST_SIMT=1 $(PY) setup.py -q build --build-lib $(SIMT) > $(SIMT)/build.log 2>&1 \
+	  || { tail -n 60 $(SIMT)/build.log; exit 1; }
+	cd $(SIMT) && PYTHONPATH=$(CURDIR)/$(SIMT) TLFAST_EXPECT_SIMT=1 TLFAST_REQUIRE_NATIVE=1 \
+	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m simt $(CURDIR)/tests $(TEST_ARGS)
+
+# Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
+cuda-compile: ## compile the CUDA kernels, show their registers, fail on a spill (needs nvcc, no GPU)
+	@$(if $(wildcard $(PY)),$(PY),python3) tools/cuda_resources.py
 
 clean: ## forget what was built; the environment stays
 	rm -rf build dist *.egg-info tlfast/_C.*.so tlfast/_build_info.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -124,12 +125,13 @@ $(STAMPS)/torch: FORCE | $(PY)
 	if cmp -s $$new $@; then rm $$new; else mv $$new $@; fi
 
 # Quiet but for warnings and the outcome; all of it when something fails. The same step rebuilds when a source changed.
-$(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py $(NATIVE) $(ENVIRONMENT)
+$(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py tools/cuda_build.py $(NATIVE) $(ENVIRONMENT)
 	@echo "set-up: installing what is missing into $(BIN)"
 	@$(PIP) install -q -c $< "setuptools>=77" wheel ninja
 	@echo "set-up: building tlfast against $$(head -n 1 $<)"
 	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,plot,dev]' > build/install.log 2>&1 \
 	  || { grep -E 'error|ERROR' build/install.log | head -n 20 || true; tail -n 40 build/install.log; exit 1; }
+	@grep -hoE 'tlfast: building .*' build/install.log | head -n 1 || true
 	@grep -hE 'warning: .*\[-W' build/install.log | sort -u || true
 	@$(PY) -c 'import tlfast; print("set-up: tlfast runs", tlfast.backend())'
 	@touch $@

@@ -1,10 +1,13 @@
 """Build the native module tlfast._C when torch and a C++20 compiler are there; say what was chosen and why.
 
-TLFAST_BUILD=auto  the default: build for the CPU if that is possible, else install the pure-Python package
-TLFAST_BUILD=cpu   build for the CPU, and fail if that is not possible
-TLFAST_BUILD=cuda  not in this version: fails
+TLFAST_BUILD=auto  the default: build for the CPU if that is possible, else install the pure-Python package; with the
+                   CUDA kernels if a CUDA toolkit is there
+TLFAST_BUILD=cpu   build for the CPU alone, and fail if that is not possible
+TLFAST_BUILD=cuda  build for the CPU and CUDA, and fail if that is not possible
 TLFAST_BUILD=none  install the pure-Python package
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  for which GPUs (this is the default); no GPU is needed to build
 TLFAST_SANITIZE=1  AddressSanitizer and UBSan (see `make sanitize`)
+TLFAST_SIMT=1      the CUDA kernels compiled for the CPU, in place of the others (see `make simt`)
 TLFAST_WERROR=1    warnings of the compiler are errors
 
 The build needs the torch that will run it, so: pip install --no-build-isolation -e .
@@ -17,15 +20,23 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections import namedtuple
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_build  # noqa: E402
+
 CHOICES = ("auto", "cpu", "cuda", "none")
 OLDEST_TORCH = (2, 11)
 SANITIZE = os.environ.get("TLFAST_SANITIZE") == "1"
+SIMT = os.environ.get("TLFAST_SIMT") == "1"
+# What is built: torch (None: pure Python) and why, the CUDA toolkit (None: no CUDA), its architectures, why no CUDA.
+Choice = namedtuple("Choice", ["torch", "reason", "cuda", "archs", "no_cuda"])
 
 
 class CannotBuild(Exception):
@@ -65,8 +76,6 @@ def find_compiler():
 
 def compile_flags(torch):
     """Return the flags of every source file, each with its reason."""
-    from torch.utils.cpp_extension import include_paths
-
     flags = [
         "-std=c++20",  # what the headers of torch 2.13 are built with
         "-O3",
@@ -87,76 +96,133 @@ def compile_flags(torch):
         flags.append("-fno-wrapv")  # Python asks for -fwrapv, under which signed overflow would pass unseen
     if os.environ.get("TLFAST_WERROR") == "1":
         flags.append("-Werror")
-    # -isystem, not -I: warnings of torch's own headers are not ours to fix.
-    return flags + [word for path in include_paths() for word in ("-isystem", path)]
+    return flags
 
 
-def native_extension(torch):
+def native_extension(choice):
     """Return the extension tlfast._C: every csrc/*.cpp, against torch's libraries for the CPU."""
-    from torch.utils.cpp_extension import library_paths
+    from torch.utils.cpp_extension import include_paths, library_paths
 
+    flags = compile_flags(choice.torch)
+    # -isystem, not -I: warnings of torch's own headers are not ours to fix.
+    flags += [word for path in include_paths() for word in ("-isystem", path)]
+    if choice.cuda or SIMT:
+        flags.append("-DTLFAST_CUDA=1")
+    if SIMT:
+        flags.append("-DTLFAST_SIMT=1")
     return Extension(
         "tlfast._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hc]*")),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
         language="c++",
-        extra_compile_args={"cxx": compile_flags(torch)},  # a mapping: the form that BuildExtension takes
+        extra_compile_args={"cxx": flags},  # a mapping: the form that BuildExtension takes
         extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
     )
 
 
+def add_kernels(extension, choice):
+    """Compile the CUDA kernels and link them into the extension, with a CUDA runtime that nobody else sees."""
+    try:
+        if SIMT:
+            command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch), "-fPIC", "-I."]
+            command += ["-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
+            command.append("-Wno-unknown-pragmas")  # nvcc's unroll
+            made = Path("build/simt/capture_cuda.o")
+            cuda_build.compile_object(command, cuda_build.SOURCE, made)
+        else:
+            started = time.monotonic()
+            made, new = cuda_build.compile_kernels(choice.cuda, choice.archs)
+            took = f"compiled in {time.monotonic() - started:.0f} s" if new else "up to date"
+            print(f"tlfast: {cuda_build.SOURCE} {took}", flush=True)
+            # torch may have loaded another CUDA runtime for all to see: without this its functions would take the
+            # place of ours, which are of another version.
+            extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
+            extension.extra_link_args += [str(choice.cuda.runtime), "-ldl", "-lrt", "-lpthread"]
+    except cuda_build.CannotBuildCuda as error:
+        sys.exit(f"setup.py: {error}" + ("" if SIMT else ". TLFAST_BUILD=cpu builds without CUDA."))
+    extension.extra_objects.append(str(made))
+
+
 def choose():
-    """Return (torch or None, reason) from TLFAST_BUILD and from what this machine has."""
+    """Return what to build, from TLFAST_BUILD and from what this machine has."""
     wanted = os.environ.get("TLFAST_BUILD", "").strip().lower() or "auto"
     if wanted not in CHOICES:
         sys.exit(f"setup.py: TLFAST_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}. Unset it for auto.")
-    if wanted == "cuda":
-        sys.exit("setup.py: TLFAST_BUILD must be auto, cpu or none, got 'cuda'. This version has no CUDA code yet.")
     if wanted == "none":
-        return None, "TLFAST_BUILD=none"
+        return Choice(None, "TLFAST_BUILD=none", None, (), "TLFAST_BUILD=none")
     try:
         if not any((ROOT / "csrc").glob("*.cpp")):
             raise CannotBuild("csrc/ holds no C++ sources")
         torch = find_torch()
         compiler = find_compiler()
     except CannotBuild as error:
-        if wanted == "cpu":
-            sys.exit(f"setup.py: TLFAST_BUILD must be possible on this machine, got 'cpu', but {error}.")
-        return None, str(error)
-    return torch, f"TLFAST_BUILD={wanted}, torch {torch.__version__}, compiler {compiler}"
+        if wanted != "auto":
+            sys.exit(f"setup.py: TLFAST_BUILD must be possible on this machine, got {wanted!r}, but {error}.")
+        return Choice(None, str(error), None, (), "there is no native code")
+    reason = f"TLFAST_BUILD={wanted}, torch {torch.__version__}, compiler {compiler}"
+    if wanted == "cpu" or SIMT:
+        return Choice(torch, reason, None, (), "TLFAST_SIMT=1" if SIMT else "TLFAST_BUILD=cpu")
+    try:
+        archs = cuda_build.parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+        return Choice(torch, reason, cuda_build.find_toolkit(archs), archs, "")
+    except ValueError as error:
+        sys.exit(f"setup.py: {error}")
+    except cuda_build.CannotBuildCuda as error:
+        if wanted == "cuda":
+            sys.exit(f"setup.py: TLFAST_BUILD must be possible on this machine, got 'cuda', but {error}.")
+        return Choice(torch, reason, None, (), str(error))
 
 
-def write_build_info(folder, torch, reason):
-    """Write _build_info.py into folder: what was built and why; and drop a native module that was not wanted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    version = None if torch is None else str(torch.__version__)
+def in_words(choice):
+    """Return what is built, and why, for the one who waits for it."""
+    if choice.torch is None:
+        return f"no native module, pure Python ({choice.reason})"
+    if SIMT:
+        return f"building tlfast._C for the CPU, with the CUDA kernels on the CPU too ({choice.reason})"
+    if choice.cuda is None:
+        why = "" if choice.no_cuda in choice.reason else f"{choice.no_cuda}; "
+        return f"building tlfast._C for the CPU alone ({why}{choice.reason})"
+    cuda = f"CUDA {choice.cuda.version} ({cuda_build.arch_words(choice.archs)})"
+    return f"building tlfast._C for the CPU and {cuda} ({choice.reason}, {choice.cuda.nvcc})"
+
+
+def build_info(choice):
+    """Return the text of _build_info.py: what was built and why."""
+    values = {
+        "BUILT": choice.torch is not None,
+        "REASON": choice.reason,
+        "TORCH": None if choice.torch is None else str(choice.torch.__version__),
+        "SANITIZE": SANITIZE,
+        "CUDA": choice.cuda.version if choice.cuda else None,
+        "CUDA_ARCHS": choice.archs,
+        "CUDA_REASON": choice.no_cuda,
+        "SIMT": SIMT and choice.torch is not None,
+    }
     lines = ['"""How this copy of tlfast was built; written by setup.py."""', ""]
-    lines += [f"BUILT = {torch is not None}", f"REASON = {reason!r}", f"TORCH = {version!r}", f"SANITIZE = {SANITIZE}"]
-    (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
-    if torch is None:
-        for stale in folder.glob("_C.*.so"):
-            stale.unlink()
+    return "\n".join([*lines, *(f"{name} = {value!r}" for name, value in values.items()), ""])
 
 
-TORCH, REASON = choose()
-CHOSEN = "building tlfast._C for the CPU" if TORCH else "no native module, pure Python"
-print(f"tlfast: {CHOSEN} ({REASON})", flush=True)
+CHOICE = choose()
+print(f"tlfast: {in_words(CHOICE)}", flush=True)
 
 
 class BuildPython(build_py):
-    """Adds _build_info.py where no extension is built (build_ext does not run then)."""
+    """Adds _build_info.py where no extension is built (build_ext does not run then), and drops a stale extension."""
 
     def run(self):
         super().run()
-        if TORCH is None:
+        if CHOICE.torch is None:
             folder = ROOT / "tlfast" if self.editable_mode else Path(self.build_lib) / "tlfast"
-            write_build_info(folder, TORCH, REASON)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build_info.py").write_text(build_info(CHOICE))
+            for stale in folder.glob("_C.*.so"):
+                stale.unlink()
 
 
 COMMANDS = {"build_py": BuildPython}
-if TORCH is not None:
+if CHOICE.torch is not None:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildNative(BuildExtension):
@@ -164,14 +230,21 @@ if TORCH is not None:
 
         def finalize_options(self):
             super().finalize_options()
-            kind = "sanitize" if SANITIZE else "cpu"
-            self.build_temp = str(Path("build") / f"{kind}-{sys.implementation.cache_tag}-torch{TORCH.__version__}")
+            kind = "cuda" if CHOICE.cuda else "cpu"
+            kind = "-".join(["simt"] * SIMT + ["sanitize"] * SANITIZE) or kind
+            name = f"{kind}-{sys.implementation.cache_tag}-torch{CHOICE.torch.__version__}"
+            self.build_temp = str(Path("build") / name)
 
         def run(self):
+            info = (ROOT / "tlfast" if self.inplace else Path(self.build_lib) / "tlfast") / "_build_info.py"
+            # Another kind of build must be linked anew, also where the module is newer than every source.
+            self.force = self.force or not info.is_file() or info.read_text() != build_info(CHOICE)
+            if CHOICE.cuda or SIMT:
+                add_kernels(self.extensions[0], CHOICE)
             super().run()
-            folder = ROOT / "tlfast" if self.inplace else Path(self.build_lib) / "tlfast"
-            write_build_info(folder, TORCH, REASON)
+            info.parent.mkdir(parents=True, exist_ok=True)
+            info.write_text(build_info(CHOICE))
 
     COMMANDS["build_ext"] = BuildNative
 
-setup(ext_modules=[] if TORCH is None else [native_extension(TORCH)], cmdclass=COMMANDS)
+setup(ext_modules=[] if CHOICE.torch is None else [native_extension(CHOICE)], cmdclass=COMMANDS)

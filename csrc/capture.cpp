@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cctype>
 
+#include "device.h"
 #include "errors.h"
 
 namespace tlfast {
@@ -111,8 +112,8 @@ View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<
 
 void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce, at::IntArrayRef over,
                 const std::optional<at::Tensor>& mask, double scale) {
-  make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask)
-      .run(grad.const_data_ptr(), out.mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr, scale);
+  const Plan plan = make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask);
+  run_plan("capture", plan, out, grad, mask, scale, nullptr);
 }
 
 }  // namespace
@@ -156,13 +157,31 @@ Counts Plan::run(const void* grad, void* out, const void* mask, double scale) co
   return capture_cpu(view, reduction, grad_dtype, out_dtype, grad, out, static_cast<const uint8_t*>(mask), scale);
 }
 
+CudaCapture Plan::call(const void* grad, void* out, const void* mask, double scale) const {
+  return {view,    reduction, grad_dtype, out_dtype, scale, grad, out, static_cast<const uint8_t*>(mask),
+          nullptr, 0,         nullptr,    nullptr};
+}
+
+Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,
+                const std::optional<at::Tensor>& mask, double scale, int64_t* counters) {
+  if (plan.empty) return {};
+  const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
+  if (!on_gpu(grad)) return plan.run(grad.const_data_ptr(), out.mutable_data_ptr(), mask_data, scale);
+  CudaCapture call = plan.call(grad.const_data_ptr(), out.mutable_data_ptr(), mask_data, scale);
+  const at::Tensor scratch = scratch_for(call, grad);
+  call.scratch = scratch.defined() ? scratch.mutable_data_ptr() : nullptr;
+  call.counters = counters;
+  launch_capture(who, grad.device(), current_stream(grad.device()), call);
+  return {};
+}
+
 Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
                at::IntArrayRef over, const std::optional<at::Tensor>& mask) {
   const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims(who, over, grad.dim());
   check(who, out, grad, dims);
   if (mask) check_mask(who, *mask, grad);
-  TORCH_CHECK_VALUE(grad.is_cpu(), broken_rule(who, "grad", "be on cpu for the native code", grad.device(),
-                                               "Use backend=\"python\"."));
+  TORCH_CHECK_VALUE(grad.is_cpu() || on_gpu(grad), broken_rule(who, "grad", "be where the native code runs",
+                                                               grad.device(), "Use backend=\"python\"."));
   return {view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
           *dtype_of(out.scalar_type()), out.numel() == 0};
 }
@@ -176,5 +195,8 @@ TORCH_LIBRARY_FRAGMENT(tlfast, library) {
 TORCH_LIBRARY_IMPL(tlfast, SparseCPU, library) { library.impl("capture", capture_op); }
 
 TORCH_LIBRARY_IMPL(tlfast, CPU, library) { library.impl("capture", capture_op); }
+
+// Also where no CUDA was built: the refusal is in our own words.
+TORCH_LIBRARY_IMPL(tlfast, CUDA, library) { library.impl("capture", capture_op); }
 
 }  // namespace tlfast

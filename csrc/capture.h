@@ -7,6 +7,7 @@
 #include <string>
 
 #include "capture_cpu.h"
+#include "capture_cuda.h"
 
 namespace tlfast {
 
@@ -25,11 +26,17 @@ struct Plan {
   Dtype grad_dtype, out_dtype;
   bool empty;
 
-  Counts run(const void* grad, void* out, const void* mask, double scale) const;
+  Counts run(const void* grad, void* out, const void* mask, double scale) const;        // on the CPU
+  CudaCapture call(const void* grad, void* out, const void* mask, double scale) const;  // for a GPU
 };
 
 // Check everything, in the name of `who`. `over` is ignored by Reduction::none.
 Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
                at::IntArrayRef over, const std::optional<at::Tensor>& mask);
+
+// Run a plan once, on the device of its tensors. On a GPU it is launched, and counted into `counters` (or not, if
+// null).
+Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,
+                const std::optional<at::Tensor>& mask, double scale, int64_t* counters);
 
 }  // namespace tlfast

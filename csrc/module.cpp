@@ -1,8 +1,10 @@
 // The native module tlfast._C: a table of contents.
+#include <torch/csrc/Device.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "cuda_status.h"
 #include "py_tap.h"
 
 namespace py = pybind11;
@@ -17,9 +19,8 @@ std::shared_ptr<Ring> make_ring(const std::string& column, const std::string& re
   return std::make_shared<Ring>(column, parse_reduction(reduce), std::move(dims), stored, capacity);
 }
 
-std::optional<at::Tensor> rows_of(const Ring& ring) {
-  const at::Tensor rows = ring.rows();
-  return rows.defined() ? std::optional<at::Tensor>(rows) : std::nullopt;
+std::optional<at::Tensor> defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 std::unique_ptr<PyTap> make_tap(std::shared_ptr<Step> step, const std::string& name, const py::list& rings,
@@ -34,21 +35,38 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The native code of tlfast; tlfast.steps, taps and ring do the same in Python.";
   m.attr("TORCH_VERSION") = c10::str(TORCH_VERSION_MAJOR, ".", TORCH_VERSION_MINOR);
   m.def("describe", [] { return c10::str("cpu, ", cpu_features()); });
+  m.def("cuda_status", &cuda_status);
+  m.def("cuda_capability", &cuda_capability);
   m.def("call_natively", &PyTap::call_natively);
   m.def("learn_references", &PyTap::learn_references);
 
   py::class_<Ring, std::shared_ptr<Ring>>(m, "Ring")
       .def(py::init(&make_ring))
       .def_readonly("column", &Ring::column)
-      .def_property_readonly("rows", &rows_of)
-      .def_property_readonly("n_nonfinite", [](const Ring& ring) { return ring.n_nonfinite.load(); })
-      .def_property_readonly("n_saturated", [](const Ring& ring) { return ring.n_saturated.load(); });
+      .def_property_readonly("rows", [](const Ring& ring) { return defined(ring.rows()); })
+      .def_property_readonly("counters", &Ring::counters)
+      .def_property_readonly("counted", [](const Ring& ring) {
+        const Counts counts = ring.counted();
+        return std::pair(counts.nonfinite, counts.saturated);
+      });
+
+  py::class_<Recording>(m, "Recording").def_readonly("n_rows", &Recording::n_rows);
 
   py::class_<Step, std::shared_ptr<Step>>(m, "Step")
       .def(py::init([](int64_t rows, const std::string& missing) { return Step::make(rows, missing == "nan"); }))
       .def("set_batch", &Step::set_batch)
       .def("committed", &Step::committed)
       .def("clear", &Step::clear)
+      .def("start_recording",
+           [](Step& step, const py::object& device) {
+             step.start_recording(reinterpret_cast<THPDevice*>(device.ptr())->device);
+           })
+      .def("stop_recording", &Step::stop_recording)
+      .def("start_trial", &Step::start_trial)
+      .def("stop_trial", &Step::stop_trial)
+      .def_property_readonly("cursor", [](const Step& step) { return defined(step.cursor()); })
+      .def("replay", &Step::replay)
+      .def("take_back", &Step::take_back)
       .def("close", &Step::close)
       .def_property_readonly("n_ended", [](const Step& step) { return step.n_ended.load(); });
 

@@ -85,8 +85,7 @@ std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::str
   if (THPVariable_Check(sink.ptr())) {
     tap->sink = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
                  dims = std::move(dims)](const at::Tensor& grad) {
-      make_plan("attach", out, grad, reduction, dims, {})
-          .run(grad.const_data_ptr(), out.mutable_data_ptr(), nullptr, 1.0);
+      run_plan("attach", make_plan("attach", out, grad, reduction, dims, {}), out, grad, {}, 1.0, nullptr);
     };
   } else {
     tap->sink = sink_of(sink);

@@ -4,9 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <limits>
 
+#include "device.h"
 #include "errors.h"
 
 namespace tlfast {
@@ -59,8 +62,8 @@ at::Tensor Ring::check(const at::Tensor& grad) {
 
 void Ring::count(const Counts& counts) {
   if (counts.nonfinite) {
-    n_nonfinite += counts.nonfinite;
-    n_saturated += counts.saturated;
+    n_nonfinite_ += counts.nonfinite;
+    n_saturated_ += counts.saturated;
   }
 }
 
@@ -70,56 +73,145 @@ bool Ring::Known::fits(const at::Tensor& grad, const std::optional<at::Tensor>& 
          (!mask || (mask->sizes() == at::IntArrayRef(mask_sizes) && mask->strides() == at::IntArrayRef(mask_strides)));
 }
 
-void Ring::write(int64_t base, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
+std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+                                               void* stream) {
+  const at::Tensor rows = check(grad);
+  const at::Tensor out = keeps_batch(grad.sizes()) ? rows.narrow(0, 0, grad.size(0)) : rows.select(0, 0);
+  auto made = std::make_shared<Known>(Known{grad.sizes().vec(),
+                                            grad.strides().vec(),
+                                            {},
+                                            {},
+                                            grad.scalar_type(),
+                                            make_plan(who, out, grad, reduction_, dims_, mask),
+                                            static_cast<char*>(rows.mutable_data_ptr()),
+                                            rows.stride(0) * int64_t(rows.element_size()),
+                                            stream,
+                                            rows.stride(0),
+                                            {}});
+  if (mask) {
+    made->mask_sizes = mask->sizes().vec();
+    made->mask_strides = mask->strides().vec();
+  }
+  if (on_gpu(grad)) made->scratch = scratch_for(made->plan.call(nullptr, nullptr, nullptr, 1.0), grad);
+  std::lock_guard<std::mutex> lock(mutex_);
+  known_ = made;
+  return made;
+}
+
+void Ring::write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
   std::shared_ptr<const Known> known;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     known = known_;
   }
-  if (!known || !grad.is_cpu() || !known->fits(grad, mask)) {
-    const at::Tensor rows = check(grad);
-    const at::Tensor out = keeps_batch(grad.sizes()) ? rows.narrow(0, 0, grad.size(0)) : rows.select(0, 0);
-    auto made = std::make_shared<Known>(Known{grad.sizes().vec(),
-                                              grad.strides().vec(),
-                                              {},
-                                              {},
-                                              grad.scalar_type(),
-                                              make_plan(who, out, grad, reduction_, dims_, mask),
-                                              static_cast<char*>(rows.mutable_data_ptr()),
-                                              rows.stride(0) * int64_t(rows.element_size())});
-    if (mask) {
-      made->mask_sizes = mask->sizes().vec();
-      made->mask_strides = mask->strides().vec();
-    }
-    known = std::move(made);
-    std::lock_guard<std::mutex> lock(mutex_);
-    known_ = known;
-  }
-  count(known->plan.run(grad.const_data_ptr(), known->rows + base * known->row_bytes,
-                        mask ? mask->const_data_ptr() : nullptr, scale));
+  const bool gpu = on_gpu(grad);
+  void* const stream = gpu ? current_stream(grad.device()) : nullptr;
+  if (!known || !(gpu || grad.is_cpu()) || known->stream != stream || !known->fits(grad, mask))
+    known = learn(grad, mask, stream);
+  const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
+  if (gpu) return launch(*known, place, grad, mask_data, scale);
+  count(known->plan.run(grad.const_data_ptr(), known->rows + place.base * known->row_bytes, mask_data, scale));
 }
 
-at::Tensor Ring::part(const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
+void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale) {
+  if (known.plan.empty) return;
+  int64_t* const counters = device_counters(place, grad);
+  CudaCapture call = known.plan.call(grad.const_data_ptr(), known.rows + place.base * known.row_bytes, mask, scale);
+  call.cursor = place.cursor;
+  call.row_elements = known.row_elements;
+  call.counters = counters;
+  call.scratch = known.scratch.defined() ? known.scratch.mutable_data_ptr() : nullptr;
+  launch_capture(who, grad.device(), known.stream, call);
+  launched(place);
+  if (!place.cursor || !known.scratch.defined()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  recorded_.push_back(known_);
+}
+
+at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
   const auto shape = reduced_shape(grad.sizes(), dims_of(grad.sizes()));
   const at::Tensor out = at::empty(shape, grad.options().dtype(dtype_.value_or(grad.scalar_type())));
-  count(make_plan(who, out, grad, reduction_, dims_, mask)
-            .run(grad.const_data_ptr(), out.mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr, scale));
+  const Plan plan = make_plan(who, out, grad, reduction_, dims_, mask);
+  const bool gpu = on_gpu(grad) && !plan.empty;
+  count(run_plan(who, plan, out, grad, mask, scale, gpu ? device_counters(place, grad) : nullptr));
+  if (gpu) launched(place);
   return keeps_batch(grad.sizes()) ? out : out.unsqueeze(0);
 }
 
-void Ring::put_stack(int64_t base, int64_t n, const std::vector<at::Tensor>& parts) {
-  const at::Tensor stacked = at::stack(parts, 1);
-  fitting(stacked.sizes().slice(1), stacked).narrow(0, base, n).copy_(stacked);
+int64_t* Ring::device_counters(const Place& place, const at::Tensor& like) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!counters_.defined()) {
+    TORCH_CHECK(!place.cursor, broken_rule(who, "a recorded step", "have been run before, so that its rows are there",
+                                           "the first run", "Warm the step up."));
+    counters_ = at::zeros({kCounters}, like.options().dtype(at::kLong));
+  }
+  return counters_.mutable_data_ptr<int64_t>();
 }
 
-void Ring::fill_nan(int64_t base, int64_t n) {
+// Rows as they are, [n, ...].
+void Ring::put(const Place& place, const at::Tensor& values) {
+  const at::Tensor out = fitting(values.sizes().slice(1), values).narrow(0, place.base, values.size(0));
+  if (!place.cursor) {
+    out.copy_(values);
+    return;
+  }
+  const Plan plan = make_plan(who, out, values, Reduction::none, {}, {});
+  if (plan.empty) return;
+  CudaCapture call = plan.call(values.const_data_ptr(), out.mutable_data_ptr(), nullptr, 1.0);
+  call.cursor = place.cursor;
+  call.row_elements = out.stride(0);
+  launch_capture(who, values.device(), current_stream(values.device()), call);
+}
+
+void Ring::put_stack(const Place& place, const std::vector<at::Tensor>& parts) { put(place, at::stack(parts, 1)); }
+
+void Ring::fill_nan(const Place& place, int64_t n) {
   const at::Tensor held = rows();
-  if (held.defined()) held.narrow(0, base, n).fill_(std::numeric_limits<double>::quiet_NaN());
+  if (!held.defined()) return;
+  auto shape = held.sizes().vec();
+  shape[0] = n;
+  put(place, at::full({}, std::numeric_limits<double>::quiet_NaN(), held.options()).expand(shape));
 }
 
 at::Tensor Ring::rows() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return rows_;
+}
+
+at::Tensor Ring::counters() const {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (counters_.defined()) return counters_;
+  }
+  return at::tensor({n_nonfinite_.load(), n_saturated_.load(), n_writes_.load()}, at::kLong);
+}
+
+void Ring::save_counts() {
+  saved_ = counters().clone();
+  saved_writes_ = n_writes_;
+}
+
+void Ring::restore_counts() {
+  n_writes_ = saved_writes_;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (counters_.defined()) {
+    if (saved_.device() == counters_.device())
+      counters_.copy_(saved_);
+    else
+      counters_.zero_();  // they are there only since the trial
+  } else {
+    n_nonfinite_ = saved_.const_data_ptr<int64_t>()[kNonfinite];
+    n_saturated_ = saved_.const_data_ptr<int64_t>()[kSaturated];
+  }
+}
+
+Counts Ring::counted() const {
+  const at::Tensor host = counters().cpu();
+  const int64_t* const n = host.const_data_ptr<int64_t>();
+  TORCH_CHECK(n[kWrites] == n_writes_,
+              broken_rule(who, "rows", c10::str("have been written ", n_writes_.load(), " times"), n[kWrites],
+                          "Don't use them: a launch or a replay was lost."));
+  return {n[kNonfinite], n[kSaturated]};
 }
 
 }  // namespace tlfast

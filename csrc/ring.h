@@ -11,6 +11,13 @@
 
 namespace tlfast {
 
+// Where the rows of a step begin: at `base`, or, in a step that is recorded, where the cursor on the device stands
+// then.
+struct Place {
+  int64_t base;
+  int64_t* cursor = nullptr;
+};
+
 class Ring {
  public:
   Ring(std::string column, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
@@ -22,22 +29,35 @@ class Ring {
   // The rows; allocated as NaN at the first gradient, an error when a later one doesn't fit.
   at::Tensor check(const at::Tensor& grad);
 
-  // Reduce, cast and copy a gradient into the rows from `base` on.
-  void write(int64_t base, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
+  // Reduce, cast and copy a gradient into the rows from `place` on.
+  void write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
 
   // The same into rows of its own, for one of several calls.
-  at::Tensor part(const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
+  at::Tensor part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
 
   // Write the parts of several calls; they become the first dimension of a row.
-  void put_stack(int64_t base, int64_t n, const std::vector<at::Tensor>& parts);
+  void put_stack(const Place& place, const std::vector<at::Tensor>& parts);
 
   // Mark rows as never written.
-  void fill_nan(int64_t base, int64_t n);
+  void fill_nan(const Place& place, int64_t n);
 
   at::Tensor rows() const;
 
+  // int64 [kCounters], see there; of rows on a GPU it lies there, and is what the kernels add to.
+  at::Tensor counters() const;
+
+  // The same on the host; waits for a GPU, and is an error if a write that was launched has not been done.
+  Counts counted() const;
+
+  // Remember the counts, and go back to them, in the order of the current stream.
+  void save_counts();
+  void restore_counts();
+
+  // Writes that were recorded, not done, since the last call.
+  int64_t take_recorded() { return n_recorded_.exchange(0); }
+  void replayed(int64_t n_writes) { n_writes_ += n_writes; }
+
   const std::string column, who;
-  std::atomic<int64_t> n_nonfinite{0}, n_saturated{0};
 
  private:
   // The last write's geometry: a training loop has the same one at every step.
@@ -49,10 +69,19 @@ class Ring {
     Plan plan;
     char* rows;
     int64_t row_bytes;
+    // Of rows on a GPU:
+    void* stream;
+    int64_t row_elements;
+    at::Tensor scratch;
   };
 
   std::vector<int64_t> dims_of(at::IntArrayRef shape) const;
   void count(const Counts& counts);
+  void put(const Place& place, const at::Tensor& values);
+  int64_t* device_counters(const Place& place, const at::Tensor& like);
+  void launched(const Place& place) { ++(place.cursor ? n_recorded_ : n_writes_); }
+  std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, void* stream);
+  void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
   bool keeps_batch(at::IntArrayRef shape) const;
   at::Tensor fitting(at::IntArrayRef row_shape, const at::Tensor& like);
 
@@ -60,9 +89,12 @@ class Ring {
   const std::vector<int64_t> dims_;
   const std::optional<at::ScalarType> dtype_;
   const int64_t capacity_;
-  mutable std::mutex mutex_;  // two backwards may meet at the first gradient
-  at::Tensor rows_;
+  mutable std::mutex mutex_;            // two backwards may meet at the first gradient
+  at::Tensor rows_, counters_, saved_;  // counters_: of rows on a GPU
+  int64_t saved_writes_ = 0;
   std::shared_ptr<const Known> known_;
+  std::vector<std::shared_ptr<const Known>> recorded_;  // graphs use their memory for as long as they live
+  std::atomic<int64_t> n_nonfinite_{0}, n_saturated_{0}, n_writes_{0}, n_recorded_{0};
 };
 
 }  // namespace tlfast

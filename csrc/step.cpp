@@ -2,9 +2,11 @@
 #include "step.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include "device.h"
 #include "errors.h"
 
 namespace tlfast {
@@ -79,17 +81,23 @@ void Step::check_rows(const Point& point, Backward& run, int64_t n) {
       broken_rule(point.who, "a step", c10::str("have the ", run.n_expected, " rows that batch() announced"), n,
                   "Check mask and ids; a reduced batch makes one row."));
   if (!run.block) {
-    const int64_t base = blocks_.empty() ? 0 : blocks_.back()->base + blocks_.back()->n;
-    TORCH_CHECK(base + n <= capacity_,
-                broken_rule(point.who, "rows", c10::str("hold the ", base, " rows written and ", n, " more"), capacity_,
-                            "Give capture more rows, or read them and call clear()."));
+    const int64_t base = check_room(point.who, n);
     run.block = std::make_shared<Block>(Block{base, n, Block::State::open, {}});
+    if (recording_) run.block->cursor = cursor_.mutable_data_ptr<int64_t>();
     blocks_.push_back(run.block);
   }
   TORCH_CHECK_VALUE(
       run.block->n == n,
       broken_rule(point.who, "a step", c10::str("have the same number of rows at every point (", run.block->n, ")"), n,
                   "Leave this point out, or capture it on its own."));
+}
+
+int64_t Step::check_room(const std::string& who, int64_t n) const {
+  const int64_t base = next_base();
+  TORCH_CHECK(base + n <= capacity_,
+              broken_rule(who, "rows", c10::str("hold the ", base, " rows written and ", n, " more"), capacity_,
+                          "Give capture more rows, or read them and call clear()."));
+  return base;
 }
 
 void Step::end(int64_t task) {
@@ -112,10 +120,11 @@ void Step::end(int64_t task) {
                                    "Leave these points out, or pass missing=\"nan\" for NaN rows."));
   }
   for (int64_t index : missing)
-    for (const auto& ring : points[index]->rings) ring->fill_nan(block.base, block.n);
+    for (const auto& ring : points[index]->rings) ring->fill_nan(block.place(), block.n);
   for (const auto& point : points)
     if (!run->pending[point->index].empty()) finish(*point, *run);
   block.missing = std::move(missing);
+  if (block.cursor) launch_advance(cursor_, block.n);  // the last kernel of the step
   block.state = Block::State::committed;
   ++n_ended;
   running_.erase(task);
@@ -130,9 +139,9 @@ void Step::finish(const Point& point, Backward& run) {
       // The last call of the forward fires first: turned around, index k is call k.
       std::vector<at::Tensor> parts;
       for (auto it = held.rbegin(); it != held.rend(); ++it) parts.push_back((*it)[number]);
-      ring.put_stack(run.block->base, run.block->n, parts);
+      ring.put_stack(run.block->place(), parts);
     } else {
-      ring.write(run.block->base, held[0][0], run.mask, run.scale);
+      ring.write(run.block->place(), held[0][0], run.mask, run.scale);
     }
   }
 }
@@ -161,13 +170,83 @@ std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> Step::committed(
   return out;
 }
 
+void Step::check_at_rest(const char* who) const {
+  for (const auto& block : blocks_)
+    TORCH_CHECK(block->state != Block::State::open, broken_rule(who, "the capture", "be at rest", "a running backward",
+                                                                "Call it after backward() returned."));
+}
+
 void Step::clear() {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& block : blocks_)
-    TORCH_CHECK(
-        block->state != Block::State::open,
-        broken_rule("clear", "the capture", "be at rest", "a running backward", "Call it after backward() returned."));
+  check_at_rest("clear");
   blocks_.clear();
+}
+
+void Step::start_trial() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  check_at_rest("graph_step");
+  before_ = blocks_;
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) ring->save_counts();
+}
+
+void Step::stop_trial() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  blocks_ = std::move(before_);
+  before_.clear();
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) ring->restore_counts();
+}
+
+void Step::start_recording(const at::Device& device) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  check_at_rest("graph_step");
+  TORCH_CHECK(!recording_, broken_rule("graph_step", "the capture", "record one step at a time", "a second one",
+                                       "Finish the first."));
+  if (!cursor_.defined() || cursor_.device() != device) {
+    cursor_ = at::zeros({1}, at::TensorOptions().device(device).dtype(at::kLong));
+    TORCH_CHECK(on_gpu(cursor_),
+                broken_rule("graph_step", "the device", "be one of CUDA", device, "Run the step itself."));
+  }
+  before_.swap(blocks_);  // the recorded rows lie from the cursor on: their base is 0
+  recording_ = true;
+}
+
+Recording Step::stop_recording() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  TORCH_CHECK(recording_, broken_rule("graph_step", "a recording", "have been started", "none", "Start one."));
+  blocks_.swap(before_);
+  const auto recorded = std::move(before_);
+  before_.clear();
+  recording_ = false;
+  Recording out;
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) out.writes.emplace_back(ring, ring->take_recorded());
+  TORCH_CHECK(recorded.size() == 1 && recorded[0]->state == Block::State::committed,
+              broken_rule("graph_step", "step", "run one backward that reaches the points", c10::str(recorded.size()),
+                          "Call backward() once in it."));
+  out.n_rows = recorded[0]->n;
+  out.missing = recorded[0]->missing;
+  return out;
+}
+
+void Step::replay(const Recording& recording) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  check_at_rest("graph_step");
+  const int64_t base = check_room("capture", recording.n_rows);
+  if (cursor_stands_ != base) launch_set_cursor(cursor_, base);
+  cursor_stands_ = base + recording.n_rows;
+  blocks_.push_back(std::make_shared<Block>(Block{base, recording.n_rows, Block::State::committed, recording.missing}));
+  for (const auto& [ring, n_writes] : recording.writes) ring->replayed(n_writes);
+  ++n_ended;
+}
+
+void Step::take_back(const Recording& recording) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!blocks_.empty()) blocks_.pop_back();
+  for (const auto& [ring, n_writes] : recording.writes) ring->replayed(-n_writes);
+  --n_ended;
+  cursor_stands_ = -1;
 }
 
 }  // namespace tlfast

@@ -32,6 +32,16 @@ struct Block {
   int64_t base, n;
   State state = State::open;
   std::vector<int64_t> missing;
+  int64_t* cursor = nullptr;  // of a step that is recorded
+
+  Place place() const { return {base, cursor}; }
+};
+
+// What a recorded step does each time it is replayed.
+struct Recording {
+  int64_t n_rows;
+  std::vector<int64_t> missing;
+  std::vector<std::pair<std::shared_ptr<Ring>, int64_t>> writes;
 };
 
 // One outermost backward: nested ones (reentrant checkpoints) are part of it.
@@ -76,7 +86,23 @@ class Step : public std::enable_shared_from_this<Step> {
   std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> committed() const;
 
   void clear();
+
+  // Between these two, one backward is recorded by a CUDA graph: its kernels find their rows by the cursor on the
+  // device, and move it on at the end. It makes no rows until it is replayed.
+  void start_recording(const at::Device& device);
+  Recording stop_recording();
+
+  // Reserve and commit the rows of one replay, which is launched next; `take_back` where that failed.
+  void replay(const Recording& recording);
+  void take_back(const Recording& recording);
+
+  // What runs between these two leaves rows and counts as they were: to warm up what is recorded next.
+  void start_trial();
+  void stop_trial();
+
   void close() { active = false; }
+
+  at::Tensor cursor() const { return cursor_; }
 
   const bool missing_is_nan;
   std::atomic<bool> active{true};
@@ -88,6 +114,9 @@ class Step : public std::enable_shared_from_this<Step> {
   std::shared_ptr<Backward> find(int64_t task) const;
   std::shared_ptr<Backward> open(int64_t task);
   void check_rows(const Point& point, Backward& run, int64_t n);
+  int64_t next_base() const { return blocks_.empty() ? 0 : blocks_.back()->base + blocks_.back()->n; }
+  int64_t check_room(const std::string& who, int64_t n) const;
+  void check_at_rest(const char* who) const;
   void abort_locked(int64_t task);
   void finish(const Point& point, Backward& run);
 
@@ -98,6 +127,11 @@ class Step : public std::enable_shared_from_this<Step> {
   std::optional<at::Tensor> mask_;
   int64_t n_expected_ = -1;
   double scale_ = 1.0;
+
+  at::Tensor cursor_;           // int64 [1] on the device: the row at which the next replay begins,
+  int64_t cursor_stands_ = -1;  // and where it stands; -1: it must be set
+  bool recording_ = false;
+  std::vector<std::shared_ptr<Block>> before_;  // the blocks that were there when the recording or the trial began
 };
 
 }  // namespace tlfast

@@ -102,13 +102,18 @@ class ViewBuilder {
   View view_;
 };
 
+// Elements from the start of the three tensors.
+struct Offsets {
+  int64_t grad, out, mask;
+};
+
 // Walks over all indices of some dimensions in row-major order, keeping the offsets into the three tensors.
 class Walk {
  public:
-  TLFAST_INLINE explicit Walk(const Dims& dims) : dims_(dims) {}
+  explicit Walk(const Dims& dims) : dims_(dims) {}
 
   // Jump to the n-th index.
-  TLFAST_INLINE void seek(int64_t n) {
+  void seek(int64_t n) {
     grad = out = mask = 0;
     for (int d = dims_.size(); d-- > 0;) {
       index_[d] = n % dims_[d].size;
@@ -119,7 +124,7 @@ class Walk {
     }
   }
 
-  TLFAST_INLINE void next() {
+  void next() {
     for (int d = dims_.size(); d-- > 0;) {
       grad += dims_[d].grad;
       out += dims_[d].out;

@@ -23,11 +23,13 @@ def pytest_configure(config):
     if os.environ.get("TLFAST_REQUIRE_NATIVE") != "1" and not tlfast.backend().startswith("native"):
         # Without native code its one warning is right; every other warning stays an error.
         config.addinivalue_line("filterwarnings", "ignore:tlfast runs in pure Python")
-    if os.environ.get("TLFAST_EXPECT_SANITIZED") == "1":
-        from tlfast import _build_info
+    for variable, wanted, target in (("SANITIZED", "SANITIZE", "sanitize"), ("SIMT", "SIMT", "simt")):
+        if os.environ.get(f"TLFAST_EXPECT_{variable}") == "1":
+            from tlfast import _build_info
 
-        if not _build_info.SANITIZE:
-            pytest.exit(f"tests: tlfast must be the sanitized build, got {tlfast.__file__}. Run make sanitize.", 1)
+            if not getattr(_build_info, wanted):
+                text = f"tests: tlfast must be the build of make {target}, got {tlfast.__file__}. Run make {target}."
+                pytest.exit(text, 1)
 
 
 @pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.sanitize)])
@@ -40,6 +42,18 @@ def backend(request):
 def native():
     """The native backend alone."""
     return usable("native")
+
+
+@pytest.fixture
+def cuda():
+    """A CUDA device; skips where there is none, and fails if there must be one."""
+    try:
+        return torch.empty(0, device="cuda").device
+    except (RuntimeError, AssertionError) as error:
+        reason = f"no CUDA device: {str(error).splitlines()[0]}"
+    if os.environ.get("TLFAST_REQUIRE_CUDA") == "1":
+        pytest.fail(f"TLFAST_REQUIRE_CUDA=1, but there is {reason}")
+    return pytest.skip(reason)
 
 
 @pytest.fixture(params=ATTACHMENTS)

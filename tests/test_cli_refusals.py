@@ -11,6 +11,7 @@ from tiny_models import collect_words, complaint_of, save_model, save_text
 
 from tlfast import huggingface
 from tlfast.cli import main
+from tlfast.settings import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,8 @@ def folder(tmp_path_factory):
             {"model": "FOLDER/text"},
             "collect: model must be a folder with a Hugging Face model, got .* without config.json",
         ),
+        ({"cuda_graph": "yes"}, "collect: cuda_graph must be one of auto, on, off, got 'yes'"),
+        ({"cuda_graph": "on"}, 'collect: cuda_graph must be "auto" or "off" unless .*, got "on" with a model on cpu'),
         ({"text": "/nowhere/text"}, "collect: text must be an existing file or folder, got '/nowhere/text'"),
         ({"text": ""}, "collect: text must be an existing file or folder, got ''"),
         ({"text": "FOLDER/empty.txt"}, "collect: text must hold text, got 1 empty file"),
@@ -108,6 +111,7 @@ def test_a_model_that_cannot_be_read_is_refused(folder, tmp_path, capsys):
         ("model: a\ntext: b\npoints: c\nrows: 3\n", "config must hold model, .*, got unknown rows in"),
         ("model: a\n", "config must hold model, text, points and other settings .*, got only model in"),
         ("- model\n", "config must be a mapping, got list in"),
+        ("model: a\ntext: b\npoints: c\ncuda_graph: 1.5\n", r"cuda_graph must be str, got 1\.5 in"),
         ("model: [\n", "config must be a readable YAML file"),
         ("model: a\ntext: b\npoints: 3\n", "points must be a list of text, got 3 in"),
         ("model: a\ntext: b\npoints: c\nseq_len: x\n", "seq_len must be int, got 'x' in"),
@@ -117,6 +121,12 @@ def test_a_wrong_config_is_refused(tmp_path, capsys, content, text):
     (tmp_path / "config.yaml").write_text(content)
     complaint = complaint_of(capsys, ["collect", str(tmp_path / "config.yaml")])
     assert pytest.raises(AssertionError, match=text).matches(AssertionError(complaint)), complaint
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_yaml_takes_on_and_off_for_truth_values(tmp_path, word):
+    (tmp_path / "config.yaml").write_text(f"model: a\ntext: b\npoints: c\ncuda_graph: {word}\n")
+    assert load_settings(tmp_path / "config.yaml").cuda_graph == word
 
 
 def test_a_missing_config_is_refused(tmp_path, capsys):

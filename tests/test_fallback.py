@@ -161,7 +161,7 @@ def test_a_module_that_can_not_be_loaded_says_why(tmp_path):
 @pytest.mark.sanitize
 def test_native_code_runs_by_itself(recwarn):
     usable("native")
-    assert tlfast.backend().startswith("native (cpu, ")
+    assert tlfast.backend().startswith("native (cpu")
     setup = chain()
     with tlfast.capture(setup.model, "hook", rows=4) as cap:
         setup.loss().backward()
@@ -178,14 +178,14 @@ def test_other_devices_run_in_python_and_say_so(monkeypatch):
     monkeypatch.delenv("TLFAST_REQUIRE_NATIVE", raising=False)
     ops._tell.cache_clear()
     with pytest.warns(
-        UserWarning, match="tlfast runs in pure Python, slower .*: the native code runs on cpu, and capture"
+        UserWarning, match="tlfast runs in pure Python, slower .*: the native code runs on cpu and cuda, and capture"
     ):
         assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None
     assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None, "and once is enough"
     with pytest.raises(RuntimeError) as error:
         ops.pick_native("capture", "native", {"meta", "cpu"})
     assert str(error.value) == (
-        "capture: backend must be \"python\" for these devices (the native code runs on cpu), got ['meta']. "
+        "capture: backend must be usable, got native: the native code runs on cpu and cuda, and capture is on meta. "
         'Pass backend="python" or "auto".'
     )
     monkeypatch.setenv("TLFAST_REQUIRE_NATIVE", "1")

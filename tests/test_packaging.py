@@ -1,22 +1,16 @@
-"""The package: what it imports, what its extras and versions are, what setup.py builds and says."""
+"""The package: what it imports, what its extras and versions are, and that it runs what was built."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
+from fresh_python import ROOT, run
 
 import tlfast
 
-ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 OPTIONAL = (
     "google_crc32c", "matplotlib", "pyarrow", "safetensors", "tokenizers", "tqdm", "transformer_lens", "transformers",
@@ -61,19 +55,6 @@ from tlfast.huggingface import load_model
 import torch
 load_model("model", None, torch.device("cpu"))
 """
-
-
-def run(*command, folder=ROOT, **env):
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
 
 
 def extras():
@@ -156,78 +137,6 @@ def test_the_command_is_declared():
     assert {script.value for script in scripts} == {"tlfast.cli:main"}
     done = run("-m", "tlfast", "--version")
     assert (done.returncode, done.stdout.strip()) == (0, f"tlfast {tlfast.__version__}"), done.stderr
-
-
-# ----------------------------------------------------------------------------------------------------------- setup.py
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A copy of what setup.py reads: a build must not touch this checkout."""
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "README.md").write_text("# tlfast\n")
-    ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
-    shutil.copytree(ROOT / "tlfast", tmp_path / "tlfast", ignore=ignored)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    return tmp_path
-
-
-def test_wheel_without_native_code(source):
-    command = ["-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
-    done = run(*command, folder=source, TLFAST_BUILD="none", PYTHONPATH="")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (source / "dist").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        info = archive.read("tlfast/_build_info.py").decode()
-    assert wheel.name == f"tlfast-{tlfast.__version__}-py3-none-any.whl"
-    assert {"tlfast/py.typed", "tlfast/_build_info.pyi", "tlfast/_C.pyi"} <= set(names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.partition("/")[0] for name in names} == {"tlfast", f"tlfast-{tlfast.__version__}.dist-info"}
-    assert not [name for name in names if name.endswith((".so", ".cpp"))]
-    values = {}
-    exec(info, values)
-    assert (values["BUILT"], values["REASON"], values["TORCH"]) == (False, "TLFAST_BUILD=none", None)
-
-
-@pytest.mark.parametrize(
-    "wanted, said",
-    [
-        ("cuda", "TLFAST_BUILD must be auto, cpu or none, got 'cuda'. This version has no CUDA code yet."),
-        ("gpu", "TLFAST_BUILD must be one of auto, cpu, cuda, none, got 'gpu'. Unset it for auto."),
-    ],
-)
-def test_a_build_that_does_not_exist_is_refused(source, wanted, said):
-    done = run("setup.py", "--version", folder=source, TLFAST_BUILD=wanted)
-    assert done.returncode != 0
-    assert said in done.stderr
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler(source, compiler):
-    must = run("setup.py", "--version", folder=source, TLFAST_BUILD="cpu", CXX=compiler)
-    assert must.returncode != 0
-    assert re.search(rf"TLFAST_BUILD must be possible.*got 'cpu', but .*{compiler}", must.stderr)
-
-    may = run("setup.py", "-q", "build", "--build-lib", "built", folder=source, TLFAST_BUILD="auto", CXX=compiler)
-    assert may.returncode == 0, may.stderr
-    assert "tlfast: no native module, pure Python (" in may.stdout
-    assert compiler in (source / "built" / "tlfast" / "_build_info.py").read_text()
-
-
-def test_without_torch(source):
-    (source / "torch.py").write_text("raise ImportError('not here')\n")
-    done = run("setup.py", "--version", folder=source, TLFAST_BUILD="auto", PYTHONPATH=str(source))
-    assert done.returncode == 0, done.stderr
-    assert "no native module, pure Python (torch could not be imported" in done.stdout
-
-
-def test_an_old_torch_is_refused(source):
-    (source / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
-    done = run("setup.py", "--version", folder=source, TLFAST_BUILD="cpu", PYTHONPATH=str(source))
-    assert done.returncode != 0
-    assert "torch must be 2.11 or newer, got 2.9.1+cpu" in done.stderr
 
 
 def test_what_runs_is_what_was_built():

@@ -5,10 +5,22 @@ from __future__ import annotations
 from .collect import collect  # not on demand: the function must win over the module of the same name
 from .dataset import open_dataset
 from .freeze import freeze
+from .graphs import graph_step
 from .hooks import Capture
 from .ops import backend, reduce_into
 from .public import attach, capture
 from .spec import Spec
 
 __version__ = "0.1.0"
-__all__ = ["Capture", "Spec", "attach", "backend", "capture", "collect", "freeze", "open_dataset", "reduce_into"]
+__all__ = [
+    "Capture",
+    "Spec",
+    "attach",
+    "backend",
+    "capture",
+    "collect",
+    "freeze",
+    "graph_step",
+    "open_dataset",
+    "reduce_into",
+]

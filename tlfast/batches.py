@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,9 +46,15 @@ class Batch:
         return (self.mask.cumsum(1) - 1).clamp_(min=0)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return Batch(self.input_ids.to(device, non_blocking=True), mask, self.padding_side)
+        """The same batch on a device; a copy to a GPU is queued, and isn't waited for."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # A copy from memory that isn't pinned waits for the GPU. torch keeps pinned memory for reuse, and gives it
+            # out again only after the copies from it.
+            pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        return Batch(move(self.input_ids), None if self.mask is None else move(self.mask), self.padding_side)
 
 
 @dataclass(frozen=True)
@@ -59,25 +66,43 @@ class Batching:
         width: positions of every batch; None: those of its longest example.
         padding_side: where the padding goes.
         pad_id: the token at padded positions; any valid one, since it is masked.
+        buckets: the only numbers of positions that a batch may have, rising; every batch has a mask then, so that all
+            batches of one shape are alike. None: any number.
     """
 
     batch_tokens: int
     width: int | None = None
     padding_side: PaddingSide = "right"
     pad_id: int = 0
+    buckets: tuple[int, ...] | None = None
 
     def order(self, examples: Sequence[Example]) -> list[int]:
         """The longest first, so that neighbours need little padding and the most memory is asked for at once."""
         return sorted(range(len(examples)), key=lambda i: -examples[i].length)  # a stable sort
 
-    def batches(self, examples: Sequence[Example], order: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
-        """Yield (which examples, batch) in the given order; depends on these examples alone."""
-        start = 0
+    def n_positions(self, longest: int) -> int:
+        """The positions of a batch whose longest example has ``longest`` tokens."""
+        if self.buckets is not None:
+            return self.buckets[bisect_left(self.buckets, longest)]
+        return self.width or longest
+
+    def n_examples(self, n_positions: int) -> int:
+        """The examples of a full batch of so many positions."""
+        return max(1, self.batch_tokens // n_positions)
+
+    def parts(self, examples: Sequence[Example], order: Sequence[int]) -> list[tuple[list[int], int]]:
+        """(which examples, positions) of each batch, in the given order; depends on these examples alone."""
+        parts, start = [], 0
         while start < len(order):
-            n_positions = self.width or examples[order[start]].length
-            rows = list(order[start : start + max(1, self.batch_tokens // n_positions)])
+            n_positions = self.n_positions(examples[order[start]].length)
+            parts.append((list(order[start : start + self.n_examples(n_positions)]), n_positions))
+            start += len(parts[-1][0])
+        return parts
+
+    def batches(self, examples: Sequence[Example], order: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """Yield (which examples, batch) in the given order."""
+        for rows, n_positions in self.parts(examples, order):
             yield rows, self.batch([examples[i] for i in rows], n_positions)
-            start += len(rows)
 
     def batch(self, examples: Sequence[Example], n_positions: int) -> Batch:
         """One padded batch."""
@@ -93,9 +118,24 @@ class Batching:
             mask = columns >= n_positions - lengths[:, None]
         return Batch(
             torch.from_numpy(ids),
-            None if lengths.min() == n_positions else torch.from_numpy(mask),
+            None if self.buckets is None and lengths.min() == n_positions else torch.from_numpy(mask),
             self.padding_side,
         )
+
+
+def bucket_lengths(longest: int, most: int = 8) -> tuple[int, ...]:
+    """The lengths to which examples of up to ``longest`` tokens are padded: 2^k and 3*2^k below it, and itself.
+
+    Padding makes a batch at most 1.5 times as long, above the smallest of the ``most`` lengths.
+
+    Example:
+        >>> from tlfast.batches import bucket_lengths
+        >>> bucket_lengths(200, most=5)
+        (64, 96, 128, 192, 200)
+    """
+    steps = {factor << k for k in range(longest.bit_length()) for factor in (1, 3)}
+    below = sorted(step for step in steps if 2 <= step < longest)
+    return tuple([*below, longest][-most:])
 
 
 def as_examples(batches: Iterable[Any]) -> list[Example]:

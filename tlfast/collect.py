@@ -6,51 +6,31 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from .batches import Batching, PaddingSide, as_examples, unit_rows
-from .dataset.background import BackgroundWriter
+from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
+from .dataset.background import BackgroundWriter, Contents
 from .dataset.folder import refuse_stranger
 from .dataset.plan import Example, Plan, Unit
 from .dataset.writer import DatasetWriter
+from .drain import Arrived, Drain, streams_for
 from .errors import broken_rule
-from .fingerprint import examples_fingerprint, model_fingerprint
+from .fingerprint import describe_model, describe_spec, examples_fingerprint
 from .freeze import freeze
+from .graphs import graph_step
 from .hooks import Capture
 from .loss import next_token_loss
 from .points import find_points
-from .progress import Progress
+from .progress import Progress, Report
 from .public import capture
+from .replay import CudaGraph, Replays, graphs_wanted
 from .spec import Over, Points, Reduction, Spec, as_specs, one_of
-from .units import Blocks, Loss, Oddities, Runner, probe_columns
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data."""
-
-    out: Path
-    n_rows: int
-    n_rows_before: int
-    n_units: int
-    n_tokens: int
-    n_bytes: int
-    n_nonfinite_rows: int
-    n_saturated: int
-    time_s: float
-
-    def __str__(self) -> str:
-        rate = self.n_rows / max(self.time_s, 1e-9)
-        before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
-        return (
-            f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
-            f" in {self.time_s:.1f} s ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
-        )
+from .units import Loss, Oddities, Runner, probe_columns
 
 
 def collect(
@@ -74,6 +54,7 @@ def collect(
     backend: str = "auto",
     calls: str = "raise",
     missing: str = "raise",
+    cuda_graph: CudaGraph = "auto",
     overwrite: bool = False,
     progress: bool = True,
     header: Mapping[str, Any] | None = None,
@@ -95,10 +76,13 @@ def collect(
         batch_tokens: positions B x P in a batch, at most (but at least one example).
         seq_len: positions of rows that keep the position dimension, zero at padding; None: of the longest example.
         rows_per_unit: examples per unit, the piece that is written and resumed whole; None: those that fill 256 MiB,
-            at most 2048. Memory used: three times as much.
+            at most 2048. Memory used: three times as much; on a GPU that, and two times as much on the host.
         padding_side: "right" or "left".
         pad_id: the token at padded positions, which are masked.
         grad_scale: the loss is multiplied by it and the rows divided by it: keeps small fp16 gradients alive.
+        cuda_graph: run the steps as CUDA graphs, with batches padded to a few lengths, which become part of the
+            dataset's identity: "auto" (where the native code runs on CUDA; a model that can't be run so is warned of
+            and runs without), "on" (or an error) or "off".
         overwrite: remove a dataset that lies in ``out`` first.
         progress: show a bar, or a line every 30 s where there is no terminal, on stderr.
         header: what else to say of the data in dataset.json, JSON; part of the dataset's identity.
@@ -125,24 +109,29 @@ def collect(
     specs = _specs(model, points, reduce, over, dtype, output)
     _check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     one_of("collect", "padding_side", padding_side, ("right", "left"))
+    one_of("collect", "cuda_graph", cuda_graph, get_args(CudaGraph))
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
     examples = as_examples(batches)
     width = _width(specs, examples, seq_len)
-    batching = Batching(batch_tokens, width, padding_side, pad_id)
 
     def enter(rows: int) -> Capture:
         return capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
 
+    with_graphs = graphs_wanted(cuda_graph, {p.device for p in model.parameters()}, lambda: enter(1).backend)
+    longest = max(example.length for example in examples)
+    buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
+    batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
     with _at_work(model):
-        columns = probe_columns(model, enter, batching, loss, examples[0])
+        columns, devices = probe_columns(model, enter, batching, loss, examples[0])
         plan = Plan(len(examples), rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
         identity = {
-            "model": _describe(model),
-            "specs": [_plain(model, spec) for spec in specs],
+            "model": describe_model(model),
+            "specs": [describe_spec(model, spec) for spec in specs],
             "loss": "next-token cross-entropy, summed over each example's tokens" if loss is next_token_loss
             else f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
-            "batching": {"batch_tokens": batch_tokens, "width": width, "padding_side": padding_side, "pad_id": pad_id},
+            "batching": {"batch_tokens": batch_tokens, "width": width, "padding_side": padding_side, "pad_id": pad_id}
+            | ({} if buckets is None else {"buckets": list(buckets)}),
             "grad_scale": grad_scale, "calls": calls, "missing": missing,
             "examples": {"tokens": sum(e.length for e in examples), "sha256": examples_fingerprint(examples)},
         }  # fmt: skip
@@ -152,44 +141,56 @@ def collect(
         writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
         n_before = sum(len(plan.unit_named(name)) for name in writer.done)
         todo = [unit for unit in plan.units if unit.name not in writer.done]
-        shown = Progress(plan.n_examples, n_before, progress)
+        shown, oddities, waited_s = Progress(plan.n_examples, n_before, progress), Oddities(), 0.0
         try:
             if todo:
-                with BackgroundWriter(writer) as background, enter(max(map(len, todo))) as cap, shown:
-                    runner = Runner(model, cap, batching, loss, grad_scale)
-                    _run(runner, Blocks(columns, cap.capacity, runner.device.type == "cuda"), todo, examples,
-                         background, shown, missing == "nan")  # fmt: skip
+                with BackgroundWriter(writer, 2) as background, enter(max(map(len, todo))) as cap, shown:
+                    replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
+                    runner = Runner(model, cap, batching, loss, grad_scale, replays)
+                    drain = Drain(streams_for(devices), columns, cap.capacity)
+                    _run(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
+                    waited_s = background.waited_s
         except KeyboardInterrupt:
             kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
             raise KeyboardInterrupt(kept) from None
     return Report(
         writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
-        shown.n_nonfinite, shown.n_saturated, shown.time_s,
+        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s,
     )  # fmt: skip
 
 
 def _run(
     runner: Runner,
-    blocks: Blocks,
+    drain: Drain,
     todo: Sequence[Unit],
     examples: Sequence[Example],
     background: BackgroundWriter,
     shown: Progress,
+    oddities: Oddities,
     with_missing: bool,
 ) -> None:
-    oddities = Oddities(runner.cap)
+    cap = runner.cap
 
     def step_done(n_examples: int, n_tokens: int) -> None:
-        shown.n_bytes = background.bytes_written
+        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
+        shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
         shown.step(n_examples, n_tokens)
+
+    def wait_for_room() -> None:
+        while not background.wait_for_room(1.0):
+            step_done(0, 0)
+
+    def finish(arrived: Arrived, missing: torch.Tensor | None) -> Contents:  # in the thread that writes
+        block, counters = arrived()
+        return block, oddities.flags(block, counters, missing)
 
     for unit in todo:
         part = examples[unit.start : unit.stop]
         places = runner.fill_ring(part, step_done)
-        block = blocks.fill(runner.cap, places)
-        flags = oddities.flags(block, places, with_missing)
-        shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
-        background.submit(unit, block, part, flags)
+        missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
+        rings = {name: cap[name] for name in cap.names}
+        arrived = drain.drain(rings, cap.counters, places, wait_for_room)
+        background.submit_unfinished(unit, partial(finish, arrived, missing), part)
 
 
 @contextmanager
@@ -232,26 +233,3 @@ def _width(specs: Sequence[Spec], examples: Sequence[Example], seq_len: int | No
         remedy = "Cut the examples, or give a larger seq_len."
         raise ValueError(broken_rule("collect", "examples", f"have {seq_len} tokens at most", longest, remedy))
     return None if all(1 in spec.dims for spec in specs) else seq_len or longest
-
-
-def _describe(model: nn.Module) -> dict[str, Any]:
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtypes": dtypes,
-        "fingerprint": model_fingerprint(model),
-    }
-
-
-def _plain(model: nn.Module, spec: Spec) -> dict[str, Any]:
-    """A spec as JSON; the points that a predicate picked stand for it."""
-    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else spec.points
-    return {
-        "points": points if isinstance(points, str) else list(points),
-        "reduce": spec.reduce,
-        "over": list(spec.dims),
-        "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),
-        "output": spec.output,
-        "name": spec.name,
-    }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .collect import Report, collect
+from .collect import collect
 from .dataset.folder import refuse_stranger
 from .errors import broken_rule
 from .fingerprint import tokenizer_fingerprint
@@ -20,6 +20,7 @@ from .huggingface import (
     portable_name,
 )
 from .points import find_points
+from .progress import Report
 from .settings import CollectSettings, stored_as
 from .text import cut_texts, find_text_files
 
@@ -71,6 +72,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         backend=settings.backend,
         calls=settings.calls,
         missing=settings.missing,
+        cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
         overwrite=settings.overwrite,
         header={
             "model": {"name": portable_name(settings.model)},

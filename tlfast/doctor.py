@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from . import __version__
-from .ops import backend
+from . import __version__, cuda_status
+from .ops import backend, loaded
 
 # Distribution -> the extra that brings it.
 _LIBRARIES = {
@@ -35,8 +35,8 @@ def diagnose() -> Iterator[str]:
         yield "              to build it: pip install --no-build-isolation -e . (needs a C++ compiler and this torch)"
     yield f"python        {platform.python_version()} on {platform.platform()}"
     yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    yield f"gpus          {', '.join(gpus) or 'none'}"
+    yield f"gpus          {', '.join(map(_gpu, range(torch.cuda.device_count()))) or 'none'}"
+    yield from (f"{'cuda' if n == 0 else '':<13} {line}" for n, line in enumerate(cuda_status.diagnose(loaded())))
     versions = {library: _version(library) for library in ("numpy", *_LIBRARIES)}
     yield from (f"{library:<13} {version}" for library, version in versions.items() if version)
     for name in dict.fromkeys(_LIBRARIES.values()):
@@ -50,3 +50,10 @@ def _version(library: str) -> str:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _gpu(number: int) -> str:
+    try:
+        return torch.cuda.get_device_name(number)
+    except RuntimeError as error:  # a driver that shows its devices may still be too old for this torch
+        return f"{number} ({str(error).splitlines()[0]})"

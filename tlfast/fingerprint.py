@@ -1,4 +1,4 @@
-"""Short names for a model, a tokenizer and a set of examples: equal where a run may continue another one's dataset."""
+"""What a dataset says of its model, specs, tokenizer and examples: equal where a run may continue another one's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from .dataset.plan import Example
+from .points import find_points
+from .spec import Spec
 
 _SAMPLES = 1024  # values of each parameter that are hashed: training changes nearly all, and reading all takes minutes
 
@@ -39,3 +41,27 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     text = str(fast.to_str()) if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What a dataset says of the model, as JSON."""
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtypes": dtypes,
+        "fingerprint": model_fingerprint(model),
+    }
+
+
+def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
+    """A spec as JSON; the points that a predicate picked stand for it."""
+    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else spec.points
+    return {
+        "points": points if isinstance(points, str) else list(points),
+        "reduce": spec.reduce,
+        "over": list(spec.dims),
+        "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),
+        "output": spec.output,
+        "name": spec.name,
+    }

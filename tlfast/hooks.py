@@ -144,6 +144,11 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def active(self) -> bool:
+        """Whether it is entered, and not left yet."""
+        return bool(self._handles)
+
     # The rows.
 
     @property
@@ -200,9 +205,13 @@ class Capture:
     def counts(self) -> dict[str, dict[str, int]]:
         """For each column how many stored values were non-finite, and how many of them only through the cast."""
         return {
-            name: {"nonfinite": int(ring.n_nonfinite), "saturated": int(ring.n_saturated)}
-            for name, ring in self._rings.items()
+            name: dict(zip(("nonfinite", "saturated"), ring.counted, strict=True)) for name, ring in self._rings.items()
         }
+
+    @property
+    def counters(self) -> list[torch.Tensor]:
+        """What `counts` reads, for each column int64 [2 or more] on its ring's device: to be copied without waiting."""
+        return [ring.counters for ring in self._rings.values()]
 
     def clear(self) -> None:
         """Forget all rows and keep the memory; RuntimeError while a backward is running."""

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import reference
+from . import cuda_status, reference
 from .errors import broken_rule
 from .spec import REDUCTIONS, Over, one_of, parse_over
 
@@ -98,8 +98,16 @@ def native() -> ModuleType | None:
     return module
 
 
+def loaded() -> ModuleType | None:
+    """The native module or None, without a word."""
+    return _load()[0]
+
+
 def backend() -> str:
-    """What runs and why: ``native (cpu, avx512)`` or ``python: <reason>``.
+    """What runs, on what, and why: ``native (cpu, avx512)``, ``native (cpu avx512, cuda sm_90)``, ``python: <reason>``.
+
+    A part that was built or could be used says what it lacks: ``native (cpu, avx512; cuda: no driver is installed)``.
+    The CUDA driver is asked for its devices, as by ``torch.cuda.is_available()``.
 
     Example:
         >>> import tlfast
@@ -107,25 +115,38 @@ def backend() -> str:
         True
     """
     module, reason = _load()
-    return f"python: {reason}" if module is None else f"native ({module.describe()})"
+    return f"python: {reason}" if module is None else f"native ({cuda_status.describe(module)})"
+
+
+@cache
+def _lacks_cuda(module: ModuleType) -> str:
+    """What the native code lacks for CUDA tensors, or ""; asked once: where such a tensor exists, nothing changes."""
+    return cuda_status.missing(module)
+
+
+def _not_for(who: str, devices: set[str], module: ModuleType | None) -> str:
+    """Why the native code can't run on these devices, or ""."""
+    unknown = sorted(devices - {"cpu", "cuda"})
+    if unknown:
+        return f"the native code runs on cpu and cuda, and {who} is on {', '.join(unknown)}"
+    if "cuda" in devices and module is not None and (lacks := _lacks_cuda(module)):
+        return f"{who} is on cuda, and the native code can't: {lacks}"
+    return ""
 
 
 def pick_native(who: str, wanted: str, devices: set[str]) -> ModuleType | None:
     """The native module if ``wanted`` ("auto", "native", "python") and the devices allow it, else None."""
     if wanted == "python":
         return None
-    others = devices - {"cpu"}
-    if others:
-        if wanted == "native":
-            raise RuntimeError(
-                broken_rule(
-                    who, "backend", 'be "python" for these devices (the native code runs on cpu)', sorted(others),
-                    'Pass backend="python" or "auto".',
-                )
-            )  # fmt: skip
-        _tell(f"the native code runs on cpu, and {who} is on {', '.join(sorted(others))}")
-        return None
     module, reason = _load()
+    barred = _not_for(who, devices, module)
+    if barred and wanted == "native":
+        raise RuntimeError(
+            broken_rule(who, "backend", "be usable", f"native: {barred}", 'Pass backend="python" or "auto".')
+        )
+    if barred:
+        _tell(barred)
+        return None
     if module is None and wanted == "native":
         raise RuntimeError(broken_rule(who, "backend", "be usable", f"native: {reason}", 'Pass backend="auto".'))
     return native() if module is None else module
@@ -166,7 +187,8 @@ def reduce_into(
     """
     one_of("reduce_into", "reduce", reduce, REDUCTIONS)
     dims = parse_over("reduce_into", over)
-    module = None if out.device.type != "cpu" else native()
+    where = out.device.type
+    module = native() if where == "cpu" else pick_native("reduce_into", "auto", {where}) if where == "cuda" else None
     if module is None:
         reference.capture(out, grad, reduce, dims, mask, scale)
     else:

@@ -1,19 +1,22 @@
-"""How far a collection is: a bar in a terminal, else a plain line every 30 seconds."""
+"""How far a collection is: a bar in a terminal, else a plain line every 30 seconds; at the end, a report."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from .dataset.errors import extra
 
 _LINE_EVERY_S = 30.0
+_SHOWN_FROM_S = 0.05  # seconds that don't round to 0.0
 
 
 class Progress:
-    """Counts examples, tokens, bytes and non-finite rows, and shows them while it is entered.
+    """Counts examples, tokens, bytes, non-finite rows and waiting, and shows them while it is entered.
 
     Args:
         n_examples: how many there are.
@@ -25,6 +28,7 @@ class Progress:
     def __init__(self, n_examples: int, n_done: int = 0, enabled: bool = True, file: TextIO | None = None) -> None:
         self.n_examples, self.n_before, self.n_done = n_examples, n_done, n_done
         self.n_tokens = self.n_nonfinite = self.n_saturated = self.n_bytes = 0
+        self.waited_s = 0.0  # for the disk
         self._file = sys.stderr if file is None else file
         self._enabled = enabled
         self._terminal = enabled and self._file.isatty()
@@ -37,23 +41,27 @@ class Progress:
         return time.monotonic() - self._start
 
     def step(self, n_examples: int, n_tokens: int) -> None:
-        """One batch is through."""
+        """One batch is through, or none and only the figures are new."""
         self.n_done += n_examples
         self.n_tokens += n_tokens
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(), refresh=False)
             self._bar.update(n_examples)
+            if not n_examples:
+                self._bar.refresh()
         elif self._enabled and time.monotonic() - self._last > _LINE_EVERY_S:
             self._last = time.monotonic()
             rate = (self.n_done - self.n_before) / self.time_s
-            left_s = (self.n_examples - self.n_done) / rate
+            left_s = (self.n_examples - self.n_done) / max(rate, 1e-9)
             done = f"{self.n_done}/{self.n_examples} examples"
             self._print(f"collect: {done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
 
     def _figures(self) -> str:
         rate = self.n_tokens / max(self.time_s, 1e-9)
         saturated = f", {self.n_saturated} saturated values" if self.n_saturated else ""
-        return f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows{saturated}"
+        waited = f", waiting for the disk {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
+        figures = f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
+        return f"{figures}{saturated}{waited}"
 
     def _print(self, line: str) -> None:
         print(line, file=self._file, flush=True)
@@ -72,3 +80,31 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
+
+    ``waited_s`` of the ``time_s`` seconds the model stood still because the disk was slower.
+    """
+
+    out: Path
+    n_rows: int
+    n_rows_before: int
+    n_units: int
+    n_tokens: int
+    n_bytes: int
+    n_nonfinite_rows: int
+    n_saturated: int
+    time_s: float
+    waited_s: float
+
+    def __str__(self) -> str:
+        rate = self.n_rows / max(self.time_s, 1e-9)
+        before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
+        waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
+        return (
+            f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
+            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
+        )

@@ -153,11 +153,11 @@ def capture(
     mask: torch.Tensor | None = None,
     scale: float = 1.0,
     who: str = "capture",
-) -> tuple[int, int]:
+) -> torch.Tensor:
     """Reduce, cast and copy ``grad`` into ``out``; return how many stored values are non-finite and saturated.
 
     Accumulates in float32 (float64 for float64) and casts once, to nearest even. Saturated: finite before the cast,
-    infinite after it.
+    infinite after it. The counts are int64 [2] on the device of ``out``, and nothing waits for them.
     """
     dims = () if reduce == "none" else normal_dims(who, over, grad.dim())
     check_capture(who, out, grad, dims)
@@ -165,5 +165,4 @@ def capture(
     wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale, who)
     out.copy_(to_odd(wide) if wide.dtype == torch.float64 and out.dtype in HALF_TYPES else wide)
     bad = ~torch.isfinite(out)
-    n_bad = int(bad.sum())
-    return n_bad, int((bad & torch.isfinite(wide)).sum()) if n_bad else 0
+    return torch.stack([bad.sum(), (bad & torch.isfinite(wide)).sum()])

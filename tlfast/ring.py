@@ -24,8 +24,14 @@ class Ring:
         self.capacity = capacity
         self.rows: torch.Tensor | None = None
         self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
-        self.n_nonfinite = 0
-        self.n_saturated = 0
+        # Non-finite and saturated values; on the rows' device, where adding up doesn't make the host wait.
+        self.counters = torch.zeros(2, dtype=torch.int64)
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many stored values are NaN or infinite, and how many of them only through the cast; waits for the device."""
+        n_nonfinite, n_saturated = self.counters.tolist()
+        return n_nonfinite, n_saturated
 
     def n_rows(self, shape: torch.Size) -> int:
         """How many rows a gradient of ``shape`` makes."""
@@ -44,6 +50,7 @@ class Ring:
             if self.rows is None:
                 dtype = self.dtype or like.dtype
                 self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
+                self.counters = torch.zeros(2, dtype=torch.int64, device=like.device)
         if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
@@ -54,10 +61,9 @@ class Ring:
         return self.rows
 
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        n_nonfinite, n_saturated = capture(out, grad, self.reduce, self.dims, mask, scale, self.who)
+        counts = capture(out, grad, self.reduce, self.dims, mask, scale, self.who)
         with self._lock:
-            self.n_nonfinite += n_nonfinite
-            self.n_saturated += n_saturated
+            self.counters += counts
 
     def write(self, base: int, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         """Reduce, cast and copy ``grad`` into the rows from ``base`` on."""

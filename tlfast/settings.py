@@ -65,6 +65,8 @@ class CollectSettings:
     """for a point that is called several times in a forward: raise, sum, last or stack"""
     missing: str = "raise"
     """for a point without a gradient: raise, or nan rows"""
+    cuda_graph: str = "auto"
+    """run the steps as CUDA graphs, with batches padded to a few lengths: auto (if the model is on a GPU), on or off"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
 
@@ -90,6 +92,7 @@ class CollectSettings:
         one_of(who, "model_dtype", self.model_dtype, (*_DTYPES, "auto"))
         one_of(who, "bos", self.bos, ("auto", "always", "never"))
         one_of(who, "padding_side", self.padding_side, ("right", "left"))
+        one_of(who, "cuda_graph", self.cuda_graph, ("auto", "on", "off"))
         for argument, kinds in (("attach", Attach), ("backend", Backend), ("calls", Calls), ("missing", Missing)):
             one_of(who, argument, getattr(self, argument), get_args(kinds))
         for argument, least in (("seq_len", 2), ("batch_tokens", 1), ("max_examples", 0), ("rows_per_unit", 0)):
@@ -158,6 +161,8 @@ def _typed(name: str, value: Any, kind: type, path: Path) -> Any:
             return tuple(items)
     elif kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)  # over: -1 and output: 0 are numbers to YAML
+    elif name == "cuda_graph" and isinstance(value, bool):
+        return "on" if value else "off"  # so YAML reads these words
     elif type(value) is kind:
         return value
     elif kind is float and type(value) is int:

@@ -1,7 +1,8 @@
-"""One unit of work: its examples through the model into the ring, and from the ring into a block in example order."""
+"""One unit of work: its examples through the model into the ring, and what is odd about the rows that come out."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,99 +13,99 @@ from .dataset.layout import Column
 from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example
 from .errors import broken_rule
 from .hooks import Capture
+from .replay import Replays
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 _PROBE_TOKENS = 8
+_REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second
 
 
 class Runner:
-    """Takes examples through the model inside one capture."""
+    """Takes examples through the model inside one capture, as CUDA graphs where ``replays`` is given."""
 
-    def __init__(self, model: nn.Module, cap: Capture, batching: Batching, loss: Loss, grad_scale: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        cap: Capture,
+        batching: Batching,
+        loss: Loss,
+        grad_scale: float,
+        replays: Replays | None = None,
+    ):
         self.model, self.cap, self.batching, self.loss, self.grad_scale = model, cap, batching, loss, grad_scale
+        self.replays = replays
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def step(self, batch: Batch) -> None:
-        """One forward and one backward: a row for each example of the batch."""
-        batch = batch.to(self.device)
+        """One forward and one backward: a row for each example of the batch, on the device."""
         with self.cap.batch(batch.mask, range(len(batch.input_ids)), self.grad_scale):
             loss = self.loss(self.model, batch)
             (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
 
     def fill_ring(self, examples: Sequence[Example], step_done: Callable[[int, int], None]) -> torch.Tensor:
-        """Fill the ring; return where the row of each example lies in it, int64 [examples].
+        """Fill the ring; return where the row of each example lies in it, int64 [examples], on the host.
 
-        ``step_done`` hears of each batch: its examples and its tokens.
+        ``step_done`` hears of each batch: its examples and its tokens. Which batches are replayed depends on these
+        examples alone, since a replay may round in another way.
         """
         self.cap.clear()
         order = self.batching.order(examples)
+        shapes = Counter((len(rows), n_positions) for rows, n_positions in self.batching.parts(examples, order))
         for rows, batch in self.batching.batches(examples, order):
-            self.step(batch)
+            shape = (len(rows), batch.input_ids.shape[1])
+            batch = batch.to(self.device)
+            full = shape[0] == self.batching.n_examples(shape[1])
+            if self.replays is None or not full or shapes[shape] < _REPLAYED_FROM:
+                self.step(batch)
+            else:
+                self.replays.step(self.step, batch)
             step_done(len(rows), sum(examples[i].length for i in rows))
         return torch.tensor(order).argsort()
 
 
-class Blocks:
-    """Two sets of host tensors in turn: one is being written while the other is filled."""
-
-    def __init__(self, columns: Mapping[str, Column], n_rows: int, pinned: bool):
-        self.columns, self.n_rows, self.pinned = columns, n_rows, pinned
-        self.sets: list[dict[str, torch.Tensor]] = []
-        self.n_filled = 0
-
-    def fill(self, cap: Capture, places: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The rows of the ring at ``places``, on the host."""
-        if len(self.sets) < 2:
-            empty = {
-                name: torch.empty((self.n_rows, *column.row_shape), dtype=column.dtype, pin_memory=self.pinned)
-                for name, column in self.columns.items()
-            }
-            self.sets.append(empty)
-        block = {name: tensor[: len(places)] for name, tensor in self.sets[self.n_filled % 2].items()}
-        self.n_filled += 1
-        for name, rows in block.items():
-            ring = cap[name]
-            if ring.device.type == "cpu":
-                torch.index_select(ring, 0, places, out=rows)
-            else:
-                rows.copy_(ring.index_select(0, places.to(ring.device)))
-        return block
-
-
 class Oddities:
-    """What is wrong with the rows of a unit, looked at closely only where the capture counted something."""
+    """What is wrong with the rows of a unit, looked at closely only where the capture counted something.
 
-    def __init__(self, cap: Capture):
-        self.cap = cap
+    Belongs to the thread that writes; the totals may be read from any.
+    """
+
+    def __init__(self) -> None:
         self.n_nonfinite_rows = 0
         self.n_saturated = 0
-        self._counted = dict.fromkeys(cap.names, (0, 0))
+        self._before: torch.Tensor | int = 0
 
-    def flags(self, block: Mapping[str, torch.Tensor], places: torch.Tensor, with_missing: bool) -> list[int] | None:
-        """FLAG_... bits of each row of the unit just captured, or None where there is nothing to say."""
-        counted = {name: (c["nonfinite"], c["saturated"]) for name, c in self.cap.counts.items()}
-        saturated = {name: n_saturated - self._counted[name][1] for name, (_, n_saturated) in counted.items()}
-        any_nonfinite = any(n > self._counted[name][0] for name, (n, _) in counted.items())
-        self._counted = counted
-        missing = torch.stack(list(self.cap.missing.values())).any(0)[places] if with_missing else torch.zeros(1).bool()
-        if not any_nonfinite and not missing.any():
+    def flags(
+        self, block: Mapping[str, torch.Tensor], counters: torch.Tensor, missing: torch.Tensor | None = None
+    ) -> list[int] | None:
+        """FLAG_... bits of each row of the unit captured last, or None where there is nothing to say.
+
+        Args:
+            block: the rows of each column.
+            counters: int64 [columns, 2]: the values of each column that were non-finite, and saturated, until now.
+            missing: bool [examples]: a point did not fire.
+        """
+        n_nonfinite, n_saturated = (counters - self._before).unbind(1)
+        self._before = counters.clone()
+        if not n_nonfinite.any() and (missing is None or not missing.any()):
             return None
-        flags = missing.expand(len(places)) * FLAG_MISSING
-        for name, rows in block.items():
+        flags = torch.zeros(len(next(iter(block.values()))), dtype=torch.int64)
+        if missing is not None:
+            flags |= missing * FLAG_MISSING
+        for rows, saturated in zip(block.values(), n_saturated.tolist(), strict=True):
             flat = rows.flatten(1)
-            flags = flags | (~flat.isfinite()).any(1) * FLAG_NON_FINITE
-            if saturated[name]:  # counted for the column, so a gradient that was infinite itself is flagged beside it
-                flags = flags | flat.isinf().any(1) * FLAG_SATURATED
+            flags |= (~flat.isfinite()).any(1) * FLAG_NON_FINITE
+            if saturated:  # counted for the column, so a gradient that was infinite itself is flagged beside it
+                flags |= flat.isinf().any(1) * FLAG_SATURATED
         self.n_nonfinite_rows += int((flags & FLAG_NON_FINITE).count_nonzero())
-        self.n_saturated += sum(saturated.values())
+        self.n_saturated += int(n_saturated.sum())
         return [int(bits) for bits in flags.tolist()]
 
 
 def probe_columns(
     model: nn.Module, enter: Callable[[int], Capture], batching: Batching, loss: Loss, example: Example
-) -> dict[str, Column]:
-    """Take the beginning of one example through, twice in a batch: the columns that come out.
+) -> tuple[dict[str, Column], set[torch.device]]:
+    """Take the beginning of one example through, twice in a batch: the columns that come out, and their devices.
 
     Raises:
         ValueError: if the model or a point gives no gradient, or not a row for each example.
@@ -113,8 +114,11 @@ def probe_columns(
     two = [Example(i, tokens, "", 0, len(tokens)) for i in range(2)]
     try:
         with enter(2) as cap:
-            Runner(model, cap, batching, loss, 1.0).step(batching.batch(two, batching.width or len(tokens)))
-            return {name: Column(cap[name].dtype, tuple(cap[name].shape[1:])) for name in cap.names}
+            runner = Runner(model, cap, batching, loss, 1.0)
+            runner.step(batching.batch(two, batching.n_positions(len(tokens))).to(runner.device))
+            rings = {name: cap[name] for name in cap.names}
+            columns = {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rings.items()}
+            return columns, {ring.device for ring in rings.values()}
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

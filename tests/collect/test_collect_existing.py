@@ -109,13 +109,13 @@ def test_left_padding_needs_a_model_that_takes_a_mask(tmp_path):
 
 def test_memory_holds_two_blocks_however_many_units(tmp_path, monkeypatch):
     blocks = []
-    submit = tlfast.dataset.BackgroundWriter.submit
+    write_unit = tlfast.dataset.DatasetWriter.write_unit
 
     def watched(self, unit, tensors, *rest):
         blocks.append({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
-        submit(self, unit, tensors, *rest)
+        return write_unit(self, unit, tensors, *rest)
 
-    monkeypatch.setattr(tlfast.dataset.BackgroundWriter, "submit", watched)
+    monkeypatch.setattr(tlfast.dataset.DatasetWriter, "write_unit", watched)
     collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=3)
     assert len(blocks) == 7
     assert len({frozenset(block) for block in blocks}) == 2

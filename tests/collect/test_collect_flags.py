@@ -88,15 +88,17 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch):
     monkeypatch.setattr("tlfast.progress.time.monotonic", lambda: float(next(clock)))
     for file, enabled in ((bar, True), (lines, True), (silent, False)):
         with Progress(10, 2, enabled, file) as progress:
-            progress.n_nonfinite, progress.n_bytes = 3, 1_500_000_000
+            progress.n_nonfinite, progress.n_bytes, progress.waited_s = 3, 1_500_000_000, 3.21
             for _ in range(4):
                 progress.step(2, 100)
+            progress.step(0, 0)
     assert "10/10" in bar.getvalue()
     assert "3 non-finite rows" in bar.getvalue()
     assert "1.500 GB" in bar.getvalue()
     first = lines.getvalue().splitlines()[0]
     assert first.startswith("collect: ")
     assert all(
-        figure in first for figure in ("/10 examples", "examples/s", "tokens/s", "1.500 GB", "3 non-finite rows")
+        figure in first
+        for figure in ("/10 examples", "examples/s", "tokens/s", "1.500 GB", "3 non-finite", "for the disk 3.2 s")
     )
     assert silent.getvalue() == ""

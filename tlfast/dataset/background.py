@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -31,14 +32,18 @@ class UnitWriter(Protocol):
         ...
 
 
-_Job = tuple[Unit, Mapping[str, torch.Tensor], Sequence[Example], "Sequence[int] | None"]
+Contents = tuple[Mapping[str, torch.Tensor], "Sequence[int] | None"]
+"""What a unit is made of: its tensors, and the flags of its rows."""
+
+_Job = tuple[Unit, Callable[[], Contents], Sequence[Example]]
 
 
 class BackgroundWriter:
     """Write units in another thread, at most ``max_pending`` of them not yet durable.
 
     The tensors are not copied: leave a unit's memory alone until it is durable. With ``max_pending=1`` that is when
-    the next ``submit`` returns, so two sets of buffers suffice.
+    the next ``submit`` returns, with ``max_pending=2`` when `wait_for_room` says that there is room for the unit after
+    the next: two sets of buffers suffice for either.
 
     A failed write is raised by the next ``submit``, ``flush`` or ``close``; units behind it are dropped and do not
     exist. Leaving the ``with`` block waits for what was submitted, also when the block raised.
@@ -66,6 +71,8 @@ class BackgroundWriter:
         self._jobs: deque[_Job] = deque()
         self._unfinished = 0  # submitted and not yet durable
         self._closing = False
+        self._writing = False  # the thread is at the disk, not waiting for what it is to write
+        self.waited_s = 0.0  # how long callers waited for the disk
         self._error: BaseException | None = None
         self._raised = False
         self._changed = threading.Condition()
@@ -86,6 +93,13 @@ class BackgroundWriter:
         flags: Sequence[int] | None = None,
     ) -> None:
         """Hand over one unit; waits while ``max_pending`` units are not yet durable, and raises an earlier failure."""
+        self.submit_unfinished(unit, lambda: (tensors, flags), examples)
+
+    def submit_unfinished(self, unit: Unit, finish: Callable[[], Contents], examples: Sequence[Example]) -> None:
+        """The same for a unit that isn't ready: ``finish`` is called in the thread, where it may wait and compute.
+
+        What ``finish`` raises counts as a failed write.
+        """
         with self._changed:
             self._wait(self._max_pending - 1)
             if self._closing:
@@ -93,8 +107,13 @@ class BackgroundWriter:
                     broken_rule("BackgroundWriter", "submit", "come before close", unit.name, "Reopen it.")
                 )
             self._unfinished += 1
-            self._jobs.append((unit, tensors, examples, flags))
+            self._jobs.append((unit, finish, examples))
             self._changed.notify_all()
+
+    def wait_for_room(self, time_s: float | None = None) -> bool:
+        """Wait until ``submit`` wouldn't; False if ``time_s`` seconds were not enough; raises an earlier failure."""
+        with self._changed:
+            return self._wait(self._max_pending - 1, time_s)
 
     def flush(self) -> None:
         """Wait until every submitted unit is durable; raises a failure."""
@@ -112,15 +131,22 @@ class BackgroundWriter:
                 self._raised = True
                 raise self._error
 
-    def _wait(self, allowed: int) -> None:
+    def _wait(self, allowed: int, time_s: float | None = None) -> bool:
+        start = time.monotonic()
         while self._unfinished > allowed and self._error is None:
-            self._changed.wait(1.0)
+            before, writing = time.monotonic(), self._writing
+            if time_s is not None and before - start >= time_s:
+                return False
+            self._changed.wait(1.0 if time_s is None else min(1.0, start + time_s - before))
+            if writing:
+                self.waited_s += time.monotonic() - before
             if not self._thread.is_alive() and self._unfinished > allowed and self._error is None:
                 remedy = "Open a dataset after forking, not before."
                 self._error = RuntimeError(broken_rule("BackgroundWriter", "thread", "be alive", "none", remedy))
         if self._error is not None:
             self._raised = True
             raise self._error
+        return True
 
     def _run(self) -> None:
         while True:
@@ -129,9 +155,11 @@ class BackgroundWriter:
                     self._changed.wait()
                 if not self._jobs:
                     return
-                job = self._jobs.popleft()
+                unit, finish, examples = self._jobs.popleft()
             try:
-                self._writer.write_unit(*job)
+                tensors, flags = finish()
+                self._at_the_disk(True)
+                self._writer.write_unit(unit, tensors, examples, flags)
             except BaseException as error:  # whatever it was, the caller must hear of it
                 with self._changed:
                     self._error = error
@@ -139,10 +167,14 @@ class BackgroundWriter:
                     self._unfinished = 0
                     self._changed.notify_all()
                 return
-            with self._changed:
-                self._unfinished -= 1
-                del job  # the caller may reuse this memory now
-                self._changed.notify_all()
+            del finish, tensors  # the caller may reuse this memory now
+            self._at_the_disk(False)
+
+    def _at_the_disk(self, writing: bool) -> None:
+        with self._changed:
+            self._writing = writing
+            self._unfinished -= not writing
+            self._changed.notify_all()
 
     def __enter__(self) -> BackgroundWriter:
         return self

@@ -1,0 +1,226 @@
+// Cuts a call into blocks and launches the CUDA kernels: the C interface of capture_cuda.h.
+#include "capture_cuda.cuh"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+namespace tlfast::cuda {
+namespace {
+
+// The cut depends on sizes alone, never on the GPU, so that another GPU gives the same bits. These four are reckoned
+// for an H200 (132 multiprocessors, 4.8 TB/s by its data sheet; 0.8 us of latency assumed), not measured.
+constexpr int64_t kManyBlocks = 256;            // two for nearly every multiprocessor: 4.2 MB in flight
+constexpr int64_t kFewBlocks = 128;             // fewer leave multiprocessors idle
+constexpr int64_t kWorthSplitting = 128 << 10;  // bytes of a block: 6 us, the time of two launches
+constexpr int64_t kPart = 32 << 10;             // bytes that a part of a split reduction has at least
+constexpr int64_t kMostSplits = 64;             // the merge reads as many numbers for each result
+constexpr int64_t kMostBlocks = 1 << 30;        // of the first grid dimension, whose limit is 2^31 - 1
+constexpr int kMergeThreads = 256;
+constexpr int kLeastTile = 8;  // lanes: 128 bytes, a line of L2
+
+int64_t over(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+bool all_divide(const Dims& dims, int64_t Dim::* stride, int64_t by) {
+  for (int d = 0; d < dims.size(); ++d)
+    if (dims[d].*stride % by) return false;
+  return true;
+}
+
+// Whether `v` neighbours of the inner dimension can be loaded at once everywhere.
+bool loads_vectors(const CudaCapture& c, int64_t v) {
+  return c.view.inner.grad == 1 && c.view.inner.size % v == 0 &&
+         reinterpret_cast<uintptr_t>(c.grad) % kLoadBytes == 0 && all_divide(c.view.outer, &Dim::grad, v) &&
+         all_divide(c.view.reduced, &Dim::grad, v);
+}
+
+// Whether `v` results can be stored at once everywhere.
+bool stores_vectors(const CudaCapture& c, int64_t v) {
+  const int64_t widest = std::min<int64_t>(kLoadBytes, v * int64_t(size_of(c.out_dtype)));
+  return c.view.inner.out == 1 && reinterpret_cast<uintptr_t>(c.out) % widest == 0 &&
+         (!c.cursor || c.row_elements * int64_t(size_of(c.out_dtype)) % widest == 0) &&
+         all_divide(c.view.outer, &Dim::out, v);
+}
+
+void split(Cut& cut, int64_t n_blocks, int64_t n_parts, int64_t bytes_of_part) {
+  cut.splits = 1;
+  const int64_t bytes = n_parts * bytes_of_part;
+  if (n_blocks < kFewBlocks && bytes >= kWorthSplitting)
+    cut.splits = int(std::min({over(kManyBlocks, n_blocks), bytes / kPart, kMostSplits}));
+  cut.per_split = over(n_parts, cut.splits);
+  cut.splits = int(std::max<int64_t>(1, cut.per_split ? over(n_parts, cut.per_split) : 1));
+}
+
+// One part, and the divisors of what `n_across` and the view say.
+Cut whole(const View& v, int tile, int64_t n_across) {
+  Cut cut{};
+  cut.tile = tile;
+  cut.warps = cut.splits = 1;
+  cut.n_across = n_across;
+  cut.n_items = v.n_outer * n_across;
+  cut.by_across = Divisor::of(n_across);
+  cut.by_width = Divisor::of(v.inner_reduced ? 1 : v.inner.size);
+  for (int d = 0; d < v.outer.size(); ++d) cut.by_outer[d] = Divisor::of(v.outer[d].size);
+  for (int d = 0; d < v.reduced.size(); ++d) cut.by_reduced[d] = Divisor::of(v.reduced[d].size);
+  return cut;
+}
+
+Cut cut_columns(const View& v, int64_t width, int64_t element_bytes) {
+  int tile = kLanesOfWarp;
+  while (tile > kLeastTile && v.n_outer * over(width, tile) < kManyBlocks) tile /= 2;
+  Cut cut = whole(v, tile, over(width, tile));
+  const int64_t rows_of_warp = kLanesOfWarp / cut.tile;
+  while (cut.warps < kMostWarps && cut.warps * rows_of_warp * kInFlight < v.n_reduced) cut.warps *= 2;
+  split(cut, cut.n_items, v.n_reduced, std::min(width, int64_t(cut.tile)) * element_bytes);
+  return cut;
+}
+
+Cut cut_rows(const View& v, int64_t width, int64_t element_bytes) {
+  Cut cut = whole(v, kLanesOfWarp, over(width, kLanesOfWarp * kPieceLoads));
+  const int64_t n_pieces = v.n_reduced * cut.n_across;
+  cut.warps = n_pieces > kPieceLoads ? kPickWarps : 1;
+  cut.n_items = over(v.n_outer, kPickWarps / cut.warps);
+  split(cut, cut.n_items, n_pieces, std::min<int64_t>(width, kLanesOfWarp * kPieceLoads) * element_bytes);
+  return cut;
+}
+
+bool picks_one(Reduction reduction) { return reduction == Reduction::none || reduction == Reduction::last; }
+
+// The cut of a reduction that loads `vector` elements at once.
+Cut cut_of(const CudaCapture& c, int64_t vector) {
+  const int64_t width = over(c.view.inner.size, vector), bytes = vector * int64_t(size_of(c.grad_dtype));
+  return c.view.inner_reduced ? cut_rows(c.view, width, bytes) : cut_columns(c.view, width, bytes);
+}
+
+int64_t scratch_of(const CudaCapture& c, const Cut& cut) {
+  if (cut.splits == 1) return 0;
+  const int64_t width = c.view.inner_reduced ? 1 : c.view.inner.size;
+  const int64_t accumulator = c.grad_dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
+  return cut.splits * c.view.n_outer * (int64_t(sizeof(int64_t)) + width * accumulator);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), int64_t n_blocks, int splits, int threads, size_t shared, void* stream,
+                   const Args&... args) {
+  const dim3 grid(unsigned(std::min(n_blocks, kMostBlocks)), unsigned(splits)), block(static_cast<unsigned>(threads));
+  const auto on = static_cast<cudaStream_t>(stream);
+#if TLFAST_SIMT
+  simt::launch(kernel, grid, block, shared, on, args...);
+#else
+  kernel<<<grid, block, shared, on>>>(args...);
+#endif
+  return cudaGetLastError();
+}
+
+template <class G, class R, int V>
+cudaError_t reduce(const CudaCapture& c, void* stream) {
+  using A = typename AccumulatorOf<G>::type;
+  const Cut cut = cut_of(c, V);
+  cudaError_t error;
+  if (c.view.inner_reduced) {
+    error = launch(rows<G, R, V>, cut.n_items, cut.splits, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
+  } else {
+    const size_t shared = size_t(cut.warps) * cut.tile * V * sizeof(A);
+    error = launch(columns<G, R, V>, cut.n_items, cut.splits, cut.warps * kLanesOfWarp, shared, stream, c, cut);
+  }
+  if (error || cut.splits == 1) return error;
+  const int64_t n_results = c.view.n_outer * (c.view.inner_reduced ? 1 : c.view.inner.size);
+  return launch(merge<A, R>, over(n_results, kMergeThreads), 1, kMergeThreads, 0, stream, c, cut);
+}
+
+template <class G, class R>
+cudaError_t pick_width(const CudaCapture& c, void* stream) {
+  constexpr int kVector = kLoadBytes / sizeof(G);
+  return loads_vectors(c, kVector) ? reduce<G, R, kVector>(c, stream) : reduce<G, R, 1>(c, stream);
+}
+
+template <class G, class O>
+cudaError_t pick(const CudaCapture& c, void* stream) {
+  constexpr int kVector = kLoadBytes / sizeof(G);
+  const auto go = [&](auto kernel, int64_t v) {
+    const Cut cut = whole(c.view, kLanesOfWarp, over(over(c.view.inner.size, v), kLanesOfWarp * kPieceLoads));
+    return launch(kernel, over(cut.n_items, kPickWarps), 1, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
+  };
+  const bool vectors = loads_vectors(c, kVector) && stores_vectors(c, kVector);
+  return vectors ? go(picks<G, O, kVector>, kVector) : go(picks<G, O, 1>, 1);
+}
+
+template <class G>
+cudaError_t pick_reduction(const CudaCapture& c, void* stream) {
+  switch (c.reduction) {
+    case Reduction::sum:
+    case Reduction::mean:
+      return pick_width<G, Add>(c, stream);
+    case Reduction::norm:
+      return pick_width<G, AddSquare>(c, stream);
+    case Reduction::absmax:
+      return pick_width<G, MaxAbs>(c, stream);
+    default:
+      break;
+  }
+  switch (c.out_dtype) {
+    case Dtype::bf16:
+      return pick<G, bf16>(c, stream);
+    case Dtype::f16:
+      return pick<G, f16>(c, stream);
+    case Dtype::f64:
+      if constexpr (sizeof(G) == sizeof(double)) return pick<G, double>(c, stream);
+      return cudaErrorInvalidValue;
+    default:
+      return pick<G, float>(c, stream);
+  }
+}
+
+__global__ void set_cursor(int64_t* cursor, int64_t row) { cursor[0] = row; }
+__global__ void advance(int64_t* cursor, int64_t n_rows) { cursor[0] += n_rows; }
+
+}  // namespace
+}  // namespace tlfast::cuda
+
+using namespace tlfast::cuda;
+
+int64_t tlfast_cuda_scratch_bytes(const tlfast::CudaCapture* call) {
+  if (picks_one(call->reduction)) return 0;
+  // For both kinds of loads: which one it will be depends on the address of each gradient.
+  const int64_t vector = kLoadBytes / int64_t(size_of(call->grad_dtype));
+  return std::max(scratch_of(*call, cut_of(*call, 1)), scratch_of(*call, cut_of(*call, vector)));
+}
+
+int tlfast_cuda_capture(const tlfast::CudaCapture* call, void* stream) {
+  switch (call->grad_dtype) {
+    case tlfast::Dtype::bf16:
+      return pick_reduction<tlfast::bf16>(*call, stream);
+    case tlfast::Dtype::f16:
+      return pick_reduction<tlfast::f16>(*call, stream);
+    case tlfast::Dtype::f64:
+      return pick_reduction<double>(*call, stream);
+    default:
+      return pick_reduction<float>(*call, stream);
+  }
+}
+
+int tlfast_cuda_set_cursor(int64_t* cursor, int64_t row, void* stream) {
+  return launch(set_cursor, 1, 1, 1, 0, stream, cursor, row);
+}
+
+int tlfast_cuda_advance(int64_t* cursor, int64_t n_rows, void* stream) {
+  return launch(advance, 1, 1, 1, 0, stream, cursor, n_rows);
+}
+
+const char* tlfast_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+tlfast::CudaStatus tlfast_cuda_status() {
+  tlfast::CudaStatus status{};
+  status.error = cudaGetDeviceCount(&status.n_devices);
+  cudaDriverGetVersion(&status.driver);
+  cudaRuntimeGetVersion(&status.runtime);
+  cudaGetLastError();  // an answer, not a failure of what comes next
+  return status;
+}
+
+int tlfast_cuda_capability(int device, int* major, int* minor) {
+  const int error = cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, device);
+  return error ? error : int(cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device));
+}

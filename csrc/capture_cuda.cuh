@@ -1,0 +1,226 @@
+// The CUDA kernels: columns, rows, picks, and the merge of what was split; the file is C++ to the SIMT shim of the
+// tests.
+//
+// Which bits come out depends on the sizes and strides alone: every partial result has its place, and they are combined
+// in a fixed order. The only atomics count integers.
+#pragma once
+
+#include "cuda_results.cuh"
+
+namespace tlfast::cuda {
+
+template <class A>
+__device__ __forceinline__ A* shared_partials() {
+  extern __shared__ __align__(16) unsigned char tlfast_shared[];
+  return reinterpret_cast<A*>(tlfast_shared);
+}
+
+// The reduced dimension lies outside of the inner one: a block takes a tile of the inner dimension, and its threads
+// take reduced rows in turn. V elements a load.
+template <class G, class R, int V>
+__global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
+    columns(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
+  using A = typename AccumulatorOf<G>::type;
+  __shared__ int64_t counted[kMostWarps];
+  A* const partial = shared_partials<A>();  // [warps][tile * V]
+  const View& v = c.view;
+  const int lane = threadIdx.x % kLanesOfWarp, warp = threadIdx.x / kLanesOfWarp;
+  const int across = lane % cut.tile, rows_of_warp = kLanesOfWarp / cut.tile;
+  const int64_t n_at_once = cut.warps * rows_of_warp, split = blockIdx.y;
+  const int64_t end = least(v.n_reduced, (split + 1) * cut.per_split);
+  const int64_t row_base = first_row(c);
+  Results<A> results{c, cut};
+  for (int64_t item = blockIdx.x; item < cut.n_items; item += gridDim.x) {
+    const int64_t outer = cut.by_across(item), first = (item - outer * cut.n_across) * cut.tile * V;
+    const Offsets at = offsets_of(v.outer, cut.by_outer, outer);
+    const uint8_t* const mask = c.mask ? c.mask + at.mask : nullptr;
+    const int64_t mine = first + across * V;
+    const bool inside = mine < v.inner.size;
+    const G* const grad = static_cast<const G*>(c.grad) + at.grad + mine * v.inner.grad;
+    A acc[V] = {};
+    int64_t n = 0;
+    const int64_t begin = split * cut.per_split + warp * rows_of_warp + lane / cut.tile;
+    if (v.reduced.size() <= 1) {
+      const int64_t stride = v.reduced.size() ? v.reduced[0].grad : 0,
+                    of_mask = v.reduced.size() ? v.reduced[0].mask : 0;
+      for (int64_t k = begin; k < end; k += kInFlight * n_at_once) {
+        Pack<G, V> held[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          held[i] = {};  // zero changes no sum and no maximum
+          const int64_t row = k + i * n_at_once;
+          const bool real = row < end && (!mask || mask[row * of_mask]);
+          n += real;
+          if (real && inside) held[i] = load<G, V>(grad + row * stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, held[i]);
+      }
+    } else {  // dimensions that can't be joined: rare, and one row at a time
+      for (int64_t k = begin; k < end; k += n_at_once) {
+        const Offsets from = offsets_of(v.reduced, cut.by_reduced, k);
+        const bool real = !mask || mask[from.mask];
+        n += real;
+        if (real && inside) take_in<R>(acc, load<G, V>(grad + from.grad));
+      }
+    }
+    // First over the rows of a warp, then over the warps: always in this order.
+    for (int apart = cut.tile; apart < kLanesOfWarp; apart *= 2) {
+      n += __shfl_down_sync(kAll, n, apart);
+#pragma unroll
+      for (int j = 0; j < V; ++j) acc[j] = R::combine(acc[j], __shfl_down_sync(kAll, acc[j], apart));
+    }
+    if (lane < cut.tile)
+#pragma unroll
+      for (int j = 0; j < V; ++j) partial[(warp * cut.tile + lane) * V + j] = acc[j];
+    if (lane == 0) counted[warp] = n;
+    __syncthreads();
+    const int64_t n_here = least(int64_t(cut.tile) * V, v.inner.size - first);
+    for (int j = threadIdx.x; j < n_here; j += blockDim.x) {
+      A sum = partial[j];
+      int64_t n_rows = counted[0];
+      for (int w = 1; w < cut.warps; ++w) {
+        sum = R::combine(sum, partial[w * cut.tile * V + j]);
+        n_rows += counted[w];
+      }
+      results.take(split, outer, first + j, row_base + at.out + (first + j) * v.inner.out, sum, n_rows);
+    }
+    __syncthreads();  // the next item writes the same shared memory
+  }
+  if (cut.splits == 1) count(c, results.nonfinite, results.saturated);
+}
+
+// The inner dimension itself is reduced: `warps` warps share the pieces of one result.
+template <class G, class R, int V>
+__global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
+    rows(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
+  using A = typename AccumulatorOf<G>::type;
+  __shared__ int64_t counted[kPickWarps];
+  __shared__ A partial[kPickWarps];
+  const View& v = c.view;
+  const int lane = threadIdx.x % kLanesOfWarp, warp = threadIdx.x / kLanesOfWarp;
+  const int n_together = kPickWarps / cut.warps, own = warp / cut.warps, share = warp % cut.warps;
+  const int64_t split = blockIdx.y, row_base = first_row(c);
+  const int64_t end = least(v.n_reduced * cut.n_across, (split + 1) * cut.per_split);
+  Results<A> results{c, cut};
+  for (int64_t item = blockIdx.x; item < cut.n_items; item += gridDim.x) {
+    const int64_t outer = item * n_together + own;
+    const bool there = outer < v.n_outer;
+    const Offsets at = offsets_of(v.outer, cut.by_outer, there ? outer : 0);
+    const G* const grad = static_cast<const G*>(c.grad) + at.grad;
+    A acc[V] = {};
+    int64_t n = 0;
+    const int64_t begin = split * cut.per_split + share;
+    int64_t k = cut.by_across(begin), part = begin - k * cut.n_across;
+    for (int64_t piece = begin; there && piece < end; piece += cut.warps) {
+      const Offsets from = reduced_row(v, cut, k);
+      const bool real = !c.mask || c.mask[at.mask + from.mask];
+      n += real && part == 0 ? v.inner.size : 0;
+      Pack<G, V> held[kPieceLoads];
+#pragma unroll
+      for (int i = 0; i < kPieceLoads; ++i) {
+        held[i] = {};
+        const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
+        if (real && mine < v.inner.size) held[i] = load<G, V>(grad + from.grad + mine * v.inner.grad);
+      }
+#pragma unroll
+      for (int i = 0; i < kPieceLoads; ++i) take_in<R>(acc, held[i]);
+      for (part += cut.warps; part >= cut.n_across; part -= cut.n_across) ++k;
+    }
+#pragma unroll
+    for (int j = 1; j < V; ++j) acc[0] = R::combine(acc[0], acc[j]);
+    for (int apart = kLanesOfWarp / 2; apart > 0; apart /= 2)
+      acc[0] = R::combine(acc[0], __shfl_down_sync(kAll, acc[0], apart));
+    if (lane == 0) {
+      partial[warp] = acc[0];
+      counted[warp] = n;
+    }
+    __syncthreads();
+    if (there && share == 0 && lane == 0) {
+      A sum = partial[warp];
+      for (int w = 1; w < cut.warps; ++w) {
+        sum = R::combine(sum, partial[warp + w]);
+        n += counted[warp + w];
+      }
+      results.take(split, outer, 0, row_base + at.out, sum, n);
+    }
+    __syncthreads();
+  }
+  if (cut.splits == 1) count(c, results.nonfinite, results.saturated);
+}
+
+// The parts of split reductions, combined in their order.
+template <class A, class R>
+__global__ void merge(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
+  const View& v = c.view;
+  const int64_t width = v.inner_reduced ? 1 : v.inner.size, row_base = first_row(c);
+  Results<A> results{c, cut};
+  const int64_t n_results = results.n_results();
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n_results;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t outer = cut.by_width(i), column = i - outer * width;
+    A sum = results.partial()[i];
+    int64_t n = results.counted()[outer];
+    for (int64_t split = 1; split < cut.splits; ++split) {
+      sum = R::combine(sum, results.partial()[split * n_results + i]);
+      n += results.counted()[split * v.n_outer + outer];
+    }
+    const int64_t along = v.inner_reduced ? 0 : column * v.inner.out;
+    results.finished(row_base + offsets_of(v.outer, cut.by_outer, outer).out + along, sum, n);
+  }
+  count(c, results.nonfinite, results.saturated);
+}
+
+// Nothing is added up (`none`, `last`): a warp copies and casts a piece of the inner dimension.
+template <class G, class O, int V>
+__global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
+    picks(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
+  using A = typename AccumulatorOf<G>::type;
+  const View& v = c.view;
+  const int lane = threadIdx.x % kLanesOfWarp;
+  const int64_t row_base = first_row(c), n_warps = int64_t(gridDim.x) * kPickWarps;
+  int64_t nonfinite = 0, saturated = 0;
+  for (int64_t item = int64_t(blockIdx.x) * kPickWarps + threadIdx.x / kLanesOfWarp; item < cut.n_items;
+       item += n_warps) {
+    const int64_t outer = cut.by_across(item), part = item - outer * cut.n_across;
+    const Offsets at = offsets_of(v.outer, cut.by_outer, outer);
+    int64_t k = v.n_reduced - 1;
+    if (c.mask) {  // the last real one, 32 at a time from the end
+      k = -1;
+      for (int64_t behind = v.n_reduced; behind > 0 && k < 0; behind -= kLanesOfWarp) {
+        const int64_t mine = behind - 1 - lane;
+        const bool real = mine >= 0 && c.mask[at.mask + reduced_row(v, cut, mine).mask];
+        const unsigned votes = __ballot_sync(kAll, real);
+        if (votes) k = behind - __ffs(int(votes));
+      }
+    }
+    const int64_t n = k < 0 ? 0 : 1;
+    const G* const grad = static_cast<const G*>(c.grad) + at.grad + (n ? reduced_row(v, cut, k).grad : 0);
+    O* const out = static_cast<O*>(c.out) + row_base + at.out;
+    Pack<G, V> held[kPieceLoads];
+#pragma unroll
+    for (int i = 0; i < kPieceLoads; ++i) {
+      held[i] = {};
+      const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
+      if (n && mine < v.inner.size) held[i] = load<G, V>(grad + mine * v.inner.grad);
+    }
+#pragma unroll
+    for (int i = 0; i < kPieceLoads; ++i) {
+      const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
+      if (mine >= v.inner.size) continue;
+      Pack<O, V> stored;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const A value = finish(c.reduction, A(widen(held[i].values[j])), n) * A(c.scale);
+        stored.values[j] = Narrow<O>::of(value);
+        const bool bad = !is_finite(widen(stored.values[j]));
+        nonfinite += bad;
+        saturated += bad && is_finite(value);
+      }
+      *reinterpret_cast<Pack<O, V>*>(out + mine * v.inner.out) = stored;
+    }
+  }
+  count(c, nonfinite, saturated);
+}
+
+}  // namespace tlfast::cuda

@@ -1,0 +1,117 @@
+"""The drain on a real GPU: rows right behind slow work, and no wait of the host in a step or a drain."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from random import Random
+
+import pytest
+import torch
+from tiny_models import collect, sequences, tiny_model
+
+import tlfast
+from tlfast.batches import Batching, as_examples
+from tlfast.dataset.layout import Column
+from tlfast.drain import N_COUNTERS, CudaStreams, Drain, streams_for
+from tlfast.units import Runner
+
+N_ROWS = 64
+WIDTH = 1024
+COLUMNS = {"a": Column(torch.float32, (WIDTH,)), "b": Column(torch.bfloat16, (2, WIDTH))}
+CYCLES = 20_000_000  # for which a stream is kept busy: about 10 ms, far longer than the host needs to queue a unit
+
+
+@contextmanager
+def no_wait_of_the_host():
+    """An error for every operation that makes the host wait for the GPU, as far as torch knows of it."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode itself warns that it doesn't see everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_wait_of_the_host_is_noticed(cuda):
+    with no_wait_of_the_host(), pytest.raises(RuntimeError, match="synchron"):
+        torch.ones(1, device=cuda).item()
+
+
+@pytest.mark.parametrize("busy", ["compute", "side", "neither"])
+def test_units_arrive_behind_slow_work(cuda, busy):
+    streams = streams_for({cuda})
+    assert isinstance(streams, CudaStreams)
+    drain = Drain(streams, COLUMNS, N_ROWS)
+    rings = {name: torch.zeros(N_ROWS, *c.row_shape, dtype=c.dtype, device=cuda) for name, c in COLUMNS.items()}
+    counters = [torch.zeros(N_COUNTERS, dtype=torch.int64, device=cuda) for _ in COLUMNS]
+    base = {name: torch.arange(N_ROWS).reshape(-1, *(1 for _ in c.row_shape)) for name, c in COLUMNS.items()}
+    there = {name: numbers.to(cuda) for name, numbers in base.items()}
+    for slot in drain._slots:
+        assert all(tensor.is_pinned() for tensor in (*slot.host.values(), slot.host_counters))
+    random, pending = Random(0), []
+
+    def finish():
+        unit, places, arrived = pending.pop(0)
+        block, counted = arrived()
+        for name, rows in block.items():
+            expected = (base[name][places] + unit).expand(rows.shape).to(rows.dtype)
+            assert torch.equal(rows, expected), f"unit {unit}, column {name}"
+        assert counted.tolist() == [[unit + 1, 0]] * len(COLUMNS)
+
+    with torch.cuda.stream(torch.cuda.Stream(cuda)):  # any stream may be the one that computes
+        for unit in range(6):
+            places = torch.tensor(random.sample(range(N_ROWS), N_ROWS))
+            with no_wait_of_the_host():
+                if busy != "neither":
+                    streams.run(busy, lambda: torch.cuda._sleep(CYCLES))
+                for name, ring in rings.items():
+                    ring.copy_((there[name] + unit).expand(ring.shape))
+                for counter in counters:
+                    counter[:1].add_(1)
+                arrived = drain.drain(rings, counters, places, lambda: None if len(pending) < 2 else finish())
+            pending.append((unit, places, arrived))
+        while pending:
+            finish()
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_a_step_does_not_wait(cuda, padding_side):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256)).to(cuda)
+    examples = as_examples(sequences(16))
+    batching = Batching(32, None, padding_side)
+    with (
+        tlfast.freeze(model),
+        tlfast.capture(model, "1", reduce="mean", dtype=torch.float16, rows=16, backend="python") as cap,
+    ):
+        runner = Runner(model, cap, batching, summed_logits, 1.0)
+        runner.fill_ring(examples, lambda n_examples, n_tokens: None)  # the first step allocates
+        with no_wait_of_the_host():
+            runner.fill_ring(examples, lambda n_examples, n_tokens: None)
+        assert cap.counters[0].device == cuda
+        assert cap.counts["1"] == {"nonfinite": 0, "saturated": 0}
+
+
+def summed_logits(model, batch):
+    logits = model(batch.input_ids).float()
+    assert batch.position_ids is None or batch.position_ids.device == logits.device
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def test_a_collection_has_the_rows_of_the_cpu(cuda, tmp_path):
+    examples = sequences(40)
+    for name, device in (("cpu", "cpu"), ("cuda", cuda)):
+        model = tiny_model(dtype=torch.float64).to(device)
+        collect(
+            model, tmp_path / name, examples, rows_per_unit=6, backend="python", cuda_graph="off"
+        )  # fmt: skip
+    there, here = (tlfast.open_dataset(tmp_path / name) for name in ("cpu", "cuda"))
+    assert here.verify().ok
+    assert here.points == there.points
+    for point in there.points:
+        torch.testing.assert_close(here[point][:], there[point][:])
