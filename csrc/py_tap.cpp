@@ -93,13 +93,15 @@ std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::str
   return std::make_unique<PyTap>(std::move(tap), output, py::list());
 }
 
-std::unique_ptr<PyTap> PyTap::to_recording(std::shared_ptr<Step> step, const std::string& name,
-                                           std::shared_ptr<Recording> recording, const py::object& select,
-                                           const std::string& calls, const std::optional<at::Tensor>& anchor) {
+std::unique_ptr<PyTap> PyTap::to_cache(std::shared_ptr<Step> step, const std::string& name,
+                                       std::shared_ptr<TensorCache> cache, const py::object& select,
+                                       const std::string& calls, const std::optional<at::Tensor>& anchor) {
   auto tap = Tap::make(std::move(step), name, {}, parse_calls(calls));
   if (anchor) tap->anchor = *anchor;
-  tap->record(std::move(recording), change_of(select));
-  return std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
+  tap->keep_in(std::move(cache), change_of(select));
+  auto made = std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
+  made->hooks_seen = hooks_registered();  // it is hooked at once, behind all others
+  return made;
 }
 
 void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(convert); }
@@ -135,23 +137,23 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
   return {};
 }
 
-// A recording keeps the output, too, also where no gradient can reach it.
-py::object PyTap::forward_recorded(const py::handle& given) {
+// A cache keeps the output, too, also where no gradient can reach it.
+py::object PyTap::forward_cached(const py::handle& given) {
   PyObject* found = given.ptr();
   if (PyTuple_Check(found) && PyTuple_GET_SIZE(found)) found = PyTuple_GET_ITEM(found, 0);
   if (!THPVariable_Check(found)) {
-    if (given.is_none()) tap->record_output({});
+    if (given.is_none()) tap->cache_output({});
     return py::none();
   }
   const at::Tensor& tensor = THPVariable_Unpack(found);
-  tap->record_output(tensor);
+  tap->cache_output(tensor);
   if (!tap->step->active || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
   auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
 }
 
 py::object PyTap::forward(const py::handle& given) {
-  if (tap->recording) return forward_recorded(given);
+  if (tap->cache) return forward_cached(given);
   if (!tap->step->active || !at::GradMode::is_enabled()) return py::none();
   if (THPVariable_Check(given.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(given.ptr());

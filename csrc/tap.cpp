@@ -149,19 +149,19 @@ at::Tensor Tap::attach_behind(const at::Tensor& output) {
 
 bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 || recomputed_); }
 
-void Tap::record(std::shared_ptr<Recording> into, Change select) {
-  recording = std::move(into);
-  place_ = recording->add(point->name, std::move(select));
+void Tap::keep_in(std::shared_ptr<TensorCache> into, Change select) {
+  cache = std::move(into);
+  place_ = cache->add(point->name, std::move(select));
   sink = [this](const at::Tensor& grad) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    recording->gradient(place_, grad, sums());
+    cache->gradient(place_, grad, sums());
   };
 }
 
-void Tap::record_output(const at::Tensor& output) {
+void Tap::cache_output(const at::Tensor& output) {
   if (!step->active) return;
   const at::Tensor kept = output.defined() ? alias_of(output) : output;
-  recording->output(place_, convert && kept.defined() ? convert(kept) : kept);
+  cache->output(place_, convert && kept.defined() ? convert(kept) : kept);
 }
 
 void Tap::fire(const at::Tensor& given) {

@@ -1,4 +1,4 @@
-"""The native module: what tlfast.steps, taps, ring and recording do in Python."""
+"""The native module: what tlfast.steps, taps, ring and tensor_cache do in Python."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ class Step:
     def replay(self, recording: Recording) -> None: ...
     def take_back(self, recording: Recording) -> None: ...
 
-class Recording:
+class TensorCache:
     def __init__(self) -> None: ...
     def outputs(self) -> list[tuple[int, torch.Tensor | None]]: ...
     def gradients(self) -> list[tuple[int, torch.Tensor]]: ...
@@ -57,10 +57,10 @@ class Tap:
         step: Step, name: str, sink: Any, reduce: str, dims: Sequence[int], output: int | str | None
     ) -> Tap: ...
     @staticmethod
-    def to_recording(
+    def to_cache(
         step: Step,
         name: str,
-        recording: Recording,
+        cache: TensorCache,
         select: Callable[[torch.Tensor], torch.Tensor] | None,
         calls: str,
         anchor: torch.Tensor | None,

@@ -54,7 +54,7 @@ def run_with_cache(
     calls: str = "sum",
     backend: str = "auto",
     remove_batch_dim: bool = False,
-    gated: str = "raise",
+    gated: str = "keep",
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
     """Run a model and keep its activations, and its gradients under names that end in ``_grad``.
@@ -76,7 +76,7 @@ def run_with_cache(
             which is what TransformerLens keeps. Of the outputs it is the last in both.
         backend: "native", "python" or "auto".
         remove_batch_dim: drop a leading dimension of size 1.
-        gated: for points that are switched off and asked for by name: "raise", or "skip" with a warning.
+        gated: a point that is switched off and was asked for by name is an error; "skip" makes it a warning.
 
     Returns:
         (the model's output, an ActivationCache), or (output, dict) where the model's own returns a dict.
@@ -90,7 +90,7 @@ def run_with_cache(
     """
     kept = Kept("run_with_cache", pos_slice, reduce, over, dtype, device)
     backward = incl_bwd or metric is not None
-    run, output, _, cache = _recorded(
+    run, output, _, cache = _run(
         "run_with_cache", model, model_args, model_kwargs, names_filter, gated, kept, calls, backend, metric, backward,
         params, remove_batch_dim,
     )  # fmt: skip
@@ -138,14 +138,14 @@ def cache_fwd_and_bwd(
         value, acts, grads = cache_fwd_and_bwd(model, tokens, metric, "blocks.*.hook_resid_post")
     """
     kept = Kept("cache_fwd_and_bwd", pos_slice, reduce, over, dtype, device)
-    run, _, value, _ = _recorded(
-        "cache_fwd_and_bwd", model, (tokens,), model_kwargs, names_filter, "raise", kept, calls, backend, metric, True,
+    run, _, value, _ = _run(
+        "cache_fwd_and_bwd", model, (tokens,), model_kwargs, names_filter, "keep", kept, calls, backend, metric, True,
         params, False,
     )  # fmt: skip
     return value.item(), activation_cache(run.outputs(), model), activation_cache(run.gradients(), model)
 
 
-def _recorded(
+def _run(
     who: str,
     model: Any,
     model_args: tuple[Any, ...],

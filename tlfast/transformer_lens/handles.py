@@ -16,33 +16,36 @@ class TapHandle:
     A backward whose forward ran before still reaches the tap, as it does a full backward hook that is removed.
     """
 
-    def __init__(self, handles: list[Any]):
-        self.handles = handles
-        self.id = handles[-1].id  # as a RemovableHandle has it
+    def __init__(self, module: Any, tap: Any, attach: str, native: ModuleType | None):
+        self._handles = hook_module(module, tap, attach, native)
+        self.id = self._handles[-1].id  # as a RemovableHandle has it
 
     def remove(self) -> None:
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
 
 
-class PointHandle:
-    """A tap on a hook point, in the eyes of TransformerLens a backward hook: components look there for their path."""
+def convert_at(point: Any, tap: Any) -> None:
+    """Let a tap see what a hook of TransformerLens would see at this point."""
+    convert = conversion_of(point)
+    if convert is not None:
+        tap.set_convert(convert)
 
-    def __init__(
-        self, point: Any, tap: Any, attach: str, native: ModuleType | None, *, permanent: bool, level: int | None = None
-    ):
-        convert = conversion_of(point)
-        if convert is not None:
-            tap.set_convert(convert)
-        self.point = point
-        self.listed = lens_handle(TapHandle(hook_module(point, tap, attach, native)), permanent, level)
-        point.bwd_hooks.append(self.listed)
+
+class ListedTap:
+    """A tap's handle in `bwd_hooks` of its point, where TransformerLens' components look to choose their path."""
+
+    __slots__ = ("handle", "point")
+
+    def __init__(self, point: Any, handle: Any, permanent: bool):
+        self.point, self.handle = point, lens_handle(handle, permanent, None)
+        point.bwd_hooks.append(self.handle)
 
     def remove(self) -> None:
-        """Take exactly this one away; by identity, since handles compare by value."""
-        self.listed.hook.remove()
+        """Take exactly this one away: by identity, since handles compare by value."""
+        self.handle.hook.remove()
         listed = self.point.bwd_hooks  # TransformerLens replaces the list when it removes hooks
-        for index, handle in enumerate(listed):
-            if handle is self.listed:
-                del listed[index]
-                break
+        if listed and listed[-1] is self.handle:
+            listed.pop()
+        else:
+            listed[:] = [handle for handle in listed if handle is not self.handle]

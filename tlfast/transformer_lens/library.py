@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ def library() -> ModuleType:
         ) from error  # fmt: skip
 
 
+@cache
 def _found(name: str, *modules: str) -> Any:
     """A name of TransformerLens, which lies in one module or another: `utils` became `utilities`."""
     library()

@@ -72,12 +72,15 @@ def find_names(who: str, model: nn.Module, names_filter: NamesFilter, gated: str
         model: it has a `hook_dict`.
         names_filter: None, a name, a short name, a glob, a predicate on names, or a sequence of names and globs.
         gated: what happens to a point that is switched off and was asked for by its name: "raise", or "skip" with a
-            warning as for one that a predicate or a glob matches. Under None they are left out.
+            warning as for one that a predicate or a glob matches. Under None they are left out; "keep" keeps them
+            there, since they do no harm where a point may stay silent.
 
     Raises:
         ValueError: for a name that isn't there, or is gated; TypeError for anything else than names.
     """
     known, why_off = hook_points(who, model), gate(model)
+    if names_filter is None and gated == "keep":
+        return known
     if names_filter is None:
         return {name: point for name, point in known.items() if why_off(name, point) is None}
     exact: set[str] = set()
@@ -105,7 +108,7 @@ def find_names(who: str, model: nn.Module, names_filter: NamesFilter, gated: str
                 raise ValueError(broken_rule(who, "names_filter", "match a hook point", repr(asked), hint))
     reasons = {name: why_off(name, known[name]) for name in exact | swept}
     off = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name in exact & off.keys() if gated == "raise" else ():
+    for name in exact & off.keys() if gated != "skip" else ():
         raise ValueError(broken_rule(who, "a point", f"be switched on ({off[name]})", name, "Switch it on, or leave it."))
     if off:
         warnings.warn(f"{who}: skipped points that are switched off: {', '.join(sorted(off))}", stacklevel=4)

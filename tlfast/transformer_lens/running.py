@@ -1,4 +1,4 @@
-"""One recorded run of a model: what is kept of a tensor, the taps on the points, the backward."""
+"""One cached run of a model: what is kept of a tensor, the taps on the points, the backward."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import recording as python_recording
 from .. import steps as python_steps
-from ..attachment import check_not_compiled
+from .. import tensor_cache as python_cache
+from ..attachment import CachingHooks, caching_id
 from ..errors import broken_rule
 from ..ops import pick_native, reduce_into
 from ..reference import normal_dims, reduced_shape
 from ..spec import REDUCTIONS, Over, Reduction, one_of, parse_over, stored_dtype
-from .handles import PointHandle
+from .handles import ListedTap, convert_at
 from .library import position_slice
 from .names import position_dim
 
@@ -62,15 +62,14 @@ class Kept:
 
 
 class Run:
-    """One recorded run: its hook points, each with the names under which it was asked for."""
+    """One cached run: its hook points, each with the names under which it was asked for."""
 
     def __init__(self, who: str, model: nn.Module, found: dict[str, Any], kept: Kept, calls: str, backend: str):
         one_of(who, "calls", calls, ("sum", "last"))
         one_of(who, "backend", backend, ("auto", "native", "python"))
-        check_not_compiled(who, model)
-        self.native = pick_native(who, backend, {p.device.type for p in model.parameters()})
+        self.native = pick_native(who, backend, set())  # holding a tensor is the same on every device
         self.step: Any = python_steps.Step(1, "nan") if self.native is None else self.native.Step(1, "nan")
-        self.recording: Any = python_recording.Recording() if self.native is None else self.native.Recording()
+        self.cache: Any = python_cache.TensorCache() if self.native is None else self.native.TensorCache()
         # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter.
         self.anchor = torch.zeros((), requires_grad=True)
         self.model, self.kept, self.calls = model, kept, calls
@@ -87,17 +86,19 @@ class Run:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """The taps are on their points inside; LensHandles among the points' hooks, and no others go."""
-        make = python_recording.RecordingTap if self.native is None else self.native.Tap.to_recording
-        handles: list[PointHandle] = []
+        make = python_cache.CachingTap if self.native is None else self.native.Tap.to_cache
+        handle_id = caching_id(self.native)
+        listed: list[ListedTap] = []
         try:
             for point, names in zip(self.points, self.names, strict=True):
                 select = self.kept.at(self.model, names[0], point)
-                tap = make(self.step, names[0], self.recording, select, self.calls, self.anchor)
-                handles.append(PointHandle(point, tap, "tensor", self.native, permanent=False))
+                tap = make(self.step, names[0], self.cache, select, self.calls, self.anchor)
+                convert_at(point, tap)
+                listed.append(ListedTap(point, CachingHooks(point, tap, self.native, handle_id), permanent=False))
             yield
         finally:
             self.step.close()
-            for handle in handles:
+            for handle in listed:
                 handle.remove()
 
     def backward(self, who: str, value: Any, params: bool) -> None:
@@ -117,9 +118,9 @@ class Run:
         value.backward(inputs=None if params else [self.anchor])
 
     def outputs(self) -> dict[str, Any]:
-        return {name: tensor for place, tensor in self.recording.outputs() for name in self.names[place]}
+        return {name: tensor for place, tensor in self.cache.outputs() for name in self.names[place]}
 
     def gradients(self, suffix: str = "") -> dict[str, torch.Tensor]:
         return {
-            name + suffix: tensor for place, tensor in self.recording.gradients() for name in self.names[place]
+            name + suffix: tensor for place, tensor in self.cache.gradients() for name in self.names[place]
         }

@@ -17,7 +17,7 @@ using Change = std::function<at::Tensor(const at::Tensor&)>;
 // The dtype in which gradients of this dtype are added up.
 inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
-class Recording {
+class TensorCache {
  public:
   // Make a place for one point; `select` makes what is kept of a tensor there.
   size_t add(const std::string& name, Change select);

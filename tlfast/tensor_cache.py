@@ -1,4 +1,4 @@
-"""Whole tensors kept by the taps of one run, in plain Python: what `tlfast._C.Recording` does natively."""
+"""Whole tensors kept by the taps of one run, in plain Python: what `tlfast._C.TensorCache` does natively."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Place:
         self.dtype: torch.dtype | None = None  # of the gradients that are summed
 
 
-class Recording:
+class TensorCache:
     """What the taps of one run keep: the outputs of their modules and the gradients there."""
 
     def __init__(self) -> None:
@@ -86,16 +86,16 @@ class Recording:
         return kept
 
 
-class RecordingTap(Tap):
-    """A tap that keeps outputs and gradients in a recording, and no rows."""
+class CachingTap(Tap):
+    """A tap that keeps outputs and gradients in a cache, and no rows."""
 
     def __init__(
-        self, step: Step, name: str, recording: Recording, select: Change | None, calls: str,
+        self, step: Step, name: str, cache: TensorCache, select: Change | None, calls: str,
         anchor: torch.Tensor | None,
     ):  # fmt: skip
         super().__init__(step, name, [], None, calls)
-        self.recording, self.anchor = recording, anchor
-        self.place = recording.add(name, select)
+        self.cache, self.anchor = cache, anchor
+        self.place = cache.add(name, select)
 
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
         in_tuple = isinstance(output, tuple) and len(output) > 0
@@ -104,10 +104,10 @@ class RecordingTap(Tap):
             return None
         if not isinstance(found, torch.Tensor):
             if output is None:
-                self.recording.output(self.place, None)
+                self.cache.output(self.place, None)
             return None
         with torch.no_grad():
-            self.recording.output(self.place, self.converted(found.detach()))
+            self.cache.output(self.place, self.converted(found.detach()))
         if not torch.is_grad_enabled() or self.checked_output(found) is None:
             return None
         through: Any = self.identity(found)
@@ -116,4 +116,4 @@ class RecordingTap(Tap):
     @torch.no_grad()
     def fire(self, grad: torch.Tensor) -> None:
         if self.step.active:
-            self.recording.gradient(self.place, self.converted(grad.detach()), self.sums())
+            self.cache.gradient(self.place, self.converted(grad.detach()), self.sums())

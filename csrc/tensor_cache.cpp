@@ -1,5 +1,5 @@
-// Recordings: tensors are held, not copied, where all of them is wanted.
-#include "recording.h"
+// Tensor caches: tensors are held, not copied, where all of them is wanted.
+#include "tensor_cache.h"
 
 #include <ATen/Functions.h>
 
@@ -7,7 +7,7 @@
 
 namespace tlfast {
 
-size_t Recording::add(const std::string& name, Change select) {
+size_t TensorCache::add(const std::string& name, Change select) {
   Place place;
   place.name = name;
   place.select = std::move(select);
@@ -15,7 +15,7 @@ size_t Recording::add(const std::string& name, Change select) {
   return places_.size() - 1;
 }
 
-void Recording::output(size_t point, const at::Tensor& output) {
+void TensorCache::output(size_t point, const at::Tensor& output) {
   Place& place = places_[point];
   const at::Tensor kept = place.select && output.defined() ? place.select(output) : output;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -23,7 +23,7 @@ void Recording::output(size_t point, const at::Tensor& output) {
   place.output = kept;
 }
 
-void Recording::gradient(size_t point, const at::Tensor& grad, bool sum) {
+void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
   Place& place = places_[point];
   // The tensor itself is held: autograd adds to a buffer, or lets a leaf have it, only if nobody else holds it.
   const at::Tensor given = grad.requires_grad() ? grad.detach() : grad;
@@ -44,14 +44,14 @@ void Recording::gradient(size_t point, const at::Tensor& grad, bool sum) {
   place.gradient = at::add(place.gradient.to(accumulator(place.dtype)), given);
 }
 
-Recording::Kept Recording::outputs() const {
+TensorCache::Kept TensorCache::outputs() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Kept kept;
   for (const size_t point : outputs_) kept.emplace_back(point, places_[point].output);
   return kept;
 }
 
-Recording::Kept Recording::gradients() const {
+TensorCache::Kept TensorCache::gradients() const {
   Kept kept;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
