@@ -18,6 +18,7 @@ FLOORS = (
     ("steps",),
     ("taps",),
     ("attachment", "freeze", "tensor_cache"),
+    ("misuse",),
     ("hooks",),
     ("graphs", "public"),
     ("transformer_lens.library",),

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from .acceleration import accelerate, install, installed, uninstall
 from .caching import cache_fwd_and_bwd, run_with_cache
+from .capturing import LensCapture, capture
+from .compatibility import check
 from .library import library
 
 library()  # the error that names the extra comes here, and not in the middle of a run
-__all__ = ["cache_fwd_and_bwd", "run_with_cache"]
+__all__ = [
+    "LensCapture",
+    "accelerate",
+    "cache_fwd_and_bwd",
+    "capture",
+    "check",
+    "install",
+    "installed",
+    "run_with_cache",
+    "uninstall",
+]

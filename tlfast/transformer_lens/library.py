@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -32,10 +33,8 @@ def _found(name: str, *modules: str) -> Any:
     """A name of TransformerLens, which lies in one module or another: `utils` became `utilities`."""
     library()
     for module in modules:
-        try:
+        with suppress(ImportError, AttributeError):
             return getattr(import_module(f"transformer_lens.{module}"), name)
-        except (ImportError, AttributeError):
-            continue
     raise ImportError(
         broken_rule(
             "tlfast.transformer_lens", name, f"be in one of transformer_lens.{', .'.join(modules)}", "neither",

@@ -109,7 +109,9 @@ def find_names(who: str, model: nn.Module, names_filter: NamesFilter, gated: str
     reasons = {name: why_off(name, known[name]) for name in exact | swept}
     off = {name: reason for name, reason in reasons.items() if reason is not None}
     for name in exact & off.keys() if gated != "skip" else ():
-        raise ValueError(broken_rule(who, "a point", f"be switched on ({off[name]})", name, "Switch it on, or leave it."))
+        raise ValueError(
+            broken_rule(who, "a point", f"be switched on ({off[name]})", name, "Switch it on, or leave it.")
+        )
     if off:
         warnings.warn(f"{who}: skipped points that are switched off: {', '.join(sorted(off))}", stacklevel=4)
     return {name: point for name, point in known.items() if name in reasons and name not in off}

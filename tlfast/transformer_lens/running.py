@@ -121,6 +121,4 @@ class Run:
         return {name: tensor for place, tensor in self.cache.outputs() for name in self.names[place]}
 
     def gradients(self, suffix: str = "") -> dict[str, torch.Tensor]:
-        return {
-            name + suffix: tensor for place, tensor in self.cache.gradients() for name in self.names[place]
-        }
+        return {name + suffix: tensor for place, tensor in self.cache.gradients() for name in self.names[place]}
