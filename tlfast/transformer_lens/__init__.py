@@ -6,9 +6,9 @@ from .acceleration import accelerate, install, installed, uninstall
 from .caching import cache_fwd_and_bwd, run_with_cache
 from .capturing import LensCapture, capture
 from .compatibility import check
-from .library import library
+from .library import library as _library
 
-library()  # the error that names the extra comes here, and not in the middle of a run
+_library()  # the error that names the extra comes here, and not in the middle of a run
 __all__ = [
     "LensCapture",
     "accelerate",
