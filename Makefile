@@ -65,7 +65,7 @@ test-lens: $(LENS_VERSIONS:%=build/lens/%/installed) ## the TransformerLens adap
 	  build/lens/$$version/bin/python -m pytest -q tests/lens $(TEST_ARGS) || exit 1; \
 	done
 
-build/lens/%/installed: $(STAMPS)/install
+build/lens/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 	@echo "set-up: installing TransformerLens $* into build/lens/$*"
 	@rm -rf build/lens/$*
 	@$(PY) -m venv build/lens/$*

@@ -22,8 +22,8 @@ def step(model):
 
 
 def test_an_exception_in_a_hook_comes_out_and_leaves_nothing(model, backend):
-    step(model)  # a bridge notes the size of the batch
-    before = [hooks for _, _, *hooks in state(model)]
+    points = torch.nn.ModuleList(model.hook_dict.values())  # an attention of a bridge leaves a hook of its own behind
+    before = state(points)
 
     def broken(value, hook):
         raise KeyError("broken")
@@ -32,7 +32,7 @@ def test_an_exception_in_a_hook_comes_out_and_leaves_nothing(model, backend):
         lens.run_with_cache(model, tokens(), return_type="loss", incl_bwd=True, backend=backend)
     with pytest.raises(ZeroDivisionError):
         lens.cache_fwd_and_bwd(model, tokens(), lambda logits: logits.sum() * (1 / 0), backend=backend)
-    assert [hooks for _, _, *hooks in state(model)] == before
+    assert state(points) == before
 
 
 def test_an_exception_in_backward_comes_out(model, backend):
