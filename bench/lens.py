@@ -17,9 +17,9 @@ from .measure import WrongResult, calls_for, check_equal, interleave, repeat
 from .report import Claim, Result, Table, cost_rows
 
 PREDICTION = (
-    "dispatch-bound, all points: theirs 2.6 to 3.2 of the plain step, ours 1.3 (a tap with its registration costs 15 us "
-    "a point, a plain step 100 us), 1.05 at resid_post alone; gpt2 width: 0.70 of theirs without parameter gradients; a "
-    "point costs a tenth of theirs"
+    "dispatch-bound, all points: theirs 2.6 to 3.2 of the plain step, ours 1.3 (a tap with its registration costs "
+    "15 us a point, a plain step 100 us), 1.05 at resid_post alone; gpt2 width: 0.70 of theirs without parameter "
+    "gradients; a point costs a tenth of theirs"
 )
 RESID = "blocks.*.hook_resid_post"
 
