@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in BENCHES + ON_REQUEST]
     if unknown:
-        parser.error(f"bench: the name must be one of {', '.join(BENCHES + ON_REQUEST)}, got {unknown[0]!r}. Check the spelling.")
+        known = ", ".join(BENCHES + ON_REQUEST)
+        parser.error(f"bench: the name must be one of {known}, got {unknown[0]!r}. Check the spelling.")
     # One thread: the ratios then tell of work done, not of how the threads were scheduled.
     torch.set_num_threads(1)
     results = []

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -55,6 +56,7 @@ def collect(
     calls: str = "raise",
     missing: str = "raise",
     cuda_graph: CudaGraph = "auto",
+    lens: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     header: Mapping[str, Any] | None = None,
@@ -83,6 +85,7 @@ def collect(
         cuda_graph: run the steps as CUDA graphs, with batches padded to a few lengths, which become part of the
             dataset's identity: "auto" (where the native code runs on CUDA; a model that can't be run so is warned of
             and runs without), "on" (or an error) or "off".
+        lens: the model is one of TransformerLens, and points are hook points by its names.
         overwrite: remove a dataset that lies in ``out`` first.
         progress: show a bar, or a line every 30 s where there is no terminal, on stderr.
         header: what else to say of the data in dataset.json, JSON; part of the dataset's identity.
@@ -106,7 +109,7 @@ def collect(
         (2, 4)
     """
     refuse_stranger(Path(out), "collect")
-    specs = _specs(model, points, reduce, over, dtype, output)
+    specs = _specs(model, points, reduce, over, dtype, output, lens)
     _check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     one_of("collect", "padding_side", padding_side, ("right", "left"))
     one_of("collect", "cuda_graph", cuda_graph, get_args(CudaGraph))
@@ -116,7 +119,13 @@ def collect(
     width = _width(specs, examples, seq_len)
 
     def enter(rows: int) -> Capture:
-        return capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+        enter_capture: Any = capture
+        if lens:
+            from .transformer_lens.capturing import capture as enter_capture
+        entered: Capture = enter_capture(
+            model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing
+        )
+        return entered
 
     with_graphs = graphs_wanted(cuda_graph, {p.device for p in model.parameters()}, lambda: enter(1).backend)
     longest = max(example.length for example in examples)
@@ -207,13 +216,20 @@ def _at_work(model: nn.Module) -> Iterator[None]:
 
 
 def _specs(
-    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | None, output: int | str | None
-) -> list[Spec]:
+    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | None, output: int | str | None,
+    lens: bool,
+) -> list[Spec]:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
     specs = as_specs("collect", points, reduce, over, dtype, output)
+    find: Any = find_points
+    if lens:
+        from .transformer_lens.names import find_names as find
+
+        # The names that a filter means: a dataset says them.
+        specs = [replace(spec, points=list(find("collect", model, spec.points))) for spec in specs]
     for spec in specs:
-        find_points("collect", model, spec.points)
+        find("collect", model, spec.points)
         if 0 in spec.dims:
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule("collect", "over", "keep the batch: a row is an example", spec.over, remedy))

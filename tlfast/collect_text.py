@@ -44,8 +44,16 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, stored_as(settings.model_dtype), device)
-    find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
-    _check_fits(model, settings.seq_len)
+    if settings.lens:
+        from .transformer_lens.loading import as_bridge
+        from .transformer_lens.names import find_names
+
+        check_fits(model, settings.seq_len)
+        model = as_bridge(model)
+        find_names("collect", model, settings.points)
+    else:
+        find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
+        check_fits(model, settings.seq_len)
     examples = cut_texts(
         files,
         encoder(tokenizer),
@@ -70,8 +78,9 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         grad_scale=settings.grad_scale,
         attach=settings.attach,
         backend=settings.backend,
-        calls=settings.calls,
+        calls="sum" if settings.lens and settings.calls == "raise" else settings.calls,
         missing=settings.missing,
+        lens=settings.lens,
         cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
         overwrite=settings.overwrite,
         header={
@@ -83,7 +92,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
     )
 
 
-def _check_fits(model: nn.Module, seq_len: int) -> None:
+def check_fits(model: nn.Module, seq_len: int) -> None:
     n_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(n_positions, int) and seq_len > n_positions:
         rule = f"be at most {n_positions}, the positions of the model"

@@ -39,10 +39,20 @@ def diagnose() -> Iterator[str]:
     yield from (f"{'cuda' if n == 0 else '':<13} {line}" for n, line in enumerate(cuda_status.diagnose(loaded())))
     versions = {library: _version(library) for library in ("numpy", *_LIBRARIES)}
     yield from (f"{library:<13} {version}" for library, version in versions.items() if version)
+    if versions["transformer-lens"]:
+        yield f"              {_backward_hooks()}"
     for name in dict.fromkeys(_LIBRARIES.values()):
         absent = [library for library, needed_by in _LIBRARIES.items() if needed_by == name and not versions[library]]
         if absent:
             yield f"missing       {', '.join(absent)}: pip install 'tlfast[{name}]'"
+
+
+def _backward_hooks() -> str:
+    try:
+        from .transformer_lens import check
+    except ImportError as error:
+        return str(error)
+    return check()
 
 
 def _version(library: str) -> str:

@@ -67,6 +67,8 @@ class CollectSettings:
     """for a point without a gradient: raise, or nan rows"""
     cuda_graph: str = "auto"
     """run the steps as CUDA graphs, with batches padded to a few lengths: auto (if the model is on a GPU), on or off"""
+    lens: bool = False
+    """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
 

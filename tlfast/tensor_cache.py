@@ -111,7 +111,8 @@ class CachingTap(Tap):
         if not torch.is_grad_enabled() or self.checked_output(found) is None:
             return None
         through: Any = self.identity(found)
-        return replace_output(output, 0 if in_tuple else None, through)
+        replaced: object = replace_output(output, 0 if in_tuple else None, through)
+        return replaced
 
     @torch.no_grad()
     def fire(self, grad: torch.Tensor) -> None:

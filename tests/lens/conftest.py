@@ -9,6 +9,11 @@ collect_ignore_glob = [] if find_spec("transformer_lens") else ["test_*.py"]
 if not collect_ignore_glob:
     from lens_models import MODELS
 
+    from tlfast.transformer_lens.compatibility import registered_hooks
+
+    if registered_hooks() != "full":  # of 2.0.0 to 2.2.1: its own caches are wrong, and nothing to compare with
+        collect_ignore_glob = ["test_same_as_theirs.py", "test_acceleration.py"]
+
     @pytest.fixture(params=MODELS)
     def model(request):
         """Each kind of model that this TransformerLens can build."""

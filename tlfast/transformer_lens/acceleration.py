@@ -98,7 +98,8 @@ def _hosts() -> list[type]:
         for cls in host.__mro__:
             if "run_with_cache" in vars(cls) and cls.__module__.startswith("transformer_lens."):
                 seen.setdefault(cls)
-        found += [sub for sub in host.__subclasses__() if sub.__module__.startswith("transformer_lens.")]
+        kin: list[type] = host.__subclasses__()
+        found += [cls for cls in kin if cls.__module__.startswith("transformer_lens.")]
     return list(seen)
 
 

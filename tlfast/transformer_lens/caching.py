@@ -161,7 +161,9 @@ def _run(
     remove_batch_dim: bool,
 ) -> tuple[Run, Any, Any, Any]:
     """A finished run, the model's output, the metric's value, and the cache that the model made for no point."""
-    found = _with_aliases(model, find_names(who, model, names_filter, gated), names_filter)
+    found = find_names(who, model, names_filter, gated)
+    if who == "run_with_cache":
+        found = _with_aliases(model, found, names_filter)
     run = Run(who, model, found, kept, calls, backend)
     with run.hooked():
         # Theirs, without a point: it knows about tokens, return types and what a cache is.

@@ -25,13 +25,15 @@ def accepts(returned: str) -> bool:
     """Whether a backward hook may return None, "grad" or "(grad,)" on a point with one gradient."""
     point: Any = hook_point_type()()
     results = {"None": lambda grad: None, "grad": lambda grad: grad, "(grad,)": lambda grad: (grad,)}
-    point.add_hook(lambda grad, hook: results[returned](grad), dir="bwd")
+    result: Any = results[returned]
+    point.add_hook(lambda grad, hook: result(grad), dir="bwd")
     x = torch.ones(2, requires_grad=True)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            point(x * 1).sum().backward()
-    except RuntimeError:
+            total: torch.Tensor = point(x * 1).sum()
+            total.backward()
+    except (RuntimeError, TypeError):
         return False
     return True
 

@@ -37,9 +37,9 @@ def is_short_name(given: object) -> bool:
     return isinstance(given, tuple) and len(given) in (2, 3) and (given[1] is None or isinstance(given[1], int))
 
 
-def spelled_out(model: nn.Module, given: str | ShortName) -> str:
+def spelled_out(model: nn.Module, given: Any) -> str:
     """The full name of a point; a negative layer counts from the last."""
-    parts = (given,) if isinstance(given, str) else given
+    parts = (given,) if isinstance(given, str) else tuple(given)
     if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
         config: Any = model.cfg
         parts = (parts[0], config.n_layers + parts[1], *parts[2:])
