@@ -115,24 +115,23 @@ void Ring::write(const Place& place, const at::Tensor& grad, const std::optional
   if (!known || !(gpu || grad.is_cpu()) || known->stream != stream || !known->fits(grad, mask))
     known = learn(grad, mask, place, stream);
   const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
-  if (gpu) return launch(known, place, grad, mask_data, scale);
+  if (gpu) return launch(*known, place, grad, mask_data, scale);
   count(known->plan.run(grad.const_data_ptr(), known->rows + place.base * known->row_bytes, mask_data, scale));
 }
 
-void Ring::launch(const std::shared_ptr<const Known>& known, const Place& place, const at::Tensor& grad,
-                  const void* mask, double scale) {
-  if (known->plan.empty) return;
+void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale) {
+  if (known.plan.empty) return;
   int64_t* const counters = device_counters(place, grad);
-  CudaCapture call = known->plan.call(grad.const_data_ptr(), known->rows + place.base * known->row_bytes, mask, scale);
+  CudaCapture call = known.plan.call(grad.const_data_ptr(), known.rows + place.base * known.row_bytes, mask, scale);
   call.cursor = place.cursor;
-  call.row_elements = known->row_elements;
+  call.row_elements = known.row_elements;
   call.counters = counters;
-  call.scratch = known->scratch.defined() ? known->scratch.mutable_data_ptr() : nullptr;
-  launch_capture(who, grad.device(), known->stream, call);
+  call.scratch = known.scratch.defined() ? known.scratch.mutable_data_ptr() : nullptr;
+  launch_capture(who, grad.device(), known.stream, call);
   launched(place);
-  if (!place.cursor || !known->scratch.defined()) return;
+  if (!place.cursor || !known.scratch.defined()) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  recorded_.push_back(known);
+  recorded_.push_back(known.scratch);
 }
 
 // Rows and counters were filled on the stream of the first gradient; the stream of another backward comes after that.

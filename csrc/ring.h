@@ -60,6 +60,7 @@ class Ring {
   // Writes that were recorded, not done, since the last call.
   int64_t take_recorded() { return n_recorded_.exchange(0); }
   void replayed(int64_t n_writes) { n_writes_ += n_writes; }
+  int64_t n_writes() const { return n_writes_; }  // as many as were launched; only those of a GPU are counted
 
   const std::string column, who;
 
@@ -87,8 +88,7 @@ class Ring {
   void launched(const Place& place) { ++(place.cursor ? n_recorded_ : n_writes_); }
   std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
                                      void* stream);
-  void launch(const std::shared_ptr<const Known>& known, const Place& place, const at::Tensor& grad, const void* mask,
-              double scale);
+  void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
   void come_after_filling(const Place& place, const at::Device& device) const;
   bool keeps_batch(at::IntArrayRef shape) const;
   at::Tensor fitting(at::IntArrayRef row_shape, const at::Tensor& like);
@@ -102,7 +102,7 @@ class Ring {
   Done rows_filled_, counters_filled_;  // on the stream of the first gradient
   int64_t saved_writes_ = 0;
   std::shared_ptr<const Known> known_;
-  std::vector<std::shared_ptr<const Known>> recorded_;  // graphs use their memory for as long as they live
+  std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live
   std::atomic<int64_t> n_nonfinite_{0}, n_saturated_{0}, n_writes_{0}, n_recorded_{0};
 };
 

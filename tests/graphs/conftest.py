@@ -4,7 +4,6 @@ import pytest
 import torch
 from rerun_graphs import B, Model, N, P, RerunGraphs
 
-import tlfast
 from tlfast import _build_info, graphs
 
 
@@ -34,7 +33,7 @@ def rerun(native, monkeypatch):
 
     def record(cap, step, *inputs, **options):
         made_for[:] = [cap]
-        step = tlfast.graph_step(cap, step, *inputs, **options)
+        step = graphs.graph_step(cap, step, *inputs, **options)
         return step, made[-1]
 
     return record
