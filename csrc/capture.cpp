@@ -193,6 +193,7 @@ TORCH_LIBRARY_FRAGMENT(tlfast, library) {
 
 // Sparse gradients get here to be refused in our own words.
 TORCH_LIBRARY_IMPL(tlfast, SparseCPU, library) { library.impl("capture", capture_op); }
+TORCH_LIBRARY_IMPL(tlfast, SparseCUDA, library) { library.impl("capture", capture_op); }
 
 TORCH_LIBRARY_IMPL(tlfast, CPU, library) { library.impl("capture", capture_op); }
 

@@ -21,6 +21,15 @@ constexpr int64_t kMostBlocks = 1 << 30;        // of the first grid dimension, 
 constexpr int kMergeThreads = 256;
 constexpr int kLeastTile = 8;  // lanes: 128 bytes, a line of L2
 
+// Two limits of a launch that hold on every GPU from sm_80 on and with every driver: bytes of its arguments, and of
+// shared memory that need not be asked for. Source: "Compute Capabilities" in the CUDA C++ Programming Guide.
+constexpr size_t kMostArguments = 4096, kMostShared = 48 << 10;
+static_assert(sizeof(CudaCapture) + sizeof(Cut) <= kMostArguments);
+// Of the column kernel, where each of 256 threads has as many results as a load has elements; 2 bytes are the smallest.
+static_assert(kMostWarps * kLanesOfWarp * (kLoadBytes / 2) * sizeof(float) + kMostWarps * sizeof(int64_t) <=
+              kMostShared);
+static_assert(kMostWarps * kLanesOfWarp * (kLoadBytes / 8) * sizeof(double) <= kMostShared);
+
 int64_t over(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
@@ -231,5 +240,7 @@ tlfast::CudaStatus tlfast_cuda_status() {
 
 int tlfast_cuda_capability(int device, int* major, int* minor) {
   const int error = cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, device);
-  return error ? error : int(cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device));
+  const int next = error ? error : int(cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device));
+  cudaGetLastError();  // an answer, not a failure of what this thread launches next
+  return next;
 }

@@ -37,6 +37,28 @@ void* current_stream(const at::Device& device) {
 #endif
 }
 
+Done done_by_now(const at::Device& device) {
+#if TLFAST_SIMT
+  return (void)device, nullptr;
+#else
+  const auto done = std::make_shared<c10::Event>(device.type());
+  done->record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+  return done;
+#endif
+}
+
+void wait_for(const Done& done, const at::Device& device) {
+  if (done) done->block(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+}
+
+void read_here(const at::Tensor& tensor) {
+#if TLFAST_SIMT
+  (void)tensor;
+#else
+  if (on_gpu(tensor)) tensor.record_stream(c10::impl::VirtualGuardImpl(kGpu).getStream(tensor.device()));
+#endif
+}
+
 void launch_capture(const std::string& who, const at::Device& device, void* stream, const CudaCapture& call) {
   const c10::OptionalDeviceGuard guard(device);
   check(who, tlfast_cuda_capture(&call, stream));
@@ -61,6 +83,9 @@ at::Tensor scratch_for(const CudaCapture& call, const at::Tensor& like) {
 
 bool on_gpu(const at::Tensor&) { return false; }
 void* current_stream(const at::Device&) { return nullptr; }
+Done done_by_now(const at::Device&) { return nullptr; }
+void wait_for(const Done&, const at::Device&) {}
+void read_here(const at::Tensor&) {}
 void launch_capture(const std::string&, const at::Device&, void*, const CudaCapture&) {}
 void launch_set_cursor(const at::Tensor&, int64_t) {}
 void launch_advance(const at::Tensor&, int64_t) {}

@@ -9,7 +9,6 @@
 
 #include <limits>
 
-#include "device.h"
 #include "errors.h"
 
 namespace tlfast {
@@ -46,6 +45,7 @@ at::Tensor Ring::fitting(at::IntArrayRef row_shape, const at::Tensor& like) {
     shape.insert(shape.end(), row_shape.begin(), row_shape.end());
     rows_ = at::full(shape, std::numeric_limits<double>::quiet_NaN(),
                      like.options().dtype(dtype_.value_or(like.scalar_type())));
+    if (on_gpu(rows_)) rows_filled_ = done_by_now(rows_.device());
   } else if (rows_.sizes().slice(1) != row_shape) {
     TORCH_CHECK_VALUE(
         false,
@@ -68,13 +68,15 @@ void Ring::count(const Counts& counts) {
 }
 
 bool Ring::Known::fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask) const {
-  return grad.scalar_type() == dtype && grad.sizes() == at::IntArrayRef(sizes) &&
+  return grad.scalar_type() == dtype && grad.device() == device && grad.sizes() == at::IntArrayRef(sizes) &&
          grad.strides() == at::IntArrayRef(strides) && mask.has_value() == !mask_sizes.empty() &&
-         (!mask || (mask->sizes() == at::IntArrayRef(mask_sizes) && mask->strides() == at::IntArrayRef(mask_strides)));
+         (!mask || (mask->device() == device && mask->sizes() == at::IntArrayRef(mask_sizes) &&
+                    mask->strides() == at::IntArrayRef(mask_strides)));
 }
 
 std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
-                                               void* stream) {
+                                               const Place& place, void* stream) {
+  if (on_gpu(grad)) device_counters(place, grad);
   const at::Tensor rows = check(grad);
   const at::Tensor out = keeps_batch(grad.sizes()) ? rows.narrow(0, 0, grad.size(0)) : rows.select(0, 0);
   auto made = std::make_shared<Known>(Known{grad.sizes().vec(),
@@ -82,6 +84,7 @@ std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std
                                             {},
                                             {},
                                             grad.scalar_type(),
+                                            grad.device(),
                                             make_plan(who, out, grad, reduction_, dims_, mask),
                                             static_cast<char*>(rows.mutable_data_ptr()),
                                             rows.stride(0) * int64_t(rows.element_size()),
@@ -92,7 +95,10 @@ std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std
     made->mask_sizes = mask->sizes().vec();
     made->mask_strides = mask->strides().vec();
   }
-  if (on_gpu(grad)) made->scratch = scratch_for(made->plan.call(nullptr, nullptr, nullptr, 1.0), grad);
+  if (on_gpu(grad)) {
+    made->scratch = scratch_for(made->plan.call(nullptr, nullptr, nullptr, 1.0), grad);
+    come_after_filling(place, grad.device());
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   known_ = made;
   return made;
@@ -107,7 +113,7 @@ void Ring::write(const Place& place, const at::Tensor& grad, const std::optional
   const bool gpu = on_gpu(grad);
   void* const stream = gpu ? current_stream(grad.device()) : nullptr;
   if (!known || !(gpu || grad.is_cpu()) || known->stream != stream || !known->fits(grad, mask))
-    known = learn(grad, mask, stream);
+    known = learn(grad, mask, place, stream);
   const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
   if (gpu) return launch(*known, place, grad, mask_data, scale);
   count(known->plan.run(grad.const_data_ptr(), known->rows + place.base * known->row_bytes, mask_data, scale));
@@ -128,12 +134,23 @@ void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad
   recorded_.push_back(known.scratch);
 }
 
+// Rows and counters were filled on the stream of the first gradient; the stream of another backward comes after that.
+// Not in a recording: it can't wait for what it doesn't hold, and begins when the device is idle.
+void Ring::come_after_filling(const Place& place, const at::Device& device) const {
+  if (place.cursor) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  wait_for(rows_filled_, device);
+  wait_for(counters_filled_, device);
+}
+
 at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
   const auto shape = reduced_shape(grad.sizes(), dims_of(grad.sizes()));
   const at::Tensor out = at::empty(shape, grad.options().dtype(dtype_.value_or(grad.scalar_type())));
   const Plan plan = make_plan(who, out, grad, reduction_, dims_, mask);
   const bool gpu = on_gpu(grad) && !plan.empty;
-  count(run_plan(who, plan, out, grad, mask, scale, gpu ? device_counters(place, grad) : nullptr));
+  int64_t* const counters = gpu ? device_counters(place, grad) : nullptr;
+  if (gpu) come_after_filling(place, grad.device());
+  count(run_plan(who, plan, out, grad, mask, scale, counters));
   if (gpu) launched(place);
   return keeps_batch(grad.sizes()) ? out : out.unsqueeze(0);
 }
@@ -144,6 +161,7 @@ int64_t* Ring::device_counters(const Place& place, const at::Tensor& like) {
     TORCH_CHECK(!place.cursor, broken_rule(who, "a recorded step", "have been run before, so that its rows are there",
                                            "the first run", "Warm the step up."));
     counters_ = at::zeros({kCounters}, like.options().dtype(at::kLong));
+    counters_filled_ = done_by_now(like.device());
   }
   return counters_.mutable_data_ptr<int64_t>();
 }
@@ -152,6 +170,7 @@ int64_t* Ring::device_counters(const Place& place, const at::Tensor& like) {
 void Ring::put(const Place& place, const at::Tensor& values) {
   const at::Tensor out = fitting(values.sizes().slice(1), values).narrow(0, place.base, values.size(0));
   if (!place.cursor) {
+    if (on_gpu(out)) come_after_filling(place, out.device());
     out.copy_(values);
     return;
   }
@@ -184,6 +203,13 @@ at::Tensor Ring::counters() const {
     if (counters_.defined()) return counters_;
   }
   return at::tensor({n_nonfinite_.load(), n_saturated_.load(), n_writes_.load()}, at::kLong);
+}
+
+void Ring::check_recorded_on(const at::Device& device) const {
+  const at::Tensor held = rows();
+  TORCH_CHECK(!held.defined() || held.device() == device,
+              broken_rule("graph_step", "all rows", c10::str("be on ", device, ", as inputs[0] is"),
+                          c10::str(held.device(), " at ", column), "Run the step itself."));
 }
 
 void Ring::save_counts() {

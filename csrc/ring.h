@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "capture.h"
+#include "device.h"
 
 namespace tlfast {
 
@@ -49,6 +50,9 @@ class Ring {
   // The same on the host; waits for a GPU, and is an error if a write that was launched has not been done.
   Counts counted() const;
 
+  // An error where rows lie on another device than the cursor of a recording.
+  void check_recorded_on(const at::Device& device) const;
+
   // Remember the counts, and go back to them, in the order of the current stream.
   void save_counts();
   void restore_counts();
@@ -67,6 +71,7 @@ class Ring {
 
     std::vector<int64_t> sizes, strides, mask_sizes, mask_strides;
     at::ScalarType dtype;
+    at::Device device;
     Plan plan;
     char* rows;
     int64_t row_bytes;
@@ -81,8 +86,10 @@ class Ring {
   void put(const Place& place, const at::Tensor& values);
   int64_t* device_counters(const Place& place, const at::Tensor& like);
   void launched(const Place& place) { ++(place.cursor ? n_recorded_ : n_writes_); }
-  std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, void* stream);
+  std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
+                                     void* stream);
   void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
+  void come_after_filling(const Place& place, const at::Device& device) const;
   bool keeps_batch(at::IntArrayRef shape) const;
   at::Tensor fitting(at::IntArrayRef row_shape, const at::Tensor& like);
 
@@ -92,6 +99,7 @@ class Ring {
   const int64_t capacity_;
   mutable std::mutex mutex_;            // two backwards may meet at the first gradient
   at::Tensor rows_, counters_, saved_;  // counters_: of rows on a GPU
+  Done rows_filled_, counters_filled_;  // on the stream of the first gradient
   int64_t saved_writes_ = 0;
   std::shared_ptr<const Known> known_;
   std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live

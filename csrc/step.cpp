@@ -133,6 +133,8 @@ void Step::end(int64_t task) {
 // Write what had to wait for the end of the step: the sum of several calls, or their stack.
 void Step::finish(const Point& point, Backward& run) {
   auto& held = run.pending[point.index];
+  for (const auto& tensors : held)
+    for (const auto& tensor : tensors) read_here(tensor);  // the backward's nodes may have run on another stream
   for (size_t number = 0; number < point.rings.size(); ++number) {
     Ring& ring = *point.rings[number];
     if (point.calls == Calls::stack) {
@@ -141,7 +143,7 @@ void Step::finish(const Point& point, Backward& run) {
       for (auto it = held.rbegin(); it != held.rend(); ++it) parts.push_back((*it)[number]);
       ring.put_stack(run.block->place(), parts);
     } else {
-      ring.write(run.block->place(), held[0][0], run.mask, run.scale);
+      ring.write(run.block->place(), held[0][0], run.mask_on(held[0][0].device()), run.scale);
     }
   }
 }
@@ -203,10 +205,13 @@ void Step::start_recording(const at::Device& device) {
   check_at_rest("graph_step");
   TORCH_CHECK(!recording_, broken_rule("graph_step", "the capture", "record one step at a time", "a second one",
                                        "Finish the first."));
-  if (!cursor_.defined() || cursor_.device() != device) {
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) ring->check_recorded_on(device);
+  if (!cursor_.defined()) {
     cursor_ = at::zeros({1}, at::TensorOptions().device(device).dtype(at::kLong));
     TORCH_CHECK(on_gpu(cursor_),
                 broken_rule("graph_step", "the device", "be one of CUDA", device, "Run the step itself."));
+    launch_advance(cursor_, 0);  // the first launch loads the kernel, which is no work for a recording
   }
   before_.swap(blocks_);  // the recorded rows lie from the cursor on: their base is 0
   recording_ = true;

@@ -53,6 +53,17 @@ struct Backward {
   std::optional<at::Tensor> mask;
   int64_t n_expected;
   double scale;
+
+  // The mask where a gradient is: a model may be spread over several GPUs, each of which has a thread of its own.
+  std::optional<at::Tensor> mask_on(const at::Device& device) {
+    if (!mask || mask->device() == device || mask->device().type() != device.type()) return mask;
+    std::lock_guard<std::mutex> lock(copying);
+    for (const auto& copy : masks_elsewhere)
+      if (copy.device() == device) return copy;
+    return masks_elsewhere.emplace_back(mask->to(device, /*non_blocking=*/true));
+  }
+  std::mutex copying;
+  std::vector<at::Tensor> masks_elsewhere;
 };
 
 class Step : public std::enable_shared_from_this<Step> {

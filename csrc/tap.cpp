@@ -171,9 +171,10 @@ void Tap::fire(const at::Tensor& given) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto [run, block, n_fired] = step->begin(*point, grad.sizes());
   auto& held = run->pending[point->index];
+  const auto mask = run->mask_on(grad.device());
   if (point->calls == Calls::stack) {
     std::vector<at::Tensor> parts;
-    for (const auto& ring : point->rings) parts.push_back(ring->part(block->place(), grad, run->mask, run->scale));
+    for (const auto& ring : point->rings) parts.push_back(ring->part(block->place(), grad, mask, run->scale));
     held.push_back(std::move(parts));
   } else if (sums()) {
     for (const auto& ring : point->rings) ring->check(grad);
@@ -190,7 +191,7 @@ void Tap::fire(const at::Tensor& given) {
     TORCH_CHECK(n_fired == 1 || point->calls != Calls::sum,
                 broken_rule(point->who, "a point", "fire as often as it was called since the last step", "once more",
                             "Run one backward for each forward."));
-    for (const auto& ring : point->rings) ring->write(block->place(), grad, run->mask, run->scale);
+    for (const auto& ring : point->rings) ring->write(block->place(), grad, mask, run->scale);
   }
 }
 

@@ -107,6 +107,20 @@ def test_clear_forgets_rows_and_keeps_memory(backend, attach):
     assert cap._rings["hook"].rows.data_ptr() == memory
 
 
+def test_a_mask_elsewhere_is_refused_also_where_its_sizes_are_known(backend, attach):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=9, reduce="mean", attach=attach, backend=backend) as cap:
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        with cap.batch(mask=mask):
+            setup.loss().backward()
+        with (
+            pytest.raises(ValueError, match="mask must be on cpu, as grad is, got meta"),
+            cap.batch(mask=mask.to("meta")),
+        ):
+            setup.loss().backward()
+        assert cap.rows == 3
+
+
 BATCHES = {
     "mask of numbers": (
         {"mask": torch.ones(3, 4)},

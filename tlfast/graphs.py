@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .errors import broken_rule
 from .hooks import Capture
@@ -29,21 +31,45 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream_of(device)
 
     def warm_up(self, run: Callable[[], Any]) -> None:
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            run()
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+        finally:  # what comes next reads and writes the same rows, also where the step has failed
+            here.wait_stream(self._stream)
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread, such as one that writes a unit to disk, may wait for its own events meanwhile.
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = run()
+        failed: BaseException | None = None
+        here = torch.cuda.current_stream(self._device)
+        try:
+            # The outer context: where a recording breaks, torch leaves its stream the current one.
+            # thread_local: another thread, such as one that writes a unit to disk, may wait for its own events.
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(here),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    out = run()
+                except BaseException as error:
+                    failed = error
+                    raise
+        except RuntimeError:
+            if failed is not None:
+                raise failed from None  # says more than that the recording can't be ended
+            raise
         return graph.replay, out
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all recordings: cuBLAS keeps memory for each, and torch's own is of the device it first saw."""
+    return torch.cuda.Stream(device)
 
 
 def graphs_for(device: torch.device) -> Graphs:
@@ -83,12 +109,14 @@ class GraphStep:
                     del cap._ids[n_ids:]
             self._native_step.start_recording(inputs[0].device)
             try:
-                self._replay, self._out = graphs.record(lambda: step(*self._inputs))
+                self._replay, out = graphs.record(lambda: step(*self._inputs))
             except BaseException:
                 with suppress(RuntimeError):  # says that there is no backward; what went wrong says more
                     self._native_step.stop_recording()
                 raise
             self._recording = self._native_step.stop_recording()
+            # Without its history: that would keep the nodes of the parameters, whose stream is that of the recording.
+            self._out = tree_map_only(torch.Tensor, torch.Tensor.detach, out)
         finally:
             del cap._ids[n_ids:]
 
@@ -98,7 +126,8 @@ class GraphStep:
         return int(self._recording.n_rows)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        """Copy the inputs in and run the step: its rows are committed. Returns what ``step`` returned then.
+        """Copy the inputs in and run the step: its rows are committed. Returns what ``step`` returned then,
+        without its history.
 
         Raises:
             ValueError: for inputs of other shapes or dtypes than were recorded.

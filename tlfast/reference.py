@@ -35,8 +35,9 @@ def reduced_shape(shape: torch.Size, dims: tuple[int, ...]) -> torch.Size:
     return torch.Size(s for d, s in enumerate(shape) if d not in dims)
 
 
-def check_mask(who: str, mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return ``mask`` expanded to ``shape``; ValueError unless it is boolean and covers the leading dimensions."""
+def check_mask(who: str, mask: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return ``mask`` expanded to ``grad``; ValueError unless it is boolean, beside it, and has its leading sizes."""
+    shape = grad.shape
     if mask.dtype != torch.bool:
         remedy = "Use mask.bool(); True means a real token."
         raise ValueError(broken_rule(who, "mask", "be boolean", mask.dtype, remedy))
@@ -47,6 +48,8 @@ def check_mask(who: str, mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
                 "Pass the attention mask of this very batch.",
             )
         )  # fmt: skip
+    if mask.device != grad.device:
+        raise ValueError(broken_rule(who, "mask", f"be on {grad.device}, as grad is", mask.device, "Move one of them."))
     return mask.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
 
 
@@ -59,7 +62,7 @@ def reduce_gradient(
     who: str = "capture",
 ) -> torch.Tensor:
     """Reduce ``grad`` over the (normal) ``dims`` and return the result in the accumulator's dtype."""
-    real = None if mask is None else check_mask(who, mask, grad.shape)
+    real = None if mask is None else check_mask(who, mask, grad)
     wide = grad.to(accumulator(grad.dtype))
     if reduce == "none":
         out = wide if real is None else torch.where(real, wide, 0.0)

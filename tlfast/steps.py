@@ -45,6 +45,15 @@ class Backward:
         self.pending: dict[int, list[list[torch.Tensor]]] = {}  # tap -> what waits for the end of the step
         self.block: Block | None = None
         self.mask, self.n_expected, self.scale = mask, n_expected, scale
+        self._masks = {} if mask is None else {mask.device: mask}
+
+    def mask_on(self, device: torch.device) -> torch.Tensor | None:
+        """The mask where a gradient is: a model may be spread over several devices of one kind."""
+        if self.mask is None or self.mask.device.type != device.type:
+            return self.mask
+        if device not in self._masks:
+            self._masks[device] = self.mask.to(device, non_blocking=True)
+        return self._masks[device]
 
 
 def refuse_compiled_autograd() -> None:

@@ -161,9 +161,10 @@ class Tap:
             return
         grad = self.converted(grad.detach())
         run, block = self.step.begin(self, grad.shape)
+        mask = run.mask_on(grad.device)
         held = run.pending.setdefault(self.index, []) if self.calls == "stack" or self.sums() else []
         if self.calls == "stack":
-            held.append([ring.part(grad, run.mask, run.scale) for ring in self.rings])
+            held.append([ring.part(grad, mask, run.scale) for ring in self.rings])
         elif self.sums():
             for ring in self.rings:
                 ring.check(grad)
@@ -187,7 +188,7 @@ class Tap:
             )  # fmt: skip
         else:
             for ring in self.rings:
-                ring.write(block.base, grad, run.mask, run.scale)
+                ring.write(block.base, grad, mask, run.scale)
 
     def sums(self) -> bool:
         """Whether the gradients of several calls are to be added up before they are reduced."""
@@ -201,7 +202,7 @@ class Tap:
                 # The last call of the forward fires first: turned around, index k is call k.
                 ring.put_stack(run.block.base, run.block.n, [parts[number] for parts in reversed(held)])
             else:
-                ring.write(run.block.base, held[0][0], run.mask, run.scale)
+                ring.write(run.block.base, held[0][0], run.mask_on(held[0][0].device), run.scale)
 
 
 class SinkTap(Tap):

@@ -100,6 +100,23 @@ def test_what_the_step_returns_and_ids(rerun, model, batches):
 
 
 @pytest.mark.simt
+def test_what_a_step_returns_keeps_no_graph(rerun, model, batches):
+    """It would keep the nodes that add up parameter gradients, and so the stream of the recording."""
+
+    def with_history(tokens):
+        loss = model(tokens)
+        loss.backward()
+        return {"loss": loss, "rows": len(tokens)}
+
+    with tlfast.capture(model, "first", rows=40, backend="native") as cap:
+        step, _ = rerun(cap, with_history, batches[0])
+        out = step._out
+        assert out["rows"] == B
+        assert out["loss"].item() == model(batches[0]).item()
+        assert out["loss"].grad_fn is None
+
+
+@pytest.mark.simt
 def test_counts_are_those_of_the_replays(rerun, model, batches):
     with tlfast.freeze(model), tlfast.capture(model, "first", dtype=torch.float16, rows=40, backend="native") as cap:
         step, _ = rerun(cap, lambda tokens: (model(tokens) * 1e30).backward(), batches[0])

@@ -101,6 +101,16 @@ def test_the_cpu_has_no_graphs(native, model, batches):
         assert cap.rows == B
 
 
+def test_rows_elsewhere_than_the_cursor(native, model, batches):
+    with tlfast.freeze(model), tlfast.capture(model, "first", rows=40, backend="native") as cap:
+        step_of(model)(batches[0])
+        text = r"graph_step: all rows must be on meta, as inputs\[0\] is, got cpu at first\. Run the step itself\."
+        with pytest.raises(RuntimeError, match=text):
+            cap._step.start_recording(torch.device("meta"))
+        step_of(model)(batches[1])
+        assert cap.rows == 2 * B
+
+
 def test_bad_arguments(native, model, batches):
     cap = tlfast.capture(model, "first", rows=40, backend="native")
     with pytest.raises(RuntimeError, match="graph_step: cap must be entered, got a capture outside its with"):
