@@ -36,6 +36,10 @@ export SCRATCH CORES OUT PATH
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=2 PYTHONDONTWRITEBYTECODE=1
 ((DRY)) || export TLFAST_REQUIRE_CUDA=1 TLFAST_REQUIRE_NATIVE=1
 NAMES=()
+if ! "$PY" -c 'import google_crc32c' 2> /dev/null; then
+  echo "gpu_check: google-crc32c is not installed; tools/stand_ins has what collect calls of it"
+  export PYTHONPATH="$PYTHONPATH:$PWD/tools/stand_ins"
+fi
 
 # part NAME LIMIT_S LOG COMMAND...: run one part and keep how it went. The command ends with 77 if the part is left out;
 # its last line is the remark in the summary.
@@ -74,10 +78,11 @@ tests() { "$PY" -m pytest -q -p no:cacheprovider "$@"; }
 machine() {
   "$PY" - << 'END'
 import importlib.util, torch
-missing = [n for n in ("tyro", "google_crc32c", "pyarrow", "safetensors", "transformers", "tokenizers", "tqdm", "yaml",
+missing = [n for n in ("tyro", "pyarrow", "safetensors", "transformers", "tokenizers", "tqdm", "yaml",
                        "hypothesis", "xdist") if importlib.util.find_spec(n) is None]
 print("torch", torch.__version__, "for CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
-print("missing libraries, whose tests are skipped:", ", ".join(missing) or "none")
+print("google_crc32c from", importlib.util.find_spec("google_crc32c").origin)
+print("missing libraries:", ", ".join(missing) or "none")
 END
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader || left_out "no nvidia-smi"
 }
