@@ -52,8 +52,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     results: list[Result] = []
     for name in options.benches or [name for name in BENCHES if name != "gpu" or not lacks]:
-        module = importlib.import_module(f".{name}", __package__)
-        results.append(module.run(quick=options.quick, **({"rehearse": options.rehearse} if name == "gpu" else {})))
+        module, settings = importlib.import_module(f".{name}", __package__), {"quick": options.quick}
+        if name == "gpu":
+            settings["rehearse"] = options.rehearse
+            if options.out is not None and options.out.is_dir():
+                settings["part_done"] = lambda result: save([result], options.out)
+        results.append(module.run(**settings))
         print(show(results[-1]), flush=True)
     if lacks and not options.benches:
         print(f"\nleft out: gpu ({lacks})")

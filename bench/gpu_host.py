@@ -73,7 +73,7 @@ def run(clock: Clock, quick: bool = False, variants: dict[str, Attach] | None = 
     """Measure the host's time of a step under every variant, and count."""
     if variants is None:
         variants = {name: VARIANTS[name] for name in (BARE, EMPTY, FULL_HOOK, TENSOR_HOOK, AUTO)}
-    n_layers, n_steps, rounds = (2, 1, 2) if quick else (12, 20, 15)
+    n_layers, n_steps, rounds = (2, 1, 2) if quick else (12, 10, 9)
     job = make_job(clock, n_layers, n_steps)
     found = Findings()
     with tlfast.freeze(job.model):

@@ -168,7 +168,7 @@ def measure(case: Case, clock: Clock, rounds: int, cold: bool, ways: dict[str, R
 
 def run(clock: Clock, quick: bool = False) -> Findings:
     """Measure every case from the cache and from memory."""
-    rounds, cases = (2, TINY) if quick else (11, CASES)
+    rounds, cases = (2, TINY) if quick else (7, CASES)
     rate = copy_rate(clock, 1 << 16 if quick else COPY_BYTES, rounds)
     found, ratios = Findings(), {}
     for case in cases:

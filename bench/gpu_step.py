@@ -19,7 +19,7 @@ PREDICTION = (
     "(every one waits for the GPU); a graph takes the GPU's own time: 2.5-4x at batch 1, 1.5-2.5x at batch 2, under "
     "1.5x at batch 4, where the GPU itself is the limit, so 2x may be missed there; at batch 8 taps cost 0.5-1.5 %"
 )
-BATCHES = (1, 2, 4, 8)
+RUNS = ((SMALL, (1, 2, 4, 8)), (MIDDLE, (1, 8)))  # each shape with its batch sizes
 LAUNCH_BOUND = (1, 2, 4)
 
 
@@ -45,13 +45,12 @@ def sampler(work: Timed, way: Way) -> Callable[[], Sections]:
 
 
 def run(clock: Clock, quick: bool = False, variants: dict[str, Way] | None = None) -> Findings:
-    """Measure both shapes at every batch size."""
+    """Measure both shapes at their batch sizes."""
     variants = make_variants(clock) if variants is None else variants
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    shapes, batches, rounds, steps_per_unit, n_units = ((TINY,), (1, 2), 2, 2, 1) if quick else (
-        (SMALL, MIDDLE), BATCHES, 7, 8, 2)  # fmt: skip
+    runs, rounds, steps_per_unit, n_units = (((TINY, (1, 2)),), 2, 2, 1) if quick else (RUNS, 7, 4, 2)
     found = Findings()
-    for shape in shapes:
+    for shape, batches in runs:
         model = make_model(shape, clock)
         for batch in batches:
             work = make_work(shape, model, clock, batch, steps_per_unit, n_units)

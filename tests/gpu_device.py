@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import tlfast
 
@@ -71,10 +72,18 @@ class Gpu:
         if self.real:
             torch.cuda.synchronize(self.device)
 
-    def n_allocations(self) -> int:
-        """How often memory of the device was asked for until now, of torch or by it of the driver."""
-        if not self.real:
-            return 0
+    def n_allocations(self, run: Callable[[], object]) -> int:
+        """How often memory was asked for while ``run`` ran, of torch or by it of the driver."""
+        if self.real:
+            before = self._asked()
+            run()
+            return self._asked() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run()
+        events = profiled.profiler.kineto_results.events()
+        return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
+
+    def _asked(self) -> int:
         stats = torch.cuda.memory_stats(self.device)
         return int(stats["allocation.all.allocated"]) + int(stats.get("num_device_alloc", 0))
 

@@ -40,7 +40,14 @@ def tiny_work(n_units=1):
 def test_a_rehearsal_runs_every_part_and_is_kept_nowhere_else(native, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     before = sorted((ROOT / "bench" / "results").iterdir())
+    written = []
+    monkeypatch.setattr(
+        command,
+        "save",
+        lambda results, out: (written.append(list(results[0].settings["parts"])), save(results, out))[1],
+    )
     command.main(["gpu", "--quick", "--rehearse", "--out", str(tmp_path)])
+    assert written == [list(gpu.PARTS)[:n] for n in (1, 2, 3, 4, 4)]  # after each part, and in the end
     assert sorted((ROOT / "bench" / "results").iterdir()) == before
     shown = capsys.readouterr().out
     (path,) = tmp_path.glob("gpu-*.json")
@@ -185,6 +192,22 @@ def test_a_wrong_way_to_the_disk_is_not_timed(change, native, scratch, monkeypat
     monkeypatch.setattr(gpu_step, "interleave", lambda *args: pytest.fail("timed before the check"))
     with pytest.raises(WrongResult, match="wrong at transformer"):
         gpu_step.run(CLOCK, quick=True, variants={**right, "wrong": wrong})
+
+
+def test_a_model_that_refuses_graphs_is_collected_without(native, scratch):
+    def refuse(work, out):
+        raise ValueError("collect: cuda_graph must be ...")
+
+    ways = {**gpu_collect.WAYS, gpu_collect.COLLECT_GRAPH: gpu_storing.Way(refuse, None)}
+    found = gpu_collect.run(CLOCK, quick=True, variants=ways)
+    assert found.tables[0].note == "no graphs: collect: cuda_graph must be ..."
+    assert len(found.claims) == 1
+
+    def other(work, out):
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        gpu_collect.run(CLOCK, quick=True, variants={**ways, gpu_collect.COLLECT_GRAPH: gpu_storing.Way(other, None)})
 
 
 def test_a_way_without_a_backward_is_refused(scratch):

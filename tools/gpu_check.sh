@@ -188,7 +188,7 @@ for line in "suite suite.log suite" "memcheck sanitizers.log sanitizer memcheck"
   fi
 done
 wait
-run bench $((DRY ? 600 : 200)) bench.log bench
+run bench $((DRY ? 600 : 250)) bench.log bench
 
 {
   echo "part       outcome    time  remark"

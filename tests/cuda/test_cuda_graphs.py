@@ -115,12 +115,14 @@ def test_a_replay_neither_waits_nor_allocates(gpu):
     with tlfast.freeze(model), tlfast.capture(model, ["embed", "hook"], reduce="mean", rows=3 * N * B) as cap:
         step = gpu.graph_step(cap, lambda tokens: backward(model, tokens), given[0])
         step(given[0])
-        before = gpu.n_allocations()
-        with gpu.no_wait():
-            for tokens in given:
-                step(tokens)
-        if gpu.real:
-            assert gpu.n_allocations() == before
+
+        def replays():
+            with gpu.no_wait():
+                for tokens in given:
+                    step(tokens)
+
+        n_allocations = gpu.n_allocations(replays)
+        assert n_allocations == 0 or not gpu.real  # what stands for a graph runs the model
         gpu.finish()
     assert cap.rows == (N + 1) * B
 
