@@ -169,7 +169,7 @@ export -f left_out tests machine build doctor suite sanitizer graphs streams ben
 
 run() {
   NAMES+=("$1")
-  part "$1" "$2" "$3" bash -c "$4"
+  part "$1" "$2" "$3" bash -o pipefail -c "$4"
 }
 
 run machine 30 doctor.txt machine
@@ -184,7 +184,7 @@ for line in "suite suite.log suite" "memcheck sanitizers.log sanitizer memcheck"
     run "$name" 600 "$log" "$command"
   else
     NAMES+=("$name")
-    part "$name" 160 "$log" bash -c "$command" &
+    part "$name" 160 "$log" bash -o pipefail -c "$command" &
   fi
 done
 wait
