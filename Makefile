@@ -39,7 +39,7 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test lint format bench sanitize simt cuda-compile clean distclean
+.PHONY: help setup demo test test-lens lint format bench sanitize simt cuda-compile clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,31 @@ demo: $(STAMPS)/install ## train a small model, collect its gradients, verify an
 
 test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name')
 	$(PY) -m pytest -q tests $(TEST_ARGS)
+
+# One environment for each version of TransformerLens. Torch is that of the environment above, by a .pth file: the native
+# build fits no other. The pins are what old versions need beside a new torch and Python.
+LENS_VERSIONS ?= 4.3.0 2.18.0
+LENS_PINS_2.18.0 := "pyarrow<22"
+LENS_PINS_2.2.1 := "transformers==4.57.6" "huggingface-hub<1" "datasets<4.5" "typeguard<5" "pyarrow<22"
+LENS_PINS_2.2.2 := $(LENS_PINS_2.2.1)
+
+test-lens: $(LENS_VERSIONS:%=build/lens/%/installed) ## the TransformerLens adapter (LENS_VERSIONS="4.3.0 2.18.0")
+	@for version in $(LENS_VERSIONS); do \
+	  echo "test-lens: TransformerLens $$version"; \
+	  build/lens/$$version/bin/python -m pytest -q tests/lens $(TEST_ARGS) || exit 1; \
+	done
+
+build/lens/%/installed: $(STAMPS)/torch | $(STAMPS)/install
+	@echo "set-up: installing TransformerLens $* into build/lens/$*"
+	@rm -rf build/lens/$*
+	@$(PY) -m venv build/lens/$*
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(build/lens/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_outer.pth
+	@build/lens/$*/bin/python -m pip --disable-pip-version-check install -q -c $(STAMPS)/torch \
+	  "transformer-lens==$*" $(LENS_PINS_$*) > build/lens-$*.log 2>&1 || { tail -n 40 build/lens-$*.log; exit 1; }
+	@build/lens/$*/bin/python -c 'import torch; given = open("$(STAMPS)/torch").readline().strip(); \
+	  assert f"torch=={torch.__version__}" == given, f"set-up: torch must stay {given}, got {torch.__version__}"'
+	@touch $@
 
 bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
 	$(PY) -m bench $(BENCH_ARGS)

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_ring))
       .def_readonly("column", &Ring::column)
       .def_property_readonly("rows", [](const Ring& ring) { return defined(ring.rows()); })
+      .def_property_readonly("n_writes", &Ring::n_writes)
       .def_property_readonly("counters", &Ring::counters)
       .def_property_readonly("counted", [](const Ring& ring) {
         const Counts counts = ring.counted();
@@ -70,9 +71,16 @@ PYBIND11_MODULE(_C, m) {
       .def("close", &Step::close)
       .def_property_readonly("n_ended", [](const Step& step) { return step.n_ended.load(); });
 
+  py::class_<TensorCache, std::shared_ptr<TensorCache>>(m, "TensorCache")
+      .def(py::init([] { return std::make_shared<TensorCache>(); }))
+      .def("outputs", &TensorCache::outputs)
+      .def("gradients", &TensorCache::gradients);
+
   py::class_<PyTap>(m, "Tap")
       .def(py::init(&make_tap))
       .def_static("to_sink", &PyTap::to_sink)
+      .def_static("to_cache", &PyTap::to_cache)
+      .def("set_convert", &PyTap::set_convert)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
       .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })
       .def("check_full", &PyTap::check_full)

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "errors.h"
+#include "py_callable.h"
 
 namespace py = pybind11;
 
@@ -31,8 +32,6 @@ References unshared;
 bool learning = false;
 
 py::object from_outputs(const char* name) { return py::module_::import("tlfast.outputs").attr(name); }
-
-std::string type_name(const py::handle& given) { return py::str(py::type::of(given).attr("__name__")); }
 
 PyTap& tap_of(PyObject* hook) {
   static PyObject* const name = PyUnicode_InternFromString("tap");
@@ -78,24 +77,6 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject*) {
   return guarded([&] { return tap_of(hook).forward(PyTuple_GetItem(args, 2)); });
 }
 
-// A Python callable as a sink. It may be dropped by a thread that doesn't hold the GIL.
-Sink sink_of(py::object callable) {
-  const std::shared_ptr<py::object> held(new py::object(std::move(callable)), [](py::object* object) {
-    const py::gil_scoped_acquire gil;
-    delete object;
-  });
-  return [held](const at::Tensor& grad) {
-    const py::gil_scoped_acquire gil;
-    const auto given = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad.detach()));
-    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(held->ptr(), given.ptr()));
-    if (!result) {
-      python_error error;  // keeps its Python type on the way through the engine
-      error.persist();
-      throw error;
-    }
-  };
-}
-
 }  // namespace
 
 std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::string& name, const py::object& sink,
@@ -111,6 +92,19 @@ std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::str
   }
   return std::make_unique<PyTap>(std::move(tap), output, py::list());
 }
+
+std::unique_ptr<PyTap> PyTap::to_cache(std::shared_ptr<Step> step, const std::string& name,
+                                       std::shared_ptr<TensorCache> cache, const py::object& select,
+                                       const std::string& calls, const std::optional<at::Tensor>& anchor) {
+  auto tap = Tap::make(std::move(step), name, {}, parse_calls(calls));
+  if (anchor) tap->anchor = *anchor;
+  tap->keep_in(std::move(cache), change_of(select));
+  auto made = std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
+  made->hooks_seen = hooks_registered();  // it is hooked at once, behind all others
+  return made;
+}
+
+void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(convert); }
 
 PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
     : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
@@ -143,7 +137,23 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
   return {};
 }
 
+// A cache keeps the output, too, also where no gradient can reach it.
+py::object PyTap::forward_cached(const py::handle& given) {
+  PyObject* found = given.ptr();
+  if (PyTuple_Check(found) && PyTuple_GET_SIZE(found)) found = PyTuple_GET_ITEM(found, 0);
+  if (!THPVariable_Check(found)) {
+    if (given.is_none()) tap->cache_output({});
+    return py::none();
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(found);
+  tap->cache_output(tensor);
+  if (!tap->step->active || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
+  auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
+  return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
+}
+
 py::object PyTap::forward(const py::handle& given) {
+  if (tap->cache) return forward_cached(given);
   if (!tap->step->active || !at::GradMode::is_enabled()) return py::none();
   if (THPVariable_Check(given.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(given.ptr());

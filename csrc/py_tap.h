@@ -17,6 +17,15 @@ class PyTap {
                                         const pybind11::object& sink, const std::string& reduce,
                                         std::vector<int64_t> dims, const pybind11::object& output);
 
+  // A tap that keeps outputs and gradients in a cache. `select` is None, or makes what is kept of a tensor;
+  // `anchor` is None, or the leaf that stands for all points in backward(inputs=).
+  static std::unique_ptr<PyTap> to_cache(std::shared_ptr<Step> step, const std::string& name,
+                                         std::shared_ptr<TensorCache> cache, const pybind11::object& select,
+                                         const std::string& calls, const std::optional<at::Tensor>& anchor);
+
+  // What is to be made of each gradient before anything else; a Python callable or None.
+  void set_convert(const pybind11::object& convert);
+
   // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
   pybind11::object forward(const pybind11::handle& given);
 
@@ -41,6 +50,7 @@ class PyTap {
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
   Py_ssize_t index_in(const pybind11::handle& given) const;
   pybind11::object forward_slowly(const pybind11::handle& given) const;
+  pybind11::object forward_cached(const pybind11::handle& given);
 
   Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };

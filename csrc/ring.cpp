@@ -125,7 +125,7 @@ void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad
   launched(place);
   if (!place.cursor || !known.scratch.defined()) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  recorded_.push_back(known_);
+  recorded_.push_back(known.scratch);
 }
 
 at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {

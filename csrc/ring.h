@@ -56,6 +56,7 @@ class Ring {
   // Writes that were recorded, not done, since the last call.
   int64_t take_recorded() { return n_recorded_.exchange(0); }
   void replayed(int64_t n_writes) { n_writes_ += n_writes; }
+  int64_t n_writes() const { return n_writes_; }  // as many as were launched; only those of a GPU are counted
 
   const std::string column, who;
 
@@ -93,7 +94,7 @@ class Ring {
   at::Tensor rows_, counters_, saved_;  // counters_: of rows on a GPU
   int64_t saved_writes_ = 0;
   std::shared_ptr<const Known> known_;
-  std::vector<std::shared_ptr<const Known>> recorded_;  // graphs use their memory for as long as they live
+  std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live
   std::atomic<int64_t> n_nonfinite_{0}, n_saturated_{0}, n_writes_{0}, n_recorded_{0};
 };
 

@@ -46,6 +46,7 @@ struct IdentityNode : Node {
       tap->fire(grads[0]);
     else if (tap->step->active)
       tap->fire(input_metadata(0).zeros_like());
+    grads.resize(num_outputs());  // nothing for the anchor
     return std::move(grads);
   }
   std::string name() const override { return "TlfastIdentity"; }
@@ -78,8 +79,6 @@ std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
   return *taps;
 }
 std::atomic<int64_t> next_number{0};
-
-at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
   if (const auto tap = Tap::by_number(number)) tap->fire(grad);
@@ -141,7 +140,8 @@ bool Tap::attach_to_node(const at::Tensor& output) {
 
 at::Tensor Tap::attach_behind(const at::Tensor& output) {
   auto node = make_identity(shared_from_this());
-  node->set_next_edges(autograd::collect_next_edges(output));
+  node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
+                                        : autograd::collect_next_edges(output));
   at::Tensor through = alias_of(output);
   autograd::set_history(through, node);
   return through;
@@ -149,8 +149,24 @@ at::Tensor Tap::attach_behind(const at::Tensor& output) {
 
 bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 || recomputed_); }
 
-void Tap::fire(const at::Tensor& grad) {
+void Tap::keep_in(std::shared_ptr<TensorCache> into, Change select) {
+  cache = std::move(into);
+  place_ = cache->add(point->name, std::move(select));
+  sink = [this](const at::Tensor& grad) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    cache->gradient(place_, grad, sums());
+  };
+}
+
+void Tap::cache_output(const at::Tensor& output) {
   if (!step->active) return;
+  const at::Tensor kept = output.defined() ? alias_of(output) : output;
+  cache->output(place_, convert && kept.defined() ? convert(kept) : kept);
+}
+
+void Tap::fire(const at::Tensor& given) {
+  if (!step->active) return;
+  const at::Tensor grad = convert ? convert(given) : given;
   if (sink) return sink(grad);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto [run, block, n_fired] = step->begin(*point, grad.sizes());

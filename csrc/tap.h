@@ -8,6 +8,7 @@
 #include <functional>
 
 #include "step.h"
+#include "tensor_cache.h"
 
 namespace tlfast {
 
@@ -28,11 +29,18 @@ class Tap : public std::enable_shared_from_this<Tap> {
   bool attach_to_node(const at::Tensor& output);
 
   // Put an identity node behind an output, which sees the gradient through this module alone; returns its output.
+  // With an anchor, backward(inputs=[anchor]) runs whatever leads to the node, and makes no gradient of a parameter.
   at::Tensor attach_behind(const at::Tensor& output);
 
-  // Write one gradient into the rows of the running step, or hand it to the sink. Needs no GIL; touches no Python
-  // object.
+  // Write one gradient into the rows of the running step, or hand it to the sink. Needs no GIL, and touches no Python
+  // object but through a sink or a change made of one.
   void fire(const at::Tensor& grad);
+
+  // Make this tap keep outputs and gradients in a cache.
+  void keep_in(std::shared_ptr<TensorCache> cache, Change select);
+
+  // Keep an output in the cache; undefined stands for one that is no tensor.
+  void cache_output(const at::Tensor& output);
 
   // The tap that compiled code knows by this number, or null when it is gone.
   static std::shared_ptr<Tap> by_number(int64_t number);
@@ -40,7 +48,12 @@ class Tap : public std::enable_shared_from_this<Tap> {
   const std::shared_ptr<Step> step;
   const std::shared_ptr<Point> point;
   const int64_t number;
-  Sink sink;                          // takes the gradients in place of rows; set before the tap is hooked
+  // Set before the tap is hooked:
+  Sink sink;                           // takes the gradients in place of rows
+  Change convert;                      // made of each gradient, and of a cached output, before anything else
+  at::Tensor anchor;                   // a leaf to which every identity node leads too: see `attach_behind`
+  std::shared_ptr<TensorCache> cache;  // where whole tensors are kept
+
   std::atomic<int64_t> last_call{0};  // when the module was entered last, counted over the capture
 
  private:
@@ -50,6 +63,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
   std::atomic<int64_t> n_called_{0};     // forwards since the last committed step; 0 in compiled code
   std::atomic<bool> recomputed_{false};  // entered inside a backward: a checkpoint, whose other calls may still come
   std::atomic<int64_t> seen_ended_{-1};
+  size_t place_ = 0;  // in the cache
 };
 
 Calls parse_calls(const std::string& name);

@@ -33,7 +33,7 @@ class Collection:
         self.streams, self.random, self.sizes, self.with_room = streams, random, sizes, with_room
         self.drain = Drain(streams, COLUMNS, CAPACITY)
         self.rings = {name: torch.zeros(CAPACITY, *c.row_shape, dtype=c.dtype) for name, c in COLUMNS.items()}
-        self.counters = [torch.zeros(N_COUNTERS + 1, dtype=torch.int64) for _ in COLUMNS]
+        self.counters = [torch.zeros(N_COUNTERS, dtype=torch.int64) for _ in COLUMNS]
         self.jobs = deque()
         self.writing = None
         self.n_written = 0
@@ -91,7 +91,7 @@ class Collection:
         for name, rows in block.items():
             assert torch.equal(rows, rows_of(unit, name, n)), f"unit {unit} has wrong rows in column {name}"
         n_done = sum(self.sizes[: unit + 1])
-        assert counters.tolist() == [[n_done, n_done * column] for column in range(len(COLUMNS))]
+        assert counters.tolist() == [[n_done, n_done * column, 0] for column in range(len(COLUMNS))]
         self.writing = None
         self.n_written += 1
 

@@ -1,6 +1,6 @@
-"""The native module: what tlfast.steps, taps and ring do in Python."""
+"""The native module: what tlfast.steps, taps, ring and tensor_cache do in Python."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ def learn_references(learn: bool) -> None: ...
 class Ring:
     column: str
     rows: torch.Tensor | None
+    n_writes: int
     counters: torch.Tensor
     counted: tuple[int, int]
     def __init__(
@@ -40,6 +41,11 @@ class Step:
     def replay(self, recording: Recording) -> None: ...
     def take_back(self, recording: Recording) -> None: ...
 
+class TensorCache:
+    def __init__(self) -> None: ...
+    def outputs(self) -> list[tuple[int, torch.Tensor | None]]: ...
+    def gradients(self) -> list[tuple[int, torch.Tensor]]: ...
+
 class Tap:
     name: str
     number: int
@@ -51,6 +57,16 @@ class Tap:
     def to_sink(
         step: Step, name: str, sink: Any, reduce: str, dims: Sequence[int], output: int | str | None
     ) -> Tap: ...
+    @staticmethod
+    def to_cache(
+        step: Step,
+        name: str,
+        cache: TensorCache,
+        select: Callable[[torch.Tensor], torch.Tensor] | None,
+        calls: str,
+        anchor: torch.Tensor | None,
+    ) -> Tap: ...
+    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None) -> None: ...
     def forward_pre(self) -> None: ...
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None: ...
     def check_full(self, output: object) -> None: ...

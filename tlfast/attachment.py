@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
 
 from .errors import broken_rule
 from .outputs import replace_output, select_output
@@ -94,6 +96,17 @@ class _NativeForwardHook(_ForwardHook):
     """The same."""
 
 
+class _CacheHook(_Hook):
+    """The forward hook of a tap that caches; it isn't for compiled code."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.tap.forward(args, output)
+
+
+class _NativeCacheHook(_CacheHook):
+    """The same, called natively."""
+
+
 class _CheckHook(_Hook):
     """Before a full hook wraps the output: can it have a gradient at all?"""
 
@@ -111,7 +124,7 @@ class _FullHook(_Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (_ForwardPreHook, _ForwardHook, _CheckHook, _FullHook):
+for _hook in (_ForwardPreHook, _ForwardHook, _CacheHook, _CheckHook, _FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -163,6 +176,35 @@ def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | N
         handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))
     pre.hook_id = handles[1].id
     return handles
+
+
+class CachingHooks:
+    """The hooks of a caching tap on its module; `remove` takes it off.
+
+    A run hooks every point of a model and unhooks it again. Registering hooks one by one costs more than what they do,
+    so all of a run's hooks stand under the one ``id`` of a handle that was made for it.
+    """
+
+    __slots__ = ("id", "module")
+
+    def __init__(self, module: nn.Module, tap: Any, native: ModuleType | None, handle_id: int):
+        self.module, self.id = module, handle_id
+        pre = _ForwardPreHook(tap) if native is None else _NativePreHook(tap)
+        pre.hook_id = handle_id
+        module._forward_pre_hooks[handle_id] = pre
+        module._forward_hooks[handle_id] = _CacheHook(tap) if native is None else _NativeCacheHook(tap)
+
+    def remove(self) -> None:
+        self.module._forward_pre_hooks.pop(self.id, None)
+        self.module._forward_hooks.pop(self.id, None)
+
+
+def caching_id(native: ModuleType | None) -> int:
+    """The id under which a run's hooks stand."""
+    if native is not None:
+        native.call_natively(_NativePreHook, _NativeCacheHook)
+    handle: int = RemovableHandle(OrderedDict()).id
+    return handle
 
 
 def check_not_compiled(who: str, model: nn.Module) -> None:

@@ -180,9 +180,9 @@ def _run(
         while not background.wait_for_room(1.0):
             step_done(0, 0)
 
-    def finish(arrived: Arrived, missing: torch.Tensor | None) -> Contents:  # in the thread that writes
+    def finish(arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:  # where it is written
         block, counters = arrived()
-        return block, oddities.flags(block, counters, missing)
+        return block, oddities.flags(block, counters, missing, n_writes)
 
     for unit in todo:
         part = examples[unit.start : unit.stop]
@@ -190,7 +190,7 @@ def _run(
         missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
         rings = {name: cap[name] for name in cap.names}
         arrived = drain.drain(rings, cap.counters, places, wait_for_room)
-        background.submit_unfinished(unit, partial(finish, arrived, missing), part)
+        background.submit_unfinished(unit, partial(finish, arrived, missing, cap.n_writes), part)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from .dataset.layout import Column
 
 N_SLOTS = 2  # one is being written while the other is filled
-N_COUNTERS = 2  # of each column: non-finite values, saturated values
+N_COUNTERS = 3  # of each column: non-finite values, saturated values, writes
 
 Stream = Literal["compute", "side"]
 Block = dict[str, torch.Tensor]
@@ -147,7 +147,7 @@ class Drain:
 
         Args:
             rings: of each column the rows of the unit, in any order.
-            counters: of each column what was counted until now, int64 [N_COUNTERS or more], on any device.
+            counters: of each column what was counted until now, int64 [N_COUNTERS], on any device.
             places: where the row of each example lies in the ring, int64 [examples], on the host.
             wait_for_room: waits until the unit before the last is written: its memory on the host is used again.
 
@@ -167,7 +167,7 @@ class Drain:
                 else:
                     out.copy_(ring.index_select(0, there[ring.device]))
             for kept, counted in zip(slot.device_counters, counters, strict=True):
-                kept.copy_(counted[:N_COUNTERS], non_blocking=streams.device is not None)
+                kept.copy_(counted, non_blocking=streams.device is not None)
 
         def copy() -> None:
             for name in rings:

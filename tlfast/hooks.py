@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,11 +15,10 @@ from . import steps as python_steps
 from . import taps as python_taps
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .errors import broken_rule
+from .misuse import changed_in_place, in_place_error, tell_no_rows
 from .ops import pick_native
 from .points import find_points
-from .spec import Spec, one_of
-
-_IN_PLACE = "is a view and is being modified inplace"
+from .spec import Points, Spec, one_of
 
 
 class Capture:
@@ -64,7 +62,8 @@ class Capture:
         self._step: Any = python_steps.Step(rows, missing) if module is None else module.Step(rows, missing)
         self._rings: dict[str, Any] = {}
         self._taps: list[tuple[nn.Module, Any]] = []
-        found = [find_points(who, model, spec.points) for spec in specs]
+        found = [self._find(spec.points) for spec in specs]
+        modules = {name: module for points in found for name, module in points.items()}
         for name in dict.fromkeys(name for points in found for name in points):
             here = [spec for spec, points in zip(specs, found, strict=True) if name in points]
             if len({spec.output for spec in here}) > 1:
@@ -82,7 +81,7 @@ class Capture:
                 self._rings[column] = ring_type(column, spec.reduce, spec.dims, spec.dtype, rows)
                 rings.append(self._rings[column])
             tap = tap_type(self._step, name, rings, here[0].output, calls)
-            self._taps.append((find_points(who, model, [name])[name], tap))
+            self._taps.append((modules[name], tap))
         self.names: list[str] = list(self._rings)
         self._handles: list[Any] = []
         self._ids: list[Any] = []
@@ -100,7 +99,7 @@ class Capture:
         self._entered = True
         try:
             for module, tap in self._taps:
-                self._handles += hook_module(module, tap, self._attach, self._native)
+                self._handles += self._hook(module, tap)
         except BaseException:
             self._detach()
             raise
@@ -110,33 +109,17 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._detach()
-        if isinstance(error, RuntimeError) and "BackwardHookFunction" in str(error) and _IN_PLACE in str(error):
+        if isinstance(error, RuntimeError) and changed_in_place(error):
             called = max((tap for _, tap in self._taps), key=lambda tap: tap.last_call, default=None)
-            name = called.name if called is not None else "?"
-            raise RuntimeError(
-                broken_rule(
-                    f"capture at {name}", "an output", 'stay unmodified in place with attach="full"',
-                    "an in-place operation after it (the point called last)", 'Use attach="tensor".',
-                )
-            ) from error  # fmt: skip
+            raise in_place_error(called.name if called is not None else "?") from error
         if error is None and not self._step.n_ended:
-            if self._compiled_before and not any(tap.last_call for _, tap in self._taps):
-                # The model may lie inside a compiled function or wrapper that `check_not_compiled` can't see.
-                raise RuntimeError(
-                    broken_rule(
-                        "capture", "a compiled model", "be captured before its first call",
-                        "no call of any point, and code compiled before the capture",
-                        "Call the model inside the with; if it is compiled, enter the capture first, or call "
-                        "torch._dynamo.reset().",
-                    )
-                )  # fmt: skip
-            text = (
-                "capture: no backward reached the points, so there are no rows; was backward() called inside the with?"
-            )
-            if anything_compiled():
-                text += " Compiled modules of one class share their code, whatever their hooks, unless "
-                text += "torch._dynamo.config.skip_nnmodule_hook_guards = False."
-            warnings.warn(text, stacklevel=2)
+            tell_no_rows(self._compiled_before, any(tap.last_call for _, tap in self._taps))
+
+    def _find(self, points: Points) -> dict[str, Any]:
+        return find_points("capture", self._model, points)
+
+    def _hook(self, module: nn.Module, tap: Any) -> list[Any]:
+        return hook_module(module, tap, self._attach, self._native)
 
     def _detach(self) -> None:
         self._step.close()
@@ -204,8 +187,13 @@ class Capture:
 
     @property
     def counters(self) -> list[torch.Tensor]:
-        """What `counts` reads, for each column int64 [2 or more] on its ring's device: to be copied without waiting."""
+        """What `counts` reads and how often rows were written: for each column int64 [3] on its ring's device."""
         return [ring.counters for ring in self._rings.values()]
+
+    @property
+    def n_writes(self) -> list[int]:
+        """How often the rows of each column were, or are still to be, written by what was launched until now."""
+        return [ring.n_writes for ring in self._rings.values()]
 
     def clear(self) -> None:
         """Forget all rows and keep the memory; RuntimeError while a backward is running."""

@@ -24,13 +24,14 @@ class Ring:
         self.capacity = capacity
         self.rows: torch.Tensor | None = None
         self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
-        # Non-finite and saturated values; on the rows' device, where adding up doesn't make the host wait.
-        self.counters = torch.zeros(2, dtype=torch.int64)
+        # Non-finite values, saturated values, writes; on the rows' device, where adding up doesn't make the host wait.
+        self.counters = torch.zeros(3, dtype=torch.int64)
+        self.n_writes = 0  # as many as were asked for
 
     @property
     def counted(self) -> tuple[int, int]:
         """How many stored values are NaN or infinite, and how many of them only through the cast; waits for a GPU."""
-        n_nonfinite, n_saturated = self.counters.tolist()
+        n_nonfinite, n_saturated, _ = self.counters.tolist()
         return n_nonfinite, n_saturated
 
     def n_rows(self, shape: torch.Size) -> int:
@@ -50,7 +51,7 @@ class Ring:
             if self.rows is None:
                 dtype = self.dtype or like.dtype
                 self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
-                self.counters = torch.zeros(2, dtype=torch.int64, device=like.device)
+                self.counters = torch.zeros(3, dtype=torch.int64, device=like.device)
         if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
@@ -63,7 +64,9 @@ class Ring:
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         counts = capture(out, grad, self.reduce, self.dims, mask, scale, self.who)
         with self._lock:
-            self.counters += counts
+            self.counters[:2] += counts
+            self.counters[2] += 1
+            self.n_writes += 1
 
     def write(self, base: int, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         """Reduce, cast and copy ``grad`` into the rows from ``base`` on."""

@@ -20,14 +20,14 @@ class _Identity(torch.autograd.Function):
     """Identity whose backward fires a tap: the gradient through this module alone, for outputs that are inputs."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.tap = tap
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.tap.fire(grad)
-        return grad, None
+        return grad, None, None
 
 
 _NUMBERS = itertools.count()
@@ -59,6 +59,10 @@ class Tap:
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
         self._seen_ended = -1
         self.last_call = 0  # when the module was entered last, counted over the capture
+        self.convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # A leaf to which every identity node leads too: backward(inputs=[anchor]) runs whatever leads to the node, and
+        # makes no gradient of a parameter.
+        self.anchor: torch.Tensor | None = None
         self.number = next(_NUMBERS)  # how compiled code names this tap
         _ALIVE[self.number] = self
         step.taps.append(self)
@@ -87,8 +91,19 @@ class Tap:
         # Always a node of our own: whether somebody else uses the output too (a penalty on it inside the module, say)
         # can't be seen from here, and a hook on the output's own node would see that gradient as well.
         _, key = select_output(output, self.output)
-        through: object = replace_output(output, key, _Identity.apply(tensor, self))  # type: ignore[no-untyped-call]
+        through: object = replace_output(output, key, self.identity(tensor))
         return through
+
+    def identity(self, tensor: torch.Tensor) -> Any:
+        """The tensor behind an identity node that fires this tap."""
+        return _Identity.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
+
+    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        """What is to be made of each gradient before anything else."""
+        self.convert = convert
+
+    def converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.convert is None else self.convert(tensor)
 
     def checked_output(self, output: object) -> torch.Tensor | None:
         """The output tensor if it can have a gradient; an error, or None, where it can't."""
@@ -144,12 +159,12 @@ class Tap:
         """Write one gradient into the rows of the running step."""
         if not self.step.active:
             return
-        grad = grad.detach()
+        grad = self.converted(grad.detach())
         run, block = self.step.begin(self, grad.shape)
-        held = run.pending.setdefault(self.index, []) if self.calls == "stack" or self._sums() else []
+        held = run.pending.setdefault(self.index, []) if self.calls == "stack" or self.sums() else []
         if self.calls == "stack":
             held.append([ring.part(grad, run.mask, run.scale) for ring in self.rings])
-        elif self._sums():
+        elif self.sums():
             for ring in self.rings:
                 ring.check(grad)
             if held and held[0][0].shape != grad.shape:  # which += would broadcast
@@ -174,7 +189,7 @@ class Tap:
             for ring in self.rings:
                 ring.write(block.base, grad, run.mask, run.scale)
 
-    def _sums(self) -> bool:
+    def sums(self) -> bool:
         """Whether the gradients of several calls are to be added up before they are reduced."""
         return self.calls == "sum" and (self.n_called != 1 or self._recomputed)
 
@@ -199,7 +214,7 @@ class SinkTap(Tap):
     @torch.no_grad()
     def fire(self, grad: torch.Tensor) -> None:
         if self.step.active:
-            self.sink(grad.detach())
+            self.sink(self.converted(grad.detach()))
 
 
 def fire_op(tap: Any) -> Any:

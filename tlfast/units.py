@@ -76,16 +76,29 @@ class Oddities:
         self._before: torch.Tensor | int = 0
 
     def flags(
-        self, block: Mapping[str, torch.Tensor], counters: torch.Tensor, missing: torch.Tensor | None = None
+        self,
+        block: Mapping[str, torch.Tensor],
+        counters: torch.Tensor,
+        missing: torch.Tensor | None = None,
+        n_writes: Sequence[int] | None = None,
     ) -> list[int] | None:
         """FLAG_... bits of each row of the unit captured last, or None where there is nothing to say.
 
         Args:
             block: the rows of each column.
-            counters: int64 [columns, 2]: the values of each column that were non-finite, and saturated, until now.
+            counters: int64 [columns, 3]: the values of each column that were non-finite, and saturated, until now, and
+                how often its rows were written.
             missing: bool [examples]: a point did not fire.
+            n_writes: how often the rows of each column should have been written.
+
+        Raises:
+            RuntimeError: if they were not: a GPU has lost work, and these rows can't be trusted.
         """
-        n_nonfinite, n_saturated = (counters - self._before).unbind(1)
+        for name, n_done, n_wanted in zip(block, counters[:, 2].tolist(), n_writes or (), strict=n_writes is not None):
+            if n_done != n_wanted:
+                who, rule = f"collect at {name}", f"have been written {n_wanted} times"
+                raise RuntimeError(broken_rule(who, "rows", rule, n_done, "Run again: the device has lost work."))
+        n_nonfinite, n_saturated, _ = (counters - self._before).unbind(1)
         self._before = counters.clone()
         if not n_nonfinite.any() and (missing is None or not missing.any()):
             return None

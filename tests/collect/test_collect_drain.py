@@ -148,11 +148,18 @@ def test_what_goes_wrong_while_a_unit_is_finished_ends_the_run(tmp_path, monkeyp
 
 def test_nothing_of_a_unit_before_is_counted_again():
     """Counters go on from unit to unit, what is told of each does not."""
-    counters = torch.tensor([[5, 2], [0, 0]])
+    counters = torch.tensor([[5, 2, 7], [0, 0, 7]])
     oddities = Oddities()
     bad = {"a": torch.tensor([[1.0], [torch.inf]]), "b": torch.zeros(2, 3)}
     good = {"a": torch.zeros(2, 1), "b": torch.zeros(2, 3)}
     assert oddities.flags(bad, counters) == [0, FLAG_NON_FINITE | FLAG_SATURATED]
     assert oddities.flags(good, counters) is None
-    assert oddities.flags(bad, counters + torch.tensor([[1, 0], [0, 0]])) == [0, FLAG_NON_FINITE]
+    assert oddities.flags(bad, counters + torch.tensor([[1, 0, 0], [0, 0, 0]])) == [0, FLAG_NON_FINITE]
     assert (oddities.n_nonfinite_rows, oddities.n_saturated) == (2, 2)
+
+
+def test_rows_that_were_not_all_written_are_refused():
+    good, counters = {"a": torch.zeros(2, 1), "b": torch.zeros(2, 3)}, torch.tensor([[0, 0, 7], [0, 0, 6]])
+    assert Oddities().flags(good, counters, n_writes=[7, 6]) is None
+    with pytest.raises(RuntimeError, match=r"collect at b: rows must have been written 7 times, got 6\. Run again"):
+        Oddities().flags(good, counters, n_writes=[7, 7])

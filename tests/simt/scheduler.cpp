@@ -206,13 +206,13 @@ uint64_t meet(Meet kind, uint32_t mask, uint64_t value, unsigned source, const S
 }
 
 int run(dim3 grid, dim3 block, size_t shared_bytes, void (*call_)(void*), void* arguments_) {
-  static std::mutex one_launch;  // at a time, whichever thread of the host it comes from
-  const std::lock_guard lock(one_launch);
   const uint64_t per_block = uint64_t(block.x) * block.y * block.z;
   if (per_block == 0 || per_block > kMostThreads || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kSharedMost) return cudaErrorInvalidValue;
+  static std::mutex one_launch;  // threads of the host may launch at once, and there is one GPU
+  const std::lock_guard<std::mutex> lock(one_launch);
   call = call_, arguments = arguments_;
   blockDim = block, gridDim = grid, n_threads = unsigned(per_block);
   order.start();

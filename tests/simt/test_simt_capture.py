@@ -28,7 +28,7 @@ from simt_capture import NONFINITE, ORDERS, SATURATED, WRITES, capture, check
 
 ROUNDED = ("sum", "mean", "norm")
 # Of the 37000 calls of the table that write something: the first share runs once each, the orders taking turns; the
-# second in every order. On one core the two take half a minute and a quarter.
+# second in every order.
 SHARE, SHARE_IN_ALL_ORDERS = 0.1, 0.015
 
 

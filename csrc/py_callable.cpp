@@ -1,0 +1,58 @@
+// Python callables among native code: called with the GIL, and dropped with it.
+#include "py_callable.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "errors.h"
+
+namespace py = pybind11;
+
+namespace tlfast {
+namespace {
+
+// A Python object that may be dropped by a thread that doesn't hold the GIL.
+std::shared_ptr<py::object> held_anywhere(py::object object) {
+  return {new py::object(std::move(object)), [](py::object* held) {
+            const py::gil_scoped_acquire gil;
+            delete held;
+          }};
+}
+
+// Call Python with a tensor; the GIL must be held.
+py::object call(const py::object& callable, const at::Tensor& tensor) {
+  const auto given = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.detach()));
+  auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(callable.ptr(), given.ptr()));
+  if (!result) {
+    python_error error;  // keeps its Python type on the way through the engine
+    error.persist();
+    throw error;
+  }
+  return result;
+}
+
+}  // namespace
+
+std::string type_name(const py::handle& given) { return py::str(py::type::of(given).attr("__name__")); }
+
+Sink sink_of(py::object callable) {
+  return [held = held_anywhere(std::move(callable))](const at::Tensor& grad) {
+    const py::gil_scoped_acquire gil;
+    call(*held, grad);
+  };
+}
+
+Change change_of(py::object callable) {
+  if (callable.is_none()) return {};
+  return [held = held_anywhere(std::move(callable))](const at::Tensor& tensor) {
+    const py::gil_scoped_acquire gil;
+    const at::NoGradGuard no_grad;
+    const py::object changed = call(*held, tensor);
+    TORCH_CHECK_TYPE(THPVariable_Check(changed.ptr()),
+                     broken_rule("capture", "a conversion", "return a tensor", type_name(changed), "Check it."));
+    return THPVariable_Unpack(changed.ptr());
+  };
+}
+
+}  // namespace tlfast

@@ -1,0 +1,52 @@
+// What the taps of one run keep as whole tensors: the outputs of their modules, and the gradients there.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace tlfast {
+
+// What is made of a tensor; an empty one leaves it as it is.
+using Change = std::function<at::Tensor(const at::Tensor&)>;
+
+// The dtype in which gradients of this dtype are added up.
+inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+class TensorCache {
+ public:
+  // Make a place for one point; `select` makes what is kept of a tensor there.
+  size_t add(const std::string& name, Change select);
+
+  // Keep an output in place of the one before; undefined stands for an output that is no tensor.
+  void output(size_t point, const at::Tensor& output);
+
+  // Keep a gradient in place of the one before, or add it to that.
+  void gradient(size_t point, const at::Tensor& grad, bool sum);
+
+  // (point, tensor) of all that was kept, in the order in which the points came first.
+  using Kept = std::vector<std::pair<size_t, at::Tensor>>;
+  Kept outputs() const;
+  Kept gradients() const;
+
+ private:
+  struct Place {
+    std::string name;
+    Change select;
+    at::Tensor output, gradient;
+    bool has_output = false, has_gradient = false;
+    bool summed = false;  // the gradient is the sum so far, nothing of which was selected yet
+    at::ScalarType dtype = at::ScalarType::Undefined;  // of the gradients that are summed
+  };
+
+  mutable std::mutex
+      mutex_;  // autograd may have several threads; not held while Python is called, which has a lock too
+  std::vector<Place> places_;
+  std::vector<size_t> outputs_, gradients_;  // the points, as they came
+};
+
+}  // namespace tlfast

@@ -1,0 +1,110 @@
+"""Recorded steps: the rows of a replay are those of the step itself, and nothing else is touched."""
+
+import pytest
+import torch
+from comparison import assert_rows, assert_same_bits
+from rerun_graphs import B, N, P, eager_rows, step_of
+
+import tlfast
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("reduce", ["none", "sum", "mean", "last", "norm", "absmax"])
+@pytest.mark.parametrize("over", ["pos", "batch"])
+def test_replays_write_the_rows_of_the_step(rerun, model, batches, reduce, over):
+    options = {"points": "first", "reduce": reduce, "over": over, "dtype": torch.bfloat16, "rows": 40}
+    expected, counts = eager_rows(model, batches, **options)
+    with tlfast.freeze(model), tlfast.capture(model, backend="native", **options) as cap:
+        step, made = rerun(cap, step_of(model), batches[-1], warmup=3)
+        assert (cap.rows, made.n_warmups, step.n_rows) == (0, 3, len(expected["first"]) // N)
+        for tokens in batches:
+            step(tokens)
+        assert made.n_replays == N
+        assert_rows(cap, "first", expected["first"])
+        assert cap.counts == counts
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("calls", ["sum", "last", "stack"])
+def test_points_that_are_called_twice(rerun, model, batches, calls):
+    options = {"points": ["first", "shared"], "reduce": "mean", "calls": calls, "rows": 40}
+    expected, _ = eager_rows(model, batches, **options)
+    with tlfast.freeze(model), tlfast.capture(model, backend="native", **options) as cap:
+        step, _ = rerun(cap, step_of(model), batches[0])
+        for tokens in batches:
+            step(tokens)
+        for name, rows in expected.items():
+            assert_rows(cap, name, rows)
+
+
+@pytest.mark.simt
+def test_missing_rows_are_nan_where_the_cursor_stands(rerun, model, batches):
+    with (
+        tlfast.freeze(model),
+        tlfast.capture(model, ["first", "optional"], missing="nan", rows=40, backend="native") as cap,
+    ):
+        step_of(model)(batches[0])  # fires
+        model.skips = True
+        step, _ = rerun(cap, step_of(model), batches[0])
+        step(batches[1])
+        step(batches[2])
+        assert cap.missing["optional"].tolist() == [False] * B + [True] * 2 * B
+        assert torch.isnan(cap["optional"][B:]).all()
+        assert not torch.isnan(cap["optional"][:B]).any()
+        assert not torch.isnan(cap["first"]).any()
+
+
+@pytest.mark.simt
+def test_a_mask_is_an_input(rerun, model, batches):
+    masks = [torch.rand(B, P) < 0.7 for _ in batches]
+    with tlfast.freeze(model), tlfast.capture(model, "first", reduce="mean", rows=40, backend="native") as cap:
+        for tokens, mask in zip(batches, masks, strict=True):
+            step_of(model, cap)(tokens, mask)
+        expected = cap["first"].clone()
+        cap.clear()
+        step, _ = rerun(cap, step_of(model, cap), batches[0], masks[0])
+        for tokens, mask in zip(batches, masks, strict=True):
+            step(tokens, mask)
+        assert_same_bits(cap["first"], expected)
+
+
+@pytest.mark.simt
+def test_replays_among_eager_steps_and_other_graphs(rerun, model, batches):
+    short = [tokens[:2] for tokens in batches]
+    order = [("graph", 0), ("eager", 1), ("short", 2), ("graph", 3), ("short", 0), ("eager", 2), ("graph", 1)]
+    chosen = [short[i] if kind == "short" else batches[i] for kind, i in order]
+    expected, _ = eager_rows(model, chosen, points="first", reduce="sum", rows=40)
+    with tlfast.freeze(model), tlfast.capture(model, "first", reduce="sum", rows=40, backend="native") as cap:
+        steps = {"eager": step_of(model)}
+        steps["graph"], _ = rerun(cap, step_of(model), batches[0])
+        steps["short"], _ = rerun(cap, step_of(model), short[0])
+        for _ in range(2):  # after clear() the cursor starts anew
+            cap.clear()
+            for (kind, _), tokens in zip(order, chosen, strict=True):
+                steps[kind](tokens)
+            assert_rows(cap, "first", expected["first"])
+
+
+@pytest.mark.simt
+def test_what_the_step_returns_and_ids(rerun, model, batches):
+    with tlfast.freeze(model), tlfast.capture(model, "first", reduce="sum", rows=40, backend="native") as cap:
+        with cap.batch(ids=["a", "b", "c"]):
+            step_of(model)(batches[0])
+        step, _ = rerun(cap, step_of(model), batches[1])
+        assert cap.ids == ["a", "b", "c"], "the warm-up leaves no ids"
+        loss = step(batches[2])
+        assert_same_bits(loss, model(batches[2]).detach())
+        with cap.batch(ids=["d", "e", "f"]):
+            step(batches[3])
+        assert cap.ids == ["a", "b", "c", None, None, None, "d", "e", "f"]
+
+
+@pytest.mark.simt
+def test_counts_are_those_of_the_replays(rerun, model, batches):
+    with tlfast.freeze(model), tlfast.capture(model, "first", dtype=torch.float16, rows=40, backend="native") as cap:
+        step, _ = rerun(cap, lambda tokens: (model(tokens) * 1e30).backward(), batches[0])
+        assert cap.counts["first"] == {"nonfinite": 0, "saturated": 0}, "the warm-up counts nothing"
+        step(batches[0])
+        bad = int((~cap["first"].isfinite()).sum())
+        assert bad > 0
+        assert cap.counts["first"] == {"nonfinite": bad, "saturated": bad}

@@ -1,0 +1,119 @@
+"""Whole tensors kept by the taps of one run, in plain Python: what `tlfast._C.TensorCache` does natively."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .errors import broken_rule
+from .outputs import replace_output
+from .reference import accumulator
+from .steps import Step
+from .taps import Tap
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Place:
+    def __init__(self, name: str, select: Change | None):
+        self.name, self.select = name, select
+        self.output: torch.Tensor | None = None
+        self.gradient: torch.Tensor | None = None
+        self.summed = False  # the gradient is the sum so far, nothing of which was selected yet
+        self.dtype: torch.dtype | None = None  # of the gradients that are summed
+
+
+class TensorCache:
+    """What the taps of one run keep: the outputs of their modules and the gradients there."""
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []
+        self._outputs: dict[int, None] = {}  # the points, as they came
+        self._gradients: dict[int, None] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, select: Change | None) -> int:
+        """Make a place for one point; ``select`` makes what is kept of a tensor there."""
+        self._places.append(_Place(name, select))
+        return len(self._places) - 1
+
+    def output(self, point: int, output: torch.Tensor | None) -> None:
+        """Keep an output in place of the one before; None stands for an output that is no tensor."""
+        place = self._places[point]
+        place.output = place.select(output) if place.select and output is not None else output
+        self._outputs.setdefault(point)
+
+    def gradient(self, point: int, grad: torch.Tensor, summed: bool) -> None:
+        """Keep a gradient in place of the one before, or add it to that."""
+        place = self._places[point]
+        with self._lock:
+            first = point not in self._gradients
+            self._gradients.setdefault(point)
+            place.summed, place.dtype = summed, grad.dtype
+            if first or not summed:
+                place.gradient = place.select(grad) if place.select and not summed else grad
+                return
+            assert place.gradient is not None
+            if place.gradient.shape != grad.shape:  # which + would broadcast
+                raise ValueError(
+                    broken_rule(
+                        f"capture at {place.name}", "a point",
+                        f"have one shape in all calls to be summed ({list(place.gradient.shape)})", list(grad.shape),
+                        'Choose calls="last".',
+                    )
+                )  # fmt: skip
+            place.gradient = place.gradient.to(accumulator(grad.dtype)) + grad
+
+    def outputs(self) -> list[tuple[int, torch.Tensor | None]]:
+        """(point, output) in the order in which the points came first."""
+        return [(point, self._places[point].output) for point in self._outputs]
+
+    @torch.no_grad()
+    def gradients(self) -> list[tuple[int, torch.Tensor]]:
+        """(point, gradient) in the order in which the points came first."""
+        kept = []
+        for point in self._gradients:
+            place = self._places[point]
+            assert place.gradient is not None
+            gradient = place.gradient.detach()
+            if place.summed:
+                gradient = gradient.to(place.dtype)
+                gradient = place.select(gradient) if place.select else gradient
+            kept.append((point, gradient))
+        return kept
+
+
+class CachingTap(Tap):
+    """A tap that keeps outputs and gradients in a cache, and no rows."""
+
+    def __init__(
+        self, step: Step, name: str, cache: TensorCache, select: Change | None, calls: str,
+        anchor: torch.Tensor | None,
+    ):  # fmt: skip
+        super().__init__(step, name, [], None, calls)
+        self.cache, self.anchor = cache, anchor
+        self.place = cache.add(name, select)
+
+    def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
+        in_tuple = isinstance(output, tuple) and len(output) > 0
+        found = output[0] if isinstance(output, tuple) and output else output
+        if not self.step.active:
+            return None
+        if not isinstance(found, torch.Tensor):
+            if output is None:
+                self.cache.output(self.place, None)
+            return None
+        with torch.no_grad():
+            self.cache.output(self.place, self.converted(found.detach()))
+        if not torch.is_grad_enabled() or self.checked_output(found) is None:
+            return None
+        through: Any = self.identity(found)
+        return replace_output(output, 0 if in_tuple else None, through)
+
+    @torch.no_grad()
+    def fire(self, grad: torch.Tensor) -> None:
+        if self.step.active:
+            self.cache.gradient(self.place, self.converted(grad.detach()), self.sums())
