@@ -181,9 +181,7 @@ def one_point(result: Result, rounds: int, n_points: int) -> None:
     result.tables.append(Table(f"a chain of {n_points} points: us a point", "plain", list(rows[0]), rows))
     floor = measured["plain"]["total"]
     above = {name: times["total"].above(floor) for name, times in measured.items()}
-    result.claims.append(
-        Claim("theirs / tlfast, above the bare model", "at least", 7.0, above["theirs"] / above["tlfast"])
-    )
+    result.claims.append(Claim("theirs / tlfast, above the bare model", "at least", 7.0, above["theirs"] / above["tlfast"]))
 
 
 def measure(model: Any, steps: dict[str, Callable[[], object]], rounds: int) -> Any:
