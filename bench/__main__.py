@@ -1,17 +1,30 @@
-"""`python -m bench [hooks kernel step collect lens] [--quick] [--out FILE]`."""
+"""`python -m bench [hooks kernel step collect gpu lens] [--quick] [--rehearse] [--out FILE]`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
 import torch
 
-from .report import save, show
+from tlfast.errors import broken_rule
 
-BENCHES = ("hooks", "kernel", "step", "collect")
+from .clock import NoGpu, gpu_clock
+from .report import Result, save, show
+
+BENCHES = ("hooks", "kernel", "step", "collect", "gpu")
 ON_REQUEST = ("lens",)  # needs TransformerLens
+
+
+def lacks_gpu() -> str:
+    """Why the bench of a GPU can't run here, or ""."""
+    try:
+        gpu_clock()
+    except NoGpu as error:
+        return str(error)
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,24 +33,43 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("benches", nargs="*", metavar="bench", help=f"some of {', '.join(BENCHES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few rounds of small cases: does it run and is it right")
     parser.add_argument(
-        "--out", type=Path, help="JSON file for all results (default: bench/results/<bench>-<cpu>.json)"
+        "--out", type=Path, help="JSON file for all results, or a folder for one each (default: bench/results)"
     )
+    parser.add_argument("--rehearse", action="store_true", help="gpu: run its code on the CPU, to see that it does")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in BENCHES + ON_REQUEST]
     if unknown:
         known = ", ".join(BENCHES + ON_REQUEST)
         parser.error(f"bench: the name must be one of {known}, got {unknown[0]!r}. Check the spelling.")
+    if options.rehearse and not options.quick:
+        parser.error("bench: --rehearse must come with --quick, got none. Its figures say nothing of a GPU.")
+    lacks = "" if options.rehearse else lacks_gpu()
+    if "gpu" in options.benches and lacks:
+        print(
+            broken_rule("bench", "gpu", "run on a CUDA device with the native code", lacks, "See tlfast doctor."),
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     # One thread: the ratios then tell of work done, not of how the threads were scheduled.
     torch.set_num_threads(1)
-    results = []
-    for name in options.benches or BENCHES:
-        results.append(importlib.import_module(f".{name}", __package__).run(quick=options.quick))
+    results: list[Result] = []
+    for name in options.benches or [name for name in BENCHES if name != "gpu" or not lacks]:
+        module, settings = importlib.import_module(f".{name}", __package__), {"quick": options.quick}
+        if name == "gpu":
+            settings["rehearse"] = options.rehearse
+            if options.out is not None and options.out.is_dir():
+                settings["part_done"] = lambda result: save([result], options.out)
+        results.append(module.run(**settings))
         print(show(results[-1]), flush=True)
+    if lacks and not options.benches:
+        print(f"\nleft out: gpu ({lacks})")
     if options.out is None and options.quick:
         print("\nnot kept: --quick is a check that the benches run (give --out to keep it)")
-        return
-    for path in save(results, options.out):
-        print(f"\nwritten to {path}")
+    else:
+        for path in save(results, options.out):
+            print(f"\nwritten to {path}")
+    if any(result.failures for result in results):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

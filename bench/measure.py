@@ -132,9 +132,9 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def cpu_slug() -> str:
-    """The processor's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
+def slug(name: str) -> str:
+    """The name of a processor as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine() -> dict[str, object]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .measure import Measured, cpu_slug, machine
+from .measure import Measured, cpu_model, machine, slug
 
 RESULTS = Path(__file__).parent / "results"
 TIMED = {"total", "forward", "backward", "free", "cpu"}  # the sections that cost_rows compares
@@ -42,6 +42,14 @@ class Claim:
 
 
 @dataclass
+class Findings:
+    """What a part of a bench measured."""
+
+    tables: list[Table] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+
+@dataclass
 class Result:
     """Everything that one bench measured in one run."""
 
@@ -51,6 +59,7 @@ class Result:
     tables: list[Table] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     machine: dict[str, object] = field(default_factory=machine)
+    failures: list[str] = field(default_factory=list)  # parts that found a wrong value, or broke
 
     def as_json(self) -> dict[str, object]:
         """The result as plain data; claims carry ``met``."""
@@ -82,6 +91,7 @@ def show(result: Result) -> str:
         lines += ["", table.title, *_aligned(table)]
         if table.note:
             lines.append(f"  {table.note}")
+    lines += [f"FAILED: {failure}" for failure in result.failures]
     if result.claims:
         lines.append("")
     width = max((len(claim.what) for claim in result.claims), default=0)
@@ -113,12 +123,12 @@ def _text(cell: Cell) -> str:
 
 
 def save(results: list[Result], out: Path | None) -> list[Path]:
-    """Write each result to results/<bench>-<cpu>.json, or all of them, keyed by bench, to ``out``."""
-    if out is not None:
+    """Write each result to results/<bench>-<cpu or gpu>.json, or there in a folder ``out``, or all to one file."""
+    if out is not None and not out.is_dir():
         out.write_text(json.dumps({r.bench: r.as_json() for r in results}, indent=1) + "\n", encoding="utf-8")
         return [out]
     paths = []
     for result in results:
-        paths.append(RESULTS / f"{result.bench}-{cpu_slug()}.json")
+        paths.append((out or RESULTS) / f"{result.bench}-{slug(str(result.machine.get('gpu') or cpu_model()))}.json")
         paths[-1].write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
     return paths

@@ -21,6 +21,7 @@ class Keep:
     dtype: torch.dtype
     row_shape: tuple[int, int]  # [B, D], the same at all points
     n_steps: int  # steps that a ring must hold
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (it can't be changed)
 
 
 # Hooks a model for as long as the context lasts; yields what reads the rows of the last step, None if there are none.
@@ -57,7 +58,7 @@ def empty_full_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
 @contextmanager
 def python_full_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
     """What a user writes today: a full backward hook that reduces and copies into a preallocated row."""
-    buf = torch.full((len(keep.points), *keep.row_shape), torch.nan, dtype=keep.dtype)
+    buf = torch.full((len(keep.points), *keep.row_shape), torch.nan, dtype=keep.dtype, device=keep.device)
     handles = []
     for i, name in enumerate(keep.points):
         if keep.reduce == "sum":
@@ -78,7 +79,7 @@ def python_full_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
 @contextmanager
 def python_tensor_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
     """The best simple rival: a forward hook that puts a tensor hook on the output."""
-    buf = torch.full((len(keep.points), *keep.row_shape), torch.nan, dtype=keep.dtype)
+    buf = torch.full((len(keep.points), *keep.row_shape), torch.nan, dtype=keep.dtype, device=keep.device)
     handles = []
     for i, name in enumerate(keep.points):
         if keep.reduce == "sum":

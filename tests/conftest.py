@@ -1,5 +1,6 @@
 """What all tests share: which backend runs, in which attachment, on how many threads, with which seed."""
 
+import importlib.util
 import os
 import signal
 
@@ -17,6 +18,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # The same examples in every run and no time limits: a test fails because the code is wrong, not because of the day.
 settings.register_profile("tlfast", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("tlfast")
+
+# The tests of the command line need a library that a machine without a network may lack.
+NEEDS = {"tyro": ("test_cli.py", "test_cli_refusals.py", "test_collect_killed.py", "test_demo.py")}
+
+
+def pytest_collection_modifyitems(items):
+    for library in (name for name in NEEDS if importlib.util.find_spec(name) is None):
+        absent = pytest.mark.skip(reason=f"{library} is not installed")
+        for item in items:
+            if item.path.name in NEEDS[library]:
+                item.add_marker(absent)
 
 
 def pytest_configure(config):

@@ -19,7 +19,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # at the end: where tlfast is taken from another build, only the benches come from here
 
-from bench import collect, hooks, kernel, step, storing, training  # noqa: E402
+from bench import collect, gpu, hooks, kernel, step, storing, training  # noqa: E402
 from bench.measure import Times, WrongResult, check_close, check_equal, interleave  # noqa: E402
 from bench.report import Claim, Result, save, show  # noqa: E402
 from bench.rivals import BARE, VARIANTS, Keep, Rows, python_full_hook, tlfast_capture  # noqa: E402
@@ -178,3 +178,5 @@ def test_every_committed_result_is_a_full_run():
         assert result["settings"]["quick"] is False, path
         assert path.name.startswith(result["bench"] + "-")
         assert result["settings"]["rounds"] >= 7, path
+        assert result.get("failures", []) == [], path
+        assert result["settings"].get("parts", list(gpu.PARTS)) == list(gpu.PARTS), path

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from contextlib import contextmanager
 from random import Random
 
 import pytest
 import torch
+from gpu_device import CYCLES, no_wait_of_the_host
 from tiny_models import collect, sequences, tiny_model
 
 import tlfast
@@ -19,20 +18,6 @@ from tlfast.units import Runner
 N_ROWS = 64
 WIDTH = 1024
 COLUMNS = {"a": Column(torch.float32, (WIDTH,)), "b": Column(torch.bfloat16, (2, WIDTH))}
-CYCLES = 20_000_000  # for which a stream is kept busy: about 10 ms, far longer than the host needs to queue a unit
-
-
-@contextmanager
-def no_wait_of_the_host():
-    """An error for every operation that makes the host wait for the GPU, as far as torch knows of it."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode itself warns that it doesn't see everything
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def test_a_wait_of_the_host_is_noticed(cuda):
@@ -78,14 +63,14 @@ def test_units_arrive_behind_slow_work(cuda, busy):
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_a_step_does_not_wait(cuda, padding_side):
+def test_a_step_does_not_wait(cuda, backend, padding_side):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256)).to(cuda)
     examples = as_examples(sequences(16))
     batching = Batching(32, None, padding_side)
     with (
         tlfast.freeze(model),
-        tlfast.capture(model, "1", reduce="mean", dtype=torch.float16, rows=16, backend="python") as cap,
+        tlfast.capture(model, "1", reduce="mean", dtype=torch.float16, rows=16, backend=backend) as cap,
     ):
         runner = Runner(model, cap, batching, summed_logits, 1.0)
         runner.fill_ring(examples, lambda n_examples, n_tokens: None)  # the first step allocates
@@ -103,12 +88,12 @@ def summed_logits(model, batch):
     )
 
 
-def test_a_collection_has_the_rows_of_the_cpu(cuda, tmp_path):
+def test_a_collection_has_the_rows_of_the_cpu(cuda, backend, tmp_path):
     examples = sequences(40)
     for name, device in (("cpu", "cpu"), ("cuda", cuda)):
         model = tiny_model(dtype=torch.float64).to(device)
         collect(
-            model, tmp_path / name, examples, rows_per_unit=6, backend="python", cuda_graph="off"
+            model, tmp_path / name, examples, rows_per_unit=6, backend=backend, cuda_graph="off"
         )  # fmt: skip
     there, here = (tlfast.open_dataset(tmp_path / name) for name in ("cpu", "cuda"))
     assert here.verify().ok
