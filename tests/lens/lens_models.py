@@ -10,6 +10,11 @@ from torch import nn
 
 N_LAYERS, WIDTH, HEADS, VOCAB, POSITIONS = 2, 16, 2, 23, 12
 
+try:
+    BUILDER = import_module("transformer_lens.model_bridge.sources._bridge_builder")
+except ImportError:
+    BUILDER = None
+
 
 def hooked_transformer(**more):
     """A HookedTransformer; ImportError from 4.0 on."""
@@ -33,14 +38,22 @@ def native_bridge(**more):
 
 def gpt2_bridge():
     """A TransformerBridge around a GPT-2 of Hugging Face; ImportError before 3.0."""
-    builder = import_module("transformer_lens.model_bridge.sources._bridge_builder")
+    bridges = import_module("transformer_lens.model_bridge")
     transformers = import_module("transformers")
     config = transformers.GPT2Config(
         n_layer=N_LAYERS, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCAB, n_positions=POSITIONS,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, attn_implementation="eager",
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
-    return builder.build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=config, dtype=torch.float32)
+    if BUILDER is None:  # 3.0 to 3.2.1 build a bridge only where they load a model; these are the steps
+        mapped = bridges.sources.transformers.map_default_transformer_lens_config(config)
+        own = import_module("transformer_lens.config").TransformerBridgeConfig.from_dict(vars(mapped))
+        own.architecture, own.device = "GPT2LMHeadModel", "cpu"
+        factory = import_module("transformer_lens.factories.architecture_adapter_factory").ArchitectureAdapterFactory
+        adapter = factory.select_architecture_adapter(own)
+        adapter.prepare_model(model)
+        return bridges.TransformerBridge(model, adapter, None)
+    return BUILDER.build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=config, dtype=torch.float32)
 
 
 def root_module():
@@ -73,11 +86,31 @@ def _usable(make):
     return True
 
 
-MODELS = {make.__name__: make for make in (hooked_transformer, native_bridge, gpt2_bridge) if _usable(make)}
-
-
 def tokens(batch=2, seed=1):
     return torch.randint(VOCAB, (batch, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def _caches_gradients(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = make().run_with_cache(tokens(), return_type="loss", incl_bwd=True)[1]
+    return any(name.endswith("_grad") for name in cache)
+
+
+def _leaves_backward_hooks(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make()
+    name, point = next(iter(model.hook_dict.items()))
+    with model.hooks(bwd_hooks=[(name, lambda grad, hook: None)]):
+        pass
+    return bool(point.bwd_hooks)
+
+
+MODELS = {make.__name__: make for make in (hooked_transformer, native_bridge, gpt2_bridge) if _usable(make)}
+# By what they do: bridges of 3.0 to 3.7 take incl_bwd=True and cache no gradient; those up to 3.2 lose track of hooks.
+CACHING = {kind: make for kind, make in MODELS.items() if _caches_gradients(make)}
+LEAKING = {kind: make for kind, make in MODELS.items() if _leaves_backward_hooks(make)}
 
 
 def called_several_times(name):

@@ -7,12 +7,18 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from lens_models import root_module, state, tokens
+from lens_models import CACHING, root_module, state, tokens
 from torch import nn
 
 import tlfast.transformer_lens as lens
 from tlfast.transformer_lens import acceleration
 from tlfast.transformer_lens.library import hook_point_type
+
+
+@pytest.fixture(params=CACHING)
+def model(request):
+    """Each kind of model whose own cache has gradients to compare with."""
+    return CACHING[request.param]()
 
 
 @pytest.fixture

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lens_models import called_several_times, root_module, state, tokens
+from lens_models import CACHING, called_several_times, root_module, state, tokens
 
 import tlfast.transformer_lens as lens
+
+
+@pytest.fixture(params=CACHING)
+def model(request):
+    """Each kind of model whose own cache has gradients to compare with."""
+    return CACHING[request.param]()
 
 
 def theirs(model, *args, **kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 from .. import steps as python_steps
+from ..errors import broken_rule
 from ..ops import pick_native
 from ..taps import SinkTap
 from .caching import run_with_cache
 from .compatibility import warn_if_wrong
 from .handles import TapHandle
-from .library import hook_point_type, library, root_module_type
+from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
 
 # The hooks by which TransformerLens fills its caches: they read a gradient and return None.
@@ -69,18 +71,35 @@ def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
     return register
 
 
+def _caches_gradients(host: type) -> bool:
+    """Whether a model's own `run_with_cache` knows incl_bwd; the bridges of 3.x before 3.8 drop it without a word."""
+    own = [vars(cls)["run_with_cache"] for cls in host.__mro__ if "run_with_cache" in vars(cls)]
+    own = [getattr(function, "tlfast_replaced", function) for function in own]
+    return any("incl_bwd" in inspect.signature(function).parameters for function in own)
+
+
 def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
-    def cached(model: Any, *args: Any, incl_bwd: bool = False, names_filter: Any = None, **kwargs: Any) -> Any:
-        theirs = not incl_bwd or any(name in kwargs for name in _LEFT_TO_THEIRS)
+    def cached(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("incl_bwd", False):
+            return original(model, *args, **kwargs)
+        left = [name for name in _LEFT_TO_THEIRS if name in kwargs]
+        if not _caches_gradients(type(model)):
+            if left and left != ["remove_batch_dim"]:
+                raise ValueError(
+                    broken_rule(
+                        "run_with_cache", left[0], "be left out with incl_bwd=True", repr(kwargs[left[0]]),
+                        "This TransformerLens caches no gradients on a bridge; tlfast does, and removes its own hooks.",
+                    )
+                )  # fmt: skip
+            return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
+        names_filter = kwargs.get("names_filter")
         known = names_filter is None or callable(names_filter) or isinstance(names_filter, (str, list))
         names = [names_filter] if isinstance(names_filter, str) else names_filter
         if isinstance(names, list):
             known = all(name in hook_points("run_with_cache", model) for name in names)
-        if theirs or not known or not torch.is_grad_enabled():
-            return original(model, *args, incl_bwd=incl_bwd, names_filter=names_filter, **kwargs)
-        return run_with_cache(
-            model, *args, names_filter=names_filter, incl_bwd=True, params=True, calls="last", gated="skip", **kwargs
-        )
+        if left or not known or not torch.is_grad_enabled():
+            return original(model, *args, **kwargs)
+        return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
 
     cached.tlfast_replaced = original  # type: ignore[attr-defined]
     return cached
@@ -88,9 +107,8 @@ def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _hosts() -> list[type]:
     """The classes that define a `run_with_cache`: HookedRootModule, HookedTransformer and its kin, the bridges."""
-    library()
     found: list[type] = [root_module_type()]
-    bridge = getattr(library(), "TransformerBridge", None)
+    bridge = bridge_type()
     found += [] if bridge is None else [bridge]
     seen: dict[type, None] = {}
     while found:

@@ -56,6 +56,14 @@ def root_module_type() -> type:
     return found
 
 
+def bridge_type() -> type | None:
+    """`TransformerBridge`, at the top level or, up to 3.2, in its package alone; None before 3.0."""
+    with suppress(ImportError):
+        found: type = _found("TransformerBridge", "model_bridge")
+        return found
+    return None
+
+
 def lens_handle(hook: Any, permanent: bool, level: int | None) -> Any:
     """A `LensHandle`: how a hook stands in `HookPoint.fwd_hooks` and `bwd_hooks`."""
     return _found("LensHandle", "hook_points")(hook, is_permanent=permanent, context_level=level)

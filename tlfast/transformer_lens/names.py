@@ -17,6 +17,8 @@ from .library import full_name, root_module_type
 # None is every point; a tuple like ("resid_post", 3) is one name in the short form of TransformerLens.
 ShortName = tuple[Any, ...]
 NamesFilter = str | ShortName | Sequence[str | ShortName] | Callable[[str], bool] | None
+# Points of tensors [batch, position, head, d_head].
+_BY_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
 
 
 def hook_points(who: str, model: nn.Module) -> dict[str, Any]:
@@ -137,8 +139,13 @@ def position_dim(model: nn.Module, name: str, point: Any, n_dims: int) -> int | 
     declared = getattr(model, "_pos_slice_dim", None)  # bridges from 4.0 on
     if callable(declared):
         return int(declared(name, point)) if n_dims >= 2 else None
-    by_head = name.endswith(("hook_q", "hook_k", "hook_v", "hook_z", "hook_result"))
-    dim = -3 if by_head or getattr(getattr(point, "hook_conversion", None), "splits_attention_heads", False) else -2
+    conversion = getattr(point, "hook_conversion", None)
+    by_head = name.endswith(_BY_HEAD) or getattr(conversion, "splits_attention_heads", False)
+    if not by_head and conversion is not None:  # a bridge before 3.8 doesn't say what it converts: an alias does
+        by_head = any(
+            other is point and alias.endswith(_BY_HEAD) for alias, other in hook_points("pos_slice", model).items()
+        )
+    dim = -3 if by_head else -2
     if isinstance(model, root_module_type()):
         return dim if n_dims >= -dim else None
     return dim if n_dims > -dim else 1 if n_dims == 2 else None  # bridges before 4.0
