@@ -99,9 +99,7 @@ std::unique_ptr<PyTap> PyTap::to_cache(std::shared_ptr<Step> step, const std::st
   auto tap = Tap::make(std::move(step), name, {}, parse_calls(calls));
   if (anchor) tap->anchor = *anchor;
   tap->keep_in(std::move(cache), change_of(select));
-  auto made = std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
-  made->hooks_seen = hooks_registered();  // it is hooked at once, behind all others
-  return made;
+  return std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
 }
 
 void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(convert); }
@@ -137,8 +135,9 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
   return {};
 }
 
-// A cache keeps the output, too, also where no gradient can reach it.
+// A cache keeps the output, too, also where no gradient can reach it. Its one hook counts the call as well.
 py::object PyTap::forward_cached(const py::handle& given) {
+  tap->forward_pre();
   PyObject* found = given.ptr();
   if (PyTuple_Check(found) && PyTuple_GET_SIZE(found)) found = PyTuple_GET_ITEM(found, 0);
   if (!THPVariable_Check(found)) {

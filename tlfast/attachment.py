@@ -182,20 +182,17 @@ class CachingHooks:
     """The hooks of a caching tap on its module; `remove` takes it off.
 
     A run hooks every point of a model and unhooks it again. Registering hooks one by one costs more than what they do,
-    so all of a run's hooks stand under the one ``id`` of a handle that was made for it.
+    so all of a run's hooks stand under the one ``id`` of a handle that was made for it. There is no pre-hook that keeps
+    this one the last: it is registered when the run begins, behind all that are there. And the hook counts the call.
     """
 
     __slots__ = ("id", "module")
 
     def __init__(self, module: nn.Module, tap: Any, native: ModuleType | None, handle_id: int):
         self.module, self.id = module, handle_id
-        pre = _ForwardPreHook(tap) if native is None else _NativePreHook(tap)
-        pre.hook_id = handle_id
-        module._forward_pre_hooks[handle_id] = pre
         module._forward_hooks[handle_id] = _CacheHook(tap) if native is None else _NativeCacheHook(tap)
 
     def remove(self) -> None:
-        self.module._forward_pre_hooks.pop(self.id, None)
         self.module._forward_hooks.pop(self.id, None)
 
 

@@ -98,6 +98,7 @@ class CachingTap(Tap):
         self.place = cache.add(name, select)
 
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
+        self.forward_pre()
         in_tuple = isinstance(output, tuple) and len(output) > 0
         found = output[0] if isinstance(output, tuple) and output else output
         if not self.step.active:
