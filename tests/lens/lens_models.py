@@ -16,14 +16,14 @@ except ImportError:
     BUILDER = None
 
 
-def hooked_transformer(**more):
-    """A HookedTransformer; ImportError from 4.0 on."""
+def hooked_transformer(kind=None, **more):
+    """A HookedTransformer, or another kind of it; ImportError from 4.0 on."""
     lens = import_module("transformer_lens")
     config = lens.HookedTransformerConfig(
         n_layers=N_LAYERS, d_model=WIDTH, n_ctx=POSITIONS, d_head=WIDTH // HEADS, n_heads=HEADS, d_vocab=VOCAB,
         act_fn="gelu", normalization_type="LN", seed=0, device="cpu", **more,
     )  # fmt: skip
-    return lens.HookedTransformer(config)
+    return (kind or lens.HookedTransformer)(config)
 
 
 def native_bridge(**more):
