@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cuda_build
 
-MOST_LINES = 100
+MOST_LINES = 150  # of a table that is still read; there are about 110 kernels
 HEAD = f"{'registers':>9} {'shared':>6} {'stack':>6} {'spills':>6}"
 
 
