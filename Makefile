@@ -56,6 +56,8 @@ test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name')
 # build fits no other. The pins are what old versions need beside a new torch and Python.
 LENS_VERSIONS ?= 4.3.0 2.18.0
 LENS_PINS_2.18.0 := "pyarrow<22"
+LENS_PINS_3.2.1 := "pyarrow<22"
+LENS_PINS_3.5.0 := "pyarrow<22"
 LENS_PINS_2.2.1 := "transformers==4.57.6" "huggingface-hub<1" "datasets<4.5" "typeguard<5" "pyarrow<22"
 LENS_PINS_2.2.2 := $(LENS_PINS_2.2.1)
 
