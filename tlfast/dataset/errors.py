@@ -17,10 +17,10 @@ def dataset_error(who: str, argument: str, rule: str, got: object, remedy: str) 
     return DatasetError(broken_rule(who, argument, rule, got, remedy))
 
 
-def extra(module: str, who: str) -> Any:
+def extra(module: str, who: str, name: str = "collect") -> Any:
     """Import ``module``, which is not needed to import tlfast; ImportError naming the extra where it is missing."""
     try:
         return import_module(module)
     except ImportError as error:
-        remedy = "Run: pip install 'tlfast[collect]'"
+        remedy = f"Run: pip install 'tlfast[{name}]'"
         raise ImportError(broken_rule(who, module.partition(".")[0], "be installed", str(error), remedy)) from error
