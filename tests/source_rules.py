@@ -45,6 +45,8 @@ FLOORS = (
     ("collect_text",),
     ("__init__",),
     ("doctor",),
+    ("commands", "commands.arguments"),
+    ("commands.collecting", "commands.inspecting"),
     ("cli",),
     ("__main__",),
 )
