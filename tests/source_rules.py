@@ -38,7 +38,7 @@ FLOORS = (
     ("dataset.columns",),
     ("dataset.verify",),
     ("dataset.reader", "dataset.writer"),
-    ("dataset.export_parts",),
+    ("dataset.export_parts", "dataset.repair"),
     ("dataset.export_formats",),
     ("dataset.export",),
     ("dataset",),

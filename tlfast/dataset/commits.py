@@ -23,6 +23,7 @@ FOLDERS = ("data", "rows", "commits")
 MAX_BYTES = 64 << 10
 _CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _NAME = re.compile(r"commits/(u[0-9]{6,18})\.json", re.ASCII)
+_REMEDY = "Run `tlfast verify --repair`, then resume."
 _COUNT = r"(0|[1-9][0-9]{0,17})"
 
 
@@ -181,10 +182,10 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
         agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value
     except (KeyError, TypeError, ValueError) as error:
         rule = "have the keys of a commit"
-        raise dataset_error(who, path, rule, repr(error)[:200], "Remove this commit and resume.") from error
+        raise dataset_error(who, path, rule, repr(error)[:200], _REMEDY) from error
     if not agrees:
         rule = f"agree with the plan: {data_path(unit)}, {rows_path(unit)}, {len(unit)} rows from {unit.start}"
-        raise dataset_error(who, path, rule, repr(value)[:300], "Remove this commit and resume.")
+        raise dataset_error(who, path, rule, repr(value)[:300], _REMEDY)
     return commit
 
 
@@ -206,20 +207,16 @@ def check_sizes(
     header = commit.files[0].n_bytes - payload  # its exact bytes are compared when the file is first used
     if header <= 0 or header % PAGE_BYTES:
         rule = f"give {data_path(commit.unit)} whole pages of header and {payload} bytes of rows"
-        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, _remedy(commit))
+        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, _REMEDY)
     for file in commit.files:
         size = files.get(file.path)
         if size != file.n_bytes:
-            path, remedy = store.where(file.path), _remedy(commit)
+            path = store.where(file.path)
             if file.path not in files:
-                raise dataset_error(who, path, "exist, its commit names it", "no such file", remedy)
+                raise dataset_error(who, path, "exist, its commit names it", "no such file", _REMEDY)
             if size is None:
-                raise dataset_error(who, path, "be a regular file", "a link, a folder or a device", remedy)
-            raise dataset_error(who, path, f"have {file.n_bytes} bytes", size, remedy)
-
-
-def _remedy(commit: Commit) -> str:
-    return f"Remove {commit_path(commit.unit)} and resume to make the unit again."
+                raise dataset_error(who, path, "be a regular file", "a link, a folder or a device", _REMEDY)
+            raise dataset_error(who, path, f"have {file.n_bytes} bytes", size, _REMEDY)
 
 
 def check_folders(folder: Path, who: str) -> None:
