@@ -49,8 +49,8 @@ FLOORS = (
     ("collect_text",),
     ("__init__",),
     ("doctor",),
-    ("commands", "commands.arguments"),
-    ("commands.collecting", "commands.inspecting"),
+    ("commands", "commands.arguments", "commands.bar"),
+    ("commands.collecting", "commands.handing_on", "commands.inspecting"),
     ("cli",),
     ("__main__",),
 )

@@ -18,7 +18,7 @@ from .plan import Plan, Unit
 from .rows import ExampleTable
 from .store import LocalStore, Store, as_store
 from .unit_files import UnitFiles
-from .verify import Report, missing_names, verify_dataset
+from .verify import Report, check_unit, missing_names, verify_dataset
 
 _WHO = "open_dataset"
 
@@ -112,6 +112,10 @@ class GradientDataset:
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""
         return verify_dataset(self._store, partial=self._partial, progress=progress)
+
+    def verify_unit(self, unit: Unit) -> None:
+        """Re-read every byte of one unit against its checksum; DatasetError where something is wrong."""
+        check_unit(self._store, unit, self._description)
 
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""
