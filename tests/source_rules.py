@@ -38,6 +38,9 @@ FLOORS = (
     ("dataset.background", "dataset.card", "dataset.columns", "dataset.folder", "dataset.rows"),
     ("dataset.verify",),
     ("dataset.reader", "dataset.writer"),
+    ("dataset.export_parts",),
+    ("dataset.export_formats",),
+    ("dataset.export",),
     ("dataset",),
     ("batches", "fingerprint", "huggingface", "progress", "request", "settings", "text"),
     ("drain", "loss", "replay"),
@@ -47,6 +50,8 @@ FLOORS = (
     ("collect_text",),
     ("__init__",),
     ("doctor",),
+    ("commands", "commands.arguments"),
+    ("commands.collecting", "commands.inspecting"),
     ("cli",),
     ("__main__",),
 )
