@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from .commits import commit_path, data_path, rows_path
-from .description import Description, read_description
+from .commits import commit_path, data_path, read_folder, rows_path
+from .description import Description
 from .durable import locked, sync_folder
 from .errors import DatasetError, dataset_error
 from .plan import Unit
@@ -71,8 +71,8 @@ def repair_dataset(path: str | PathLike[str], *, progress: Callable[[int], None]
     store = as_store(path)
     if not isinstance(store, LocalStore):
         raise dataset_error(_WHO, "path", "be a folder of this machine", path, "Repair a copy of it.")
-    description = read_description(store, _WHO)
     repair = Repair(verify_dataset(store, partial=True, progress=progress))
+    description, _ = read_folder(store, _WHO)  # raises where verify could not even begin
     for problem in repair.found.problems:
         if problem.damaged:
             _drop(store, description.plan.unit_named(problem.unit), description, repair)
