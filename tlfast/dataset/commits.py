@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .description import Description, parse_json
 from .durable import PendingFile, locked, sync_folder
@@ -22,7 +21,7 @@ from .store import Store, as_store, open_folder
 FOLDERS = ("data", "rows", "commits")
 MAX_BYTES = 64 << 10
 _CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
-_NAME = re.compile(r"commits/(u[0-9]{6,18})\.json", re.ASCII)
+_NAME = re.compile(r"(u[0-9]{6,18})\.json", re.ASCII)
 _COUNT = r"(0|[1-9][0-9]{0,17})"
 
 
@@ -41,8 +40,7 @@ def commit_path(unit: Unit) -> str:
     return f"commits/{unit.name}.json"
 
 
-@dataclass(frozen=True)
-class CommittedFile:
+class CommittedFile(NamedTuple):
     """One file of a unit as its commit names it."""
 
     path: str
@@ -50,8 +48,7 @@ class CommittedFile:
     crc32c: int
 
 
-@dataclass(frozen=True)
-class Commit:
+class Commit(NamedTuple):
     """A unit that exists: its files, and how many of its rows hold non-finite values."""
 
     unit: Unit
@@ -118,32 +115,27 @@ def _pattern() -> re.Pattern[bytes]:
 _AS_WRITTEN = _pattern()
 
 
-def list_files(place: str | PathLike[str] | Store, who: str) -> dict[str, int | None]:
-    """Return the size of each file in the three folders, by its name within the dataset; None for no regular file.
-
-    The commits are listed first: whatever they name has had its name before them.
-    """
-    store = as_store(place)
-    folders = ("commits", "data", "rows")
-    return {f"{folder}/{name}": size for folder in folders for name, size in store.sizes(folder, who).items()}
-
-
-def committed_names(files: Iterable[str]) -> list[str]:
-    """Return the units that have a commit among ``files`` (see list_files), sorted; other names are not commits."""
-    names = [match[1] for name in files if (match := _NAME.fullmatch(name))]
+def committed_names(place: str | PathLike[str] | Store, who: str) -> list[str]:
+    """Return the names of the units that have a commit file, sorted; files of other names are not commits."""
+    names = [match[1] for name in as_store(place).names("commits", who) if (match := _NAME.fullmatch(name))]
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def read_commits(
-    place: str | PathLike[str] | Store,
-    description: Description,
-    who: str,
-    files: Mapping[str, int | None] | None = None,
-) -> list[Commit]:
+def file_sizes(place: str | PathLike[str] | Store, who: str) -> dict[str, int | None]:
+    """Return the size of each file in data and rows, by its name within the dataset; None for no regular file.
+
+    List the commits before: then whatever they name has its own name by now.
+    """
+    store = as_store(place)
+    folders = ("data", "rows")
+    return {f"{folder}/{name}": size for folder in folders for name, size in store.sizes(folder, who).items()}
+
+
+def read_commits(place: str | PathLike[str] | Store, description: Description, who: str) -> list[Commit]:
     """Read all commits in the order of their examples, and compare the sizes of their files; DatasetError as below."""
     store = as_store(place)
-    files = list_files(store, who) if files is None else files
-    names = committed_names(files)
+    names = committed_names(store, who)
+    files = file_sizes(store, who)
     paths = [f"commits/{name}.json" for name in names]
     commits = []
     for name, data in zip(names, store.read_all(paths, who, MAX_BYTES), strict=True):
@@ -201,7 +193,7 @@ def _read_file(entry: Any) -> CommittedFile:
 def check_sizes(
     store: Store, commit: Commit, description: Description, files: Mapping[str, int | None], who: str
 ) -> None:
-    """Check that the commit's files are among ``files`` with the size that the commit and the plan give them."""
+    """Check that the commit's files are among ``files`` (of file_sizes) with the size that commit and plan give."""
     payload = len(commit.unit) * description.row_bytes
     header = commit.files[0].n_bytes - payload  # its exact bytes are compared when the file is first used
     if header <= 0 or header % PAGE_BYTES:

@@ -57,6 +57,10 @@ class Store(Protocol):
         """Whether a read waits for a network: many at once are then worth their threads, and mapping is not safe."""
         ...
 
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder: one listing."""
+        ...
+
     def sizes(self, folder: str, who: str) -> dict[str, int | None]:
         """Return the size of each file in a folder, None for what is no regular file: one listing."""
         ...
@@ -130,12 +134,19 @@ class LocalStore:
         """Whether the folder lies on a network filesystem."""
         return False
 
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder."""
+        fd = open_folder(self.folder / folder, who)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
     def sizes(self, folder: str, who: str) -> dict[str, int | None]:
         """Return the size of each file in a folder, None for links, folders and devices."""
         fd = open_folder(self.folder / folder, who)
         try:
-            with os.scandir(fd) as entries:
-                return {entry.name: _size(entry) for entry in entries}
+            return {name: _size(name, fd) for name in os.listdir(fd)}
         finally:
             os.close(fd)
 
@@ -145,7 +156,8 @@ class LocalStore:
 
     def read_all(self, names: Sequence[str], who: str, limit: int) -> Iterator[bytes]:
         """Yield each file's bytes."""
-        return (self.read(name, who, limit) for name in names)
+        root = str(self.folder)  # a Path for each of 10,000 names would take as long as reading them
+        return (read_small(f"{root}/{name}", who, limit) for name in names)
 
     def open(self, name: str, who: str) -> LocalFile:
         """Open a file."""
@@ -170,9 +182,9 @@ class LocalStore:
                 raise dataset_error(who, self.where(file.name), rule, offset + n_bytes, remedy)
 
 
-def _size(entry: os.DirEntry[str]) -> int | None:
+def _size(name: str, folder: int) -> int | None:
     try:
-        info = entry.stat(follow_symlinks=False)
+        info = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:  # a temporary file of a writer, gone since the listing
         return None
     return info.st_size if stat.S_ISREG(info.st_mode) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 
 import numpy as np
@@ -14,7 +14,7 @@ from .commits import (
     CommittedFile,
     check_sizes,
     committed_names,
-    list_files,
+    file_sizes,
     read_commit,
 )
 from .description import Description, read_description
@@ -84,8 +84,8 @@ def verify_dataset(
     store, report = as_store(path), Report()
     try:
         description = read_description(store, _WHO)
-        files = list_files(store, _WHO)
-        names = committed_names(files)
+        names = committed_names(store, _WHO)
+        files = file_sizes(store, _WHO)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
@@ -95,7 +95,8 @@ def verify_dataset(
         first = ", ".join(missing_names(description, names, 3))
         text = f"{absent} of {description.plan.n_units} units are not there ({first}, ...): resume the collection"
         report.problems.append(Problem("", text))
-    report.unnamed = sorted(name for name in files if name not in named)
+    commits = (f"commits/{name}" for name in store.names("commits", _WHO))
+    report.unnamed = sorted(name for name in chain(files, commits) if name not in named)
     return report
 
 
