@@ -44,14 +44,19 @@ class GradientColumn:
             start, stop, step = index.indices(len(self))
             if step < 0:
                 raise ValueError("GradientColumn: slice step must be positive, got a negative one. Flip the tensor.")
-            stretch = range(start, max(start, stop), step)
-            out = torch.empty((len(stretch), *self._row_shape), dtype=self.dtype)
-            self._files.stretch(self.name, stretch, as_integers(out))
-            return out
+            if step == 1:
+                return self._stretch(start, max(start, stop))
+            index = np.arange(start, stop, step)
         rows = row_numbers(index, len(self))
-        out = torch.empty((rows.size, *self._row_shape), dtype=self.dtype)
-        self._files.gather(self.name, rows.reshape(-1), as_integers(out))
-        return out.reshape((*rows.shape, *self._row_shape))
+        if rows.ndim == 0:
+            return self._stretch(int(rows), int(rows) + 1)[0]
+        out = torch.from_numpy(self._files.gather(self.name, rows.reshape(-1)))
+        return out.view(self.dtype).reshape((*rows.shape, *self._row_shape))
+
+    def _stretch(self, start: int, stop: int) -> torch.Tensor:
+        out = torch.empty((stop - start, *self._row_shape), dtype=self.dtype)
+        self._files.read(self._files.ranges(self.name, start, stop, as_integers(out)))
+        return out
 
 
 def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 from .durable import open_regular, read_small
 from .errors import dataset_error
+from .mounts import on_network
 
 IN_FLIGHT = 16  # reads at once: what fills the queue of an SSD or the latency of a network, measured
 # A mapping that keeps no descriptor lets a process map more units than it may open files.
+_DONT_WAIT = getattr(os, "RWF_NOWAIT", 0)
 _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
@@ -33,7 +35,15 @@ class OpenFile(Protocol):
         ...
 
     def map(self) -> mmap.mmap:
-        """Map the whole file for reading; only where the store ``maps``."""
+        """Map the whole file for reading; only where the store ``maps``, as the next two."""
+        ...
+
+    def cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is in memory; True where the system doesn't say."""
+        ...
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Let the system begin to read a range into memory."""
         ...
 
 
@@ -113,6 +123,21 @@ class LocalFile:
         """Map the whole file for reading."""
         return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ, **_NO_DESCRIPTOR)
 
+    def cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is in memory."""
+        # Not by mincore, which says yes of every file that the caller may not write.
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset, _DONT_WAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # a filesystem that cannot say
+            return True
+        return True
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Let the system begin to read a range into memory."""
+        os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+
     def __del__(self) -> None:
         # Not by a close() that someone has to call: another thread may be reading when the file leaves a cache.
         with suppress(AttributeError, OSError):
@@ -132,7 +157,7 @@ class LocalStore:
 
     def network(self) -> bool:
         """Whether the folder lies on a network filesystem."""
-        return False
+        return on_network(self.folder)
 
     def names(self, folder: str, who: str) -> list[str]:
         """Return the names in a folder."""
@@ -165,12 +190,13 @@ class LocalStore:
 
     def fill(self, ranges: Sequence[Range], who: str) -> None:
         """Read the ranges by pread, ``IN_FLIGHT`` of them at once."""
-        parts = [ranges[k::IN_FLIGHT] for k in range(min(IN_FLIGHT, len(ranges)))]
-        if len(parts) <= 1:
+        few = 1 if self.network() else IN_FLIGHT  # so few reads of a disk take no longer than starting the threads
+        if len(ranges) <= few:
             self._fill(ranges, who)
-        else:
-            for _ in _threads().map(lambda part: self._fill(part, who), parts):
-                pass
+            return
+        parts = [ranges[k::IN_FLIGHT] for k in range(IN_FLIGHT)]
+        for _ in _threads().map(lambda part: self._fill(part, who), parts):
+            pass
 
     def _fill(self, ranges: Iterable[Range], who: str) -> None:
         for file, offset, target in ranges:
