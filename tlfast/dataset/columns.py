@@ -74,8 +74,8 @@ def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     if rows.dtype.kind != "i":
         raise TypeError(f"GradientColumn: index must hold ints or bools, got {rows.dtype}. Convert it first.")
     rows = rows.astype(np.int64)
-    outside = (rows < -n) | (rows >= n)
-    if outside.any():
-        row = rows[outside].flat[0]
+    lowest, highest = int(rows.min()), int(rows.max())
+    if lowest < -n or highest >= n:
+        row = lowest if lowest < -n else highest
         raise IndexError(f"GradientColumn: row must be in {-n}..{n - 1}, got {row}. See len(ds).")
-    return np.where(rows < 0, rows + n, rows)
+    return rows if lowest >= 0 else np.where(rows < 0, rows + n, rows)
