@@ -13,6 +13,7 @@ from dataset_cases import (
     PLAN,
     check_rows,
     content,
+    make_base,
     make_dataset,
     make_writer,
     run_python,
@@ -28,16 +29,10 @@ LONGER = PLAN.extended(6)
 TENSORS = truth(plan=LONGER)
 
 
-def make_base(out):
-    """The dataset before it is extended."""
-    write_units(make_writer(out), TENSORS)
-    return out
-
-
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """The folder of a complete dataset that was extended by six examples."""
-    writer = make_writer(make_base(tmp_path_factory.mktemp("extended") / "d"))
+    writer = make_writer(make_base(tmp_path_factory.mktemp("extended") / "d", TENSORS))
     writer.extend(6, SAID)
     write_units(writer, TENSORS)
     return writer.out
@@ -67,7 +62,7 @@ def test_an_extension_begins_a_unit():
 
 
 def test_rows_of_both_parts_and_no_old_byte_changed(out, tmp_path):
-    before = content(make_base(tmp_path / "alone"))
+    before = content(make_base(tmp_path / "alone", TENSORS))
     after = content(out)
     assert {name for name in before if after[name] != before[name]} == {"README.md"}  # which says how many there are
     assert b"17 examples" in after["README.md"]
@@ -93,7 +88,7 @@ def test_units_of_an_extension_are_missed_and_made_again(out):
 
 def test_a_commit_of_another_extension_is_refused(out, tmp_path):
     """Its units say which extension planned them."""
-    make_base(tmp_path / "e")
+    make_base(tmp_path / "e", TENSORS)
     writer = make_writer(tmp_path / "e")
     writer.extend(6, SAID | {"sha256": "0" * 64})
     write_units(writer, TENSORS)
@@ -106,7 +101,7 @@ def test_a_commit_of_another_extension_is_refused(out, tmp_path):
 
 
 def test_of_two_extensions_at_once_the_first_wins(tmp_path):
-    make_base(tmp_path)
+    make_base(tmp_path, TENSORS)
     writers = [make_writer(tmp_path) for _ in range(3)]
     writers[0].extend(6, SAID)
     writers[1].extend(6, SAID)  # the same: both go on
@@ -123,7 +118,7 @@ def test_a_dataset_that_is_extended_while_it_is_opened(tmp_path, monkeypatch):
     """The commits that a reader lists may be of units that were not planned when it read the plan."""
     from tlfast.dataset import commits
 
-    make_base(tmp_path)
+    make_base(tmp_path, TENSORS)
     listed = commits.committed_names
 
     def extended_meanwhile(*arguments):
@@ -138,7 +133,7 @@ def test_a_dataset_that_is_extended_while_it_is_opened(tmp_path, monkeypatch):
 
 
 def test_config_and_card_follow_but_a_card_of_ones_own_stays(tmp_path):
-    make_base(tmp_path)
+    make_base(tmp_path, TENSORS)
     (tmp_path / "README.md").write_text("mine")
     writer = make_writer(tmp_path)
     writer.extend(6, SAID, {"max_examples": 17})
@@ -160,7 +155,7 @@ def test_strangers_in_its_folder_are_not_removed(out):
 
 
 def test_a_disk_without_room_for_the_new_rows(tmp_path, monkeypatch):
-    make_base(tmp_path)
+    make_base(tmp_path, TENSORS)
     writer = make_writer(tmp_path)
     with pytest.raises(DatasetError, match="GB free for this dataset"):
         writer.extend(10**15, SAID)
