@@ -124,7 +124,7 @@ class Report:
         rate = self.n_rows / max(self.time_s, 1e-9)
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
         waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
-        skipped = f", {self.n_skipped} bad examples skipped" if self.n_skipped else ""
+        skipped = f", {self.n_skipped} bad example{'s' * (self.n_skipped > 1)} skipped" if self.n_skipped else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
             f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows{skipped}"

@@ -30,8 +30,10 @@ def collect(args: list[str]) -> int:
     resume = f"To continue: tlfast collect {shlex.quote(str(config))}"
     try:
         report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
-    except (OSError, FloatingPointError) as error:
-        if not config.exists():
+    except FloatingPointError as error:
+        return complain(f"{error} {resume}", FAILED)
+    except OSError as error:
+        if not config.exists():  # nothing was begun
             raise
         return complain(f"tlfast collect: {error}. {resume}", FAILED)
     except Terminated as stop:
