@@ -147,7 +147,9 @@ def collect(
         for key, value in (header or {}).items():
             known = identity.get(key)
             identity[key] = {**known, **value} if isinstance(known, dict) else value
-        writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
+        writer = DatasetWriter(
+            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, backend=backend
+        )
         n_before = sum(len(plan.unit_named(name)) for name in writer.done)
         todo = [unit for unit in plan.units if unit.name not in writer.done]
         shown, oddities, waited_s = Progress(plan.n_examples, n_before, progress), Oddities(), 0.0
