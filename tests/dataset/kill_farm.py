@@ -21,7 +21,7 @@ from dataset_cases import examples, make_writer, rows_of, truth, write_units
 
 from tlfast.dataset import BackgroundWriter
 
-CALLS = ("open", "mkdir", "posix_fallocate", "write", "pwrite", "fsync", "replace", "link", "unlink")
+CALLS = ("open", "mkdir", "posix_fallocate", "pwrite", "fdatasync", "fsync", "replace", "link", "unlink")
 
 
 def die_before(k: int, report: int) -> None:
@@ -31,15 +31,14 @@ def die_before(k: int, report: int) -> None:
     def dying(name, call):
         def wrapper(*args, **kwargs):
             if next(count) == k:
-                if name in ("write", "pwrite"):
+                if name == "pwrite":
                     call(args[0], bytes(memoryview(args[1]).cast("B"))[: memoryview(args[1]).nbytes // 2], *args[2:])
-                os.write_report(report, name.encode())
+                os.write(report, name.encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
 
         return wrapper
 
-    os.write_report = os.write
     for name in CALLS:
         setattr(os, name, dying(name, getattr(os, name)))
 

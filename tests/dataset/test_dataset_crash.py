@@ -42,7 +42,7 @@ def killed(tmp_path_factory):
 def test_the_kills_cover_every_step(killed):
     _, calls = killed
     assert len(calls) >= 100
-    assert {"mkdir", "posix_fallocate", "write", "pwrite", "fsync", "replace", "link", "unlink"} <= set(calls)
+    assert {"mkdir", "posix_fallocate", "pwrite", "fdatasync", "fsync", "replace", "link", "unlink"} <= set(calls)
 
 
 def check_survivor(out: Path, tensors) -> int:
@@ -102,10 +102,13 @@ def test_the_order_of_durability(tmp_path, monkeypatch):
     def kind(path):
         return re.sub(r"\.tlfast-[0-9a-f]{16}\.tmp", "temporary", str(Path(path).relative_to(tmp_path)))
 
-    fsync, replace, link = os.fsync, os.replace, os.link
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (steps.append(f"sync {kind(os.readlink(f'/proc/self/fd/{fd}'))}"), fsync(fd))
-    )
+    fsync, fdatasync, replace, link = os.fsync, os.fdatasync, os.replace, os.link
+    for name, call in (("fsync", fsync), ("fdatasync", fdatasync)):
+        monkeypatch.setattr(
+            os,
+            name,
+            lambda fd, call=call: (steps.append(f"sync {kind(os.readlink(f'/proc/self/fd/{fd}'))}"), call(fd)),
+        )
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(f"name {kind(b)}"), replace(a, b)))
     monkeypatch.setattr(os, "link", lambda a, b: (steps.append(f"link {kind(b)}"), link(a, b)))
     unit = writer.plan.unit(0)
