@@ -169,10 +169,11 @@ void PayloadStream::finish() {
 
 void PayloadStream::write_all(const char* data, int64_t n, int64_t at) {
   while (n > 0) {
+    const bool direct = direct_;  // the other thread may give it up meanwhile
     const ssize_t written = pwrite(fd_, data, n, at);
     if (written < 0 && errno == EINTR) continue;
     // A filesystem may take the flag and refuse the write.
-    if (written < 0 && errno == EINVAL && direct_) {
+    if (written < 0 && errno == EINVAL && direct) {
       leave_direct();
       continue;
     }
@@ -183,7 +184,9 @@ void PayloadStream::write_all(const char* data, int64_t n, int64_t at) {
 }
 
 void PayloadStream::leave_direct() {
-  if (direct_.exchange(false)) set_direct(fd_, false);
+  const std::lock_guard lock(leaving_);
+  if (direct_) set_direct(fd_, false);
+  direct_ = false;  // after the flag is gone: who reads this writes from any address
 }
 
 }  // namespace tlfast

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -45,6 +46,7 @@ class PayloadStream {
   int64_t position_;
   uint32_t crc_;
   std::atomic<bool> direct_;
+  std::mutex leaving_;
   int64_t n_kept_ = 0;
   char kept_[kPage];
 };

@@ -130,6 +130,7 @@ class PythonStream:
         self._position, self._crc = file.position, file.crc
         self._kept: _Bytes = np.empty(0, np.uint8)
         self._direct = _set_direct(self._fd, True)
+        self._leaving = threading.Lock()
 
     def append(self, blocks: Sequence[Rows]) -> None:
         """Write whole pages in two threads, and find checksum and norms in this one."""
@@ -178,10 +179,11 @@ class PythonStream:
 
     def _write_all(self, data: _Bytes, at: int) -> None:
         while len(data):
+            direct = self._direct  # the other thread may give it up meanwhile
             try:
                 written = os.pwrite(self._fd, data.data, at)
             except OSError as error:
-                if error.errno == errno.EINVAL and self._direct:  # a filesystem may take the flag and refuse the write
+                if error.errno == errno.EINVAL and direct:  # a filesystem may take the flag and refuse the write
                     self._leave_direct()
                     continue
                 raise OSError(error.errno, error.strerror, self._path) from None
@@ -192,9 +194,10 @@ class PythonStream:
             data, at = data[written:], at + written
 
     def _leave_direct(self) -> None:
-        if self._direct:
-            self._direct = False
-            _set_direct(self._fd, False)
+        with self._leaving:
+            if self._direct:
+                _set_direct(self._fd, False)
+            self._direct = False  # after the flag is gone: who reads this writes from any address
 
 
 def _set_direct(fd: int, wanted: bool) -> bool:
