@@ -134,7 +134,9 @@ def collect(
         identity = describe_collection(
             model, specs, loss, batching, examples, header, grad_scale=grad_scale, calls=calls, missing=missing
         )
-        writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
+        writer = DatasetWriter(
+            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, backend=backend
+        )
         n_before = sum(len(plan.unit_named(name)) for name in writer.done)
         todo = [unit for unit in plan.units if unit.name not in writer.done]
         shown, oddities, waited_s = Progress(plan.n_examples, n_before, progress), Oddities(), 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
-from ..dataset.commits import list_files
+from ..dataset.commits import file_sizes
 from ..doctor import diagnose
 from .arguments import FAILED, OK, Arguments, one_folder
 from .bar import bar
@@ -58,7 +58,7 @@ def verify(args: list[str]) -> int:
 def _n_bytes(place: str) -> int:
     """The bytes to read, as far as the folder tells; what is wrong with it, verify says."""
     try:
-        return sum(size or 0 for size in list_files(place, "verify").values())
+        return sum(size or 0 for size in file_sizes(place, "verify").values())
     except (DatasetError, OSError):
         return 0
 

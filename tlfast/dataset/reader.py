@@ -56,9 +56,9 @@ class GradientDataset(OnHub):
     def __init__(self, path: str | PathLike[str] | Store, *, partial: bool = False) -> None:
         self._store = as_store(path)
         self._partial = partial
-        description, files = read_folder(self._store, _WHO)
+        description, names = read_folder(self._store, _WHO)
         self._description = description
-        self._commits = read_commits(self._store, description, _WHO, files)
+        self._commits = read_commits(self._store, description, _WHO, names)
         absent = description.plan.n_units - len(self._commits)
         if absent and not partial:
             first = ", ".join(missing_names(description, [commit.unit.name for commit in self._commits], 3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 
 import numpy as np
@@ -15,8 +15,8 @@ from .commits import (
     CommittedFile,
     check_sizes,
     commit_path,
-    committed_names,
     data_path,
+    file_sizes,
     read_commit,
     read_folder,
     rows_path,
@@ -88,8 +88,8 @@ def verify_dataset(
     """
     store, report = as_store(path), Report()
     try:
-        description, files = read_folder(store, _WHO)
-        names = committed_names(files)
+        description, names = read_folder(store, _WHO)
+        files = file_sizes(store, _WHO)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
@@ -99,7 +99,8 @@ def verify_dataset(
         first = ", ".join(missing_names(description, names, 3))
         text = f"{absent} of {description.plan.n_units} units are not there ({first}, ...): resume the collection"
         report.problems.append(Problem("", text))
-    report.unnamed = sorted(name for name in files if name not in named)
+    commits = (f"commits/{name}" for name in store.names("commits", _WHO))
+    report.unnamed = sorted(name for name in chain(files, commits) if name not in named)
     return report
 
 
@@ -142,7 +143,7 @@ def check_unit(
 ) -> None:
     """Re-read every byte of a committed unit; DatasetError or OSError where something is wrong.
 
-    ``files`` is a listing (see list_files), where there is one: it saves reading a file of another size.
+    ``files`` is a listing (see file_sizes), where there is one: it saves reading a file of another size.
     """
     commit = read_commit(store, unit.name, description, _WHO)
     if files is not None:
