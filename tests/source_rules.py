@@ -38,6 +38,7 @@ FLOORS = (
     ("dataset.background", "dataset.card", "dataset.folder", "dataset.norms", "dataset.rows", "dataset.unit_files"),
     ("dataset.columns", "dataset.streaming"),
     ("dataset.verify",),
+    ("dataset.hub",),
     ("dataset.reader", "dataset.writer"),
     ("dataset.export_parts", "dataset.repair"),
     ("dataset.export_formats",),
