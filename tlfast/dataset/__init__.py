@@ -7,6 +7,8 @@ from .folder import check_disk_space
 from .layout import Column
 from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
 from .reader import GradientDataset, open_dataset
+from .row_dataset import RowDataset
+from .shuffled_batches import ShuffledBatches
 from .verify import Problem, Report, verify_dataset
 from .writer import DatasetWriter, estimate_bytes
 
@@ -24,6 +26,8 @@ __all__ = [
     "Plan",
     "Problem",
     "Report",
+    "RowDataset",
+    "ShuffledBatches",
     "Unit",
     "check_disk_space",
     "estimate_bytes",

@@ -82,7 +82,7 @@ def decode_rows(store: Store, unit: Unit, points: Sequence[str]) -> Any:
 class ExampleTable(Sequence[dict[str, Any]]):
     """The examples of a dataset, read unit by unit when asked: ``ds.examples[i]`` is a dict."""
 
-    KEPT = 4  # row tables held in memory
+    KEPT_BYTES = 256 << 20  # of row tables held in memory, besides the last used
 
     def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str]) -> None:
         self._store = store
@@ -114,13 +114,22 @@ class ExampleTable(Sequence[dict[str, Any]]):
         parts = [self.table(k).column(NORM + point).to_numpy() for k in range(len(self._units))]
         return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
 
+    def tokens(self, start: int, stop: int) -> list[torch.Tensor]:
+        """Return the input_ids of the rows ``start`` to ``stop`` of one unit: int64, each of its own length."""
+        k = int(np.searchsorted(self._stops, start, side="right"))
+        first = int(self._stops[k - 1]) if k else 0
+        lists = self.table(k).column("input_ids").combine_chunks()
+        offsets = lists.offsets.to_numpy()[start - first : stop - first + 1]
+        values = torch.from_numpy(lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64))
+        return list(values.split(np.diff(offsets).tolist()))
+
     def table(self, k: int) -> Any:
         """Return the row table of committed unit number ``k`` as a pyarrow Table."""
         with self._lock:
             if k not in self._tables:
                 unit = self._units[k]
                 self._tables[k] = decode_rows(self._store, unit, self._points)
-                while len(self._tables) > self.KEPT:
+                while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.KEPT_BYTES:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(k)
             return self._tables[k]
