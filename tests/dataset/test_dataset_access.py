@@ -213,7 +213,7 @@ def test_opening_asks_for_each_thing_once(tmp_path, monkeypatch):
     repr(ds)
     monkeypatch.undo()
     assert calls == {
-        "listdir": 3, "stat": 2 * n, "open": n + 1 + 3, "read": n + 1, "lstat": 0, "scandir": 0,
+        "listdir": 3, "stat": 2 * n, "open": n + 1 + 3, "read": n + 1, "lstat": 1, "scandir": 0,
     }  # fmt: skip
 
 

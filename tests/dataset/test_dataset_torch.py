@@ -16,6 +16,9 @@ N = 103
 POINTS = ["blocks.0.hook_resid_post", "loss"]
 IDS_OF_5 = [5, 2**31 - 1]
 
+# Another test may have imported lance, whose warning at any fork is about its own use in the child.
+pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+
 
 @pytest.fixture(scope="module")
 def ds(tmp_path_factory):

@@ -11,17 +11,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .description import Description, parse_json
+from .description import Description, read_description
 from .durable import PendingFile, locked, sync_folder
 from .errors import dataset_error
 from .layout import PAGE_BYTES
 from .plan import Unit
 from .store import Store, as_store, open_folder
+from .strict_json import parse_json
 
 FOLDERS = ("data", "rows", "commits")
 MAX_BYTES = 64 << 10
 _CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _NAME = re.compile(r"(u[0-9]{6,18})\.json", re.ASCII)
+_REMEDY = "Run `tlfast verify --repair`, then resume."
 _COUNT = r"(0|[1-9][0-9]{0,17})"
 
 
@@ -121,6 +123,15 @@ def committed_names(place: str | PathLike[str] | Store, who: str) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name))
 
 
+def read_folder(place: str | PathLike[str] | Store, who: str) -> tuple[Description, list[str]]:
+    """Read what the dataset holds, and which of its units have a commit file."""
+    store = as_store(place)
+    description, names = read_description(store, who), committed_names(store, who)
+    if names and not description.plan.has(names[-1]):
+        description = read_description(store, who)  # it was extended after it was read, and before it was listed
+    return description, names
+
+
 def file_sizes(place: str | PathLike[str] | Store, who: str) -> dict[str, int | None]:
     """Return the size of each file in data and rows, by its name within the dataset; None for no regular file.
 
@@ -131,10 +142,12 @@ def file_sizes(place: str | PathLike[str] | Store, who: str) -> dict[str, int | 
     return {f"{folder}/{name}": size for folder in folders for name, size in store.sizes(folder, who).items()}
 
 
-def read_commits(place: str | PathLike[str] | Store, description: Description, who: str) -> list[Commit]:
+def read_commits(
+    place: str | PathLike[str] | Store, description: Description, who: str, names: Sequence[str] | None = None
+) -> list[Commit]:
     """Read all commits in the order of their examples, and compare the sizes of their files; DatasetError as below."""
     store = as_store(place)
-    names = committed_names(store, who)
+    names = committed_names(store, who) if names is None else names
     files = file_sizes(store, who)
     paths = [f"commits/{name}.json" for name in names]
     commits = []
@@ -154,11 +167,12 @@ def _parse(store: Store, name: str, data: bytes, description: Description, who: 
     unit = description.plan.unit_named(name)
     if match := _AS_WRITTEN.fullmatch(data):
         texts = match.groups()
-        expected = (name.encode(), b"%d" % unit.start, b"%d" % len(unit), description.config_hash.encode())
+        planned_by = description.hash_of(unit)
+        expected = (name.encode(), b"%d" % unit.start, b"%d" % len(unit), planned_by.encode())
         if (texts[0], texts[1], texts[2], texts[4]) == expected:
             unit_file = CommittedFile(data_path(unit), int(texts[5]), int(texts[6], 16))
             row_table = CommittedFile(rows_path(unit), int(texts[7]), int(texts[8], 16))
-            return Commit(unit, description.config_hash, (unit_file, row_table), int(texts[3]))
+            return Commit(unit, planned_by, (unit_file, row_table), int(texts[3]))
     return _parse_json(store.where(f"commits/{name}.json"), unit, data, description, who)
 
 
@@ -167,16 +181,16 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
     value = parse_json(data, who, path)
     try:
         files = tuple(_read_file(entry) for entry in value["files"])
-        commit = Commit(unit, description.config_hash, files, value["non_finite_rows"])  # type: ignore[arg-type]
+        commit = Commit(unit, description.hash_of(unit), files, value["non_finite_rows"])  # type: ignore[arg-type]
         # The paths are compared with the only possible ones, so no commit can point anywhere else.
         paths_agree = [file.path for file in files] == [data_path(unit), rows_path(unit)]
         agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value
     except (KeyError, TypeError, ValueError) as error:
         rule = "have the keys of a commit"
-        raise dataset_error(who, path, rule, repr(error)[:200], "Remove this commit and resume.") from error
+        raise dataset_error(who, path, rule, repr(error)[:200], _REMEDY) from error
     if not agrees:
         rule = f"agree with the plan: {data_path(unit)}, {rows_path(unit)}, {len(unit)} rows from {unit.start}"
-        raise dataset_error(who, path, rule, repr(value)[:300], "Remove this commit and resume.")
+        raise dataset_error(who, path, rule, repr(value)[:300], _REMEDY)
     return commit
 
 
@@ -198,20 +212,16 @@ def check_sizes(
     header = commit.files[0].n_bytes - payload  # its exact bytes are compared when the file is first used
     if header <= 0 or header % PAGE_BYTES:
         rule = f"give {data_path(commit.unit)} whole pages of header and {payload} bytes of rows"
-        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, _remedy(commit))
+        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, _REMEDY)
     for file in commit.files:
         size = files.get(file.path)
         if size != file.n_bytes:
-            path, remedy = store.where(file.path), _remedy(commit)
+            path = store.where(file.path)
             if file.path not in files:
-                raise dataset_error(who, path, "exist, its commit names it", "no such file", remedy)
+                raise dataset_error(who, path, "exist, its commit names it", "no such file", _REMEDY)
             if size is None:
-                raise dataset_error(who, path, "be a regular file", "a link, a folder or a device", remedy)
-            raise dataset_error(who, path, f"have {file.n_bytes} bytes", size, remedy)
-
-
-def _remedy(commit: Commit) -> str:
-    return f"Remove {commit_path(commit.unit)} and resume to make the unit again."
+                raise dataset_error(who, path, "be a regular file", "a link, a folder or a device", _REMEDY)
+            raise dataset_error(who, path, f"have {file.n_bytes} bytes", size, _REMEDY)
 
 
 def check_folders(folder: Path, who: str) -> None:

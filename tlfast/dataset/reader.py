@@ -13,15 +13,15 @@ import torch
 
 from ..errors import broken_rule
 from .columns import GradientColumn, integers, row_numbers
-from .commits import Commit, read_commits
-from .description import Description, read_description
+from .commits import Commit, read_commits, read_folder
+from .description import Description, skipped_examples
 from .errors import dataset_error
 from .layout import DTYPE_NAMES, as_integers
 from .plan import Plan, Unit
 from .rows import ExampleTable
 from .store import LocalStore, Store, as_store
 from .unit_files import UnitFiles
-from .verify import Report, missing_names, verify_dataset
+from .verify import Report, check_unit, missing_names, verify_dataset
 
 _WHO = "open_dataset"
 
@@ -60,11 +60,11 @@ def open_dataset(
         rule = f"be one of {', '.join(get_args(Access))}"
         raise dataset_error(_WHO, "access", rule, repr(access), "Leave it out to let tlfast choose.")
     store = as_store(path)
-    description = read_description(store, _WHO)
-    commits = read_commits(store, description, _WHO)
+    description, names = read_folder(store, _WHO)
+    commits = read_commits(store, description, _WHO, names)
     absent = description.plan.n_units - len(commits)
     if absent and not partial:
-        first = ", ".join(missing_names(description, [commit.unit.name for commit in commits], 3))
+        first = ", ".join(missing_names(description, names, 3))
         rule = f"hold all {description.plan.n_units} units of its plan"
         remedy = "Run the collection again to complete it, or open it with partial=True."
         raise dataset_error(_WHO, "path", rule, f"{store.where('')} without {absent} ({first}, ...)", remedy)
@@ -107,6 +107,11 @@ class GradientDataset:
     def plan(self) -> Plan:
         """Which examples form which unit."""
         return self._description.plan
+
+    @property
+    def skipped(self) -> list[tuple[str, int, str]]:
+        """The bad examples that were left out: source, start in it, and the reason of each."""
+        return skipped_examples(self._description, _WHO)
 
     @property
     def units(self) -> list[Unit]:
@@ -190,6 +195,10 @@ class GradientDataset:
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""
         return verify_dataset(self._store, partial=self._partial, progress=progress)
+
+    def verify_unit(self, unit: Unit) -> None:
+        """Re-read every byte of one unit against its checksum; DatasetError where something is wrong."""
+        check_unit(self._store, unit, self._description)
 
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""

@@ -71,8 +71,11 @@ class Store(Protocol):
         """Return the names in a folder: one listing."""
         ...
 
-    def sizes(self, folder: str, who: str) -> dict[str, int | None]:
-        """Return the size of each file in a folder, None for what is no regular file: one listing."""
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
+        """Return the size of each file in a folder, None for what is no regular file: one listing.
+
+        DatasetError where there is no such folder, unless it is ``optional``: it holds nothing then.
+        """
         ...
 
     def read(self, name: str, who: str, limit: int) -> bytes:
@@ -171,8 +174,10 @@ class LocalStore:
         finally:
             os.close(fd)
 
-    def sizes(self, folder: str, who: str) -> dict[str, int | None]:
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
         """Return the size of each file in a folder, None for links, folders and devices."""
+        if optional and not os.path.lexists(self.folder / folder):
+            return {}
         fd = open_folder(self.folder / folder, who)
         try:
             return {name: _size(name, fd) for name in os.listdir(fd)}

@@ -31,7 +31,7 @@ def check_header(file: OpenFile, where: str, layout: UnitLayout, who: str) -> No
     The plan fixes every byte of the header, so nothing in it has to be parsed, and no length, offset, dtype or shape
     that a file claims is ever believed.
     """
-    remedy = "Remove its commit and resume to make the unit again."
+    remedy = "Run `tlfast verify --repair`, then resume."
     if file.size != layout.n_bytes:  # mapped, a shorter file would end the process by SIGBUS
         raise dataset_error(who, where, f"have {layout.n_bytes} bytes", file.size, remedy)
     found = file.read(0, len(layout.header))
