@@ -90,6 +90,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
         self._points = list(points)
         self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
         self._tables: OrderedDict[int, Any] = OrderedDict()
+        self._held = 0  # bytes
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -127,9 +128,9 @@ class ExampleTable(Sequence[dict[str, Any]]):
         """Return the row table of committed unit number ``k`` as a pyarrow Table."""
         with self._lock:
             if k not in self._tables:
-                unit = self._units[k]
-                self._tables[k] = decode_rows(self._store, unit, self._points)
-                while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.KEPT_BYTES:
-                    self._tables.popitem(last=False)
+                self._tables[k] = decode_rows(self._store, self._units[k], self._points)
+                self._held += self._tables[k].nbytes
+                while len(self._tables) > 1 and self._held > self.KEPT_BYTES:
+                    self._held -= self._tables.popitem(last=False)[1].nbytes
             self._tables.move_to_end(k)
             return self._tables[k]
