@@ -46,7 +46,7 @@ FLOORS = (
     ("dataset.columns",),
     ("dataset.verify",),
     ("dataset.reader", "dataset.writer"),
-    ("dataset.row_dataset",),
+    ("dataset.joined", "dataset.row_dataset"),
     ("dataset.shuffled_batches",),
     ("dataset.export_parts", "dataset.repair"),
     ("dataset.export_formats",),

@@ -5,6 +5,7 @@ from .columns import GradientColumn
 from .errors import DatasetError
 from .export import export_dataset
 from .folder import check_disk_space
+from .joined import Join, join_datasets
 from .layout import Column
 from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
 from .reader import GradientDataset, open_dataset
@@ -25,6 +26,7 @@ __all__ = [
     "Example",
     "GradientColumn",
     "GradientDataset",
+    "Join",
     "Plan",
     "Problem",
     "Repair",
@@ -35,6 +37,7 @@ __all__ = [
     "check_disk_space",
     "estimate_bytes",
     "export_dataset",
+    "join_datasets",
     "open_dataset",
     "repair_dataset",
     "verify_dataset",

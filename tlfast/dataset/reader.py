@@ -104,6 +104,12 @@ class GradientDataset:
         return self._description.header
 
     @property
+    def examples_fingerprint(self) -> tuple[str, ...] | None:
+        """SHA-256 of all planned examples, of each extension too; None where the writer didn't say."""
+        found = [part.get("sha256") for _, part in self._description.examples]
+        return tuple(map(str, found)) if all(found) else None
+
+    @property
     def plan(self) -> Plan:
         """Which examples form which unit."""
         return self._description.plan
@@ -172,11 +178,12 @@ class GradientDataset:
         """
         wanted = integers("GradientDataset", "ids", ids)
         firsts, lengths, starts = self._files.firsts, self._files.lengths, self._files.starts
-        k = np.searchsorted(firsts, wanted, side="right") - 1  # -1 is before the first unit: the 0 behind the last
-        within = wanted - np.append(firsts, 0)[k]
+        flat = wanted.reshape(-1)
+        k = np.searchsorted(firsts, flat, side="right") - 1  # -1 is before the first unit: the 0 behind the last
+        within = flat - np.append(firsts, 0)[k]
         absent = (k < 0) | (within >= np.append(lengths, 0)[k])
         if absent.any():
-            raise KeyError(self._absent(int(wanted[absent].flat[0])))
+            raise KeyError(self._absent(int(flat[absent][0])))
         return torch.from_numpy(np.append(starts, 0)[k] + within).reshape(wanted.shape)
 
     def _absent(self, example: int) -> str:

@@ -116,13 +116,17 @@ class ExampleTable(Sequence[dict[str, Any]]):
         return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
 
     def tokens(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Return the input_ids of the rows ``start`` to ``stop`` of one unit: int64, each of its own length."""
-        k = int(np.searchsorted(self._stops, start, side="right"))
-        first = int(self._stops[k - 1]) if k else 0
-        lists = self.table(k).column("input_ids").combine_chunks()
-        offsets = lists.offsets.to_numpy()[start - first : stop - first + 1]
-        values = torch.from_numpy(lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64))
-        return list(values.split(np.diff(offsets).tolist()))
+        """Return the input_ids of the rows ``start`` to ``stop``: int64, each of its own length."""
+        found: list[torch.Tensor] = []
+        while start < stop:
+            k = int(np.searchsorted(self._stops, start, side="right"))
+            first, end = (int(self._stops[k - 1]) if k else 0), min(stop, int(self._stops[k]))
+            lists = self.table(k).column("input_ids").combine_chunks()
+            offsets = lists.offsets.to_numpy()[start - first : end - first + 1]
+            values = torch.from_numpy(lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64))
+            found += values.split(np.diff(offsets).tolist())
+            start = end
+        return found
 
     def table(self, k: int) -> Any:
         """Return the row table of committed unit number ``k`` as a pyarrow Table."""
