@@ -119,6 +119,12 @@ class DatasetWriter:
             check_sizes(self.out, read_commit(self.out, name, self.description, _WHO), self.description, _WHO)
         return set(names)
 
+    def committed(self) -> set[str]:
+        """Look up the names of all units that have a commit by now, whichever process made it."""
+        names = set(committed_names(self.out))
+        self.done |= names
+        return names
+
     def write_unit(
         self,
         unit: Unit,
