@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .description import Description, parse_json
+from .description import Description, read_description
 from .durable import PendingFile, locked, read_small, sync_folder
 from .errors import dataset_error
 from .layout import PAGE_BYTES
 from .plan import Unit
+from .strict_json import parse_json
 
 FOLDERS = ("data", "rows", "commits")
 MAX_BYTES = 64 << 10
@@ -105,6 +106,16 @@ def committed_names(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name))
 
 
+def read_folder(folder: Path, who: str) -> tuple[Description, list[str]]:
+    """Read what the dataset in ``folder`` holds, and which of its units have a commit file."""
+    description = read_description(folder, who)
+    check_folders(folder, who)
+    names = committed_names(folder)
+    if names and not description.plan.has(names[-1]):
+        description = read_description(folder, who)  # it was extended after it was read, and before it was listed
+    return description, names
+
+
 def read_commit(folder: Path, name: str, description: Description, who: str) -> Commit:
     """Read the commit of unit ``name``; DatasetError where it says anything that the plan does not."""
     path = folder / "commits" / f"{name}.json"
@@ -112,7 +123,7 @@ def read_commit(folder: Path, name: str, description: Description, who: str) -> 
     value = parse_json(read_small(path, who, MAX_BYTES), who, path)
     try:
         files = tuple(_read_file(entry) for entry in value["files"])
-        commit = Commit(unit, description.config_hash, files, value["non_finite_rows"])  # type: ignore[arg-type]
+        commit = Commit(unit, description.hash_of(unit), files, value["non_finite_rows"])  # type: ignore[arg-type]
         # The paths are compared with the only possible ones, so no commit can point anywhere else.
         paths_agree = [file.path for file in files] == [data_path(unit), rows_path(unit)]
         agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value

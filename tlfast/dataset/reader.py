@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .columns import GradientColumn, UnitMaps
-from .commits import check_folders, check_sizes, committed_names, read_commit
-from .description import read_description
+from .commits import check_sizes, read_commit, read_folder
+from .description import skipped_examples
 from .errors import dataset_error
 from .layout import DTYPE_NAMES
 from .plan import Plan, Unit
@@ -53,9 +53,7 @@ class GradientDataset:
     def __init__(self, path: str | PathLike[str], *, partial: bool = False) -> None:
         self.path = Path(path)
         self._partial = partial
-        description = read_description(self.path, _WHO)
-        check_folders(self.path, _WHO)
-        names = committed_names(self.path)
+        description, names = read_folder(self.path, _WHO)
         self._commits = [read_commit(self.path, name, description, _WHO) for name in names]
         self._description = description
         absent = description.plan.n_units - len(names)
@@ -83,6 +81,11 @@ class GradientDataset:
     def plan(self) -> Plan:
         """Which examples form which unit."""
         return self._description.plan
+
+    @property
+    def skipped(self) -> list[tuple[str, int, str]]:
+        """The bad examples that were left out: source, start in it, and the reason of each."""
+        return skipped_examples(self._description, _WHO)
 
     @property
     def units(self) -> list[Unit]:

@@ -16,12 +16,11 @@ from .commits import (
     FOLDERS,
     Commit,
     CommittedFile,
-    check_folders,
     check_sizes,
-    committed_names,
     read_commit,
+    read_folder,
 )
-from .description import Description, read_description
+from .description import Description
 from .durable import crc32c, open_regular
 from .errors import DatasetError, dataset_error
 from .layout import unit_layout
@@ -85,9 +84,7 @@ def verify_dataset(
     """
     folder, report = Path(path), Report()
     try:
-        description = read_description(folder, _WHO)
-        check_folders(folder, _WHO)
-        names = committed_names(folder)
+        description, names = read_folder(folder, _WHO)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
