@@ -17,6 +17,7 @@ from .doctor import diagnose
 from .errors import broken_rule
 from .ops import backend
 from .settings import CollectSettings, load_settings
+from .shares import share_of
 
 USAGE = """usage: tlfast COMMAND ...
 
@@ -55,12 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr)
+    print(_rank() + " ".join(text.split()), file=sys.stderr)
     return code
 
 
+def _rank() -> str:
+    """What a line begins with where several processes print theirs into one output."""
+    try:
+        return str(share_of())
+    except ValueError:  # `collect` complains of it
+        return ""
+
+
 def _collect(args: list[str]) -> int:
-    print(backend(), flush=True)
+    print(f"{_rank()}{backend()}", flush=True)
     warnings.filterwarnings("ignore", message="tlfast runs in pure Python")  # the line above has said it
     tyro = extra("tyro", "tlfast collect")
     settings: dict[str, Any] = {}
@@ -74,7 +83,7 @@ def _collect(args: list[str]) -> int:
             raise
         resume = f"tlfast collect {shlex.quote(str(Path(wanted.out) / 'config.yaml'))}"
         return _complain(f"interrupted: {interrupt}. To continue: {resume}", INTERRUPTED)
-    print(f"{report}: {report.out}")
+    print(f"{_rank()}{report}: {report.out}", flush=True)
     return OK
 
 

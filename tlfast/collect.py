@@ -26,6 +26,7 @@ from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
 from .request import check_numbers, wanted_specs, width_of
+from .shares import Share, Todo, share_of, units_in
 from .spec import Over, Points, Reduction, Spec, one_of
 from .unit_loop import at_work, run_units
 from .units import Loss, Oddities, Runner, probe_columns
@@ -54,6 +55,8 @@ def collect(
     missing: str = "raise",
     cuda_graph: CudaGraph = "auto",
     lens: bool = False,
+    units: str = "",
+    share: tuple[int, int] | None = None,
     overwrite: bool = False,
     progress: bool = True,
     header: Mapping[str, Any] | None = None,
@@ -83,6 +86,9 @@ def collect(
             dataset's identity: "auto" (where the native code runs on CUDA; a model that can't be run so is warned of
             and runs without), "on" (or an error) or "off".
         lens: the model is one of TransformerLens, and points are hook points by its names.
+        units: "A:B": only these units of the plan, as a Python slice would count them; "": all.
+        share: (index, count) of this process where several collect into the same ``out``, each for itself: it does its
+            own units first, then whatever is left; None: by RANK and WORLD_SIZE, which torchrun sets, else (0, 1).
         overwrite: remove a dataset that lies in ``out`` first.
         progress: show a bar, or a line every 30 s where there is no terminal, on stderr.
         header: what else to say of the data in dataset.json, JSON; part of the dataset's identity.
@@ -112,6 +118,11 @@ def collect(
     one_of("collect", "cuda_graph", cuda_graph, get_args(CudaGraph))
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
+    mine = share_of() if share is None else Share(*share)
+    units_in(units, 0)
+    if overwrite and (units or mine.count > 1):
+        remedy = "Remove the dataset before they start."
+        raise ValueError(broken_rule("collect", "overwrite", "be off where several processes collect", "on", remedy))
     examples = as_examples(batches)
     width = width_of(specs, examples, seq_len)
 
@@ -135,12 +146,14 @@ def collect(
             model, specs, loss, batching, examples, header, grad_scale=grad_scale, calls=calls, missing=missing
         )
         writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
-        n_before = sum(len(plan.unit_named(name)) for name in writer.done)
-        todo = [unit for unit in plan.units if unit.name not in writer.done]
-        shown, oddities, waited_s = Progress(plan.n_examples, n_before, progress), Oddities(), 0.0
+        asked = [plan.unit(k) for k in units_in(units, plan.n_units)]
+        left = [unit for unit in asked if unit.name not in writer.done]
+        n_before = sum(map(len, asked)) - sum(map(len, left))
+        shown = Progress(sum(map(len, asked)), n_before, progress and mine.index == 0)
+        oddities, todo, waited_s = Oddities(), Todo(left, mine, writer.committed), 0.0
         try:
-            if todo:
-                with BackgroundWriter(writer, 2) as background, enter(max(map(len, todo))) as cap, shown:
+            if left:
+                with BackgroundWriter(writer, 2) as background, enter(max(map(len, left))) as cap, shown:
                     replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
                     runner = Runner(model, cap, batching, loss, grad_scale, replays)
                     drain = Drain(streams_for(devices), columns, cap.capacity)
@@ -150,6 +163,6 @@ def collect(
             kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
             raise KeyboardInterrupt(kept) from None
     return Report(
-        writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
-        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s,
+        writer.out, sum(map(len, todo.taken)), n_before, len(todo.taken), shown.n_tokens, writer.bytes_written,
+        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s, todo.n_rows_elsewhere,
     )  # fmt: skip

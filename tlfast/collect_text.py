@@ -82,6 +82,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         missing=settings.missing,
         lens=settings.lens,
         cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
+        units=settings.units,
         overwrite=settings.overwrite,
         header={
             "model": {"name": portable_name(settings.model)},

@@ -92,9 +92,21 @@ def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the first GPU, or the CPU. ValueError where it isn't there."""
+    """The device called ``name``; ValueError where it isn't there.
+
+    "auto" is the CPU where there is no GPU, else the GPU of this process's LOCAL_RANK, as torchrun sets it, or the first.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank, n_gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+        if not rank:
+            return torch.device("cuda")
+        if not rank.isdecimal() or int(rank) >= n_gpus:
+            remedy = "Start as many processes on a machine as it has GPUs, or give --device."
+            raise ValueError(broken_rule("collect", "LOCAL_RANK", f"be below {n_gpus}, the GPUs here", rank, remedy))
+        torch.cuda.set_device(int(rank))  # else each process would keep a context on the first GPU as well
+        return torch.device("cuda", int(rank))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -12,6 +12,7 @@ import torch
 
 from .dataset.errors import extra
 from .errors import broken_rule
+from .shares import units_in
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
@@ -69,6 +70,8 @@ class CollectSettings:
     """run the steps as CUDA graphs, with batches padded to a few lengths: auto (if the model is on a GPU), on or off"""
     lens: bool = False
     """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
+    units: str = ""
+    """A:B: only these units of the plan, as a Python slice counts them, for jobs that know nothing of each other"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
 
@@ -101,6 +104,7 @@ class CollectSettings:
             if getattr(self, argument) < least:
                 got = getattr(self, argument)
                 raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
+        units_in(self.units, 0)
         for argument in ("text", "points"):
             if not getattr(self, argument):
                 raise ValueError(broken_rule(who, argument, "name one at least", "nothing", f"Give --{argument}."))
@@ -108,8 +112,8 @@ class CollectSettings:
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
 
-        Paths are absolute. ``out`` is left out, since that is where the file lies, and so is ``overwrite``, so that a
-        replay continues.
+        Paths are absolute. ``out`` is left out, since that is where the file lies, ``overwrite``, so that a replay
+        continues, and ``units``, so that it completes the dataset.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -117,7 +121,8 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        del values["out"], values["overwrite"]
+        for name in ("out", "overwrite", "units"):
+            del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
 

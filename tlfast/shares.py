@@ -26,9 +26,10 @@ class Share:
         ValueError: unless 0 <= index < count.
 
     Example:
+        >>> from tlfast.dataset import Plan
         >>> from tlfast.shares import Share
-        >>> Share(1, 3).order(range(9))[:3]
-        [1, 4, 7]
+        >>> [unit.name for unit in Share(1, 3).ordered(Plan(9, 1).units)[:3]]
+        ['u000001', 'u000004', 'u000007']
     """
 
     index: int = 0
@@ -40,19 +41,20 @@ class Share:
             got = f"({self.index!r}, {self.count!r})"
             raise ValueError(broken_rule("collect", "share", rule, got, "Count the processes from 0."))
 
-    def order(self, numbers: Iterable[int]) -> list[int]:
-        """The numbers of units in the order in which this process looks at them, each once.
+    def ordered(self, units: Iterable[Unit]) -> list[Unit]:
+        """The units in the order in which this process looks at them.
 
-        Its own come first, rising: those that leave its index when divided by the count, which needs no agreement on
-        what is left to do. The others come in a random order that is each process's own: so the share of one that died
-        is spread over all that live, and two seldom meet.
+        Its own come first, rising: those whose number leaves its index when divided by the count, which needs no
+        agreement on what is left to do. The others come in a random order that is each process's own: so the share of
+        one that died is spread over all that live, and two seldom meet.
         """
 
-        def key(k: int) -> tuple[bool, int]:
-            own = k % self.count == self.index
-            return not own, k if own else crc32(b"%d %d" % (k, self.index))
+        def key(unit: Unit) -> tuple[bool, int]:
+            number = int(unit.name[1:])
+            own = number % self.count == self.index
+            return not own, number if own else crc32(b"%d %d" % (number, self.index))
 
-        return sorted(numbers, key=key)
+        return sorted(units, key=key)
 
     def __str__(self) -> str:
         return "" if self.count == 1 else f"rank {self.index} of {self.count}: "
@@ -70,21 +72,25 @@ class Todo:
     def __init__(self, units: Iterable[Unit], share: Share, committed: Callable[[], Collection[str]]):
         self.taken: list[Unit] = []
         self.n_rows_elsewhere = 0  # rows of these units that other processes have committed
-        self._units = {int(unit.name[1:]): unit for unit in units}
-        self._order = share.order(self._units)
+        self._units = {unit.name: unit for unit in units}
+        self._order = [unit.name for unit in share.ordered(self._units.values())]
         self._committed = committed
+        self._done: set[str] = set()
 
     def __iter__(self) -> Iterator[Unit]:
-        done: Collection[str] = ()
-        for number in self._order:
-            unit = self._units[number]
-            if unit.name not in done:
-                done = self._committed()
-            if unit.name in done:
-                self.n_rows_elsewhere += len(unit)
-            else:
-                self.taken.append(unit)
-                yield unit
+        for name in self._order:
+            if name not in self._done:
+                self._look()
+            if name not in self._done:
+                self._done.add(name)
+                self.taken.append(self._units[name])
+                yield self._units[name]
+        self._look()
+
+    def _look(self) -> None:
+        for name in set(self._committed()) & self._units.keys() - self._done:
+            self._done.add(name)
+            self.n_rows_elsewhere += len(self._units[name])
 
 
 def share_of(environment: Mapping[str, str] = os.environ) -> Share:

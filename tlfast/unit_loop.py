@@ -10,17 +10,18 @@ import torch
 from torch import nn
 
 from .dataset.background import BackgroundWriter, Contents
-from .dataset.plan import Example, Unit
+from .dataset.plan import Example
 from .drain import Arrived, Drain
 from .freeze import freeze
 from .progress import Progress
+from .shares import Todo
 from .units import Oddities, Runner
 
 
 def run_units(
     runner: Runner,
     drain: Drain,
-    todo: Sequence[Unit],
+    todo: Todo,
     examples: Sequence[Example],
     background: BackgroundWriter,
     shown: Progress,
@@ -32,6 +33,7 @@ def run_units(
     def step_done(n_examples: int, n_tokens: int) -> None:
         shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
         shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
+        shown.n_elsewhere = todo.n_rows_elsewhere
         shown.step(n_examples, n_tokens)
 
     def wait_for_room() -> None:
