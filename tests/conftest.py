@@ -20,7 +20,16 @@ settings.register_profile("tlfast", derandomize=True, deadline=None, database=No
 settings.load_profile("tlfast")
 
 # The tests of the command line need a library that a machine without a network may lack.
-NEEDS = {"tyro": ("test_cli.py", "test_cli_refusals.py", "test_collect_killed.py", "test_demo.py")}
+NEEDS = {
+    "tyro": (
+        "test_cli.py",
+        "test_cli_refusals.py",
+        "test_collect_killed.py",
+        "test_demo.py",
+        "test_torchrun.py",
+        "test_unit_ranges.py",
+    )
+}
 
 
 def pytest_collection_modifyitems(items):

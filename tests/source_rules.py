@@ -43,7 +43,7 @@ FLOORS = (
     ("settings",),
     ("drain", "loss", "replay"),
     ("identity", "units"),
-    ("unit_loop",),
+    ("sharded", "unit_loop"),
     ("collect",),
     ("collect_text",),
     ("__init__",),

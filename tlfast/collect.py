@@ -26,6 +26,7 @@ from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
 from .request import check_numbers, wanted_specs, width_of
+from .sharded import Lockstep, agreed, is_sharded, share_of_group
 from .shares import Share, Todo, share_of, units_in
 from .spec import Over, Points, Reduction, Spec, one_of
 from .unit_loop import at_work, run_units
@@ -118,7 +119,10 @@ def collect(
     one_of("collect", "cuda_graph", cuda_graph, get_args(CudaGraph))
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
-    mine = share_of() if share is None else Share(*share)
+    together = is_sharded(model, cuda_graph)
+    if together and share is not None:
+        raise ValueError(broken_rule("collect", "share", "be None for a sharded model", share, "Its ranks are known."))
+    mine = share_of_group() if together else share_of() if share is None else Share(*share)
     units_in(units, 0)
     if overwrite and (units or mine.count > 1):
         remedy = "Remove the dataset before they start."
@@ -135,7 +139,8 @@ def collect(
         )
         return entered
 
-    with_graphs = graphs_wanted(cuda_graph, {p.device for p in model.parameters()}, lambda: enter(1).backend)
+    devices_of_model = {p.device for p in model.parameters()}
+    with_graphs = graphs_wanted("off" if together else cuda_graph, devices_of_model, lambda: enter(1).backend)
     longest = max(example.length for example in examples)
     buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
@@ -148,6 +153,7 @@ def collect(
         writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
         asked = [plan.unit(k) for k in units_in(units, plan.n_units)]
         left = [unit for unit in asked if unit.name not in writer.done]
+        left = agreed(left) if together else left
         n_before = sum(map(len, asked)) - sum(map(len, left))
         shown = Progress(sum(map(len, asked)), n_before, progress and mine.index == 0)
         oddities, todo, waited_s = Oddities(), Todo(left, mine, writer.committed), 0.0
@@ -157,6 +163,8 @@ def collect(
                     replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
                     runner = Runner(model, cap, batching, loss, grad_scale, replays)
                     drain = Drain(streams_for(devices), columns, cap.capacity)
+                    if together:
+                        todo = Lockstep(left, mine, examples, runner)
                     run_units(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
                     waited_s = background.waited_s
         except KeyboardInterrupt:

@@ -94,7 +94,7 @@ def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
 def pick_device(name: str) -> torch.device:
     """The device called ``name``; ValueError where it isn't there.
 
-    "auto" is the CPU where there is no GPU, else the GPU of this process's LOCAL_RANK, as torchrun sets it, or the first.
+    "auto" is the GPU of this process's LOCAL_RANK, which torchrun sets, else the first one, or the CPU without any.
     """
     if name == "auto":
         if not torch.cuda.is_available():

@@ -88,8 +88,8 @@ class Progress:
 class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
-    ``n_rows_elsewhere`` more rows were made by other processes meanwhile. ``waited_s`` of the ``time_s`` seconds the model
-    stood still because the disk was slower.
+    ``n_rows_elsewhere`` more rows were made by other processes meanwhile. ``waited_s`` of the ``time_s`` seconds the
+    model stood still because the disk was slower.
     """
 
     out: Path
@@ -110,6 +110,6 @@ class Report:
         elsewhere = f", {self.n_rows_elsewhere} by other processes" if self.n_rows_elsewhere else ""
         waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
         return (
-            f"{self.n_rows} rows{before} in {self.n_units} units{elsewhere}, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
-            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
+            f"{self.n_rows} rows{before} in {self.n_units} units{elsewhere}, {self.n_tokens} tokens,"
+            f" {self.n_bytes / 1e6:.1f} MB in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
         )
