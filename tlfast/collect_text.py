@@ -43,7 +43,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
     tokenizer = load_tokenizer(settings.model)
-    model = load_model(settings.model, stored_as(settings.model_dtype), device)
+    model = load_model(settings.model, stored_as(settings.model_dtype), device, settings.device_map)
     if settings.lens:
         from .transformer_lens.loading import as_bridge
         from .transformer_lens.names import find_names
@@ -89,7 +89,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
             "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
             "text": {"seq_len": settings.seq_len, "bos": settings.bos},
         },
-        config=settings.to_yaml(f"{made_by}, {device}"),
+        config=settings.to_yaml(f"{made_by}, {settings.device_map or device}"),
     )
 
 

@@ -39,12 +39,12 @@ def _whole(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        # What device_map leaves on the disk or in the CPU's memory; accelerate brings it for as long as it is used.
-        with extra("accelerate", "collect", "device-map").utils.align_module_device(module, torch.device("cpu")):
-            brought: torch.Tensor = getattr(module, leaf).detach().clone()
-        if brought.is_meta:
+        if not hasattr(module, "_hf_hook"):  # what accelerate puts there
             remedy = "Load the weights first."
             raise ValueError(broken_rule("collect", "model", "have its weights", f"{name} on meta", remedy))
+        # What device_map leaves on the disk or in the CPU's memory is brought for as long as it is used.
+        with extra("accelerate", "collect", "device-map").utils.align_module_device(module, torch.device("cpu")):
+            brought: torch.Tensor = getattr(module, leaf).detach().clone()
         return brought
     return tensor
 
@@ -68,10 +68,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """What a dataset says of the model, as JSON."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    # A tied parameter is one tensor under two names, until accelerate brings it for each of them in turn.
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
     return {
         # fully_shard puts a class of its own before the model's.
         "class": type(model).__name__ if not _is_fsdp(model) else type(model).__mro__[2].__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if name not in tied),
         "dtypes": dtypes,
         "fingerprint": model_fingerprint(model),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,8 @@ from torch import nn
 
 from .dataset.errors import extra
 from .errors import broken_rule
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # What the hub accepts as a name: one part, or two with a slash.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -43,10 +46,41 @@ def load_tokenizer(name: str) -> Any:
     return _load("AutoTokenizer", name)
 
 
-def load_model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """Load a causal language model onto a device; ``dtype`` None is the checkpoint's own. ValueError if it fails."""
-    model: nn.Module = _load("AutoModelForCausalLM", name, dtype="auto" if dtype is None else dtype)
-    return model.to(device)
+def load_model(name: str, dtype: torch.dtype | None, device: torch.device, device_map: str = "") -> nn.Module:
+    """Load a causal language model; ``dtype`` None is the checkpoint's own. ValueError if it fails.
+
+    It is put onto ``device``, or spread over several as ``device_map`` says.
+    """
+    settings: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    if not device_map:
+        model: nn.Module = _load("AutoModelForCausalLM", name, **settings)
+        return model.to(device)
+    extra("accelerate", "collect", "device-map")
+    spread: nn.Module = _load("AutoModelForCausalLM", name, device_map=as_device_map(device_map), **settings)
+    return spread
+
+
+def as_device_map(text: str) -> str | dict[str, Any]:
+    """What `from_pretrained` takes as ``device_map``: a word, or a mapping given as JSON. ValueError for other text."""
+    if text in DEVICE_MAPS:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and value and all(map(_is_place, value.values())):
+        return value
+    rule = f"be one of {', '.join(DEVICE_MAPS)}, or JSON that maps modules to devices"
+    raise ValueError(broken_rule("collect", "device_map", rule, repr(text), "Or leave it out: one device."))
+
+
+def _is_place(place: Any) -> bool:
+    if type(place) is int or place == "disk":  # a GPU's number, and accelerate's word
+        return True
+    try:
+        return isinstance(place, str) and torch.device(place).type != "meta"
+    except RuntimeError:
+        return False
 
 
 def _load(kind: str, name: str, **settings: Any) -> Any:
@@ -56,7 +90,7 @@ def _load(kind: str, name: str, **settings: Any) -> Any:
     folder = Path(name).expanduser()
     try:
         return getattr(transformers, kind).from_pretrained(str(folder) if folder.is_dir() else name, **settings)
-    except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises, several lines long
+    except (OSError, ValueError, KeyError, AssertionError) as error:  # what from_pretrained raises, several lines long
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         got = f"{name!r}: {' '.join(lines)[:300]}"
         remedy = "Check the folder, or the name and the connection to the hub."

@@ -111,5 +111,6 @@ class Report:
         waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units{elsewhere}, {self.n_tokens} tokens,"
-            f" {self.n_bytes / 1e6:.1f} MB in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
+            f" {self.n_bytes / 1e6:.1f} MB in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s),"
+            f" {self.n_nonfinite_rows} non-finite rows"
         )

@@ -12,6 +12,7 @@ import torch
 
 from .dataset.errors import extra
 from .errors import broken_rule
+from .huggingface import as_device_map
 from .shares import units_in
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
@@ -54,6 +55,8 @@ class CollectSettings:
     """right or left"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    device_map: str = ""
+    """spread the model over devices: auto, balanced, balanced_low_0, sequential, or JSON, {"module": device, ...}"""
     model_dtype: str = "auto"
     """what the model runs in: auto (the checkpoint's), float32, bfloat16, float16 or float64"""
     grad_scale: float = 1.0
@@ -105,6 +108,11 @@ class CollectSettings:
                 got = getattr(self, argument)
                 raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
         units_in(self.units, 0)
+        if self.device_map and self.device != "auto":
+            got = f"{self.device!r} with device_map {self.device_map!r}"
+            raise ValueError(broken_rule(who, "device", "be auto where device_map is given", got, "Leave one out."))
+        if self.device_map:
+            as_device_map(self.device_map)
         for argument in ("text", "points"):
             if not getattr(self, argument):
                 raise ValueError(broken_rule(who, argument, "name one at least", "nothing", f"Give --{argument}."))

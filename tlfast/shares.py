@@ -120,7 +120,7 @@ def units_in(text: str, n_units: int) -> range:
         >>> units_in("100:200", 130), units_in("-2:", 5), units_in("", 5)
         (range(100, 130), range(3, 5), range(0, 5))
     """
-    match = _RANGE.fullmatch(text or ":") if isinstance(text, str) else None
+    match = _RANGE.fullmatch(str(text) or ":")
     if match is None:
         rule = "be A:B, numbers of units as in a Python slice"
         raise ValueError(broken_rule("collect", "units", rule, repr(text), "Say 0:100, 100: or :-1."))
