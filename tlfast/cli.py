@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import warnings
@@ -18,6 +19,7 @@ from .errors import broken_rule
 from .ops import backend
 from .settings import CollectSettings, load_settings
 from .shares import share_of
+from .stopping import LeaveAtOnce, Terminated
 
 USAGE = """usage: tlfast COMMAND ...
 
@@ -33,7 +35,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 = 128 + SIGINT, as shel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 well, 1 failed, 2 bad input, 130 interrupted."""
+    """Run one command and return its exit code: 0 well, 1 failed, 2 bad input, 130 interrupted, 143 terminated."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"collect": _collect, "info": _info, "verify": _verify, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help"):
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[args[0]](args[1:])
     except (ValueError, TypeError, ImportError) as error:
         return _complain(str(error), BAD_INPUT)
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         return _complain(f"tlfast {args[0]}: {error}", FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
@@ -76,13 +78,23 @@ def _collect(args: list[str]) -> int:
     if args and args[0].endswith((".yaml", ".yml")):
         settings["default"] = load_settings(Path(args.pop(0)))
     wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
+    config = Path(wanted.out) / "config.yaml"
+    resume = f"To continue: tlfast collect {shlex.quote(str(config))}"
     try:
         report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
+    except (OSError, FloatingPointError) as error:
+        if not config.exists():
+            raise
+        return _complain(f"tlfast collect: {error}. {resume}", FAILED)
+    except Terminated as stop:
+        return _complain(f"terminated: {stop}. {resume}", Terminated.CODE)
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):  # before the first unit
             raise
-        resume = f"tlfast collect {shlex.quote(str(Path(wanted.out) / 'config.yaml'))}"
-        return _complain(f"interrupted: {interrupt}. To continue: {resume}", INTERRUPTED)
+        _complain(f"interrupted: {interrupt}. {resume}", INTERRUPTED)
+        if isinstance(interrupt, LeaveAtOnce):
+            os._exit(INTERRUPTED)  # no end of the interpreter under a thread that writes
+        return INTERRUPTED
     print(f"{_rank()}{report}: {report.out}", flush=True)
     return OK
 
@@ -95,13 +107,16 @@ def _folder(command: str, args: list[str]) -> str:
 
 
 def _info(args: list[str]) -> int:
-    info = open_dataset(_folder("info", args), partial=True).info()
-    header = info["header"]
+    ds = open_dataset(_folder("info", args), partial=True)
+    info = ds.info()
+    header = dict(info["header"])
     absent = info["planned_units"] - info["units"]
     print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
     print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")
     if absent:
         print(f"incomplete    {absent} units are missing; `tlfast collect {info['path']}/config.yaml` makes them")
+    if isinstance(header.get("examples"), dict) and "skipped" in header["examples"]:
+        header["examples"] = header["examples"] | {"skipped": len(ds.skipped)}
     for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
         if part in header:
             print(f"{part:<13} {_line(header[part])}")
