@@ -47,6 +47,7 @@ FLOORS = (
     ("continuation", "sharded", "unit_loop"),
     ("collect",),
     ("collect_text",),
+    ("ray_engine",),
     ("__init__",),
     ("doctor",),
     ("cli",),

@@ -182,9 +182,7 @@ def test_nobody_removes_what_others_write(tmp_path, several):
     collect(tmp_path)
     with pytest.raises(ValueError, match=r"overwrite must be off where several processes collect, got on\. Remove"):
         collect(tmp_path, overwrite=True, **several)
-    with pytest.raises(
-        ValueError, match='resume must be "auto" or "must" where several processes collect, got "never"'
-    ):
+    with pytest.raises(ValueError, match='resume must be "auto" or "must" where several processes'):
         collect(tmp_path / "new", resume="never", **several)
     assert len(tlfast.open_dataset(tmp_path)) == len(EXAMPLES)
 

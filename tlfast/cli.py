@@ -17,6 +17,7 @@ from .dataset.errors import extra
 from .doctor import diagnose
 from .errors import broken_rule
 from .ops import backend
+from .ray_engine import collect_with_ray
 from .settings import CollectSettings, load_settings
 from .shares import share_of
 from .stopping import LeaveAtOnce, Terminated
@@ -81,7 +82,8 @@ def _collect(args: list[str]) -> int:
     config = Path(wanted.out) / "config.yaml"
     resume = f"To continue: tlfast collect {shlex.quote(str(config))}"
     try:
-        report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
+        run = collect_with_ray if wanted.engine == "ray" else collect_text
+        report = run(wanted, f"tlfast {__version__}, {backend()}")
     except (OSError, FloatingPointError) as error:
         if not config.exists():
             raise

@@ -75,6 +75,14 @@ class CollectSettings:
     """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
     units: str = ""
     """A:B: only these units of the plan, as a Python slice counts them, for jobs that know nothing of each other"""
+    engine: str = "local"
+    """local (this process, or the ranks of torchrun), or ray: one task per unit, on all nodes of a Ray cluster"""
+    ray_workers: int = 0
+    """processes that take units under Ray; 0: as many as the cluster has room for now"""
+    ray_cpus: int = 1
+    """CPU cores, and threads, of each of them"""
+    ray_gpus: int = -1
+    """GPUs of each of them; -1: one if the cluster has any and --device isn't cpu"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
     extend: bool = False
@@ -112,6 +120,7 @@ class CollectSettings:
         one_of(who, "model_dtype", self.model_dtype, (*_DTYPES, "auto"))
         one_of(who, "bos", self.bos, ("auto", "always", "never"))
         one_of(who, "padding_side", self.padding_side, ("right", "left"))
+        one_of(who, "engine", self.engine, ("local", "ray"))
         one_of(who, "cuda_graph", self.cuda_graph, ("auto", "on", "off"))
         one_of(who, "resume", self.resume, ("auto", "must", "never"))
         one_of(who, "bad_examples", self.bad_examples, ("skip", "stop"))
@@ -125,6 +134,9 @@ class CollectSettings:
             ("max_examples", 0),
             ("rows_per_unit", 0),
             ("disk_wait_s", 0),
+            ("ray_workers", 0),
+            ("ray_cpus", 1),
+            ("ray_gpus", -1),
         ):
             if getattr(self, argument) < least:
                 got = getattr(self, argument)
@@ -143,7 +155,7 @@ class CollectSettings:
         """The text of config.yaml, which `load_settings` reads.
 
         Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``,
-        ``extend``, ``resume`` and ``units``, so that a replay continues and completes the dataset.
+        ``extend``, ``resume``, ``units`` and what engine it was, so that a replay continues and completes the dataset.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -151,7 +163,7 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        for name in ("out", "overwrite", "extend", "resume", "units"):
+        for name in ("out", "overwrite", "extend", "resume", "units", "engine", "ray_workers", "ray_cpus", "ray_gpus"):
             del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
