@@ -129,7 +129,7 @@ class Report:
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
         elsewhere = f", {self.n_rows_elsewhere} by other processes" if self.n_rows_elsewhere else ""
         waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
-        skipped = f", {self.n_skipped} bad examples skipped" if self.n_skipped else ""
+        skipped = f", {self.n_skipped} bad example{'s' * (self.n_skipped > 1)} skipped" if self.n_skipped else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units{elsewhere}, {self.n_tokens} tokens,"
             f" {self.n_bytes / 1e6:.1f} MB in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s),"

@@ -1,7 +1,8 @@
 """Run as a program: make one dataset many times, each time killed with SIGKILL at another instant.
 
-``python kill_farm.py FOLDER``: run k goes to FOLDER/<k> and dies just before its k-th system call that changes the
-disk (a write dies in its middle), until a run ends undisturbed. Prints one line per run: number, call, exit status.
+``python kill_farm.py FOLDER RUN``: run k goes to FOLDER/<k> and dies just before its k-th system call that changes the
+disk (a write dies in its middle), until a run ends undisturbed. RUN is ``units`` (a dataset is written) or ``extend``
+(a whole dataset is extended). Prints one line per run: number, call, exit status.
 Forking from one process saves importing torch a hundred times.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import google_crc32c  # noqa: F401 (imported here, once, instead of in every chi
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from dataset_cases import examples, make_writer, rows_of, truth, write_units
+from dataset_cases import examples, make_dataset, make_writer, rows_of, truth, write_units
 
 from tlfast.dataset import BackgroundWriter
 
@@ -56,8 +58,17 @@ def one_run(out: Path, k: int, report: int) -> None:
     write_units(writer, tensors)
 
 
-def main(folder: Path) -> None:
+def extend(out: Path, k: int, report: int) -> None:
+    """A dataset, extended by six examples."""
+    writer = make_writer(shutil.copytree(out.parent / "whole", out))
+    die_before(k, report)
+    writer.extend(6, {"sha256": "0" * 64}, {"max_examples": 17})
+
+
+def main(folder: Path, run: str) -> None:
     torch.set_num_threads(1)
+    if run == "extend":
+        make_dataset(folder / "whole")
     pa.array([1])  # imports what pyarrow imports late (pandas, where it is installed): once, not in every child
     for k in itertools.count():
         reading, writing = os.pipe()
@@ -65,7 +76,7 @@ def main(folder: Path) -> None:
         if child == 0:
             status = 1
             try:
-                one_run(folder / str(k), k, writing)
+                {"units": one_run, "extend": extend}[run](folder / str(k), k, writing)
                 status = 0
             finally:
                 os._exit(status)
@@ -78,4 +89,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -30,7 +30,7 @@ from tlfast.dataset.durable import TEMPORARY
 def killed(tmp_path_factory):
     """Folders left by runs that were killed at each of their system calls, and what the farm printed."""
     folder = tmp_path_factory.mktemp("killed")
-    process = run_python(HERE / "kill_farm.py", folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = run_python(HERE / "kill_farm.py", folder, "units", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     runs = [line.split() for line in output.splitlines()]

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 
-from .durable import read_small
 from .errors import dataset_error
 from .extension import Extension, read_extensions
 from .layout import DTYPE_NAMES, DTYPES, Column, check_columns
 from .plan import Plan, Unit
+from .store import Store, as_store
 from .strict_json import checksum_of, parse_json, sha256_of, to_file
 
 FORMAT = "tlfast-dataset"
@@ -103,39 +103,40 @@ def describe(
     return Description(plain, check_columns(who, columns), plan, made | more)
 
 
-def read_description(folder: Path, who: str) -> Description:
-    """Read and check ``folder``/dataset.json; DatasetError where it is missing, newer, changed or damaged."""
-    path = folder / FILE_NAME
-    value = parse_json(read_small(path, who, MAX_BYTES), who, path)
+def read_description(place: str | PathLike[str] | Store, who: str) -> Description:
+    """Read and check dataset.json in a folder or store; DatasetError where it is missing, newer, changed or damaged."""
+    store = as_store(place)
+    path = store.where(FILE_NAME)
+    value = parse_json(store.read(FILE_NAME, who, MAX_BYTES), who, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise dataset_error(who, str(path), f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
+        raise dataset_error(who, path, f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
     if value.get("version") != VERSION:
         got = repr(value.get("version"))[:80]
-        raise dataset_error(who, str(path), f"be of format version {VERSION}", got, "Update tlfast to read it.")
+        raise dataset_error(who, path, f"be of format version {VERSION}", got, "Update tlfast to read it.")
     checksum = value.pop("checksum", None)
     if set(value) != _KEYS - {"checksum"} or checksum_of(value) != checksum:
-        raise dataset_error(who, str(path), "match its own checksum", "other content", "Restore the file as it was.")
+        raise dataset_error(who, path, "match its own checksum", "other content", "Restore the file as it was.")
     columns = _read_columns(value["columns"], who, path)
     if not isinstance(value["header"], dict) or not isinstance(value["about"], dict):
-        raise dataset_error(who, str(path), "hold objects header and about", "other types", "Restore the file.")
+        raise dataset_error(who, path, "hold objects header and about", "other types", "Restore the file.")
     description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"])
     if description.config_hash != value["config_hash"]:
-        raise dataset_error(who, str(path), "match its config_hash", "other content", "Restore the file as it was.")
-    extensions = read_extensions(folder, who, description.config_hash, description.plan.n_examples)
+        raise dataset_error(who, path, "match its config_hash", "other content", "Restore the file as it was.")
+    extensions = read_extensions(store, who, description.config_hash, description.plan.n_examples)
     plan = description.plan
     for extension in extensions:
         plan = plan.extended(extension.n_examples)
     return replace(description, plan=plan, extensions=extensions)
 
 
-def _read_columns(value: Any, who: str, path: Path) -> dict[str, Column]:
+def _read_columns(value: Any, who: str, path: str) -> dict[str, Column]:
     try:
         columns = {entry["name"]: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in value}
         if len(columns) != len(value) or any(set(entry) != {"name", "dtype", "shape"} for entry in value):
             raise KeyError("name, dtype, shape, once per column")
     except (KeyError, TypeError) as error:
         rule = "list columns with name, dtype and shape"
-        raise dataset_error(who, str(path), rule, repr(error)[:200], "Restore the file as it was.") from error
+        raise dataset_error(who, path, rule, repr(error)[:200], "Restore the file as it was.") from error
     return check_columns(who, columns)
 
 

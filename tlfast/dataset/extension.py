@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from .durable import read_small
 from .errors import dataset_error
+from .store import Store
 from .strict_json import checksum_of, parse_json, to_file
 
 FOLDER = "plan"
@@ -56,34 +54,32 @@ class Extension:
         }
 
 
-def read_extensions(folder: Path, who: str, config_hash: str, n_examples: int) -> tuple[Extension, ...]:
+def read_extensions(store: Store, who: str, config_hash: str, n_examples: int) -> tuple[Extension, ...]:
     """Read the extensions of a dataset in their order; ``n_examples`` are those that dataset.json plans.
 
     DatasetError where one is missing, damaged, or does not continue what is before it.
     """
-    plan = folder / FOLDER
-    if not os.path.lexists(plan):
-        return ()
-    if plan.is_symlink() or not plan.is_dir():
-        raise dataset_error(who, str(plan), "be a folder", "a link or a file", "Restore the dataset.")
-    numbers = sorted(int(match[1]) for name in os.listdir(plan) if (match := FILE.fullmatch(name)))
+    names = store.sizes(FOLDER, who, optional=True)
+    numbers = sorted(int(match[1]) for name in names if (match := FILE.fullmatch(name)))
     if numbers != list(range(1, len(numbers) + 1)):
         got = ", ".join(f"x{number:06d}" for number in numbers[:5])
-        raise dataset_error(who, str(plan), "hold x000001.json and so on, none missing", got, "Restore the files.")
+        rule = "hold x000001.json and so on, none missing"
+        raise dataset_error(who, store.where(FOLDER), rule, got, "Restore the files.")
     found: list[Extension] = []
     for number in numbers:
         extends = found[-1].checksum if found else config_hash
-        found.append(_read(folder, number, extends, n_examples, who))
+        found.append(_read(store, number, extends, n_examples, who))
         n_examples += found[-1].n_examples
     return tuple(found)
 
 
-def _read(folder: Path, number: int, extends: str, first_example: int, who: str) -> Extension:
-    path = folder / FOLDER / f"x{number:06d}.json"
-    value = parse_json(read_small(path, who, MAX_BYTES), who, path)
+def _read(store: Store, number: int, extends: str, first_example: int, who: str) -> Extension:
+    name = f"{FOLDER}/x{number:06d}.json"
+    path = store.where(name)
+    value = parse_json(store.read(name, who, MAX_BYTES), who, path)
     if isinstance(value, dict) and value.get("version", _VERSION) != _VERSION:
         rule, got = f"be of format version {_VERSION}", repr(value["version"])[:80]
-        raise dataset_error(who, str(path), rule, got, "Update tlfast to read it.")
+        raise dataset_error(who, path, rule, got, "Update tlfast to read it.")
     try:
         n_examples, examples, checksum = value["n_examples"], value["examples"], value.pop("checksum")
         extension = Extension(number, extends, first_example, n_examples, examples)
@@ -93,5 +89,5 @@ def _read(folder: Path, number: int, extends: str, first_example: int, who: str)
             raise ValueError("another checksum, number, or first example")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         rule = f"extend the {first_example} examples before it, and match its own checksum"
-        raise dataset_error(who, str(path), rule, repr(error)[:200], _REMEDY) from error
+        raise dataset_error(who, path, rule, repr(error)[:200], _REMEDY) from error
     return extension

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from .errors import dataset_error
@@ -34,12 +33,12 @@ def to_file(value: dict[str, Any]) -> bytes:
     return (json.dumps(checked, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-def parse_json(data: bytes, who: str, path: Path) -> Any:
+def parse_json(data: bytes, who: str, path: str) -> Any:
     """Parse JSON from a dataset's file; DatasetError for anything that is not plain, unambiguous JSON."""
     try:
         return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
-        raise dataset_error(who, str(path), "hold valid JSON", str(error)[:200], "Run `tlfast verify`.") from error
+        raise dataset_error(who, path, "hold valid JSON", str(error)[:200], "Run `tlfast verify`.") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
