@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ import tlfast
 from tlfast import huggingface
 from tlfast.cli import main
 from tlfast.dataset import Plan
+from tlfast.loss import next_token_loss
 from tlfast.shares import Share, Todo, share_of, units_in
 
 
@@ -116,6 +118,25 @@ def test_what_others_commit_is_counted():
     assert ([unit.name for unit in todo.taken], todo.n_rows_elsewhere) == (["u000000", "u000002"], 6)
 
 
+def test_a_unit_that_another_commits_first_is_dropped():
+    now, names = [0.0], set()
+    todo = Todo(Plan(8, 2).units, Share(), lambda: set(names), clock=lambda: now[0])
+    walk = iter(todo)
+    assert next(walk).name == "u000000"
+    names |= {"u000000", "u000002"}
+    now[0] = 9.0
+    assert not todo.overtaken(), "a look costs time"
+    now[0] = 11.0
+    assert todo.overtaken()
+    assert (todo.taken, todo.n_rows_elsewhere) == ([], 4)
+    assert next(walk).name == "u000001"
+    now[0] = 30.0
+    assert not todo.overtaken()
+    names |= {"u000001"}
+    assert [unit.name for unit in walk] == ["u000003"]
+    assert ([unit.name for unit in todo.taken], todo.n_rows_elsewhere) == (["u000001", "u000003"], 4)
+
+
 @pytest.mark.parametrize(
     "environment, share",
     [
@@ -168,6 +189,27 @@ def test_units_and_share_of_the_function(tmp_path):
     assert tlfast.open_dataset(tmp_path, partial=True).info()["units"] == 3
     assert collect(tmp_path, share=(1, 2)).n_rows == 4, "the rest is done by whoever is there"
     assert tlfast.open_dataset(tmp_path).verify().ok
+
+
+def test_what_another_process_commits_meanwhile_is_not_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("tlfast.shares.LOOK_EVERY_S", 0.0)
+    collect(tmp_path / "there", batch_tokens=3)
+    steps = []
+
+    def loss(model, batch):
+        steps.append(len(steps))
+        if len(steps) == 1 + 2 + 1:  # a probe, two batches of the first unit, one of the second
+            for kind in ("data", "rows", "commits"):
+                (there,) = (tmp_path / "there" / kind).glob("u000001.*")
+                shutil.copy(there, tmp_path / "out" / kind)
+        return next_token_loss(model, batch)
+
+    loss.__module__, loss.__qualname__ = "tests", "loss"
+    monkeypatch.setattr("tlfast.identity.next_token_loss", loss)  # the same data
+    report = collect(tmp_path / "out", batch_tokens=3, loss=loss)
+    assert (report.n_rows, report.n_units, report.n_rows_elsewhere) == (8, 4, 2)
+    assert len(steps) == 1 + 9, "the second batch of that unit isn't computed"
+    assert tlfast.open_dataset(tmp_path / "out").verify().ok
 
 
 @pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0), (0.0, 1), ("0", 1)])

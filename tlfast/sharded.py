@@ -70,8 +70,12 @@ class Lockstep(Todo):
     """
 
     def __init__(self, units: Sequence[Unit], share: Share, examples: Sequence[Example], runner: Runner):
-        super().__init__(units, share, list)
+        super().__init__(units, share, set)
         self._listed, self._share, self._examples, self._runner = units, share, examples, runner
+
+    def overtaken(self) -> bool:
+        """False: the other ranks count on every step."""
+        return False
 
     def __iter__(self) -> Iterator[Unit]:
         index, count = self._share.index, self._share.count

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -12,6 +13,7 @@ from .dataset.plan import Unit
 from .errors import broken_rule
 
 _RANGE = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?", re.ASCII)
+LOOK_EVERY_S = 10.0  # a unit takes a minute; a look takes 10 ms where there are 10,000 commits
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 
@@ -67,15 +69,23 @@ class Todo:
         units: those that are asked for and had no commit at the start.
         share: this process's.
         committed: looks up the names of the units that are committed by now, by whomever; called before each unit.
+        clock: seconds.
     """
 
-    def __init__(self, units: Iterable[Unit], share: Share, committed: Callable[[], Collection[str]]):
+    def __init__(
+        self,
+        units: Iterable[Unit],
+        share: Share,
+        committed: Callable[[], set[str]],
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.taken: list[Unit] = []
         self.n_rows_elsewhere = 0  # rows of these units that other processes have committed
         self._units = {unit.name: unit for unit in units}
         self._order = [unit.name for unit in share.ordered(self._units.values())]
         self._committed = committed
-        self._done: set[str] = set()
+        self._done: set[str] = set()  # those that are committed, and those taken
+        self._clock, self._looked = clock, clock()
 
     def __iter__(self) -> Iterator[Unit]:
         for name in self._order:
@@ -87,10 +97,23 @@ class Todo:
                 yield self._units[name]
         self._look()
 
-    def _look(self) -> None:
-        for name in set(self._committed()) & self._units.keys() - self._done:
+    def overtaken(self) -> bool:
+        """Whether another process has committed the unit taken last, which is then not this one's any more.
+
+        Looks at most every ten seconds: ask between batches, and drop the unit.
+        """
+        if self._clock() - self._looked < LOOK_EVERY_S or self.taken[-1].name not in self._look():
+            return False
+        self.n_rows_elsewhere += len(self.taken.pop())
+        return True
+
+    def _look(self) -> set[str]:
+        committed = self._committed()
+        for name in self._units.keys() & committed - self._done:
             self._done.add(name)
             self.n_rows_elsewhere += len(self._units[name])
+        self._looked = self._clock()
+        return committed
 
 
 def share_of(environment: Mapping[str, str] = os.environ) -> Share:

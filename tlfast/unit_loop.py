@@ -19,6 +19,10 @@ from .stopping import LeaveAtOnce
 from .units import Oddities, Runner
 
 
+class _Overtaken(Exception):
+    """Another process has committed the unit at hand: the rest of it would be work for nothing."""
+
+
 def run_units(
     runner: Runner,
     drain: Drain,
@@ -45,6 +49,11 @@ def run_units(
         background.check()
         stop_if_asked()
 
+    def batch_done(n_examples: int, n_tokens: int) -> None:
+        step_done(n_examples, n_tokens)
+        if todo.overtaken():
+            raise _Overtaken
+
     def wait_for_room() -> None:
         while not background.wait_for_room(1.0):
             step_done(0, 0)
@@ -56,7 +65,12 @@ def run_units(
     try:
         for unit in todo:
             part = examples[unit.start : unit.stop]
-            places = runner.fill_ring(part, step_done)
+            n_done = shown.n_done
+            try:
+                places = runner.fill_ring(part, batch_done)
+            except _Overtaken:
+                shown.n_done = n_done
+                continue
             missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
             rings = {name: cap[name] for name in cap.names}
             arrived = drain.drain(rings, cap.counters, places, wait_for_room)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from processes import N_UNITS, WAIT_S, arguments, check_equal, make_undisturbed, n_commits, pids_with, started
+from processes import N_UNITS, WAIT_S, arguments, check_equal, n_commits, pids_with, started
 from processes import wait_for_units as wait_for
 from tiny_models import collect_words, complaint_of
 
@@ -22,12 +22,6 @@ from tlfast.ray_engine import COPIES, Cluster, Worker
 from tlfast.settings import CollectSettings, load_settings
 
 SETTINGS = CollectSettings("model", ("text",), ("h.*",), "out", engine="ray")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Where model and text lie, and beside them the dataset of one process."""
-    return make_undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 def is_at_a_unit(pid):

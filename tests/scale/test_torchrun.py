@@ -13,7 +13,6 @@ from processes import (
     WAIT_S,
     arguments,
     check_equal,
-    make_undisturbed,
     n_commits,
     pids_with,
     started,
@@ -23,12 +22,6 @@ from tiny_models import unit_bytes
 
 import tlfast
 from tlfast.cli import main
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Where model and text lie, and beside them the dataset of one process."""
-    return make_undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 def torchrun(n_ranks, *settings):

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from processes import N_UNITS, WAIT_S, arguments, check_equal, end, make_undisturbed, start
+from processes import N_UNITS, WAIT_S, arguments, check_equal, end, start
 
 import tlfast
 from tlfast.cli import main
 from tlfast.settings import load_settings
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Where model and text lie, and beside them the dataset of one process."""
-    return make_undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 def test_jobs_that_overlap_make_one_dataset(undisturbed, tmp_path, capsys):
