@@ -109,7 +109,5 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch):
     save_text(tmp_path / "text")
     monkeypatch.setattr("tlfast.collect_text.load_model", overflowing)
     complaint = complaint_of(capsys, ["collect", *collect_words(tmp_path), "--non-finite", "stop"], code=1)
-    assert complaint.startswith(
-        "tlfast collect: collect: rows must be finite, got NaN or infinity in example 0 of u000000"
-    )
+    assert complaint.startswith("collect: rows must be finite, got NaN or infinity in example 0 of u000000 at trans")
     assert complaint.endswith(f"To continue: tlfast collect {tmp_path}/out/config.yaml")
