@@ -1,9 +1,9 @@
 """Run as a program: ``python collect_farm.py FOLDER N SEED ARGUMENT ...`` collects N times, each killed with SIGKILL.
 
-Run k is ``tlfast collect ARGUMENT ... --out FOLDER/<k>`` in a process of its own, killed at a random instant
-of the time that a run takes; then it is started again and left alone. Prints a line per run: units there when it was killed, exit
-code of the kill, exit code of the run that continued it. Forking from one process, which has collected once, saves
-importing everything N times.
+Run k is ``tlfast collect ARGUMENT ... --out FOLDER/<k>`` in a process of its own, killed at a random instant of the
+time that a run takes; then it is started again and left alone. Prints a line per run: units there when it was killed,
+exit code of the kill, exit code of the run that continued it. Forking from one process, which has collected once,
+saves importing everything N times.
 """
 
 from __future__ import annotations
