@@ -13,9 +13,8 @@ from torch import nn
 
 from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
 from .dataset.background import BackgroundWriter
-from .dataset.folder import refuse_stranger
 from .dataset.plan import Plan
-from .dataset.writer import DatasetWriter
+from .dataset.remote_writer import open_writer, refuse_foreign
 from .drain import Drain, streams_for
 from .errors import broken_rule
 from .graphs import graph_step
@@ -55,6 +54,7 @@ def collect(
     cuda_graph: CudaGraph = "auto",
     lens: bool = False,
     overwrite: bool = False,
+    staging: str | os.PathLike[str] | None = None,
     progress: bool = True,
     header: Mapping[str, Any] | None = None,
     config: str | Mapping[str, Any] = "",
@@ -69,7 +69,7 @@ def collect(
         model: any module; with the default loss, one that returns logits, such as a Hugging Face causal LM.
         batches: token sequences, tensors [P] or [B, P], mappings with ``input_ids``, or lists of these. They are
             rearranged: only the order of the examples counts.
-        out: the folder; new, empty, or with a part of this dataset.
+        out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
         loss: (model, batch) -> scalar that is a sum over examples; batch is a `tlfast.batches.Batch`.
         batch_tokens: positions B x P in a batch, at most (but at least one example).
@@ -84,6 +84,7 @@ def collect(
             and runs without), "on" (or an error) or "off".
         lens: the model is one of TransformerLens, and points are hook points by its names.
         overwrite: remove a dataset that lies in ``out`` first.
+        staging: where units lie until they are uploaded, if ``out`` is a URL; None: in the user's cache folder.
         progress: show a bar, or a line every 30 s where there is no terminal, on stderr.
         header: what else to say of the data in dataset.json, JSON; part of the dataset's identity.
         config: text or mapping for config.yaml.
@@ -105,7 +106,7 @@ def collect(
         >>> tlfast.open_dataset(out)["0"].shape
         (2, 4)
     """
-    refuse_stranger(Path(out), "collect")
+    refuse_foreign(out, "collect")
     specs = wanted_specs(model, points, reduce, over, dtype, output, lens)
     check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     one_of("collect", "padding_side", padding_side, ("right", "left"))
@@ -134,22 +135,27 @@ def collect(
         identity = describe_collection(
             model, specs, loss, batching, examples, header, grad_scale=grad_scale, calls=calls, missing=missing
         )
-        writer = DatasetWriter(out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite)
+        writer = open_writer(
+            out, staging=staging, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite
+        )
         n_before = sum(len(plan.unit_named(name)) for name in writer.done)
         todo = [unit for unit in plan.units if unit.name not in writer.done]
         shown, oddities, waited_s = Progress(plan.n_examples, n_before, progress), Oddities(), 0.0
+        shown.waits_for = writer.waits_for
         try:
-            if todo:
-                with BackgroundWriter(writer, 2) as background, enter(max(map(len, todo))) as cap, shown:
-                    replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
-                    runner = Runner(model, cap, batching, loss, grad_scale, replays)
-                    drain = Drain(streams_for(devices), columns, cap.capacity)
-                    run_units(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
-                    waited_s = background.waited_s
+            with writer:
+                if todo:
+                    with BackgroundWriter(writer, 2) as background, enter(max(map(len, todo))) as cap, shown:
+                        replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
+                        runner = Runner(model, cap, batching, loss, grad_scale, replays)
+                        drain = Drain(streams_for(devices), columns, cap.capacity)
+                        run_units(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
+                        waited_s = background.waited_s
+                shown.note(writer.still_to_do())
         except KeyboardInterrupt:
             kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
             raise KeyboardInterrupt(kept) from None
     return Report(
         writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
-        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s,
+        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s + writer.waited_s, writer.waits_for,
     )  # fmt: skip

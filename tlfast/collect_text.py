@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from .collect import collect
-from .dataset.folder import refuse_stranger
+from .dataset.remote_writer import refuse_foreign
 from .errors import broken_rule
 from .fingerprint import tokenizer_fingerprint
 from .huggingface import (
@@ -35,7 +33,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         KeyboardInterrupt: as `collect`.
     """
     settings.check()
-    refuse_stranger(Path(settings.out), "collect")
+    refuse_foreign(settings.out, "collect")
     check_model_name(settings.model)
     device = pick_device(settings.device)
     files = find_text_files(settings.text, settings.pattern)
@@ -83,6 +81,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         lens=settings.lens,
         cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
         overwrite=settings.overwrite,
+        staging=settings.staging or None,
         header={
             "model": {"name": portable_name(settings.model)},
             "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},

@@ -28,7 +28,8 @@ class Progress:
     def __init__(self, n_examples: int, n_done: int = 0, enabled: bool = True, file: TextIO | None = None) -> None:
         self.n_examples, self.n_before, self.n_done = n_examples, n_done, n_done
         self.n_tokens = self.n_nonfinite = self.n_saturated = self.n_bytes = 0
-        self.waited_s = 0.0  # for the disk
+        self.waited_s = 0.0
+        self.waits_for = "the disk"
         self._file = sys.stderr if file is None else file
         self._enabled = enabled
         self._terminal = enabled and self._file.isatty()
@@ -56,10 +57,15 @@ class Progress:
             done = f"{self.n_done}/{self.n_examples} examples"
             self._print(f"collect: {done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
 
+    def note(self, line: str) -> None:
+        """Show a line, unless it is empty."""
+        if self._enabled and line:
+            self._print(f"collect: {line}")
+
     def _figures(self) -> str:
         rate = self.n_tokens / max(self.time_s, 1e-9)
         saturated = f", {self.n_saturated} saturated values" if self.n_saturated else ""
-        waited = f", waiting for the disk {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
+        waited = f", waiting for {self.waits_for} {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
         figures = f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
         return f"{figures}{saturated}{waited}"
 
@@ -86,10 +92,10 @@ class Progress:
 class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
-    ``waited_s`` of the ``time_s`` seconds the model stood still because the disk was slower.
+    ``waited_s`` of the ``time_s`` seconds the model stood still because the disk, or what ``waits_for`` says, was slower.
     """
 
-    out: Path
+    out: Path | str  # a URL is text
     n_rows: int
     n_rows_before: int
     n_units: int
@@ -99,11 +105,12 @@ class Report:
     n_saturated: int
     time_s: float
     waited_s: float
+    waits_for: str = "the disk"
 
     def __str__(self) -> str:
         rate = self.n_rows / max(self.time_s, 1e-9)
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
-        waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
+        waited = f", {self.waited_s:.1f} s of them waiting for {self.waits_for}" if self.waited_s >= _SHOWN_FROM_S else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
             f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"

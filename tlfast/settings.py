@@ -28,7 +28,7 @@ class CollectSettings:
     points: tuple[str, ...]
     """names of modules, or globs: * stays within one part of a dotted name, ** crosses dots"""
     out: str
-    """folder of the dataset: new, empty, or with a part of the same dataset, which is completed"""
+    """folder of the dataset, or a URL such as s3://bucket/folder: new, empty, or with a part of the same dataset"""
     reduce: str = "mean"
     """none, sum, mean, last, norm or absmax"""
     over: str = "pos"
@@ -71,6 +71,8 @@ class CollectSettings:
     """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
+    staging: str = ""
+    """where units lie until they are uploaded, if OUT is a URL; empty: in the user's cache folder"""
 
     @property
     def dims(self) -> Over:
@@ -108,8 +110,8 @@ class CollectSettings:
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
 
-        Paths are absolute. ``out`` is left out, since that is where the file lies, and so is ``overwrite``, so that a
-        replay continues.
+        Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``, so that a
+        replay continues, and ``staging``, which belongs to one machine.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -117,7 +119,7 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        del values["out"], values["overwrite"]
+        del values["out"], values["overwrite"], values["staging"]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
 

@@ -13,9 +13,9 @@ from .durable import LOCK_NAME, TEMPORARY, read_small, sync_folder, write_small
 from .errors import DatasetError, dataset_error
 
 CONFIG, CARD = "config.yaml", "README.md"
-_OURS = {
-    "data": re.compile(r"u[0-9]{6,18}\.safetensors", re.ASCII),
-    "rows": re.compile(r"u[0-9]{6,18}\.parquet", re.ASCII),
+OURS = {  # which names in its folders are of a dataset; a CRC32C in a name is that of an object store
+    "data": re.compile(r"u[0-9]{6,18}(-[0-9a-f]{8})?\.safetensors", re.ASCII),
+    "rows": re.compile(r"u[0-9]{6,18}(-[0-9a-f]{8})?\.parquet", re.ASCII),
     "commits": re.compile(r"u[0-9]{6,18}\.json", re.ASCII),
 }
 
@@ -39,11 +39,12 @@ def refuse_stranger(out: Path, who: str) -> None:
     """Raise DatasetError where ``out`` is neither empty nor a dataset of tlfast."""
     if not is_empty(out) and not is_dataset(out):
         remedy = "Choose another folder; tlfast never deletes what it did not write."
-        got = "a file" if out.is_file() else f"a folder with {_some(sorted(os.listdir(out)))}"
+        got = "a file" if out.is_file() else f"a folder with {some(sorted(os.listdir(out)))}"
         raise dataset_error(who, "out", "be a new or empty folder, or a tlfast dataset", f"{out}: {got}", remedy)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Name the first of some files, for a message."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -60,7 +61,7 @@ def our_files(out: Path, who: str) -> list[Path]:
             strangers.append(name)
         elif folder.is_dir():
             for entry in sorted(os.listdir(folder)):
-                ours = _OURS[name].fullmatch(entry) or TEMPORARY.fullmatch(entry)
+                ours = OURS[name].fullmatch(entry) or TEMPORARY.fullmatch(entry)
                 (files.append(folder / entry) if ours else strangers.append(f"{name}/{entry}"))
     for entry in sorted(os.listdir(out)):
         if entry in (CONFIG, CARD, LOCK_NAME) or TEMPORARY.fullmatch(entry):
@@ -71,7 +72,7 @@ def our_files(out: Path, who: str) -> list[Path]:
     strangers += [str(file.relative_to(out)) for file in files if file.is_dir() and not file.is_symlink()]
     if strangers:
         remedy = "Move these away first; tlfast never deletes what it did not write."
-        raise dataset_error(who, "out", "hold only a tlfast dataset to be overwritten", _some(strangers), remedy)
+        raise dataset_error(who, "out", "hold only a tlfast dataset to be overwritten", some(strangers), remedy)
     return files
 
 

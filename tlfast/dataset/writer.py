@@ -31,6 +31,7 @@ from .errors import dataset_error, extra
 from .folder import check_disk_space, clear, create, is_dataset, our_files, refuse_stranger
 from .layout import Column, as_integers, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
+from .remote import url_of
 from .rows import encode_rows
 
 __all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
@@ -55,6 +56,7 @@ class DatasetWriter:
         plan: which examples form which unit.
         config: text, or a mapping written as YAML, for config.yaml; not part of the identity.
         overwrite: remove the dataset that lies in ``out`` first.
+        max_units: how many of its units the disk must have room for, where they are moved away; None: all.
 
     Raises:
         DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full.
@@ -68,6 +70,9 @@ class DatasetWriter:
         True
     """
 
+    waits_for = "the disk"
+    waited_s = 0.0  # in close
+
     def __init__(
         self,
         out: str | PathLike[str],
@@ -77,28 +82,42 @@ class DatasetWriter:
         plan: Plan,
         config: str | Mapping[str, Any] = "",
         overwrite: bool = False,
+        max_units: int | None = None,
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
+        if url_of(out):
+            raise dataset_error(_WHO, "out", "be a folder", repr(out), "Use collect, or open_writer, for a URL.")
         self.out = Path(out)
         self.plan = plan
         self.bytes_written = 0  # grows while a unit is being written
         description = describe(_WHO, header, columns, plan)
+        n_rows = plan.n_examples if max_units is None else min(plan.n_examples, max_units * plan.rows_per_unit)
         refuse_stranger(self.out, _WHO)
         exists = is_dataset(self.out)
         if exists and overwrite:
             freed = sum(file.lstat().st_size for file in our_files(self.out, _WHO) if file.exists())
-            check_disk_space(self.out, estimate_bytes(description.columns, plan.n_examples), _WHO, freed)
+            check_disk_space(self.out, estimate_bytes(description.columns, n_rows), _WHO, freed)
             clear(self.out, _WHO)
         elif not exists:
-            check_disk_space(self.out, estimate_bytes(description.columns, plan.n_examples), _WHO)
-        create(self.out, description, _yaml(config), dataset_card(description))
+            check_disk_space(self.out, estimate_bytes(description.columns, n_rows), _WHO)
+        create(self.out, description, as_yaml(config), dataset_card(description))
         self.description = self._same(description)
         self.columns = self.description.columns
         self._remove_stale()
         self.done = self._committed()
         remaining = plan.n_examples - sum(len(plan.unit_named(name)) for name in self.done)
-        check_disk_space(self.out, estimate_bytes(self.columns, remaining), _WHO)
+        check_disk_space(self.out, estimate_bytes(self.columns, min(remaining, n_rows)), _WHO)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is left to do: every unit is durable when it is written."""
+
+    def still_to_do(self) -> str:
+        """Nothing either."""
+        return ""
 
     def _same(self, description: Description) -> Description:
         there = read_description(self.out, _WHO)
@@ -216,7 +235,7 @@ def _norms(chunk: torch.Tensor) -> tuple[Any, Any]:
         return norms.astype(np.float32), bad
 
 
-def _yaml(config: str | Mapping[str, Any]) -> str:
+def as_yaml(config: str | Mapping[str, Any]) -> str:
     if isinstance(config, str):
         return config
     return str(extra("yaml", _WHO).safe_dump(dict(config), sort_keys=False, allow_unicode=True))

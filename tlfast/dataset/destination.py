@@ -1,0 +1,61 @@
+"""What lies at the URL that a dataset goes to: whose it is, making it, clearing it."""
+
+from __future__ import annotations
+
+import warnings
+
+from .description import FILE_NAME, FORMAT, MAX_BYTES, Description
+from .durable import LOCK_NAME, TEMPORARY
+from .errors import dataset_error
+from .folder import CARD, CONFIG, OURS, some
+from .remote_store import RemoteStore
+
+
+def is_dataset(store: RemoteStore, who: str) -> bool:
+    """Whether a dataset.json of this format is there, of whatever version and however damaged."""
+    names = store.sizes("", who)
+    return FILE_NAME in names and f'"{FORMAT}"' in store.read(FILE_NAME, who, MAX_BYTES).decode(errors="replace")
+
+
+def refuse_stranger_at(store: RemoteStore, who: str) -> None:
+    """Raise DatasetError where other objects than a dataset of tlfast lie at the URL."""
+    names = [name for name in store.sizes("", who) if not TEMPORARY.fullmatch(name)]
+    if names and not is_dataset(store, who):
+        remedy = "Choose another URL; tlfast never deletes what it did not write."
+        got = f"{store.url}: {some(sorted(names))}"
+        raise dataset_error(who, "out", "be an empty place, or a tlfast dataset", got, remedy)
+
+
+def create_at(store: RemoteStore, description: Description, config: str, card: str, who: str) -> None:
+    """Put dataset.json there, once: with two processes at once the first wins. Then what is missing."""
+    folder = store.folder
+    if not folder.exists(FILE_NAME):
+        if not folder.refuses_to_replace():
+            warnings.warn(
+                f"{who}: {store.url} has no conditional put, so give each unit one writer at a time. See docs/remote.md.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        folder.create(FILE_NAME, description.to_bytes())
+    for name, text in ((CONFIG, config), (CARD, card)):
+        if not folder.exists(name):
+            folder.create(name, text.encode())
+
+
+def clear_at(store: RemoteStore, who: str) -> None:
+    """Remove the dataset at the URL: commits first, dataset.json last, so that a kill leaves no half-truth."""
+    found: list[str] = []
+    strangers: list[str] = []
+    for part in ("commits", *(part for part in OURS if part != "commits")):
+        for name in sorted(store.sizes(part, who)):
+            (found if OURS[part].fullmatch(name) else strangers).append(f"{part}/{name}")
+    for name, size in sorted(store.sizes("", who).items()):
+        if name in (CONFIG, CARD, LOCK_NAME) or TEMPORARY.fullmatch(name):
+            found.append(name)
+        elif name != FILE_NAME and not (size is None and name in OURS):
+            strangers.append(name)
+    if strangers:
+        remedy = "Move these away first; tlfast never deletes what it did not write."
+        raise dataset_error(who, "out", "hold only a tlfast dataset to be overwritten", some(strangers), remedy)
+    for name in (*found, FILE_NAME):
+        store.folder.remove(name)

@@ -1,0 +1,192 @@
+"""Writing a dataset to a URL: the same units and the same protocol in a staging folder, uploaded in the background."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .card import dataset_card
+from .commits import commit_path, committed_names, list_files, read_commit, read_commits
+from .description import FILE_NAME, MAX_BYTES, Description, describe, differences, read_description
+from .destination import clear_at, create_at, is_dataset, refuse_stranger_at
+from .durable import write_small
+from .errors import dataset_error
+from .folder import refuse_stranger
+from .plan import Example, Plan, Unit
+from .remote import local_path, url_of
+from .remote_store import RemoteStore
+from .staging import Slot, abandoned, claim, staging_root
+from .upload import Uploader
+from .verify import verify_dataset
+from .writer import DatasetWriter, as_yaml
+
+_WHO = "DatasetWriter"
+MAX_STAGED = 4  # units on the local disk: one is written, one on its way, two for a store that stutters
+
+
+class RemoteWriter:
+    """Create the dataset at a URL, or continue the one that is there; as DatasetWriter, which it drives.
+
+    A unit that `write_unit` has returned for is durable in the staging folder and will be at the URL after `close`, or
+    after the next run of the same process. See docs/remote.md.
+
+    Args:
+        url: such as ``s3://bucket/folder``.
+        header, columns, plan, config, overwrite: as for DatasetWriter.
+        staging: a folder on a local disk; None: ``tlfast/staging`` in the user's cache folder.
+        max_staged: units in it, at most; `write_unit` waits for more room.
+
+    Raises:
+        DatasetError: as DatasetWriter.
+        UploadError: from `write_unit` and `close`, where an upload has failed for good.
+        OSError: where the store can't be reached.
+    """
+
+    waits_for = "the upload"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        header: Mapping[str, Any],
+        columns: Mapping[str, Any],
+        plan: Plan,
+        config: str | Mapping[str, Any] = "",
+        overwrite: bool = False,
+        staging: str | os.PathLike[str] | None = None,
+        max_staged: int = MAX_STAGED,
+    ) -> None:
+        self.out = url
+        self.plan = plan
+        self.waited_s = 0.0  # in close
+        self._max_staged = max_staged
+        self._store = RemoteStore(url)
+        description = describe(_WHO, header, columns, plan)
+        refuse_stranger_at(self._store, _WHO)
+        if overwrite and is_dataset(self._store, _WHO):
+            clear_at(self._store, _WHO)
+        create_at(self._store, description, as_yaml(config), dataset_card(description), _WHO)
+        self.description = self._same(description)
+        self.columns = self.description.columns
+        self.done = {commit.unit.name for commit in read_commits(self._store, self.description, _WHO)}
+        root = staging_root(url, description.config_hash, _WHO, staging)
+        own = claim(root, _WHO)
+        self._slots = [own, *abandoned(root, _WHO)]
+        self._uploader = Uploader(self._store, self.description)
+        try:
+            staged = [(slot, name) for slot in self._slots for name in self._whole(slot)]
+            own.folder.mkdir(exist_ok=True)
+            if not (own.folder / FILE_NAME).exists():
+                data = self._store.read(FILE_NAME, _WHO, MAX_BYTES)
+                write_small(own.folder / FILE_NAME, data, replace=False)
+            self._local = DatasetWriter(
+                own.folder, header=header, columns=columns, plan=plan, max_units=max_staged
+            )
+            for slot, name in staged:
+                self._uploader.add(slot, read_commit(slot.folder, name, self.description, _WHO))
+                self.done.add(name)
+        except BaseException:
+            self._release()
+            raise
+
+    def _same(self, description: Description) -> Description:
+        there = read_description(self._store, _WHO)
+        if there.config_hash != description.config_hash:
+            what = "; ".join(differences(there, description))
+            remedy = "Use the same settings to continue it, another URL, or overwrite it."
+            raise dataset_error(_WHO, "out", "be the same dataset to continue it", f"{self.out}: {what}", remedy)
+        return there
+
+    def _whole(self, slot: Slot) -> list[str]:
+        """Return the units staged in a slot that are still needed; remove everything else there."""
+        slot.sweep()
+        if not slot.holds_units():
+            return []
+        broken = {problem.unit for problem in verify_dataset(slot.folder, partial=True).problems}
+        names = committed_names(list_files(slot.folder, _WHO))
+        for name in names:
+            if name in broken or "" in broken or name in self.done:
+                slot.drop(name)
+        return [name for name in names if name not in broken | self.done and "" not in broken]
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to the staging folder until now."""
+        return self._local.bytes_written
+
+    def write_unit(
+        self,
+        unit: Unit,
+        tensors: Mapping[str, torch.Tensor],
+        examples: Sequence[Example],
+        flags: Sequence[int] | None = None,
+    ) -> bool:
+        """Write one unit to the staging folder, durably, and have it uploaded; as DatasetWriter.write_unit.
+
+        Raises:
+            UploadError: where the upload of an earlier unit has failed.
+        """
+        self._uploader.wait_for(self._max_staged - 1)
+        if self._store.folder.exists(commit_path(unit)):
+            self.done.add(unit.name)
+            return False
+        slot = self._slots[0]
+        self._local.write_unit(unit, tensors, examples, flags)
+        self._uploader.add(slot, read_commit(slot.folder, unit.name, self.description, _WHO))
+        self.done.add(unit.name)
+        return True
+
+    def still_to_do(self) -> str:
+        """Return a line about the units that are not at the URL yet; nothing if they all are."""
+        n = self._uploader.n_staged
+        return f"{n} unit{'s' * (n != 1)} in {self._slots[0].folder.parent} still to be uploaded" if n else ""
+
+    def close(self) -> None:
+        """Wait until every unit is at the URL; raises a failure as UploadError."""
+        start = time.monotonic()
+        try:
+            self._uploader.wait_for(0)
+        finally:
+            self.waited_s += time.monotonic() - start
+            self._release()
+
+    def _release(self) -> None:
+        self._uploader.close()
+        for slot in self._slots:
+            slot.close()
+
+    def __enter__(self) -> RemoteWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:  # the units that wait are uploaded by the next run
+            self._release()
+
+
+def refuse_foreign(out: str | os.PathLike[str], who: str) -> None:
+    """Raise DatasetError where something else than a dataset of tlfast lies in ``out``, a path or a URL."""
+    place = local_path(out)
+    if url := url_of(place):
+        refuse_stranger_at(RemoteStore(url), who)
+    else:
+        refuse_stranger(Path(place), who)
+
+
+def open_writer(
+    out: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None, **arguments: Any
+) -> DatasetWriter | RemoteWriter:
+    """Return what writes the dataset at ``out``, a path or a URL, with the arguments of DatasetWriter."""
+    place = local_path(out)
+    if url := url_of(place):
+        return RemoteWriter(url, staging=staging, **arguments)
+    return DatasetWriter(place, **arguments)
