@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 
-from .durable import read_small
 from .errors import dataset_error
 from .layout import DTYPE_NAMES, DTYPES, Column, check_columns
 from .plan import Plan
+from .store import Store, as_store
 
 FORMAT = "tlfast-dataset"
 VERSION = 1
@@ -32,12 +32,12 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_json(data: bytes, who: str, path: Path) -> Any:
+def parse_json(data: bytes, who: str, path: str) -> Any:
     """Parse JSON from a dataset's file; DatasetError for anything that is not plain, unambiguous JSON."""
     try:
         return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
-        raise dataset_error(who, str(path), "hold valid JSON", str(error)[:200], "Run `tlfast verify`.") from error
+        raise dataset_error(who, path, "hold valid JSON", str(error)[:200], "Run `tlfast verify`.") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,24 +99,25 @@ def describe(who: str, header: Mapping[str, Any], columns: Mapping[str, Any], pl
     return Description(plain, check_columns(who, columns), plan, about)
 
 
-def read_description(folder: Path, who: str) -> Description:
-    """Read and check ``folder``/dataset.json; DatasetError where it is missing, newer, changed or damaged."""
-    path = folder / FILE_NAME
-    value = parse_json(read_small(path, who, MAX_BYTES), who, path)
+def read_description(place: str | PathLike[str] | Store, who: str) -> Description:
+    """Read and check dataset.json in a folder or store; DatasetError where it is missing, newer, changed or damaged."""
+    store = as_store(place)
+    path = store.where(FILE_NAME)
+    value = parse_json(store.read(FILE_NAME, who, MAX_BYTES), who, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise dataset_error(who, str(path), f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
+        raise dataset_error(who, path, f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
     if value.get("version") != VERSION:
         got = repr(value.get("version"))[:80]
-        raise dataset_error(who, str(path), f"be of format version {VERSION}", got, "Update tlfast to read it.")
+        raise dataset_error(who, path, f"be of format version {VERSION}", got, "Update tlfast to read it.")
     checksum = value.pop("checksum", None)
     if set(value) != _KEYS - {"checksum"} or _checksum(value) != checksum:
-        raise dataset_error(who, str(path), "match its own checksum", "other content", "Restore the file as it was.")
+        raise dataset_error(who, path, "match its own checksum", "other content", "Restore the file as it was.")
     columns = _read_columns(value["columns"], who, path)
     if not isinstance(value["header"], dict) or not isinstance(value["about"], dict):
-        raise dataset_error(who, str(path), "hold objects header and about", "other types", "Restore the file.")
+        raise dataset_error(who, path, "hold objects header and about", "other types", "Restore the file.")
     description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"])
     if description.config_hash != value["config_hash"]:
-        raise dataset_error(who, str(path), "match its config_hash", "other content", "Restore the file as it was.")
+        raise dataset_error(who, path, "match its config_hash", "other content", "Restore the file as it was.")
     return description
 
 
@@ -127,14 +128,14 @@ def _checksum(value: dict[str, Any]) -> str:
         return "none"
 
 
-def _read_columns(value: Any, who: str, path: Path) -> dict[str, Column]:
+def _read_columns(value: Any, who: str, path: str) -> dict[str, Column]:
     try:
         columns = {entry["name"]: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in value}
         if len(columns) != len(value) or any(set(entry) != {"name", "dtype", "shape"} for entry in value):
             raise KeyError("name, dtype, shape, once per column")
     except (KeyError, TypeError) as error:
         rule = "list columns with name, dtype and shape"
-        raise dataset_error(who, str(path), rule, repr(error)[:200], "Restore the file as it was.") from error
+        raise dataset_error(who, path, rule, repr(error)[:200], "Restore the file as it was.") from error
     return check_columns(who, columns)
 
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
-from .columns import check_header
 from .commits import (
-    FOLDERS,
     Commit,
     CommittedFile,
-    check_folders,
     check_sizes,
     committed_names,
+    list_files,
     read_commit,
 )
 from .description import Description, read_description
-from .durable import crc32c, open_regular
+from .durable import crc32c
 from .errors import DatasetError, dataset_error
 from .layout import unit_layout
 from .plan import FLAG_NON_FINITE
 from .rows import decode_rows
+from .store import Store, as_store
+from .unit_files import check_header
 
 _WHO = "verify"
 _BLOCK_BYTES = 4 << 20
@@ -66,12 +64,12 @@ class Report:
 
 
 def verify_dataset(
-    path: str | PathLike[str], *, partial: bool = False, progress: Callable[[int], None] | None = None
+    path: str | PathLike[str] | Store, *, partial: bool = False, progress: Callable[[int], None] | None = None
 ) -> Report:
-    """Re-read every byte of the dataset in folder ``path``; damage is reported, not raised.
+    """Re-read every byte of the dataset in ``path``; damage is reported, not raised.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or its store.
         partial: whether units that are not committed yet are no problem.
         progress: called with the number of bytes just read.
 
@@ -83,37 +81,41 @@ def verify_dataset(
         >>> verify_dataset("no/such/folder").ok
         False
     """
-    folder, report = Path(path), Report()
+    store, report = as_store(path), Report()
     try:
-        description = read_description(folder, _WHO)
-        check_folders(folder, _WHO)
-        names = committed_names(folder)
+        description = read_description(store, _WHO)
+        files = list_files(store, _WHO)
+        names = committed_names(files)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
-    named = {name for unit in names for name in _check_unit(folder, unit, description, report, progress)}
+    named = {name for unit in names for name in _check_unit(store, unit, description, files, report, progress)}
     absent = description.plan.n_units - len(names)
     if absent > 0 and not partial:
         first = ", ".join(missing_names(description, names, 3))
         text = f"{absent} of {description.plan.n_units} units are not there ({first}, ...): resume the collection"
         report.problems.append(Problem("", text))
-    for part in FOLDERS:
-        report.unnamed += sorted(f"{part}/{n}" for n in os.listdir(folder / part) if f"{part}/{n}" not in named)
+    report.unnamed = sorted(name for name in files if name not in named)
     return report
 
 
 def _check_unit(
-    folder: Path, name: str, description: Description, report: Report, progress: Callable[[int], None] | None
+    store: Store,
+    name: str,
+    description: Description,
+    files: Mapping[str, int | None],
+    report: Report,
+    progress: Callable[[int], None] | None,
 ) -> set[str]:
     """Check one unit into ``report``; return the files that its commit names."""
     named = {f"commits/{name}.json"}
     try:
-        commit = read_commit(folder, name, description, _WHO)
+        commit = read_commit(store, name, description, _WHO)
         named |= {file.path for file in commit.files}
-        check_sizes(folder, commit, description, _WHO)
+        check_sizes(store, commit, description, files, _WHO)
         for file in commit.files:
-            report.n_bytes += _check_bytes(folder, file, progress)
-        _check_content(folder, commit, description)
+            report.n_bytes += _check_bytes(store, file, progress)
+        _check_content(store, commit, description)
     except (DatasetError, OSError) as error:
         report.problems.append(Problem(name, str(error)))
     else:
@@ -129,36 +131,30 @@ def missing_names(description: Description, names: list[str], most: int) -> list
     return list(islice((name for name in planned if name not in there), most))
 
 
-def _check_bytes(folder: Path, file: CommittedFile, progress: Callable[[int], None] | None) -> int:
-    path = folder / file.path
-    fd, _ = open_regular(path, _WHO)
+def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], None] | None) -> int:
+    opened = store.open(file.path, _WHO)
+    block = np.empty(min(_BLOCK_BYTES, max(1, opened.size)), dtype=np.uint8)
     crc, n_bytes = 0, 0
-    block = bytearray(_BLOCK_BYTES)
-    view = np.frombuffer(block, dtype=np.uint8)
-    try:
-        while n := os.readv(fd, [block]):
-            crc = crc32c(view[:n], crc)
-            n_bytes += n
-            if progress is not None:
-                progress(n)
-    finally:
-        os.close(fd)
+    while n_bytes < opened.size:
+        n = min(len(block), opened.size - n_bytes)
+        store.fill([(opened, n_bytes, block[:n].data)], _WHO)
+        crc = crc32c(block[:n], crc)
+        n_bytes += n
+        if progress is not None:
+            progress(n)
     if crc != file.crc32c or n_bytes != file.n_bytes:
         rule = f"have the CRC32C {file.crc32c:08x} of its commit"
         remedy = "Its bytes changed after it was written; remove its commit and resume to make the unit again."
-        raise dataset_error(_WHO, str(path), rule, f"{crc:08x} over {n_bytes} bytes", remedy)
+        raise dataset_error(_WHO, store.where(file.path), rule, f"{crc:08x} over {n_bytes} bytes", remedy)
     return n_bytes
 
 
-def _check_content(folder: Path, commit: Commit, description: Description) -> None:
-    path = folder / commit.files[0].path
-    fd, _ = open_regular(path, _WHO)
-    try:
-        check_header(fd, path, unit_layout(description.columns, commit.unit))
-    finally:
-        os.close(fd)
-    table = decode_rows(folder / commit.files[1].path, commit.unit, list(description.columns))
+def _check_content(store: Store, commit: Commit, description: Description) -> None:
+    unit_file, row_table = (file.path for file in commit.files)
+    layout = unit_layout(description.columns, commit.unit)
+    check_header(store.open(unit_file, _WHO), store.where(unit_file), layout, _WHO)
+    table = decode_rows(store, commit.unit, list(description.columns))
     flagged = sum(flags & FLAG_NON_FINITE != 0 for flags in table.column("flags").to_pylist())
     if flagged != commit.non_finite:
         rule = f"flag {commit.non_finite} rows as non-finite, as its commit says"
-        raise dataset_error(_WHO, str(folder / commit.files[1].path), rule, flagged, "Remove its commit and resume.")
+        raise dataset_error(_WHO, store.where(row_table), rule, flagged, "Remove its commit and resume.")
