@@ -19,7 +19,10 @@ from .plan import Example, Unit
 class UnitWriter(Protocol):
     """What a BackgroundWriter drives: a DatasetWriter, or a test's stand-in."""
 
-    bytes_written: int
+    @property
+    def bytes_written(self) -> int:
+        """Bytes handed to the operating system until now."""
+        ...
 
     def write_unit(
         self,

@@ -64,7 +64,8 @@ class GradientDataset:
             remedy = "Run the collection again to complete it, or open it with partial=True."
             raise dataset_error(_WHO, "path", rule, f"{self.path} without {absent} ({first}, ...)", remedy)
         self._files = UnitFiles(self._store, self._commits, description.columns, mapped=self._store.maps)
-        self.examples = ExampleTable(self._store, [commit.unit for commit in self._commits], list(description.columns))
+        paths = [commit.files[1].path for commit in self._commits]
+        self.examples = ExampleTable(self._store, self.units, list(description.columns), paths)
 
     @property
     def path(self) -> Path | str:

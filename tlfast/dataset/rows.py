@@ -55,10 +55,13 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
     return bytes(sink.getvalue())
 
 
-def decode_rows(store: Store, unit: Unit, points: Sequence[str]) -> Any:
-    """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples."""
+def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | None = None) -> Any:
+    """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples.
+
+    ``path`` is the name that its commit gives it, where that isn't the plain one.
+    """
     pa, parquet = extra("pyarrow", _READER), extra("pyarrow.parquet", _READER)
-    path = f"rows/{unit.name}.parquet"
+    path = path or f"rows/{unit.name}.parquet"
     file = store.open(path, _READER)
     schema = row_schema(points)
     try:
@@ -84,8 +87,9 @@ class ExampleTable(Sequence[dict[str, Any]]):
 
     KEPT = 4  # row tables held in memory
 
-    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str]) -> None:
+    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str], paths: Sequence[str]) -> None:
         self._store = store
+        self._paths = paths
         self._units = units
         self._points = list(points)
         self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
@@ -119,7 +123,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
         with self._lock:
             if k not in self._tables:
                 unit = self._units[k]
-                self._tables[k] = decode_rows(self._store, unit, self._points)
+                self._tables[k] = decode_rows(self._store, unit, self._points, self._paths[k])
                 while len(self._tables) > self.KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,8 +39,10 @@ class Slot:
         self._lock = lock
 
     def close(self) -> None:
-        """Give it back; what lies in it stays."""
+        """Give it back; units that lie in it stay."""
         if self._lock >= 0:
+            if not self.holds_units():
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .commits import Commit, data_path
+from .commits import Commit
 from .errors import dataset_error
 from .layout import Column, UnitLayout, unit_layout
 from .plan import Unit
@@ -127,7 +127,7 @@ class UnitFiles:
             if k not in self._open:
                 unit = self._commits[k].unit
                 layout = unit_layout(self._columns, unit)
-                file = self._store.open(data_path(unit), _WHO)
+                file = self._store.open(self._commits[k].files[0].path, _WHO)
                 check_header(file, self._store.where(file.name), layout, _WHO)
                 mapped = np.frombuffer(file.map(), np.uint8) if self.mapped else None
                 self._open[k] = file, mapped, len(layout.header)

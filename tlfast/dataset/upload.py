@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ..errors import broken_rule
 from .commits import Commit, CommittedFile, commit_path, path_with_crc, read_commit
 from .description import Description
 from .errors import dataset_error
-from .remote import DEFINITE, RemoteStore
+from .remote import DEFINITE
+from .remote_store import RemoteStore
 from .staging import Slot
 
 _WHO = "upload"
@@ -104,7 +103,7 @@ class Uploader:
                 self._jobs.popleft()
                 self._changed.notify_all()
 
-    def _patiently(self, name: str, work: Callable[[], Any]) -> None:
+    def _patiently(self, name: str, work: Callable[[], None]) -> None:
         for pause_s in _PAUSES_S:
             try:
                 return work()
@@ -120,24 +119,24 @@ class Uploader:
 
     def _upload(self, slot: Slot, commit: Commit) -> None:
         path = commit_path(commit.unit)
-        if self._store.exists(path):
+        if self._store.folder.exists(path):
             return
         unit_file, row_table = (self._place(slot, file) for file in commit.files)
         ours = replace(commit, files=(unit_file, row_table))
-        won = self._store.create(path, ours.to_bytes())
+        won = self._store.folder.create(path, ours.to_bytes())
         if won and ours == commit:
             return
         # Nothing of this unit can be committed any more: what its commit doesn't name can go, whoever put it there.
         winner = ours if won else read_commit(self._store, commit.unit.name, self._description, _WHO)
         for file in {*commit.files, *ours.files} - set(winner.files):
             if file.path not in {named.path for named in winner.files}:
-                self._store.remove(file.path)
+                self._store.folder.remove(file.path)
 
     def _place(self, slot: Slot, file: CommittedFile) -> CommittedFile:
         """Put a file of a unit under its name, or under the one with its CRC32C where other bytes have the first."""
         for path in (file.path, path_with_crc(file.path, file.crc32c)):
-            there = self._store.create_from(path, slot.folder / file.path)
-            if there or self._store.holds(path, file.n_bytes, file.crc32c):
+            there = self._store.folder.create_from(path, slot.folder / file.path)
+            if there or self._store.folder.holds(path, file.n_bytes, file.crc32c):
                 return replace(file, path=path)
         rule = f"have the CRC32C {file.crc32c:08x} of its name"
         remedy = "Remove this object: no commit names it."
