@@ -32,7 +32,7 @@ def objects(url):
     return {name: store.read(name, "test", 1 << 30) for name in sorted(names)}
 
 
-def local_content(folder):
+def local_content(folder, **changes):
     """What the same dataset is in a folder of this machine."""
-    write_units(make_writer(folder))
+    write_units(make_writer(folder, **changes))
     return {name: data for name, data in content(folder).items() if name != ".lock"}

@@ -1,13 +1,27 @@
 """A dataset at a URL: the same bytes as in a folder, first commit wins, nothing is ever replaced."""
 
 import re
+import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from dataset_cases import COLUMNS, PLAN, check_rows, examples, make_dataset, rows_of, truth, write_units
+from dataset_cases import (
+    COLUMNS,
+    HERE,
+    PLAN,
+    check_rows,
+    examples,
+    make_dataset,
+    rows_of,
+    run_python,
+    truth,
+    write_units,
+)
 from remote_cases import local_content, make_remote, objects, remote_writer
+from remote_kills import FEW
 from shared_filesystem import SharedFileSystem, failing
 
 from tlfast.dataset import DatasetError, DatasetWriter, open_dataset, verify_dataset
@@ -319,3 +333,26 @@ def test_many_rows_are_read_by_few_requests(url, monkeypatch):
     rows = [10, 0, 3, 3, 7, 9, 1]
     assert ds["a"][rows].equal(expected[rows])
     assert len(reads) <= 2 * PLAN.n_units  # a header and one stretch of each unit
+
+
+def test_a_process_killed_before_each_request(url, tmp_path):
+    """Wherever a run dies: what lies in the store is right, and the next run makes the same bytes of it."""
+    expected, tensors = local_content(tmp_path / "local", plan=FEW), truth(plan=FEW)
+    with run_python(HERE / "remote_kills.py", "requests", url, stdout=subprocess.PIPE) as process:
+        lines = process.stdout.read().splitlines()
+    *killed, end = [line.split(maxsplit=2) for line in lines]
+    assert process.returncode == 0 and end[1:] == ["0", "end"] and len(killed) > 30
+    assert {"put data/u000001.safetensors", "pipe commits/u000001.json", "unlink data/u000001.safetensors"} <= {
+        call for _, _, call in killed
+    }
+    for k, status, call in killed:
+        assert int(status) == -signal.SIGKILL
+        place = f"{url}/{k}"
+        if RemoteStore(place).folder.exists("dataset.json"):
+            check_rows(open_dataset(place, partial=True), tensors)
+            assert verify_dataset(place, partial=True).ok
+        with remote_writer(place, plan=FEW, staging=tmp_path / "cache" / k / "tlfast" / "staging") as writer:
+            write_units(writer, tensors)
+        found = objects(place)
+        assert {name: data for name, data in found.items() if not name.endswith(".tmp")} == expected, call
+        assert not list((tmp_path / "cache" / k).rglob("u00*")), call

@@ -187,10 +187,15 @@ class RemoteFolder:
         """Every failure of the store as an OSError that names the object."""
         try:
             yield
-        except (OSError, ImportError) as error:
-            if isinstance(error, OSError) and self.url not in str(error):
-                error.filename = f"{self.url}/{name}" if name else self.url
+        except ImportError:
             raise
+        except OSError as error:
+            if self.url in str(error):
+                raise
+            kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
+            number = error.errno or next((n for kind, n in kinds.items() if isinstance(error, kind)), errno.EIO)
+            text = error.strerror or str(error) or type(error).__name__
+            raise OSError(number, text, f"{self.url}/{name}") from error  # of the kind that belongs to the number
         except NotImplementedError as error:
             raise OSError(errno.ENOSYS, f"{type(self._fs).__name__} can't do this: {error}", self.url) from error
         except Exception as error:  # botocore, aiohttp and others have no OSError for a failed connection
