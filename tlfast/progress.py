@@ -92,7 +92,7 @@ class Progress:
 class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
-    ``waited_s`` of the ``time_s`` seconds the model stood still because the disk, or what ``waits_for`` says, was slower.
+    ``waited_s`` of the ``time_s`` seconds the model stood still because what ``waits_for`` says was slower.
     """
 
     out: Path | str  # a URL is text
@@ -110,7 +110,9 @@ class Report:
     def __str__(self) -> str:
         rate = self.n_rows / max(self.time_s, 1e-9)
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
-        waited = f", {self.waited_s:.1f} s of them waiting for {self.waits_for}" if self.waited_s >= _SHOWN_FROM_S else ""
+        waited = (
+            f", {self.waited_s:.1f} s of them waiting for {self.waits_for}" if self.waited_s >= _SHOWN_FROM_S else ""
+        )
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
             f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"

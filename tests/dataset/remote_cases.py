@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shared_filesystem
+import re
+
 from dataset_cases import COLUMNS, HEADER, PLAN, content, make_writer, truth, write_units
+from shared_filesystem import SharedFileSystem
 
 from tlfast.dataset.remote_store import RemoteStore
 from tlfast.dataset.remote_writer import RemoteWriter
-
-__all__ = ["local_content", "make_remote", "objects", "remote_writer", "shared_filesystem"]
 
 
 def remote_writer(url, **changes):
@@ -36,3 +36,13 @@ def local_content(folder, **changes):
     """What the same dataset is in a folder of this machine."""
     write_units(make_writer(folder, **changes))
     return {name: data for name, data in content(folder).items() if name != ".lock"}
+
+
+def staged(tmp_path):
+    """The files of units that wait to be uploaded."""
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if re.match(r"u\d{6}\.", path.name))
+
+
+def fault(monkeypatch, before):
+    """Let the store do ``before(call, path)`` before each request."""
+    monkeypatch.setattr(SharedFileSystem, "before", staticmethod(before))

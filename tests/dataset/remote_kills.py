@@ -18,7 +18,7 @@ import time
 import google_crc32c  # noqa: F401 (imported here, once, instead of in every child)
 import pyarrow as pa
 import pyarrow.parquet
-import s3fs  # noqa: F401
+import s3fs
 import torch
 from dataset_cases import Plan, examples, rows_of, truth, write_units
 from remote_cases import remote_writer

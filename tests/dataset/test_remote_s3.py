@@ -39,7 +39,8 @@ def test_the_same_bytes_as_in_a_folder(url, tmp_path):
     assert objects(url) == local_content(tmp_path / "local")
     ds = open_dataset(url)
     check_rows(ds, truth())
-    assert ds.info()["units"] == 3 and ds.path == url and url in repr(ds)
+    assert (ds.info()["units"], ds.path) == (3, url)
+    assert url in repr(ds)
     assert ds["loss"][[10, 0, 5]].equal(truth()["loss"][[10, 0, 5]])
     assert verify_dataset(url).ok
 
@@ -47,9 +48,11 @@ def test_the_same_bytes_as_in_a_folder(url, tmp_path):
 def test_a_conditional_put_refuses(url, monkeypatch):
     folder = RemoteStore(url).folder
     assert folder.refuses_to_replace()
-    assert folder.create("a", b"first") and not folder.create("a", b"other")
+    assert folder.create("a", b"first")
+    assert not folder.create("a", b"other")
     assert folder.read("a", 0, 99) == b"first"
-    assert folder.create("empty", b"") and folder.read("empty", 0, 99) == b""
+    assert folder.create("empty", b"")
+    assert folder.read("empty", 0, 99) == b""
 
 
 def test_a_conditional_put_in_parts_refuses(url, monkeypatch, tmp_path):

@@ -32,7 +32,7 @@ def create_at(store: RemoteStore, description: Description, config: str, card: s
     if not folder.exists(FILE_NAME):
         if not folder.refuses_to_replace():
             warnings.warn(
-                f"{who}: {store.url} has no conditional put, so give each unit one writer at a time. See docs/remote.md.",
+                f"{who}: {store.url} has no conditional put: give each unit one writer at a time. See docs/remote.md.",
                 RuntimeWarning,
                 stacklevel=2,
             )

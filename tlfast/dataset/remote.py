@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import EACCES, EEXIST, EIO, ENOENT, ENOSYS
 from pathlib import Path
 from typing import Any
 
 from .durable import crc32c
-from .errors import dataset_error, extra
+from .errors import DatasetError, dataset_error, extra
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _BLOCK_BYTES = 16 << 20  # per request where an object is read in pieces: long enough to hide a round trip
@@ -23,6 +23,12 @@ DEFINITE = (FileExistsError, FileNotFoundError, PermissionError, NotImplementedE
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}  # of botocore
 _PRECONDITION_FAILED = {"PreconditionFailed", "412"}  # of S3 and its like, RFC 9110
 _BEHIND_THE_END = {"InvalidRange", "416"}  # so S3 answers for the first byte of an empty object
+_NUMBERS = (
+    (FileNotFoundError, ENOENT),
+    (PermissionError, EACCES),
+    (FileExistsError, EEXIST),
+    (NotImplementedError, ENOSYS),
+)
 _BUCKETS = {"s3", "gs", "az"}  # have no folders to make; asked for one, their libraries would make a bucket
 # Handed over together, and so held in memory; fsspec sends at most its own `batch_size` (128) of them at a time.
 _BATCH, _BATCH_BYTES = 256, 128 << 20
@@ -79,7 +85,9 @@ class RemoteFolder:
                 rule = "have its library installed"
                 raise ImportError(str(dataset_error(self._who, self.url, rule, str(error), remedy))) from error
             except ValueError as error:
-                raise dataset_error(self._who, "url", "be one that fsspec knows", str(error), "See docs/remote.md.") from error
+                raise dataset_error(
+                    self._who, "url", "be one that fsspec knows", str(error), "See docs/remote.md."
+                ) from error
             self._opened = (os.getpid(), *found)
         return self._opened[1], self._opened[2]
 
@@ -110,7 +118,7 @@ class RemoteFolder:
         with self._asked(name):
             info = self._fs.info(self._path(name))
             if info["type"] != "file":
-                raise FileNotFoundError(errno.ENOENT, "no object")
+                raise FileNotFoundError(ENOENT, "no object")
             return int(info["size"])
 
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -187,21 +195,16 @@ class RemoteFolder:
         """Every failure of the store as an OSError that names the object."""
         try:
             yield
-        except ImportError:
+        except (ImportError, DatasetError):
             raise
-        except OSError as error:
-            if self.url in str(error):
+        except Exception as error:  # botocore, aiohttp and others have no OSError for a connection that failed
+            if isinstance(error, OSError) and self.url in str(error):
                 raise
-            kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
-            number = error.errno or next((n for kind, n in kinds.items() if isinstance(error, kind)), errno.EIO)
-            text = error.strerror or str(error) or type(error).__name__
+            number = getattr(error, "errno", None) or next((n for kind, n in _NUMBERS if isinstance(error, kind)), EIO)
+            if type(error).__name__ in _NO_CREDENTIALS:
+                number = EACCES
+            text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
             raise OSError(number, text, f"{self.url}/{name}") from error  # of the kind that belongs to the number
-        except NotImplementedError as error:
-            raise OSError(errno.ENOSYS, f"{type(self._fs).__name__} can't do this: {error}", self.url) from error
-        except Exception as error:  # botocore, aiohttp and others have no OSError for a failed connection
-            kind: Any = PermissionError if type(error).__name__ in _NO_CREDENTIALS else OSError
-            number = errno.EACCES if kind is PermissionError else errno.EIO
-            raise kind(number, " ".join(str(error).split()), f"{self.url}/{name}") from error
 
 
 def _batches(ranges: Sequence[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:
@@ -218,7 +221,8 @@ def _batches(ranges: Sequence[tuple[str, int, int]]) -> Iterator[list[tuple[str,
 
 
 def _protocols(filesystem: Any) -> set[str]:
-    return {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
+    protocol: Any = filesystem.protocol
+    return {protocol} if isinstance(protocol, str) else set(protocol)
 
 
 def _code(error: BaseException) -> Any:

@@ -76,7 +76,9 @@ class RemoteStore:
                 rule = "be a readable file, not a link"
                 raise dataset_error(who, self.where(name), rule, "no such object", "Run `tlfast verify`.") from error
             if len(data) > limit:
-                raise dataset_error(who, self.where(name), f"have at most {limit} bytes", "more", "Run `tlfast verify`.")
+                raise dataset_error(
+                    who, self.where(name), f"have at most {limit} bytes", "more", "Run `tlfast verify`."
+                )
             yield data
 
     def open(self, name: str, who: str) -> RemoteFile:

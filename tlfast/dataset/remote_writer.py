@@ -85,9 +85,7 @@ class RemoteWriter:
             if not (own.folder / FILE_NAME).exists():
                 data = self._store.read(FILE_NAME, _WHO, MAX_BYTES)
                 write_small(own.folder / FILE_NAME, data, replace=False)
-            self._local = DatasetWriter(
-                own.folder, header=header, columns=columns, plan=plan, max_units=max_staged
-            )
+            self._local = DatasetWriter(own.folder, header=header, columns=columns, plan=plan, max_units=max_staged)
             for slot, name in staged:
                 self._uploader.add(slot, read_commit(slot.folder, name, self.description, _WHO))
                 self.done.add(name)

@@ -27,7 +27,9 @@ def staging_root(url: str, config_hash: str, who: str, staging: str | os.PathLik
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         remedy = "Give a folder on a local disk by staging=."
-        raise dataset_error(who, "staging", "be a folder that can be made", f"{root}: {error.strerror}", remedy) from error
+        raise dataset_error(
+            who, "staging", "be a folder that can be made", f"{root}: {error.strerror}", remedy
+        ) from error
     return root
 
 

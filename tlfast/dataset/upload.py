@@ -105,17 +105,15 @@ class Uploader:
 
     def _patiently(self, name: str, work: Callable[[], None]) -> None:
         for pause_s in _PAUSES_S:
-            try:
-                return work()
-            except DEFINITE:
-                raise
-            except OSError as error:
-                text = " ".join(str(error).split())
-                print(f"{_WHO}: {name} is tried again in {pause_s:g} s: {text}", file=sys.stderr, flush=True)
-                with self._changed:
-                    if self._changed.wait_for(lambda: self._stop, pause_s):
-                        raise
-        return work()
+            error = _failure(work)
+            if error is None:
+                return
+            text = " ".join(str(error).split())
+            print(f"{_WHO}: {name} is tried again in {pause_s:g} s: {text}", file=sys.stderr, flush=True)
+            with self._changed:
+                if self._changed.wait_for(lambda: self._stop, pause_s):
+                    raise error
+        work()
 
     def _upload(self, slot: Slot, commit: Commit) -> None:
         path = commit_path(commit.unit)
@@ -141,3 +139,14 @@ class Uploader:
         rule = f"have the CRC32C {file.crc32c:08x} of its name"
         remedy = "Remove this object: no commit names it."
         raise dataset_error(_WHO, self._store.where(path), rule, "other bytes", remedy)
+
+
+def _failure(work: Callable[[], None]) -> OSError | None:
+    """Do it; return the failure after which it is worth trying again."""
+    try:
+        work()
+    except DEFINITE:
+        raise
+    except OSError as error:
+        return error
+    return None
