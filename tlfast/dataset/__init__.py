@@ -3,6 +3,7 @@
 from .background import BackgroundWriter
 from .columns import GradientColumn
 from .errors import DatasetError
+from .export import export_dataset
 from .folder import check_disk_space
 from .layout import Column
 from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
@@ -27,6 +28,7 @@ __all__ = [
     "Unit",
     "check_disk_space",
     "estimate_bytes",
+    "export_dataset",
     "open_dataset",
     "verify_dataset",
 ]

@@ -12,12 +12,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .description import Description, parse_json
+from .description import Description, read_description
 from .durable import PendingFile, locked, sync_folder
 from .errors import dataset_error
 from .layout import PAGE_BYTES
 from .plan import Unit
 from .store import Store, as_store, open_folder
+from .strict_json import parse_json
 
 FOLDERS = ("data", "rows", "commits")
 MAX_BYTES = 64 << 10
@@ -144,6 +145,16 @@ def committed_names(files: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name))
 
 
+def read_folder(place: str | PathLike[str] | Store, who: str) -> tuple[Description, dict[str, int | None]]:
+    """Read what the dataset holds, and list its files (see list_files)."""
+    store = as_store(place)
+    description, files = read_description(store, who), list_files(store, who)
+    names = committed_names(files)
+    if names and not description.plan.has(names[-1]):
+        description = read_description(store, who)  # it was extended after it was read, and before it was listed
+    return description, files
+
+
 def read_commits(
     place: str | PathLike[str] | Store,
     description: Description,
@@ -172,11 +183,12 @@ def _parse(store: Store, name: str, data: bytes, description: Description, who: 
     unit = description.plan.unit_named(name)
     if match := _AS_WRITTEN.fullmatch(data):
         texts = match.groups()
-        expected = (name.encode(), b"%d" % unit.start, b"%d" % len(unit), description.config_hash.encode())
+        planned_by = description.hash_of(unit)
+        expected = (name.encode(), b"%d" % unit.start, b"%d" % len(unit), planned_by.encode())
         if (texts[0], texts[1], texts[2], texts[4]) == expected:
             unit_file = CommittedFile(data_path(unit), int(texts[5]), int(texts[6], 16))
             row_table = CommittedFile(rows_path(unit), int(texts[7]), int(texts[8], 16))
-            return Commit(unit, description.config_hash, (unit_file, row_table), int(texts[3]))
+            return Commit(unit, planned_by, (unit_file, row_table), int(texts[3]))
     return _parse_json(store.where(f"commits/{name}.json"), unit, data, description, who)
 
 
@@ -185,7 +197,7 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
     value = parse_json(data, who, path)
     try:
         files = tuple(_read_file(entry) for entry in value["files"])
-        commit = Commit(unit, description.config_hash, files, value["non_finite_rows"])  # type: ignore[arg-type]
+        commit = Commit(unit, description.hash_of(unit), files, value["non_finite_rows"])  # type: ignore[arg-type]
         # The paths are compared with the only possible ones, so no commit can point anywhere else.
         names = (data_path(unit), rows_path(unit))
         paths_agree = len(files) == 2 and all(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 
+from . import extension
 from .description import FILE_NAME, FORMAT, MAX_BYTES, Description
 from .durable import LOCK_NAME, TEMPORARY
 from .errors import dataset_error
-from .folder import CARD, CONFIG, OURS, some
+from .folder import CARD, CONFIG, OURS, refuse_other_extension, some
 from .remote_store import RemoteStore
 
 
@@ -42,12 +43,23 @@ def create_at(store: RemoteStore, description: Description, config: str, card: s
             folder.create(name, text.encode())
 
 
+def publish_extension_at(store: RemoteStore, new: Description, config: str, cards: tuple[str, str], who: str) -> None:
+    """Publish the last extension of ``new``, as `folder.publish_extension` does it in a folder."""
+    added, folder = new.extensions[-1], store.folder
+    if config:
+        folder.replace(CONFIG, config.encode())
+    if not folder.create(added.path, added.to_bytes()):
+        refuse_other_extension(added, store.read(added.path, who, extension.MAX_BYTES))
+    if folder.exists(CARD) and store.read(CARD, who, MAX_BYTES) == cards[0].encode():
+        folder.replace(CARD, cards[1].encode())
+
+
 def clear_at(store: RemoteStore, who: str) -> None:
     """Remove the dataset at the URL: commits first, dataset.json last, so that a kill leaves no half-truth."""
     found: list[str] = []
     strangers: list[str] = []
     for part in ("commits", *(part for part in OURS if part != "commits")):
-        for name in sorted(store.sizes(part, who)):
+        for name in sorted(store.sizes(part, who), reverse=True):  # of extensions the last first
             (found if OURS[part].fullmatch(name) else strangers).append(f"{part}/{name}")
     for name, size in sorted(store.sizes("", who).items()):
         if name in (CONFIG, CARD, LOCK_NAME) or TEMPORARY.fullmatch(name):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .columns import GradientColumn
-from .commits import read_commits
-from .description import read_description
+from .commits import read_commits, read_folder
+from .description import skipped_examples
 from .errors import dataset_error
 from .layout import DTYPE_NAMES
 from .plan import Plan, Unit
@@ -55,8 +55,9 @@ class GradientDataset:
     def __init__(self, path: str | PathLike[str] | Store, *, partial: bool = False) -> None:
         self._store = as_store(path)
         self._partial = partial
-        self._description = description = read_description(self._store, _WHO)
-        self._commits = read_commits(self._store, description, _WHO)
+        description, files = read_folder(self._store, _WHO)
+        self._description = description
+        self._commits = read_commits(self._store, description, _WHO, files)
         absent = description.plan.n_units - len(self._commits)
         if absent and not partial:
             first = ", ".join(missing_names(description, [commit.unit.name for commit in self._commits], 3))
@@ -86,6 +87,11 @@ class GradientDataset:
     def plan(self) -> Plan:
         """Which examples form which unit."""
         return self._description.plan
+
+    @property
+    def skipped(self) -> list[tuple[str, int, str]]:
+        """The bad examples that were left out: source, start in it, and the reason of each."""
+        return skipped_examples(self._description, _WHO)
 
     @property
     def units(self) -> list[Unit]:

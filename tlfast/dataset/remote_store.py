@@ -58,7 +58,7 @@ class RemoteStore:
         """It always is."""
         return True
 
-    def sizes(self, folder: str, who: str) -> dict[str, int | None]:
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
         """Return the size of each object in a folder, None for a folder; no objects are an empty folder."""
         return self.folder.sizes(folder)
 

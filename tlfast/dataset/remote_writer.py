@@ -14,8 +14,7 @@ import torch
 from .card import dataset_card
 from .commits import commit_path, committed_names, list_files, read_commit, read_commits
 from .description import FILE_NAME, MAX_BYTES, Description, describe, differences, read_description
-from .destination import clear_at, create_at, is_dataset, refuse_stranger_at
-from .durable import write_small
+from .destination import clear_at, create_at, is_dataset, publish_extension_at, refuse_stranger_at
 from .errors import dataset_error
 from .folder import refuse_stranger
 from .plan import Example, Plan, Unit
@@ -30,6 +29,23 @@ _WHO = "DatasetWriter"
 MAX_STAGED = 4  # units on the local disk: one is written, one on its way, two for a store that stutters
 
 
+class LocalWriter(DatasetWriter):
+    """A DatasetWriter with the rest of RemoteWriter's face: a unit is where it belongs as soon as it is written."""
+
+    waits_for = "the disk"
+    waited_s = 0.0
+
+    def still_to_do(self) -> str:
+        """Nothing."""
+        return ""
+
+    def __enter__(self) -> LocalWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is left to do."""
+
+
 class RemoteWriter:
     """Create the dataset at a URL, or continue the one that is there; as DatasetWriter, which it drives.
 
@@ -38,7 +54,7 @@ class RemoteWriter:
 
     Args:
         url: such as ``s3://bucket/folder``.
-        header, columns, plan, config, overwrite: as for DatasetWriter.
+        header, columns, plan, config, overwrite, about: as for DatasetWriter.
         staging: a folder on a local disk; None: ``tlfast/staging`` in the user's cache folder.
         max_staged: units in it, at most; `write_unit` waits for more room.
 
@@ -59,32 +75,32 @@ class RemoteWriter:
         plan: Plan,
         config: str | Mapping[str, Any] = "",
         overwrite: bool = False,
+        about: Mapping[str, Any] | None = None,
         staging: str | os.PathLike[str] | None = None,
         max_staged: int = MAX_STAGED,
     ) -> None:
         self.out = url
-        self.plan = plan
         self.waited_s = 0.0  # in close
         self._max_staged = max_staged
         self._store = RemoteStore(url)
-        description = describe(_WHO, header, columns, plan)
+        description = describe(_WHO, header, columns, plan, about)
         refuse_stranger_at(self._store, _WHO)
         if overwrite and is_dataset(self._store, _WHO):
             clear_at(self._store, _WHO)
         create_at(self._store, description, as_yaml(config), dataset_card(description), _WHO)
         self.description = self._same(description)
         self.columns = self.description.columns
+        self.plan = self.description.plan
         self.done = {commit.unit.name for commit in read_commits(self._store, self.description, _WHO)}
         root = staging_root(url, description.config_hash, _WHO, staging)
         own = claim(root, _WHO)
         self._slots = [own, *abandoned(root, _WHO)]
         self._uploader = Uploader(self._store, self.description)
+        files = {FILE_NAME: self._store.read(FILE_NAME, _WHO, MAX_BYTES)}
+        files |= {extension.path: extension.to_bytes() for extension in self.description.extensions}
         try:
-            staged = [(slot, name) for slot in self._slots for name in self._whole(slot)]
-            own.folder.mkdir(exist_ok=True)
-            if not (own.folder / FILE_NAME).exists():
-                data = self._store.read(FILE_NAME, _WHO, MAX_BYTES)
-                write_small(own.folder / FILE_NAME, data, replace=False)
+            staged = [(slot, name) for slot in self._slots for name in self._whole(slot, files)]
+            own.describe(files)
             self._local = DatasetWriter(own.folder, header=header, columns=columns, plan=plan, max_units=max_staged)
             for slot, name in staged:
                 self._uploader.add(slot, read_commit(slot.folder, name, self.description, _WHO))
@@ -101,8 +117,10 @@ class RemoteWriter:
             raise dataset_error(_WHO, "out", "be the same dataset to continue it", f"{self.out}: {what}", remedy)
         return there
 
-    def _whole(self, slot: Slot) -> list[str]:
+    def _whole(self, slot: Slot, files: Mapping[str, bytes]) -> list[str]:
         """Return the units staged in a slot that are still needed; remove everything else there."""
+        if not slot.is_of(files):
+            slot.clear()
         slot.sweep()
         if not slot.holds_units():
             return []
@@ -112,6 +130,14 @@ class RemoteWriter:
             if name in broken or "" in broken or name in self.done:
                 slot.drop(name)
         return [name for name in names if name not in broken | self.done and "" not in broken]
+
+    def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
+        """Add examples to the plan for good, as DatasetWriter.extend."""
+        new = self.description.extended(n_examples, examples)
+        cards = (dataset_card(self.description), dataset_card(new))
+        publish_extension_at(self._store, new, as_yaml(config), cards, _WHO)
+        self._local.extend(n_examples, examples)
+        self.description, self.plan = new, new.plan
 
     @property
     def bytes_written(self) -> int:
@@ -182,9 +208,9 @@ def refuse_foreign(out: str | os.PathLike[str], who: str) -> None:
 
 def open_writer(
     out: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None, **arguments: Any
-) -> DatasetWriter | RemoteWriter:
+) -> LocalWriter | RemoteWriter:
     """Return what writes the dataset at ``out``, a path or a URL, with the arguments of DatasetWriter."""
     place = local_path(out)
     if url := url_of(place):
         return RemoteWriter(url, staging=staging, **arguments)
-    return DatasetWriter(place, **arguments)
+    return LocalWriter(place, **arguments)

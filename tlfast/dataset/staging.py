@@ -6,11 +6,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from . import extension
 from .commits import FOLDERS
-from .durable import sync_folder
+from .description import FILE_NAME
+from .durable import sync_folder, write_small
 from .errors import dataset_error
 
 
@@ -44,9 +46,27 @@ class Slot:
         """Give it back; units that lie in it stay."""
         if self._lock >= 0:
             if not self.holds_units():
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.clear()
             os.close(self._lock)
             self._lock = -1
+
+    def is_of(self, files: Mapping[str, bytes]) -> bool:
+        """Whether what describes the dataset here are some or all of these files, byte for byte."""
+        there = (self.folder / FILE_NAME, *(self.folder / extension.FOLDER).glob("*.json"))
+        return all(
+            files.get(str(path.relative_to(self.folder))) == path.read_bytes() for path in there if path.exists()
+        )
+
+    def describe(self, files: Mapping[str, bytes]) -> None:
+        """Write the files that describe the dataset, those that are missing."""
+        for name, data in files.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / name).exists():
+                write_small(self.folder / name, data, replace=False)
+
+    def clear(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def drop(self, name: str) -> None:
         """Remove unit ``name``: the commit first, so that a kill leaves no half of it that counts."""

@@ -59,8 +59,11 @@ class Store(Protocol):
         """Whether a read waits for a network: many at once are then worth their threads, and mapping is not safe."""
         ...
 
-    def sizes(self, folder: str, who: str) -> dict[str, int | None]:
-        """Return the size of each file in a folder, None for what is no regular file: one listing."""
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
+        """Return the size of each file in a folder, None for what is no regular file: one listing.
+
+        DatasetError where there is no such folder, unless it is ``optional``: it holds nothing then.
+        """
         ...
 
     def read(self, name: str, who: str, limit: int) -> bytes:
@@ -135,8 +138,10 @@ class LocalStore:
         """Whether the folder lies on a network filesystem."""
         return False
 
-    def sizes(self, folder: str, who: str) -> dict[str, int | None]:
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
         """Return the size of each file in a folder, None for links, folders and devices."""
+        if optional and not os.path.lexists(self.folder / folder):
+            return {}
         fd = open_folder(self.folder / folder, who)
         try:
             with os.scandir(fd) as entries:

@@ -14,10 +14,10 @@ from .commits import (
     CommittedFile,
     check_sizes,
     committed_names,
-    list_files,
     read_commit,
+    read_folder,
 )
-from .description import Description, read_description
+from .description import Description
 from .durable import crc32c
 from .errors import DatasetError, dataset_error
 from .layout import unit_layout
@@ -83,8 +83,7 @@ def verify_dataset(
     """
     store, report = as_store(path), Report()
     try:
-        description = read_description(store, _WHO)
-        files = list_files(store, _WHO)
+        description, files = read_folder(store, _WHO)
         names = committed_names(files)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))

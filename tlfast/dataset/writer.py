@@ -14,6 +14,7 @@ import torch
 from .background import BackgroundWriter
 from .card import dataset_card
 from .commits import (
+    FOLDERS,
     Commit,
     CommittedFile,
     check_folders,
@@ -26,7 +27,8 @@ from .commits import (
 from .description import Description, describe, differences, read_description
 from .durable import PendingFile, remove_stale
 from .errors import dataset_error, extra
-from .folder import check_disk_space, clear, create, is_dataset, our_files, refuse_stranger
+from .extension import FOLDER as EXTENSIONS
+from .folder import check_disk_space, clear, create, is_dataset, our_files, publish_extension, refuse_stranger
 from .layout import Column, as_integers, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
 from .remote import url_of
@@ -54,6 +56,7 @@ class DatasetWriter:
         plan: which examples form which unit.
         config: text, or a mapping written as YAML, for config.yaml; not part of the identity.
         overwrite: remove the dataset that lies in ``out`` first.
+        about: what else to say of this run, JSON; not part of the identity, and kept from the run that began.
         max_units: how many of its units the disk must have room for, where they are moved away; None: all.
 
     Raises:
@@ -68,9 +71,6 @@ class DatasetWriter:
         True
     """
 
-    waits_for = "the disk"
-    waited_s = 0.0  # in close
-
     def __init__(
         self,
         out: str | PathLike[str],
@@ -80,6 +80,7 @@ class DatasetWriter:
         plan: Plan,
         config: str | Mapping[str, Any] = "",
         overwrite: bool = False,
+        about: Mapping[str, Any] | None = None,
         max_units: int | None = None,
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
@@ -87,35 +88,48 @@ class DatasetWriter:
         if url_of(out):
             raise dataset_error(_WHO, "out", "be a folder", repr(out), "Use collect, or open_writer, for a URL.")
         self.out = Path(out)
-        self.plan = plan
         self.bytes_written = 0  # grows while a unit is being written
-        description = describe(_WHO, header, columns, plan)
-        n_rows = plan.n_examples if max_units is None else min(plan.n_examples, max_units * plan.rows_per_unit)
+        description = describe(_WHO, header, columns, plan, about)
+        self._max_rows = None if max_units is None else max_units * plan.rows_per_unit
         refuse_stranger(self.out, _WHO)
         exists = is_dataset(self.out)
         if exists and overwrite:
             freed = sum(file.lstat().st_size for file in our_files(self.out, _WHO) if file.exists())
-            check_disk_space(self.out, estimate_bytes(description.columns, n_rows), _WHO, freed)
+            check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO, freed)
             clear(self.out, _WHO)
         elif not exists:
-            check_disk_space(self.out, estimate_bytes(description.columns, n_rows), _WHO)
+            check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO)
         create(self.out, description, as_yaml(config), dataset_card(description))
         self.description = self._same(description)
         self.columns = self.description.columns
+        self.plan = self.description.plan
         self._remove_stale()
         self.done = self._committed()
-        remaining = plan.n_examples - sum(len(plan.unit_named(name)) for name in self.done)
-        check_disk_space(self.out, estimate_bytes(self.columns, min(remaining, n_rows)), _WHO)
+        self._check_disk_space()
 
-    def __enter__(self) -> DatasetWriter:
-        return self
+    def _check_disk_space(self) -> None:
+        remaining = self.plan.n_examples - sum(len(self.plan.unit_named(name)) for name in self.done)
+        check_disk_space(self.out, self._space(self.columns, remaining), _WHO)
 
-    def __exit__(self, *error: object) -> None:
-        """Nothing is left to do: every unit is durable when it is written."""
+    def _space(self, columns: Mapping[str, Any], n_rows: int) -> int:
+        return estimate_bytes(columns, n_rows if self._max_rows is None else min(n_rows, self._max_rows))
 
-    def still_to_do(self) -> str:
-        """Nothing either."""
-        return ""
+    def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
+        """Add ``n_examples`` examples to the plan for good, in units behind those that are there.
+
+        Args:
+            n_examples: how many.
+            examples: what is said of them, JSON, as ``examples`` in the header says it of the first ones.
+            config: what config.yaml is to hold from now on; empty: what it held.
+
+        Raises:
+            DatasetError: where another process has extended the dataset by other examples, or the disk is too full.
+        """
+        new = self.description.extended(n_examples, examples)
+        check_disk_space(self.out, self._space(self.columns, n_examples), _WHO)
+        cards = (dataset_card(self.description), dataset_card(new))
+        publish_extension(self.out, new, as_yaml(config), cards)
+        self.description, self.plan = new, new.plan
 
     def _same(self, description: Description) -> Description:
         there = read_description(self.out, _WHO)
@@ -127,8 +141,9 @@ class DatasetWriter:
 
     def _remove_stale(self) -> None:
         check_folders(self.out, _WHO)
-        for folder in (self.out, *(self.out / name for name in ("data", "rows", "commits"))):
-            remove_stale(folder)
+        for folder in (self.out, *(self.out / name for name in (*FOLDERS, EXTENSIONS))):
+            if folder.is_dir() and not folder.is_symlink():
+                remove_stale(folder)
 
     def _committed(self) -> set[str]:
         return {commit.unit.name for commit in read_commits(self.out, self.description, _WHO)}
@@ -177,7 +192,7 @@ class DatasetWriter:
                 files = tuple(
                     CommittedFile(f"{f.final.parent.name}/{f.final.name}", f.n_bytes, f.crc) for f in (data, rows)
                 )
-                commit = Commit(unit, self.description.config_hash, (files[0], files[1]), int(bad.sum()))
+                commit = Commit(unit, self.description.hash_of(unit), (files[0], files[1]), int(bad.sum()))
                 won = publish(self.out, commit, (data, rows))
         self.done.add(unit.name)
         return won
