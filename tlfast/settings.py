@@ -10,10 +10,13 @@ from typing import Any, get_args
 
 import torch
 
-from .dataset.errors import extra
+from .dataset.errors import DatasetError, extra
+from .dataset.remote import url_of
+from .dataset.store import as_store
 from .errors import broken_rule
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
+_MAX_BYTES = 1 << 20  # of a config.yaml at a URL
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 
 
@@ -129,8 +132,8 @@ def stored_as(name: str) -> torch.dtype | None:
     return _DTYPES.get(name)
 
 
-def load_settings(path: Path) -> CollectSettings:
-    """Read a config.yaml; without ``out`` the dataset is the folder it lies in.
+def load_settings(path: str | os.PathLike[str]) -> CollectSettings:
+    """Read a config.yaml, a path or a URL; without ``out`` the dataset is the folder it lies in.
 
     Raises:
         ValueError: for a file that is missing, no YAML, or has other keys or types than the settings.
@@ -138,8 +141,8 @@ def load_settings(path: Path) -> CollectSettings:
     yaml = extra("yaml", "tlfast collect")
     who = "collect"
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(_text(path))
+    except (OSError, DatasetError, UnicodeDecodeError, yaml.YAMLError) as error:
         got = f"{str(path)!r}: {error}"
         raise ValueError(broken_rule(who, "config", "be a readable YAML file", got, "Check the path.")) from error
     if not isinstance(values, Mapping):
@@ -152,13 +155,18 @@ def load_settings(path: Path) -> CollectSettings:
         rule = "hold model, text, points and other settings of `tlfast collect`"
         raise ValueError(broken_rule(who, "config", rule, f"{got} in {str(path)!r}", "See tlfast collect --help."))
     plain = CollectSettings("", (), (), "")
-    given: dict[str, Any] = {"out": str(path.parent)}
+    given: dict[str, Any] = {"out": os.path.dirname(path) or "."}
     for name, value in values.items():
         given[name] = _typed(name, value, type(getattr(plain, name)), path)
     return replace(plain, **given)
 
 
-def _typed(name: str, value: Any, kind: type, path: Path) -> Any:
+def _text(path: str | os.PathLike[str]) -> str:
+    folder, name = os.path.split(path)
+    return as_store(folder).read(name, "collect", _MAX_BYTES).decode() if url_of(path) else Path(path).read_text()
+
+
+def _typed(name: str, value: Any, kind: type, path: str | os.PathLike[str]) -> Any:
     if kind is tuple:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):

@@ -102,5 +102,8 @@ def content(out: Path) -> dict[str, bytes]:
 def run_python(*arguments, **options):
     """Start python on a program of this folder, with tlfast and this folder importable."""
     root = str(HERE.parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(HERE)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([root, str(HERE.parent), str(HERE)]),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, **options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -22,14 +22,14 @@ def collect(args: list[str]) -> int:
     tyro = extra("tyro", "tlfast collect")
     settings: dict[str, Any] = {}
     if args and args[0].endswith((".yaml", ".yml")):
-        settings["default"] = load_settings(Path(args.pop(0)))
+        settings["default"] = load_settings(args.pop(0))
     wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
     try:
         report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):  # before the first unit
             raise
-        resume = f"tlfast collect {shlex.quote(str(Path(wanted.out) / 'config.yaml'))}"
+        resume = f"tlfast collect {shlex.quote(os.path.join(wanted.out, 'config.yaml'))}"
         return complain(f"interrupted: {interrupt}. To continue: {resume}", INTERRUPTED)
     print(f"{report}: {report.out}")
     return OK
