@@ -33,7 +33,7 @@ FLOORS = (
     ("dataset.plan", "dataset.durable"),
     ("dataset.remote",),
     ("dataset.remote_store",),
-    ("dataset.layout", "dataset.store", "dataset.strict_json"),
+    ("dataset.layout", "dataset.row_limits", "dataset.store", "dataset.strict_json"),
     ("dataset.extension",),
     ("dataset.description",),
     ("dataset.commits",),

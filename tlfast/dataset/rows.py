@@ -12,6 +12,7 @@ import torch
 
 from .errors import dataset_error, extra
 from .plan import Example, Unit
+from .row_limits import check_unpacked, unpack
 from .store import Store
 
 NORM = "norm:"  # a point's float32 L2 norms stand in the column "norm:<point>"
@@ -49,6 +50,7 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
         table = pa.table(values, schema=schema)
         sink = pa.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        check_unpacked(2 * table.nbytes, sink.tell())  # what couldn't be read again is not written
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         rule = "hold ints below 2**31 as input_ids, length and flags, text as source"
         raise dataset_error("DatasetWriter", "examples", rule, str(error)[:200], "Check the examples.") from error
@@ -60,17 +62,12 @@ def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | Non
 
     ``path`` is the name that its commit gives it, where that isn't the plain one.
     """
-    pa, parquet = extra("pyarrow", _READER), extra("pyarrow.parquet", _READER)
     path = path or f"rows/{unit.name}.parquet"
     file = store.open(path, _READER)
     schema = row_schema(points)
     try:
         data = file.read(0, file.size)
-        stored = parquet.ParquetFile(pa.BufferReader(data))
-        found = stored.schema_arrow
-        if stored.metadata.num_rows != len(unit) or found.names != schema.names or found.types != schema.types:
-            raise ValueError(f"{stored.metadata.num_rows} rows of {found.to_string()[:300]}")
-        table = stored.read(use_threads=False)
+        table = unpack(data, schema, len(unit))
         table.validate(full=True)
         if table.column("id").to_pylist() != list(range(unit.start, unit.stop)) or any(
             column.null_count for column in table.columns
