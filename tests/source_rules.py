@@ -30,19 +30,18 @@ FLOORS = (
     ("transformer_lens.acceleration",),
     ("transformer_lens",),
     ("dataset.errors",),
-    ("dataset.plan", "dataset.durable"),
+    ("dataset.plan", "dataset.durable", "dataset.mounts"),
     ("dataset.remote",),
     ("dataset.remote_store",),
     ("dataset.layout", "dataset.row_limits", "dataset.store", "dataset.strict_json"),
     ("dataset.extension",),
     ("dataset.description",),
     ("dataset.commits",),
-    ("dataset.background", "dataset.card", "dataset.folder", "dataset.rows", "dataset.unit_files"),
-    ("dataset.columns", "dataset.destination", "dataset.staging"),
+    ("dataset.background", "dataset.card", "dataset.folder", "dataset.norms", "dataset.rows", "dataset.unit_files"),
+    ("dataset.columns", "dataset.destination", "dataset.staging", "dataset.streaming"),
     ("dataset.upload", "dataset.verify"),
     ("dataset.reader", "dataset.writer"),
-    ("dataset.remote_writer",),
-    ("dataset.export_parts",),
+    ("dataset.export_parts", "dataset.remote_writer", "dataset.repair"),
     ("dataset.export_formats",),
     ("dataset.export",),
     ("dataset",),
@@ -54,14 +53,15 @@ FLOORS = (
     ("collect_text",),
     ("__init__",),
     ("doctor",),
-    ("commands", "commands.arguments"),
-    ("commands.collecting", "commands.inspecting"),
+    ("commands", "commands.arguments", "commands.bar"),
+    ("commands.collecting", "commands.handing_on", "commands.inspecting"),
     ("cli",),
     ("__main__",),
 )
 NATIVE_FLOORS = (
     ("errors", "isa", "reduce"),
-    ("loops", "view"),
+    ("crc32c", "loops", "row_norms", "view"),
+    ("unit_writer",),
     ("capture_cpu", "capture_cuda.h"),
     ("cuda_results", "cuda_status", "device"),
     ("capture", "capture_cuda"),
@@ -69,11 +69,12 @@ NATIVE_FLOORS = (
     ("step",),
     ("tap",),
     ("py_callable",),
-    ("py_tap",),
+    ("py_tap", "py_unit_writer"),
     ("module",),
 )
-# The dataset on disk knows nothing of capture: of the rest of the package it may import these alone.
-BELOW_DATASET = {"errors"}
+# The dataset on disk knows nothing of capture: of the rest of the package it may import these alone. `ops` is the
+# door to the native writer.
+BELOW_DATASET = {"errors", "ops"}
 CORE_LIBRARIES = {"torch", "numpy"}
 VAGUE_FILES = re.compile(r"(^|_)(utils?|helpers?|misc|common|managers?|handlers?|stuff)(_|$)")
 VAGUE_NAMES = re.compile(r"(Utils?|Helper|Manager|Handler)$")

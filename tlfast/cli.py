@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
-from .commands import collecting, inspecting
+from .commands import collecting, handing_on, inspecting
 from .commands.arguments import BAD_INPUT, FAILED, INTERRUPTED, NO_READER, OK, complain
 from .errors import broken_rule
 
@@ -16,7 +16,8 @@ USAGE = """usage: tlfast COMMAND ...
   collect --model M --text T ... --points GLOB ... --out DIR   gradients of a model on text, into a dataset
   collect DIR/config.yaml [...]                                complete a dataset, or replay it with --out
   info DIR                                                     what is inside a dataset
-  verify DIR                                                   re-read every byte against its checksum
+  verify DIR [--repair]                                        re-read every byte against its checksum
+  export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
   doctor                                                       what runs here, and what is missing
 
 `tlfast COMMAND --help` says more of a command."""
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "collect": collecting.collect,
     "info": inspecting.info,
     "verify": inspecting.verify,
+    "export": handing_on.export,
     "doctor": inspecting.doctor,
 }
 

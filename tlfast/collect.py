@@ -135,7 +135,14 @@ def collect(
             model, specs, loss, batching, examples, header, grad_scale=grad_scale, calls=calls, missing=missing
         )
         writer = open_writer(
-            out, staging=staging, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite
+            out,
+            staging=staging,
+            header=identity,
+            columns=columns,
+            plan=plan,
+            config=config,
+            overwrite=overwrite,
+            backend=backend,
         )
         n_before = sum(len(plan.unit_named(name)) for name in writer.done)
         todo = [unit for unit in plan.units if unit.name not in writer.done]

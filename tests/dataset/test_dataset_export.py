@@ -12,6 +12,7 @@ import pytest
 import torch
 from dataset_cases import COLUMNS, PLAN, make_dataset, make_writer, rows_of, truth
 from dataset_cases import examples as examples_of
+from test_dataset_damage import flip
 
 from tlfast.dataset import DatasetError, Plan, export_dataset, export_parts
 
@@ -192,6 +193,15 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path, to):
     with pytest.raises(RuntimeError, match="stopped"):
         export_dataset(folder / "ds", tmp_path / "out", to=to, progress=fail)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_flipped_bit_is_not_exported(folder, tmp_path, to):
+    shutil.copytree(folder / "ds", tmp_path / "ds")
+    flip(tmp_path / "ds" / "data" / "u000001.safetensors", 4100, 3)
+    with pytest.raises(DatasetError, match=r"u000001\.safetensors must have the CRC32C"):
+        export_dataset(tmp_path / "ds", to=to)
+    assert os.listdir(tmp_path) == ["ds"]
 
 
 def test_nothing_is_overwritten(folder, tmp_path):

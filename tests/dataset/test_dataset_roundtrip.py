@@ -183,7 +183,7 @@ def test_more_units_than_stay_open(tmp_path, monkeypatch):
     plan = Plan(150, 1)
     ds = make_dataset(tmp_path / "d", plan=plan)
     check_rows(ds, truth(plan=plan))
-    assert len(ds._files._open) == 64
+    assert len(ds._files._open.files) <= 64
     assert len(ds.examples._tables) == ds.examples.KEPT
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
-from ..dataset import open_dataset, verify_dataset
+from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
+from ..dataset.commits import file_sizes
 from ..doctor import diagnose
-from .arguments import FAILED, OK, one_folder
+from .arguments import FAILED, OK, Arguments, one_folder
+from .bar import bar
 
 
 def info(args: list[str]) -> int:
@@ -38,10 +42,25 @@ def _line(value: Any) -> str:
 
 
 def verify(args: list[str]) -> int:
-    """Re-read every byte of a dataset."""
-    report = verify_dataset(one_folder("verify", "Re-read every byte of a dataset against its checksum.", args))
+    """Re-read every byte of a dataset; with --repair, drop what is damaged."""
+    arguments = Arguments("verify", "Re-read every byte of a dataset against its checksum.")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("--repair", action="store_true", help="drop damaged units, so that the next run makes them")
+    wanted = arguments.read(args)
+    with bar("verify", _n_bytes(wanted.dir), "B") as progress:
+        report = (repair_dataset if wanted.repair else verify_dataset)(wanted.dir, progress=progress)
     print(report)
+    if isinstance(report, Repair) and report.dropped:
+        print(f"to make them again: tlfast collect {shlex.quote(str(Path(wanted.dir) / 'config.yaml'))}")
     return OK if report.ok else FAILED
+
+
+def _n_bytes(place: str) -> int:
+    """The bytes to read, as far as the folder tells; what is wrong with it, verify says."""
+    try:
+        return sum(size or 0 for size in file_sizes(place, "verify").values())
+    except (DatasetError, OSError):
+        return 0
 
 
 def doctor(args: list[str]) -> int:

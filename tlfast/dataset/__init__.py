@@ -8,6 +8,7 @@ from .folder import check_disk_space
 from .layout import Column
 from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
 from .reader import GradientDataset, open_dataset
+from .repair import Repair, repair_dataset
 from .verify import Problem, Report, verify_dataset
 from .writer import DatasetWriter, estimate_bytes
 
@@ -24,11 +25,13 @@ __all__ = [
     "GradientDataset",
     "Plan",
     "Problem",
+    "Repair",
     "Report",
     "Unit",
     "check_disk_space",
     "estimate_bytes",
     "export_dataset",
     "open_dataset",
+    "repair_dataset",
     "verify_dataset",
 ]

@@ -44,14 +44,19 @@ class GradientColumn:
             start, stop, step = index.indices(len(self))
             if step < 0:
                 raise ValueError("GradientColumn: slice step must be positive, got a negative one. Flip the tensor.")
-            stretch = range(start, max(start, stop), step)
-            out = torch.empty((len(stretch), *self._row_shape), dtype=self.dtype)
-            self._files.stretch(self.name, stretch, as_integers(out))
-            return out
+            if step == 1:
+                return self._stretch(start, max(start, stop))
+            index = np.arange(start, stop, step)
         rows = row_numbers(index, len(self))
-        out = torch.empty((rows.size, *self._row_shape), dtype=self.dtype)
-        self._files.gather(self.name, rows.reshape(-1), as_integers(out))
-        return out.reshape((*rows.shape, *self._row_shape))
+        if rows.ndim == 0:
+            return self._stretch(int(rows), int(rows) + 1)[0]
+        out = torch.from_numpy(self._files.gather(self.name, rows.reshape(-1)))
+        return out.view(self.dtype).reshape((*rows.shape, *self._row_shape))
+
+    def _stretch(self, start: int, stop: int) -> torch.Tensor:
+        out = torch.empty((stop - start, *self._row_shape), dtype=self.dtype)
+        self._files.read(self._files.ranges(self.name, start, stop, as_integers(out)))
+        return out
 
 
 def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -69,8 +74,8 @@ def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     if rows.dtype.kind != "i":
         raise TypeError(f"GradientColumn: index must hold ints or bools, got {rows.dtype}. Convert it first.")
     rows = rows.astype(np.int64)
-    outside = (rows < -n) | (rows >= n)
-    if outside.any():
-        row = rows[outside].flat[0]
+    lowest, highest = int(rows.min()), int(rows.max())
+    if lowest < -n or highest >= n:
+        row = lowest if lowest < -n else highest
         raise IndexError(f"GradientColumn: row must be in {-n}..{n - 1}, got {row}. See len(ds).")
-    return np.where(rows < 0, rows + n, rows)
+    return rows if lowest >= 0 else np.where(rows < 0, rows + n, rows)

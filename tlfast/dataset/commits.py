@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .description import Description, read_description
 from .durable import PendingFile, locked, sync_folder
@@ -23,7 +22,8 @@ from .strict_json import parse_json
 FOLDERS = ("data", "rows", "commits")
 MAX_BYTES = 64 << 10
 _CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
-_NAME = re.compile(r"commits/(u[0-9]{6,18})\.json", re.ASCII)
+_NAME = re.compile(r"(u[0-9]{6,18})\.json", re.ASCII)
+_REMEDY = "Run `tlfast verify --repair`, then resume."
 _COUNT = r"(0|[1-9][0-9]{0,17})"
 
 
@@ -48,8 +48,7 @@ def commit_path(unit: Unit) -> str:
     return f"commits/{unit.name}.json"
 
 
-@dataclass(frozen=True)
-class CommittedFile:
+class CommittedFile(NamedTuple):
     """One file of a unit as its commit names it."""
 
     path: str
@@ -57,8 +56,7 @@ class CommittedFile:
     crc32c: int
 
 
-@dataclass(frozen=True)
-class Commit:
+class Commit(NamedTuple):
     """A unit that exists: its files, and how many of its rows hold non-finite values."""
 
     unit: Unit
@@ -129,42 +127,38 @@ def _pattern() -> re.Pattern[bytes]:
 _AS_WRITTEN = _pattern()
 
 
-def list_files(place: str | PathLike[str] | Store, who: str) -> dict[str, int | None]:
-    """Return the size of each file in the three folders, by its name within the dataset; None for no regular file.
-
-    The commits are listed first: whatever they name has had its name before them.
-    """
-    store = as_store(place)
-    folders = ("commits", "data", "rows")
-    return {f"{folder}/{name}": size for folder in folders for name, size in store.sizes(folder, who).items()}
-
-
-def committed_names(files: Iterable[str]) -> list[str]:
-    """Return the units that have a commit among ``files`` (see list_files), sorted; other names are not commits."""
-    names = [match[1] for name in files if (match := _NAME.fullmatch(name))]
+def committed_names(place: str | PathLike[str] | Store, who: str) -> list[str]:
+    """Return the names of the units that have a commit file, sorted; files of other names are not commits."""
+    names = [match[1] for name in as_store(place).names("commits", who) if (match := _NAME.fullmatch(name))]
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def read_folder(place: str | PathLike[str] | Store, who: str) -> tuple[Description, dict[str, int | None]]:
-    """Read what the dataset holds, and list its files (see list_files)."""
+def read_folder(place: str | PathLike[str] | Store, who: str) -> tuple[Description, list[str]]:
+    """Read what the dataset holds, and which of its units have a commit file."""
     store = as_store(place)
-    description, files = read_description(store, who), list_files(store, who)
-    names = committed_names(files)
+    description, names = read_description(store, who), committed_names(store, who)
     if names and not description.plan.has(names[-1]):
         description = read_description(store, who)  # it was extended after it was read, and before it was listed
-    return description, files
+    return description, names
+
+
+def file_sizes(place: str | PathLike[str] | Store, who: str) -> dict[str, int | None]:
+    """Return the size of each file in data and rows, by its name within the dataset; None for no regular file.
+
+    List the commits before: then whatever they name has its own name by now.
+    """
+    store = as_store(place)
+    folders = ("data", "rows")
+    return {f"{folder}/{name}": size for folder in folders for name, size in store.sizes(folder, who).items()}
 
 
 def read_commits(
-    place: str | PathLike[str] | Store,
-    description: Description,
-    who: str,
-    files: Mapping[str, int | None] | None = None,
+    place: str | PathLike[str] | Store, description: Description, who: str, names: Sequence[str] | None = None
 ) -> list[Commit]:
     """Read all commits in the order of their examples, and compare the sizes of their files; DatasetError as below."""
     store = as_store(place)
-    files = list_files(store, who) if files is None else files
-    names = committed_names(files)
+    names = committed_names(store, who) if names is None else names
+    files = file_sizes(store, who)
     paths = [f"commits/{name}.json" for name in names]
     commits = []
     for name, data in zip(names, store.read_all(paths, who, MAX_BYTES), strict=True):
@@ -206,10 +200,10 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
         agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value
     except (KeyError, TypeError, ValueError) as error:
         rule = "have the keys of a commit"
-        raise dataset_error(who, path, rule, repr(error)[:200], "Remove this commit and resume.") from error
+        raise dataset_error(who, path, rule, repr(error)[:200], _REMEDY) from error
     if not agrees:
         rule = f"agree with the plan: {data_path(unit)}, {rows_path(unit)}, {len(unit)} rows from {unit.start}"
-        raise dataset_error(who, path, rule, repr(value)[:300], "Remove this commit and resume.")
+        raise dataset_error(who, path, rule, repr(value)[:300], _REMEDY)
     return commit
 
 
@@ -226,25 +220,21 @@ def _read_file(entry: Any) -> CommittedFile:
 def check_sizes(
     store: Store, commit: Commit, description: Description, files: Mapping[str, int | None], who: str
 ) -> None:
-    """Check that the commit's files are among ``files`` with the size that the commit and the plan give them."""
+    """Check that the commit's files are among ``files`` (of file_sizes) with the size that commit and plan give."""
     payload = len(commit.unit) * description.row_bytes
     header = commit.files[0].n_bytes - payload  # its exact bytes are compared when the file is first used
     if header <= 0 or header % PAGE_BYTES:
         rule = f"give {data_path(commit.unit)} whole pages of header and {payload} bytes of rows"
-        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, _remedy(commit))
+        raise dataset_error(who, commit_path(commit.unit), rule, commit.files[0].n_bytes, _REMEDY)
     for file in commit.files:
         size = files.get(file.path)
         if size != file.n_bytes:
-            path, remedy = store.where(file.path), _remedy(commit)
+            path = store.where(file.path)
             if file.path not in files:
-                raise dataset_error(who, path, "exist, its commit names it", "no such file", remedy)
+                raise dataset_error(who, path, "exist, its commit names it", "no such file", _REMEDY)
             if size is None:
-                raise dataset_error(who, path, "be a regular file", "a link, a folder or a device", remedy)
-            raise dataset_error(who, path, f"have {file.n_bytes} bytes", size, remedy)
-
-
-def _remedy(commit: Commit) -> str:
-    return f"Remove {commit_path(commit.unit)} and resume to make the unit again."
+                raise dataset_error(who, path, "be a regular file", "a link, a folder or a device", _REMEDY)
+            raise dataset_error(who, path, f"have {file.n_bytes} bytes", size, _REMEDY)
 
 
 def check_folders(folder: Path, who: str) -> None:

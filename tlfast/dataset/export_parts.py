@@ -64,6 +64,7 @@ class Rows:
         most = max(1, PART_BYTES // max(1, self.row_bytes))
         first = 0
         for k, unit in enumerate(self.dataset.units):
+            self.dataset.verify_unit(unit)  # the copy has no checksums, so what goes into it must be right
             table = self.dataset.examples.table(k)
             for start in range(0, len(unit), most):
                 stop = min(start + most, len(unit))

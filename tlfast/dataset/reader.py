@@ -18,7 +18,7 @@ from .plan import Plan, Unit
 from .rows import ExampleTable
 from .store import LocalStore, Store, as_store
 from .unit_files import UnitFiles
-from .verify import Report, missing_names, verify_dataset
+from .verify import Report, check_unit, missing_names, verify_dataset
 
 _WHO = "open_dataset"
 
@@ -55,9 +55,9 @@ class GradientDataset:
     def __init__(self, path: str | PathLike[str] | Store, *, partial: bool = False) -> None:
         self._store = as_store(path)
         self._partial = partial
-        description, files = read_folder(self._store, _WHO)
+        description, names = read_folder(self._store, _WHO)
         self._description = description
-        self._commits = read_commits(self._store, description, _WHO, files)
+        self._commits = read_commits(self._store, description, _WHO, names)
         absent = description.plan.n_units - len(self._commits)
         if absent and not partial:
             first = ", ".join(missing_names(description, [commit.unit.name for commit in self._commits], 3))
@@ -119,6 +119,10 @@ class GradientDataset:
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""
         return verify_dataset(self._store, partial=self._partial, progress=progress)
+
+    def verify_unit(self, unit: Unit) -> None:
+        """Re-read every byte of one unit against its checksum; DatasetError where something is wrong."""
+        check_unit(self._store, unit, self._description)
 
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""

@@ -34,6 +34,13 @@ class RemoteFile:
         """Objects can't be mapped: RemoteStore.maps is False."""
         raise NotImplementedError(f"{self._folder.url}/{self.name} can't be mapped")
 
+    def cached(self, offset: int) -> bool:
+        """Nothing is."""
+        return False
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Nothing is fetched ahead."""
+
 
 @dataclass(frozen=True)
 class RemoteStore:
@@ -57,6 +64,10 @@ class RemoteStore:
     def network(self) -> bool:
         """It always is."""
         return True
+
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder."""
+        return list(self.folder.sizes(folder))
 
     def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
         """Return the size of each object in a folder, None for a folder; no objects are an empty folder."""

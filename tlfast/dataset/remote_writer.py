@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from .card import dataset_card
-from .commits import commit_path, committed_names, list_files, read_commit, read_commits
+from .commits import commit_path, committed_names, read_commit, read_commits
 from .description import FILE_NAME, MAX_BYTES, Description, describe, differences, read_description
 from .destination import clear_at, create_at, is_dataset, publish_extension_at, refuse_stranger_at
-from .errors import dataset_error
+from .errors import DatasetError, dataset_error
 from .folder import refuse_stranger
 from .plan import Example, Plan, Unit
 from .remote import local_path, url_of
@@ -54,7 +54,7 @@ class RemoteWriter:
 
     Args:
         url: such as ``s3://bucket/folder``.
-        header, columns, plan, config, overwrite, about: as for DatasetWriter.
+        header, columns, plan, config, overwrite, about, backend: as for DatasetWriter.
         staging: a folder on a local disk; None: ``tlfast/staging`` in the user's cache folder.
         max_staged: units in it, at most; `write_unit` waits for more room.
 
@@ -76,6 +76,7 @@ class RemoteWriter:
         config: str | Mapping[str, Any] = "",
         overwrite: bool = False,
         about: Mapping[str, Any] | None = None,
+        backend: str = "auto",
         staging: str | os.PathLike[str] | None = None,
         max_staged: int = MAX_STAGED,
     ) -> None:
@@ -101,7 +102,9 @@ class RemoteWriter:
         try:
             staged = [(slot, name) for slot in self._slots for name in self._whole(slot, files)]
             own.describe(files)
-            self._local = DatasetWriter(own.folder, header=header, columns=columns, plan=plan, max_units=max_staged)
+            self._local = DatasetWriter(
+                own.folder, header=header, columns=columns, plan=plan, backend=backend, max_units=max_staged
+            )
             for slot, name in staged:
                 self._uploader.add(slot, read_commit(slot.folder, name, self.description, _WHO))
                 self.done.add(name)
@@ -124,12 +127,15 @@ class RemoteWriter:
         slot.sweep()
         if not slot.holds_units():
             return []
-        broken = {problem.unit for problem in verify_dataset(slot.folder, partial=True).problems}
-        names = committed_names(list_files(slot.folder, _WHO))
-        for name in names:
-            if name in broken or "" in broken or name in self.done:
-                slot.drop(name)
-        return [name for name in names if name not in broken | self.done and "" not in broken]
+        slot.describe(files)
+        for problem in verify_dataset(slot.folder, partial=True).problems:
+            if not problem.damaged:
+                raise DatasetError(str(problem))
+            slot.drop(problem.unit)
+        names = committed_names(slot.folder, _WHO)
+        for name in self.done.intersection(names):
+            slot.drop(name)
+        return [name for name in names if name not in self.done]
 
     def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
         """Add examples to the plan for good, as DatasetWriter.extend."""

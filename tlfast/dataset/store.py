@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 from .durable import open_regular, read_small
 from .errors import dataset_error
+from .mounts import on_network
 from .remote import local_path, url_of
 from .remote_store import RemoteStore
 
 IN_FLIGHT = 16  # reads at once: what fills the queue of an SSD or the latency of a network, measured
 # A mapping that keeps no descriptor lets a process map more units than it may open files.
+_DONT_WAIT = getattr(os, "RWF_NOWAIT", 0)
 _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
@@ -35,7 +37,15 @@ class OpenFile(Protocol):
         ...
 
     def map(self) -> mmap.mmap:
-        """Map the whole file for reading; only where the store ``maps``."""
+        """Map the whole file for reading; only where the store ``maps``, as the next two."""
+        ...
+
+    def cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is in memory; True where the system doesn't say."""
+        ...
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Let the system begin to read a range into memory."""
         ...
 
 
@@ -57,6 +67,10 @@ class Store(Protocol):
 
     def network(self) -> bool:
         """Whether a read waits for a network: many at once are then worth their threads, and mapping is not safe."""
+        ...
+
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder: one listing."""
         ...
 
     def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
@@ -117,6 +131,21 @@ class LocalFile:
         """Map the whole file for reading."""
         return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ, **_NO_DESCRIPTOR)
 
+    def cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is in memory."""
+        # Not by mincore, which says yes of every file that the caller may not write.
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset, _DONT_WAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # a filesystem that cannot say
+            return True
+        return True
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Let the system begin to read a range into memory."""
+        os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+
     def __del__(self) -> None:
         # Not by a close() that someone has to call: another thread may be reading when the file leaves a cache.
         with suppress(AttributeError, OSError):
@@ -136,7 +165,15 @@ class LocalStore:
 
     def network(self) -> bool:
         """Whether the folder lies on a network filesystem."""
-        return False
+        return on_network(self.folder)
+
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder."""
+        fd = open_folder(self.folder / folder, who)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
 
     def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
         """Return the size of each file in a folder, None for links, folders and devices."""
@@ -144,8 +181,7 @@ class LocalStore:
             return {}
         fd = open_folder(self.folder / folder, who)
         try:
-            with os.scandir(fd) as entries:
-                return {entry.name: _size(entry) for entry in entries}
+            return {name: _size(name, fd) for name in os.listdir(fd)}
         finally:
             os.close(fd)
 
@@ -155,7 +191,8 @@ class LocalStore:
 
     def read_all(self, names: Sequence[str], who: str, limit: int) -> Iterator[bytes]:
         """Yield each file's bytes."""
-        return (self.read(name, who, limit) for name in names)
+        root = str(self.folder)  # a Path for each of 10,000 names would take as long as reading them
+        return (read_small(f"{root}/{name}", who, limit) for name in names)
 
     def open(self, name: str, who: str) -> LocalFile:
         """Open a file."""
@@ -163,12 +200,13 @@ class LocalStore:
 
     def fill(self, ranges: Sequence[Range], who: str) -> None:
         """Read the ranges by pread, ``IN_FLIGHT`` of them at once."""
-        parts = [ranges[k::IN_FLIGHT] for k in range(min(IN_FLIGHT, len(ranges)))]
-        if len(parts) <= 1:
+        few = 1 if self.network() else IN_FLIGHT  # so few reads of a disk take no longer than starting the threads
+        if len(ranges) <= few:
             self._fill(ranges, who)
-        else:
-            for _ in _threads().map(lambda part: self._fill(part, who), parts):
-                pass
+            return
+        parts = [ranges[k::IN_FLIGHT] for k in range(IN_FLIGHT)]
+        for _ in _threads().map(lambda part: self._fill(part, who), parts):
+            pass
 
     def _fill(self, ranges: Iterable[Range], who: str) -> None:
         for file, offset, target in ranges:
@@ -180,9 +218,9 @@ class LocalStore:
                 raise dataset_error(who, self.where(file.name), rule, offset + n_bytes, remedy)
 
 
-def _size(entry: os.DirEntry[str]) -> int | None:
+def _size(name: str, folder: int) -> int | None:
     try:
-        info = entry.stat(follow_symlinks=False)
+        info = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:  # a temporary file of a writer, gone since the listing
         return None
     return info.st_size if stat.S_ISREG(info.st_mode) else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from .commits import Commit
 from .errors import dataset_error
@@ -18,6 +19,8 @@ from .store import OpenFile, Range, Store
 
 _WHO = "GradientDataset"
 _PIECE_BYTES = 4 << 20  # a longer stretch is cut, so that its pieces are read at once
+_WINDOW_BYTES = 32 << 10  # longer rows are copied unit by unit: their windows could exceed numpy's 2**63 bytes
+_FETCHED_ROWS = 16384  # asked of the disk before the first of them is copied
 
 Array = np.ndarray[Any, Any]
 
@@ -28,7 +31,7 @@ def check_header(file: OpenFile, where: str, layout: UnitLayout, who: str) -> No
     The plan fixes every byte of the header, so nothing in it has to be parsed, and no length, offset, dtype or shape
     that a file claims is ever believed.
     """
-    remedy = "Remove its commit and resume to make the unit again."
+    remedy = "Run `tlfast verify --repair`, then resume."
     if file.size != layout.n_bytes:  # mapped, a shorter file would end the process by SIGBUS
         raise dataset_error(who, where, f"have {layout.n_bytes} bytes", file.size, remedy)
     found = file.read(0, len(layout.header))
@@ -38,103 +41,190 @@ def check_header(file: OpenFile, where: str, layout: UnitLayout, who: str) -> No
 
 
 def most_open() -> int:
-    """How many unit files may stay open: a quarter of what the process may open."""
+    """How many units may stay open: each has up to two descriptors, together at most half of what there are."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 4))
 
 
+class _OpenUnits(NamedTuple):
+    """Units that are open. Never changed but by adding: whoever holds it may read while others are closed."""
+
+    files: dict[int, OpenFile]
+    maps: dict[int, Array]  # the whole file, uint8
+    payloads: Array  # int64 per unit: where its rows begin in the file; 0 where it isn't open
+    addresses: Array  # int64 per unit: where its rows begin in memory; 0 where it isn't mapped
+
+
 class UnitFiles:
-    """The unit files of a dataset; the last used stay open, or mapped."""
+    """The unit files of a dataset; the last used stay open."""
 
     def __init__(self, store: Store, commits: Sequence[Commit], columns: dict[str, Column], mapped: bool) -> None:
+        self.mapped = mapped
         self._store = store
         self._commits = commits
         self._columns = columns
-        self.mapped = mapped
         self._kept = most_open()
-        self._open: OrderedDict[int, tuple[OpenFile, Array | None, int]] = OrderedDict()
         self._lock = threading.Lock()
-        self.stops = np.cumsum([len(commit.unit) for commit in commits], dtype=np.int64)
-        self.starts = self.stops - np.array([len(commit.unit) for commit in commits], dtype=np.int64)
-        # Blocks lie behind each other, so a column's begins at (bytes of a row before it) * (rows of the unit).
+        n_units = len(commits)
+        self._lengths = np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units)
+        self.stops = np.cumsum(self._lengths)
+        self.starts = self.stops - self._lengths
+        self.firsts = np.fromiter((commit.unit.start for commit in commits), np.int64, n_units)  # ids
+        # Rows per unit where all but the last have as many: dividing is far faster than searching.
+        longest = int(self._lengths.max(initial=0))
+        self._every = longest if (self._lengths[:-1] == longest).all() else 0
+        self._used = np.zeros(n_units, np.int64)  # when, counted in requests
+        self._now = 0
+        self._open = _OpenUnits({}, {}, np.zeros(n_units, np.int64), np.zeros(n_units, np.int64))
+        # Blocks lie behind each other: a column's begins behind (bytes before it in one row) * (rows of the unit).
         single = unit_layout(columns, Unit("u000000", 0, 1))
         self._before = {name: block.start - len(single.header) for name, block in single.blocks.items()}
 
     def __len__(self) -> int:
         return int(self.stops[-1]) if len(self.stops) else 0
 
+    def unit_of(self, rows: Array) -> Array:
+        """Return in which committed unit each row is."""
+        return rows // self._every if self._every else np.searchsorted(self.stops, rows, side="right")
+
     def view(self, k: int, name: str) -> Array:
         """Return the rows of column ``name`` in committed unit ``k``: a read-only view of the file, as integers."""
-        _, mapped, payload = self._use(k)
-        assert mapped is not None
-        column, n_rows = self._columns[name], len(self._commits[k].unit)
-        start = payload + n_rows * self._before[name]
-        block = mapped[start : start + n_rows * column.row_bytes]
+        units = self._use(np.array([k]))
+        column, n_rows = self._columns[name], int(self._lengths[k])
+        start = int(units.payloads[k]) + n_rows * self._before[name]
+        block = units.maps[k][start : start + n_rows * column.row_bytes]
         return block.view(f"<i{column.dtype.itemsize}").reshape(n_rows, *column.row_shape)
 
-    def gather(self, name: str, rows: Array, target: Array) -> None:
-        """Copy the rows with these numbers (int64, each within the dataset) into ``target``, in this order."""
-        unit_of = np.searchsorted(self.stops, rows, side="right")
+    def gather(self, name: str, rows: Array) -> Array:
+        """Return a copy of the rows with these numbers (int64 [n], each within the dataset), as integers."""
+        column = self._columns[name]
+        if not (column.row_bytes and rows.size):
+            return np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
+        unit_of = self.unit_of(rows)
+        if len(self.stops) <= self._kept or len(np.unique(unit_of)) <= self._kept:
+            return self._gather(name, rows, unit_of)
+        out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
+        for where in self._affordable(unit_of):
+            out[where] = self._gather(name, rows[where], unit_of[where])
+        return out
+
+    def _affordable(self, unit_of: Array) -> Iterator[Array]:
+        """Yield positions that together need no more units than may be open."""
         order = np.argsort(unit_of, kind="stable")
-        units, firsts = np.unique(unit_of[order], return_index=True)
-        parts = list(zip(units.tolist(), np.split(order, firsts[1:]), strict=False))
-        if self.mapped:
-            for k, where in parts:
-                target[where] = self.view(k, name)[rows[where] - self.starts[k]]
-            return
-        row_bytes, memory = self._columns[name].row_bytes, _memory(target)
-        for begin in range(0, len(parts) if row_bytes else 0, self._kept):  # as many files as may be open
-            ranges: list[Range] = []
-            for k, where in parts[begin : begin + self._kept]:
-                file, _, payload = self._use(k)
-                offsets = payload + len(self._commits[k].unit) * self._before[name]
-                for at, row in zip(where.tolist(), (rows[where] - self.starts[k]).tolist(), strict=True):
-                    part = memory[at * row_bytes : (at + 1) * row_bytes]
-                    ranges.append((file, offsets + row * row_bytes, part))
-            self._store.fill(ranges, _WHO)
+        _, firsts = np.unique(unit_of[order], return_index=True)
+        yield from np.split(order, firsts[self._kept :: self._kept])
 
-    def ranges(self, name: str, start: int, stop: int, target: Array) -> list[Range]:
-        """Return what to read for the rows ``start`` to ``stop`` of one unit: pieces of a file, and their memory."""
-        k = int(np.searchsorted(self.stops, start, side="right"))
-        file, _, payload = self._use(k)
-        row_bytes, memory = self._columns[name].row_bytes, _memory(target)
-        first = payload + len(self._commits[k].unit) * self._before[name] + (start - int(self.starts[k])) * row_bytes
-        n_bytes = (stop - start) * row_bytes
-        return [
-            (file, first + done, memory[done : min(done + _PIECE_BYTES, n_bytes)])
-            for done in range(0, n_bytes, _PIECE_BYTES)
-        ]
+    def _gather(self, name: str, rows: Array, unit_of: Array) -> Array:
+        column, units = self._columns[name], self._use(unit_of)
+        within = (rows - self.starts[unit_of]) * column.row_bytes + self._lengths[unit_of] * self._before[name]
+        offsets = units.payloads[unit_of] + within
+        if not self.mapped:
+            out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
+            self.read(self._runs(units, column.row_bytes, unit_of, offsets, out))
+            return out
+        if self._lacks_pages(units, unit_of, offsets):
+            out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
+            for first in range(0, len(rows), _FETCHED_ROWS):
+                part = slice(first, first + _FETCHED_ROWS)
+                for at in np.lexsort((offsets[part], unit_of[part])).tolist():  # in the order of the disk
+                    units.files[unit_of[first + at]].will_need(int(offsets[first + at]), column.row_bytes)
+                out[part] = self._copy(units, column, unit_of[part], offsets[part])
+            return out
+        return self._copy(units, column, unit_of, offsets)
 
-    def stretch(self, name: str, rows: range, target: Array) -> None:
-        """Copy rows at a regular step into ``target``."""
-        done = 0
-        while done < len(rows):
-            k = int(np.searchsorted(self.stops, rows[done], side="right"))
-            part = range(rows[done], min(rows.stop, int(self.stops[k])), rows.step)
-            into = target[done : done + len(part)]
-            if self.mapped:
-                start = int(self.starts[k])
-                into[...] = self.view(k, name)[part.start - start : part.stop - start : rows.step]
-            elif rows.step == 1:
-                self._store.fill(self.ranges(name, part.start, part.stop, into), _WHO)
-            else:
-                self.gather(name, np.arange(part.start, part.stop, rows.step), into)
-            done += len(part)
+    def _lacks_pages(self, units: _OpenUnits, unit_of: Array, offsets: Array) -> bool:
+        """Whether a few of the rows, at even distances, are not all in memory: faults would fetch them one by one."""
+        n = min(32, max(2, len(offsets) // 256))  # few enough to be lost in the time of copying rows that are there
+        some = range(0, len(offsets), max(1, len(offsets) // n))
+        return not all(units.files[unit_of[k]].cached(int(offsets[k])) for k in some)
 
-    def _use(self, k: int) -> tuple[OpenFile, Array | None, int]:
-        """Return the open file of committed unit ``k``, its mapping, and where its payload begins."""
+    def _copy(self, units: _OpenUnits, column: Column, unit_of: Array, offsets: Array) -> Array:
+        """Copy rows out of the mappings."""
+        size, shape = column.dtype.itemsize, (len(offsets), *column.row_shape)
+        if column.row_bytes > _WINDOW_BYTES:
+            out = np.empty((len(offsets), column.row_bytes), np.uint8)
+            for at, (k, offset) in enumerate(zip(unit_of.tolist(), offsets.tolist(), strict=True)):
+                out[at] = units.maps[k][offset : offset + column.row_bytes]
+            return out.view(f"<i{size}").reshape(shape)
+        # One gather for all units, however few rows each has: a row is a window into the address space, and the first
+        # window begins at the lowest row. Every row lies whole within a mapping that ``units`` keeps.
+        addresses = units.addresses[unit_of] + offsets
+        lowest = int(addresses.argmin())
+        first = units.maps[unit_of[lowest]][offsets[lowest] :][: column.row_bytes].view(f"V{column.row_bytes}")
+        steps = (addresses - addresses[lowest]) // size
+        windows = as_strided(first, (int(steps.max()) + 1,), (size,))
+        rows: Array = windows[steps].view(f"<i{size}")
+        return rows.reshape(shape)
+
+    def _runs(self, units: _OpenUnits, row_bytes: int, unit_of: Array, offsets: Array, out: Array) -> Iterator[Range]:
+        """Yield what to read: rows that follow each other, in the file and in ``out``, are one range."""
+        memory = _memory(out)
+        breaks = np.flatnonzero((np.diff(unit_of) != 0) | (np.diff(offsets) != row_bytes)) + 1
+        ends = [*breaks.tolist(), len(offsets)]
+        for first, end in zip([0, *ends], ends, strict=False):
+            file = units.files[unit_of[first]]
+            yield from _pieces(file, int(offsets[first]), memory[first * row_bytes : end * row_bytes])
+
+    def ranges(self, name: str, start: int, stop: int, out: Array) -> Iterator[Range]:
+        """Yield what to read to fill ``out`` with the rows from ``start`` to ``stop``."""
+        row_bytes, memory = self._columns[name].row_bytes, _memory(out)
+        at = start
+        while at < stop and row_bytes:
+            k = int(self.unit_of(np.array(at)))
+            end = min(stop, int(self.stops[k]))
+            units = self._use(np.array([k]))
+            block = int(units.payloads[k] + self._lengths[k] * self._before[name])
+            part = memory[(at - start) * row_bytes : (end - start) * row_bytes]
+            yield from _pieces(units.files[k], block + (at - int(self.starts[k])) * row_bytes, part)
+            at = end
+
+    def read(self, ranges: Iterable[Range]) -> None:
+        """Read what `ranges` yielded, many at once."""
+        waiting = iter(ranges)
+        while some := list(islice(waiting, self._kept)):  # each may hold a file open
+            self._store.fill(some, _WHO)
+
+    def _use(self, unit_of: Array) -> _OpenUnits:
+        """Open these units, at most as many as may be open; return all that are open now."""
         with self._lock:
-            if k not in self._open:
-                unit = self._commits[k].unit
-                layout = unit_layout(self._columns, unit)
-                file = self._store.open(self._commits[k].files[0].path, _WHO)
-                check_header(file, self._store.where(file.name), layout, _WHO)
-                mapped = np.frombuffer(file.map(), np.uint8) if self.mapped else None
-                self._open[k] = file, mapped, len(layout.header)
-                while len(self._open) > self._kept:
-                    self._open.popitem(last=False)  # closed, or unmapped, when nothing uses it any more
-            self._open.move_to_end(k)
-            return self._open[k]
+            self._now += 1
+            self._used[unit_of] = self._now
+            closed = unit_of[self._open.payloads[unit_of] == 0]
+            for k in set(closed.tolist()):
+                self._open_unit(k)
+            units = self._open
+            if len(units.files) > self._kept:
+                self._close_oldest()
+            return units
+
+    def _open_unit(self, k: int) -> None:
+        unit = self._commits[k].unit
+        layout = unit_layout(self._columns, unit)
+        file = self._store.open(self._commits[k].files[0].path, _WHO)
+        check_header(file, self._store.where(file.name), layout, _WHO)
+        if self.mapped:
+            self._open.maps[k] = mapped = np.frombuffer(file.map(), np.uint8)
+            self._open.addresses[k] = mapped.ctypes.data
+        self._open.files[k] = file
+        self._open.payloads[k] = len(layout.header)
+
+    def _close_oldest(self) -> None:
+        old = self._open
+        kept = sorted(old.files, key=self._used.__getitem__)[-self._kept * 3 // 4 :]
+        is_kept = np.zeros(len(self._commits), bool)
+        is_kept[kept] = True
+        self._open = _OpenUnits(
+            {k: old.files[k] for k in kept},
+            {k: old.maps[k] for k in kept if k in old.maps},
+            np.where(is_kept, old.payloads, 0),
+            np.where(is_kept, old.addresses, 0),
+        )
+
+
+def _pieces(file: OpenFile, offset: int, memory: memoryview) -> Iterator[Range]:
+    for done in range(0, len(memory), _PIECE_BYTES):
+        part = memory[done : done + _PIECE_BYTES]
+        yield file, offset + done, part
 
 
 def _memory(array: Array) -> memoryview:

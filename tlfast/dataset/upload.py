@@ -6,7 +6,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..errors import broken_rule
 from .commits import Commit, CommittedFile, commit_path, path_with_crc, read_commit
@@ -120,7 +119,7 @@ class Uploader:
         if self._store.folder.exists(path):
             return
         unit_file, row_table = (self._place(slot, file) for file in commit.files)
-        ours = replace(commit, files=(unit_file, row_table))
+        ours = commit._replace(files=(unit_file, row_table))
         won = self._store.folder.create(path, ours.to_bytes())
         if won and ours == commit:
             return
@@ -135,7 +134,7 @@ class Uploader:
         for path in (file.path, path_with_crc(file.path, file.crc32c)):
             there = self._store.folder.create_from(path, slot.folder / file.path)
             if there or self._store.folder.holds(path, file.n_bytes, file.crc32c):
-                return replace(file, path=path)
+                return file._replace(path=path)
         rule = f"have the CRC32C {file.crc32c:08x} of its name"
         remedy = "Remove this object: no commit names it."
         raise dataset_error(_WHO, self._store.where(path), rule, "other bytes", remedy)

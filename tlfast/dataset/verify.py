@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 
 import numpy as np
@@ -13,15 +14,18 @@ from .commits import (
     Commit,
     CommittedFile,
     check_sizes,
-    committed_names,
+    commit_path,
+    data_path,
+    file_sizes,
     read_commit,
     read_folder,
+    rows_path,
 )
 from .description import Description
 from .durable import crc32c
 from .errors import DatasetError, dataset_error
 from .layout import unit_layout
-from .plan import FLAG_NON_FINITE
+from .plan import FLAG_NON_FINITE, Unit
 from .rows import decode_rows
 from .store import Store, as_store
 from .unit_files import check_header
@@ -36,6 +40,7 @@ class Problem:
 
     unit: str
     text: str
+    damaged: bool = False  # made again, the unit would be right: repair_dataset drops its commit
 
     def __str__(self) -> str:
         return f"{self.unit}: {self.text}" if self.unit else self.text
@@ -83,8 +88,8 @@ def verify_dataset(
     """
     store, report = as_store(path), Report()
     try:
-        description, files = read_folder(store, _WHO)
-        names = committed_names(files)
+        description, names = read_folder(store, _WHO)
+        files = file_sizes(store, _WHO)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
@@ -94,7 +99,8 @@ def verify_dataset(
         first = ", ".join(missing_names(description, names, 3))
         text = f"{absent} of {description.plan.n_units} units are not there ({first}, ...): resume the collection"
         report.problems.append(Problem("", text))
-    report.unnamed = sorted(name for name in files if name not in named)
+    commits = (f"commits/{name}" for name in store.names("commits", _WHO))
+    report.unnamed = sorted(name for name in chain(files, commits) if name not in named)
     return report
 
 
@@ -107,20 +113,58 @@ def _check_unit(
     progress: Callable[[int], None] | None,
 ) -> set[str]:
     """Check one unit into ``report``; return the files that its commit names."""
-    named = {f"commits/{name}.json"}
+
+    def count(n_bytes: int) -> None:
+        report.n_bytes += n_bytes
+        if progress is not None:
+            progress(n_bytes)
+
     try:
-        commit = read_commit(store, name, description, _WHO)
-        named |= {file.path for file in commit.files}
-        check_sizes(store, commit, description, files, _WHO)
-        for file in commit.files:
-            report.n_bytes += _check_bytes(store, file, progress)
-        _check_content(store, commit, description)
-    except (DatasetError, OSError) as error:
+        unit = description.plan.unit_named(name)
+    except DatasetError as error:  # of another plan perhaps, but not damaged
         report.problems.append(Problem(name, str(error)))
-    else:
-        report.n_units += 1
-        report.n_rows += len(commit.unit)
-    return named
+        return {f"commits/{name}.json"}
+    try:
+        commit = check_unit(store, unit, description, files, count)
+    except (DatasetError, OSError) as error:
+        report.problems.append(Problem(name, str(error), is_damage(error)))
+        return {commit_path(unit), data_path(unit), rows_path(unit)}
+    report.n_units += 1
+    report.n_rows += len(unit)
+    return {commit_path(unit), *(file.path for file in commit.files)}
+
+
+def check_unit(
+    store: Store,
+    unit: Unit,
+    description: Description,
+    files: Mapping[str, int | None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Commit:
+    """Re-read every byte of a committed unit, and return its commit; DatasetError or OSError where something is wrong.
+
+    ``files`` is a listing (see file_sizes), where there is one: it saves reading a file of another size.
+    """
+    commit = read_commit(store, unit.name, description, _WHO)
+    if files is not None:
+        check_sizes(store, commit, description, files, _WHO)
+    for file in commit.files:
+        _check_bytes(store, file, progress)
+    _check_content(store, commit, description)
+    return commit
+
+
+# What a file that is gone, replaced or on a bad sector says. Anything else (no permission, too many open files) says
+# nothing of the file; and no number at all is what pyarrow makes of bytes that are no Parquet.
+_DAMAGE = {None, errno.EIO, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENXIO}
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of check_unit says that the unit's files are wrong, and not that they couldn't be read here."""
+    reason = error.__cause__ if isinstance(error, DatasetError) else error
+    if isinstance(reason, OSError):
+        return reason.errno in _DAMAGE
+    return not isinstance(reason, (ImportError, MemoryError, NotImplementedError))
 
 
 def missing_names(description: Description, names: list[str], most: int) -> list[str]:
@@ -130,7 +174,7 @@ def missing_names(description: Description, names: list[str], most: int) -> list
     return list(islice((name for name in planned if name not in there), most))
 
 
-def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], None] | None) -> int:
+def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], None] | None) -> None:
     opened = store.open(file.path, _WHO)
     block = np.empty(min(_BLOCK_BYTES, max(1, opened.size)), dtype=np.uint8)
     crc, n_bytes = 0, 0
@@ -143,9 +187,8 @@ def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], No
             progress(n)
     if crc != file.crc32c or n_bytes != file.n_bytes:
         rule = f"have the CRC32C {file.crc32c:08x} of its commit"
-        remedy = "Its bytes changed after it was written; remove its commit and resume to make the unit again."
+        remedy = "Its bytes changed after it was written. Run `tlfast verify --repair`, then resume."
         raise dataset_error(_WHO, store.where(file.path), rule, f"{crc:08x} over {n_bytes} bytes", remedy)
-    return n_bytes
 
 
 def _check_content(store: Store, commit: Commit, description: Description) -> None:
@@ -156,4 +199,4 @@ def _check_content(store: Store, commit: Commit, description: Description) -> No
     flagged = sum(flags & FLAG_NON_FINITE != 0 for flags in table.column("flags").to_pylist())
     if flagged != commit.non_finite:
         rule = f"flag {commit.non_finite} rows as non-finite, as its commit says"
-        raise dataset_error(_WHO, store.where(row_table), rule, flagged, "Remove its commit and resume.")
+        raise dataset_error(_WHO, store.where(row_table), rule, flagged, "Run `tlfast verify --repair`, then resume.")
