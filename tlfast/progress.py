@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from .dataset.errors import extra
 
@@ -23,13 +23,22 @@ class Progress:
         n_done: how many of them were there before.
         enabled: False shows nothing.
         file: where to; None is stderr.
+        waits_for: what the model waits for where it waits.
     """
 
-    def __init__(self, n_examples: int, n_done: int = 0, enabled: bool = True, file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        n_examples: int,
+        n_done: int = 0,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        waits_for: str = "the disk",
+    ) -> None:
         self.n_examples, self.n_before, self.n_done = n_examples, n_done, n_done
         self.n_tokens = self.n_nonfinite = self.n_saturated = self.n_bytes = 0
         self.waited_s = 0.0
-        self.waits_for = "the disk"
+        self.full_s = 0.0  # how long the disk has been full now
+        self.waits_for = waits_for
         self._file = sys.stderr if file is None else file
         self._enabled = enabled
         self._terminal = enabled and self._file.isatty()
@@ -55,22 +64,22 @@ class Progress:
             rate = (self.n_done - self.n_before) / self.time_s
             left_s = (self.n_examples - self.n_done) / max(rate, 1e-9)
             done = f"{self.n_done}/{self.n_examples} examples"
-            self._print(f"collect: {done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
-
-    def note(self, line: str) -> None:
-        """Show a line, unless it is empty."""
-        if self._enabled and line:
-            self._print(f"collect: {line}")
+            self.say(f"{done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
 
     def _figures(self) -> str:
         rate = self.n_tokens / max(self.time_s, 1e-9)
         saturated = f", {self.n_saturated} saturated values" if self.n_saturated else ""
         waited = f", waiting for {self.waits_for} {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
+        full = f", the disk is full for {self.full_s:.0f} s" if self.full_s else ""
         figures = f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
-        return f"{figures}{saturated}{waited}"
+        return f"{figures}{saturated}{waited}{full}"
 
-    def _print(self, line: str) -> None:
-        print(line, file=self._file, flush=True)
+    def say(self, line: str, always: bool = False) -> None:
+        """Print a line of its own; also where nothing is shown, if ``always``. Any thread may call this."""
+        if self._bar is not None:
+            self._bar.write(f"collect: {line}", file=self._file)
+        elif self._enabled or always:
+            print(f"collect: {line}", file=self._file, flush=True)
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()
@@ -88,11 +97,24 @@ class Progress:
             self._bar = None
 
 
+class NonFinite(NamedTuple):
+    """A row that holds a NaN or an infinity: its unit, the number of its example, and the first point where it does."""
+
+    unit: str
+    example: int
+    point: str
+
+    def __str__(self) -> str:
+        return f"example {self.example} of {self.unit} at {self.point or 'the model itself'}"
+
+
 @dataclass(frozen=True)
 class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
     ``waited_s`` of the ``time_s`` seconds the model stood still because what ``waits_for`` says was slower.
+    ``n_skipped`` bad examples belong to the dataset and have no row. ``non_finite`` are the first of the rows that are
+    not finite.
     """
 
     out: Path | str  # a URL is text
@@ -105,6 +127,8 @@ class Report:
     n_saturated: int
     time_s: float
     waited_s: float
+    n_skipped: int
+    non_finite: tuple[NonFinite, ...]
     waits_for: str = "the disk"
 
     def __str__(self) -> str:
@@ -113,7 +137,8 @@ class Report:
         waited = (
             f", {self.waited_s:.1f} s of them waiting for {self.waits_for}" if self.waited_s >= _SHOWN_FROM_S else ""
         )
+        skipped = f", {self.n_skipped} bad examples skipped" if self.n_skipped else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
-            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
+            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows{skipped}"
         )

@@ -91,7 +91,7 @@ def test_an_interrupted_run_says_what_is_left(url, monkeypatch):
     writer = remote_writer(url)
     for unit in PLAN.units[:2]:
         writer.write_unit(unit, rows_of(unit, truth()), examples(unit))
-    assert re.fullmatch(r"2 units in .* still to be uploaded", writer.still_to_do())
+    assert re.fullmatch(r", 2 of them in .* still to be uploaded", writer.still_to_do())
     writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     fault(monkeypatch, lambda call, path: None)
     with remote_writer(url) as writer:

@@ -10,9 +10,11 @@ from typing import Any
 from .. import __version__
 from ..collect_text import collect_text
 from ..dataset.errors import extra
+from ..dataset.upload import UploadError
 from ..ops import backend
 from ..settings import CollectSettings, load_settings
-from .arguments import INTERRUPTED, OK, complain
+from ..stopping import LeaveAtOnce, Terminated
+from .arguments import FAILED, INTERRUPTED, OK, complain
 
 
 def collect(args: list[str]) -> int:
@@ -24,12 +26,22 @@ def collect(args: list[str]) -> int:
     if args and args[0].endswith((".yaml", ".yml")):
         settings["default"] = load_settings(args.pop(0))
     wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
+    config = os.path.join(wanted.out, "config.yaml")
+    resume = f"To continue: tlfast collect {shlex.quote(config)}"
     try:
         report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
+    except (OSError, FloatingPointError) as error:
+        if not (os.path.exists(config) or isinstance(error, UploadError)):
+            raise
+        return complain(f"tlfast collect: {error}. {resume}", FAILED)
+    except Terminated as stop:
+        return complain(f"terminated: {stop}. {resume}", Terminated.CODE)
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):  # before the first unit
             raise
-        resume = f"tlfast collect {shlex.quote(os.path.join(wanted.out, 'config.yaml'))}"
-        return complain(f"interrupted: {interrupt}. To continue: {resume}", INTERRUPTED)
+        complain(f"interrupted: {interrupt}. {resume}", INTERRUPTED)
+        if isinstance(interrupt, LeaveAtOnce):
+            os._exit(INTERRUPTED)  # no end of the interpreter under a thread that writes
+        return INTERRUPTED
     print(f"{report}: {report.out}")
     return OK

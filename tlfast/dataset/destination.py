@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 
-from . import extension
+from . import extension, folder
 from .description import FILE_NAME, FORMAT, MAX_BYTES, Description
 from .durable import LOCK_NAME, TEMPORARY
 from .errors import dataset_error
 from .folder import CARD, CONFIG, OURS, refuse_other_extension, some
+from .remote import local_path
 from .remote_store import RemoteStore
+from .store import as_store
+
+
+def holds_dataset(out: str | os.PathLike[str], who: str) -> bool:
+    """Whether a dataset of tlfast lies in ``out``, a path or a URL, of whatever version and however damaged."""
+    place = as_store(out)
+    return is_dataset(place, who) if isinstance(place, RemoteStore) else folder.is_dataset(Path(local_path(out)))
+
+
+def refuse_foreign(out: str | os.PathLike[str], who: str) -> None:
+    """Raise DatasetError where something else than a dataset of tlfast lies in ``out``, a path or a URL."""
+    place = as_store(out)
+    if isinstance(place, RemoteStore):
+        refuse_stranger_at(place, who)
+    else:
+        folder.refuse_stranger(Path(local_path(out)), who)
 
 
 def is_dataset(store: RemoteStore, who: str) -> bool:
@@ -29,29 +48,31 @@ def refuse_stranger_at(store: RemoteStore, who: str) -> None:
 
 def create_at(store: RemoteStore, description: Description, config: str, card: str, who: str) -> None:
     """Put dataset.json there, once: with two processes at once the first wins. Then what is missing."""
-    folder = store.folder
-    if not folder.exists(FILE_NAME):
-        if not folder.refuses_to_replace():
+    there = store.folder
+    if not there.exists(FILE_NAME):
+        if not there.refuses_to_replace():
             warnings.warn(
                 f"{who}: {store.url} has no conditional put: give each unit one writer at a time. See docs/remote.md.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        folder.create(FILE_NAME, description.to_bytes())
+        there.create(FILE_NAME, description.to_bytes())
     for name, text in ((CONFIG, config), (CARD, card)):
-        if not folder.exists(name):
-            folder.create(name, text.encode())
+        if not there.exists(name):
+            there.create(name, text.encode())
 
 
 def publish_extension_at(store: RemoteStore, new: Description, config: str, cards: tuple[str, str], who: str) -> None:
     """Publish the last extension of ``new``, as `folder.publish_extension` does it in a folder."""
-    added, folder = new.extensions[-1], store.folder
+    added, there = new.extensions[-1], store.folder
+    if there.exists(added.path):
+        refuse_other_extension(store.where(added.path), store.read(added.path, who, extension.MAX_BYTES), added)
+    if there.exists(CARD) and store.read(CARD, who, MAX_BYTES) == cards[0].encode():
+        there.replace(CARD, cards[1].encode())
     if config:
-        folder.replace(CONFIG, config.encode())
-    if not folder.create(added.path, added.to_bytes()):
-        refuse_other_extension(added, store.read(added.path, who, extension.MAX_BYTES))
-    if folder.exists(CARD) and store.read(CARD, who, MAX_BYTES) == cards[0].encode():
-        folder.replace(CARD, cards[1].encode())
+        there.replace(CONFIG, config.encode())
+    if not there.create(added.path, added.to_bytes()):
+        refuse_other_extension(store.where(added.path), store.read(added.path, who, extension.MAX_BYTES), added)
 
 
 def clear_at(store: RemoteStore, who: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +15,6 @@ from .commits import commit_path, committed_names, read_commit, read_commits
 from .description import FILE_NAME, MAX_BYTES, Description, describe, differences, read_description
 from .destination import clear_at, create_at, is_dataset, publish_extension_at, refuse_stranger_at
 from .errors import DatasetError, dataset_error
-from .folder import refuse_stranger
 from .plan import Example, Plan, Unit
 from .remote import local_path, url_of
 from .remote_store import RemoteStore
@@ -35,8 +33,15 @@ class LocalWriter(DatasetWriter):
     waits_for = "the disk"
     waited_s = 0.0
 
+    def flush(self, time_s: float | None = None) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+    def abandon(self) -> None:
+        """Nor anything to leave."""
+
     def still_to_do(self) -> str:
-        """Nothing."""
+        """Return what is to be said of units that are elsewhere: nothing."""
         return ""
 
     def __enter__(self) -> LocalWriter:
@@ -81,7 +86,8 @@ class RemoteWriter:
         max_staged: int = MAX_STAGED,
     ) -> None:
         self.out = url
-        self.waited_s = 0.0  # in close
+        self.waited_s = 0.0  # in flush
+        self._abandoned = False
         self._max_staged = max_staged
         self._store = RemoteStore(url)
         description = describe(_WHO, header, columns, plan, about)
@@ -150,6 +156,10 @@ class RemoteWriter:
         """Bytes written to the staging folder until now."""
         return self._local.bytes_written
 
+    @bytes_written.setter
+    def bytes_written(self, n_bytes: int) -> None:
+        self._local.bytes_written = n_bytes
+
     def write_unit(
         self,
         unit: Unit,
@@ -173,21 +183,31 @@ class RemoteWriter:
         return True
 
     def still_to_do(self) -> str:
-        """Return a line about the units that are not at the URL yet; nothing if they all are."""
+        """Return what is to be said of units that are not at the URL yet; nothing if they all are."""
         n = self._uploader.n_staged
-        return f"{n} unit{'s' * (n != 1)} in {self._slots[0].folder.parent} still to be uploaded" if n else ""
+        return f", {n} of them in {self._slots[0].folder.parent} still to be uploaded" if n else ""
+
+    def flush(self, time_s: float | None = None) -> bool:
+        """Wait until every unit is at the URL; False if ``time_s`` seconds were not enough; raises UploadError."""
+        start = time.monotonic()
+        try:
+            return self._uploader.wait_for(0, time_s)
+        finally:
+            self.waited_s += time.monotonic() - start
+
+    def abandon(self) -> None:
+        """Let nothing be waited for: a unit that is being uploaded is whole later, or never exists."""
+        self._abandoned = True
 
     def close(self) -> None:
         """Wait until every unit is at the URL; raises a failure as UploadError."""
-        start = time.monotonic()
         try:
-            self._uploader.wait_for(0)
+            self.flush()
         finally:
-            self.waited_s += time.monotonic() - start
             self._release()
 
     def _release(self) -> None:
-        self._uploader.close()
+        self._uploader.close(wait=not self._abandoned)
         for slot in self._slots:
             slot.close()
 
@@ -201,15 +221,6 @@ class RemoteWriter:
             self.close()
         else:  # the units that wait are uploaded by the next run
             self._release()
-
-
-def refuse_foreign(out: str | os.PathLike[str], who: str) -> None:
-    """Raise DatasetError where something else than a dataset of tlfast lies in ``out``, a path or a URL."""
-    place = local_path(out)
-    if url := url_of(place):
-        refuse_stranger_at(RemoteStore(url), who)
-    else:
-        refuse_stranger(Path(place), who)
 
 
 def open_writer(

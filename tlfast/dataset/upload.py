@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -54,23 +55,32 @@ class Uploader:
             self._jobs.append((slot, commit))
             self._changed.notify_all()
 
-    def wait_for(self, n_staged: int) -> None:
-        """Wait until at most so many units are not uploaded; raises a failure as UploadError."""
+    def wait_for(self, n_staged: int, time_s: float | None = None) -> bool:
+        """Wait until at most so many units are not uploaded; False if ``time_s`` seconds were not enough.
+
+        Raises a failure as UploadError.
+        """
+        end = None if time_s is None else time.monotonic() + time_s
         with self._changed:
             while len(self._jobs) > n_staged:
+                left_s = 1.0 if end is None else end - time.monotonic()
+                if left_s <= 0:
+                    return False
                 self._raise()
                 if not self._thread.is_alive():
                     remedy = "Open a dataset after forking, not before."
                     raise RuntimeError(broken_rule(_WHO, "thread", "be alive", "none", remedy))
-                self._changed.wait(1.0)
+                self._changed.wait(min(1.0, left_s))
             self._raise()
+            return True
 
-    def close(self) -> None:
-        """End the thread after the unit that is on its way; what is staged stays so."""
+    def close(self, wait: bool = True) -> None:
+        """End the thread after the unit that is on its way, and wait for that; what is staged stays so."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _raise(self) -> None:
         if self._error is None:
