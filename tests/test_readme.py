@@ -77,6 +77,13 @@ def test_readme_example_runs(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["remote.md"])
+def test_example_of_a_page_runs(name, tmp_path):
+    [(_, code)] = code_blocks(text_of(ROOT / "docs" / name), "python")
+    done = run_block(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands_and_links_of_a_page(page):
     assert page.exists(), f"{page.name} must exist"

@@ -87,7 +87,8 @@ class GradientDataset(OnHub):
         self._commits = commits
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
-        self.examples = ExampleTable(store, [commit.unit for commit in commits], list(description.columns))
+        paths = [commit.files[1].path for commit in commits]
+        self.examples = ExampleTable(store, self.units, list(description.columns), paths)
 
     @classmethod
     def _open(cls, place: Any, partial: bool) -> GradientDataset:

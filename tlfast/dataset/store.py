@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from .durable import open_regular, read_small
 from .errors import dataset_error
 from .mounts import on_network
+from .remote import local_path, url_of
+from .remote_store import RemoteStore
 
 IN_FLIGHT = 16  # reads at once: what fills the queue of an SSD or the latency of a network, measured
 # A mapping that keeps no descriptor lets a process map more units than it may open files.
@@ -97,7 +99,10 @@ class Store(Protocol):
 
 def as_store(place: str | PathLike[str] | Store) -> Store:
     """Return the store of a folder's path; a store is returned as it is."""
-    return LocalStore(Path(place)) if isinstance(place, (str, PathLike)) else place
+    if not isinstance(place, (str, PathLike)):
+        return place
+    url = url_of(place)
+    return RemoteStore(url) if url else LocalStore(Path(local_path(place)))
 
 
 class LocalFile:
