@@ -225,7 +225,8 @@ def collect(
             raise type(stop)(kept) from None
     if oddities.first and non_finite == "flag":
         named = ", ".join(map(str, oddities.first))
-        shown.say(f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}")
+        line = f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}"
+        shown.say(line, always=progress)  # of every process: each knows its own rows
     return Report(
         writer.out, sum(map(len, todo.taken)), n_before, len(todo.taken), shown.n_tokens, writer.bytes_written,
         oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s + writer.waited_s,
