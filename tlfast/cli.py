@@ -38,7 +38,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 well, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads."""
+    """Run one command and return its exit code.
+
+    0 well, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads, 143 terminated.
+    """
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
@@ -67,7 +70,7 @@ def _run(args: list[str]) -> int:
         return complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         return complain(f"tlfast {args[0]}: {error}", FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)
