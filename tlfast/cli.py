@@ -18,6 +18,8 @@ USAGE = """usage: tlfast COMMAND ...
   info DIR                                                     what is inside a dataset
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
+  push DIR USER/NAME [--private]                               to the Hugging Face hub
+  pull USER/NAME DIR                                           from the Hugging Face hub
   doctor                                                       what runs here, and what is missing
 
 `tlfast COMMAND --help` says more of a command."""
@@ -27,6 +29,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": inspecting.info,
     "verify": inspecting.verify,
     "export": handing_on.export,
+    "push": handing_on.push,
+    "pull": handing_on.pull,
     "doctor": inspecting.doctor,
 }
 

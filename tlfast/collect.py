@@ -189,8 +189,9 @@ def collect(
         plan = Plan(n_own, rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
         here = describe_machine(model)
         writer = DatasetWriter(
-            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, about=here
-        )
+            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, about=here,
+            backend=backend,
+        )  # fmt: skip
         add_the_rest(writer, examples, bad.skipped, extend, config)
         plan = writer.plan
         asked = [plan.unit(k) for k in units_in(units, plan.n_units)]

@@ -4,19 +4,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 
+import failing_farm
 import pytest
 from dataset_cases import (
     COLUMNS,
-    HERE,
     PLAN,
     check_rows,
     content,
     make_base,
     make_dataset,
     make_writer,
-    run_python,
     truth,
     write_units,
 )
@@ -240,22 +238,21 @@ def test_the_run_that_began_says_what_is_about_it(tmp_path):
         assert writer.description.about["threads"] == 3
 
 
+@failing_farm.needs_preload
 def test_killed_while_it_was_extended(tmp_path):
     """Before each system call: the old rows are there, and the next run extends it or finds it extended."""
-    process = run_python(HERE / "kill_farm.py", tmp_path, "extend", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    runs = [line.split() for line in output.splitlines()]
-    assert {status for _, _, status in runs[:-1]} == {str(-signal.SIGKILL)}
+    columns, plan = failing_farm.COLUMNS, failing_farm.PLAN
+    _, runs = failing_farm.run_farm(tmp_path / "farm", "extend", "python", ["kill"])
+    assert {run["status"] for run in runs} == {-signal.SIGKILL}
     n_extended = []
-    for k, _, _ in runs:
-        out = tmp_path / k
-        writer = make_writer(out)
+    for run in runs:
+        out = tmp_path / "farm" / f"kill-{run['k']}"
+        writer = make_writer(out, columns=columns, plan=plan)
         n_extended.append(len(writer.description.extensions))
-        check_rows(open_dataset(out, partial=True), truth())
+        check_rows(open_dataset(out, partial=True), truth(columns, plan))
         if not n_extended[-1]:
             writer.extend(6, {"sha256": "0" * 64}, {"max_examples": 17})
-        assert writer.plan == LONGER
+        assert writer.plan == plan.extended(6)
         assert (out / "config.yaml").read_text() == "max_examples: 17\n"
         assert "17 examples" in (out / "README.md").read_text()
         assert len(writer.done) == 3
