@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from .collect import collect
+from .dataset.decoding import tokenizer_fingerprint
 from .dataset.folder import refuse_stranger
 from .errors import broken_rule
-from .fingerprint import tokenizer_fingerprint
 from .huggingface import (
     beginning_of_text,
     check_model_name,
