@@ -30,7 +30,7 @@ FLOORS = (
     ("transformer_lens.acceleration",),
     ("transformer_lens",),
     ("dataset.errors",),
-    ("dataset.plan", "dataset.durable", "dataset.mounts"),
+    ("dataset.plan", "dataset.durable", "dataset.local_file", "dataset.mounts"),
     ("dataset.layout", "dataset.store", "dataset.strict_json"),
     ("dataset.extension",),
     ("dataset.description",),
