@@ -4,8 +4,10 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "crc32c.h"
 #include "cuda_status.h"
 #include "py_tap.h"
+#include "py_unit_writer.h"
 
 namespace py = pybind11;
 using namespace tlfast;
@@ -75,6 +77,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([] { return std::make_shared<TensorCache>(); }))
       .def("outputs", &TensorCache::outputs)
       .def("gradients", &TensorCache::gradients);
+
+  m.def("crc32c", &crc32c_of);
+  m.def("crc32c_name", &crc32c_name);
+  py::class_<PyPayloadStream>(m, "PayloadStream")
+      .def(py::init<int, int64_t, uint32_t, int64_t, py::object>())
+      .def("append", &PyPayloadStream::append)
+      .def("finish", &PyPayloadStream::finish)
+      .def_property_readonly("position", [](const PyPayloadStream& stream) { return stream.stream.position(); })
+      .def_property_readonly("crc", [](const PyPayloadStream& stream) { return stream.stream.crc(); })
+      .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.stream.direct(); });
 
   py::class_<PyTap>(m, "Tap")
       .def(py::init(&make_tap))

@@ -11,8 +11,8 @@ from fake_streams import FakeStreams
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tlfast.dataset.layout import Column
-from tlfast.drain import N_COUNTERS, N_SLOTS, DirectStreams, Drain, streams_for
+from tlfast.dataset.layout import PAGE_BYTES, Column, payload_spans
+from tlfast.drain import N_COUNTERS, N_SLOTS, DirectStreams, Drain, UnitMemory, streams_for
 
 COLUMNS = {"a": Column(torch.float32, (2,)), "b": Column(torch.int64, ())}
 CAPACITY = 4
@@ -140,15 +140,31 @@ def test_without_streams_rows_go_straight_to_the_host(random, sizes):
 def test_the_memory_is_allocated_once():
     streams = FakeStreams(Random(0))
     drain = Drain(streams, COLUMNS, CAPACITY)
-    blocks = [tensor for slot in drain._slots for side in (slot.host, slot.device) for tensor in side.values()]
-    assert len({tensor.data_ptr() for tensor in blocks}) == 2 * N_SLOTS * len(COLUMNS)
+    memory = [side.memory for slot in drain._slots for side in (slot.host, slot.device)]
+    assert len({piece.data_ptr() for piece in memory}) == 2 * N_SLOTS
     rings = {name: rows_of(0, name, CAPACITY) for name in COLUMNS}
     counters = [torch.zeros(N_COUNTERS, dtype=torch.int64) for _ in COLUMNS]
     used = set()
     for _ in range(5):
         block, _ = drain.drain(rings, counters, torch.arange(CAPACITY), lambda: None)()
         used |= {tensor.data_ptr() for tensor in block.values()}
-    assert used == {tensor.data_ptr() for slot in drain._slots for tensor in slot.host.values()}
+    assert used == {tensor.data_ptr() for slot in drain._slots for tensor in slot.host.block(CAPACITY).values()}
+
+
+@pytest.mark.parametrize("n_rows", [1, CAPACITY - 1, CAPACITY])
+def test_a_unit_lies_in_memory_as_in_its_file(n_rows):
+    columns = COLUMNS | {"c": Column(torch.bfloat16, (3,)), "empty": Column(torch.float32, (0,))}
+    memory = UnitMemory(columns, CAPACITY, torch.device("cpu"))
+    block = memory.block(n_rows)
+    spans = payload_spans(columns, n_rows)
+    assert memory.memory.data_ptr() % PAGE_BYTES == 0
+    assert list(block) == list(spans)
+    assert len(memory.bytes_of(n_rows)) == max(stop for _, stop in spans.values())
+    for name, (start, stop) in spans.items():
+        assert block[name].shape == (n_rows, *columns[name].row_shape)
+        assert block[name].dtype == columns[name].dtype
+        assert block[name].nbytes == stop - start
+        assert block[name].nbytes == 0 or block[name].data_ptr() == memory.memory.data_ptr() + start
 
 
 @pytest.mark.parametrize("devices", [{"cpu"}, {"cuda:0", "cuda:1"}, {"cpu", "cuda:0"}, {"mps"}])

@@ -35,7 +35,7 @@ def test_units_arrive_behind_slow_work(cuda, busy):
     base = {name: torch.arange(N_ROWS).reshape(-1, *(1 for _ in c.row_shape)) for name, c in COLUMNS.items()}
     there = {name: numbers.to(cuda) for name, numbers in base.items()}
     for slot in drain._slots:
-        assert all(tensor.is_pinned() for tensor in (*slot.host.values(), slot.host_counters))
+        assert all(tensor.is_pinned() for tensor in (*slot.host.block(N_ROWS).values(), slot.host_counters))
     random, pending = Random(0), []
 
     def finish():

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from .dataset.layout import Column
+from .dataset.layout import PAGE_BYTES, Column, payload_spans
 
 N_SLOTS = 2  # one is being written while the other is filled
 N_COUNTERS = 3  # of each column: non-finite values, saturated values, writes
@@ -95,15 +95,47 @@ def streams_for(devices: set[torch.device]) -> Streams:
     return CudaStreams(device) if len(devices) == 1 and device.type == "cuda" else DirectStreams()
 
 
+class UnitMemory:
+    """Room for the rows of one unit in one piece of memory, laid out as the payload of its file.
+
+    It begins at a page, so that a unit is written from there as it is: see `dataset.streaming`.
+
+    Args:
+        columns: what a row of each column is.
+        n_rows: the rows of the largest unit.
+        device: where it lies.
+        pinned: whether a CUDA device copies to it by itself.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], n_rows: int, device: torch.device, pinned: bool = False):
+        self._columns = columns
+        n_bytes = n_rows * sum(column.row_bytes for column in columns.values())
+        room = torch.empty(n_bytes + PAGE_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
+        start = -room.data_ptr() % PAGE_BYTES
+        self.memory = room[start : start + n_bytes]
+
+    def block(self, n_rows: int) -> Block:
+        """The columns of a unit of ``n_rows``, in their order in the memory."""
+        spans = payload_spans(self._columns, n_rows)
+        return {
+            name: self.memory[start:stop].view(self._columns[name].dtype).view(n_rows, *self._columns[name].row_shape)
+            for name, (start, stop) in spans.items()
+        }
+
+    def bytes_of(self, n_rows: int) -> torch.Tensor:
+        """All that a unit of ``n_rows`` takes, as bytes."""
+        return self.memory[: n_rows * sum(column.row_bytes for column in self._columns.values())]
+
+
 @dataclass
 class _Slot:
     """Room for one unit, on the host and, where rows make a stop there, on the device; the counters beside it."""
 
-    host: Block
+    host: UnitMemory
     host_counters: torch.Tensor  # int64 [columns, N_COUNTERS]
-    device: Block
+    device: UnitMemory
     device_counters: torch.Tensor
-    copied: Any = None  # the event after which the device's block may be filled again, and the host's be read
+    copied: Any = None  # the event after which the device's memory may be filled again, and the host's be read
 
 
 class Drain:
@@ -123,13 +155,9 @@ class Drain:
         self._n_drained = 0
 
     def _slot(self, columns: Mapping[str, Column], n_rows: int) -> _Slot:
-        def room(device: torch.device, pinned: bool) -> tuple[Block, torch.Tensor]:
-            options: dict[str, Any] = {"device": device, "pin_memory": pinned}
-            block = {
-                name: torch.empty((n_rows, *column.row_shape), dtype=column.dtype, **options)
-                for name, column in columns.items()
-            }
-            return block, torch.zeros(len(columns), N_COUNTERS, dtype=torch.int64, **options)
+        def room(device: torch.device, pinned: bool) -> tuple[UnitMemory, torch.Tensor]:
+            counters = torch.zeros(len(columns), N_COUNTERS, dtype=torch.int64, device=device, pin_memory=pinned)
+            return UnitMemory(columns, n_rows, device, pinned), counters
 
         device = self.streams.device
         # A copy into memory that isn't pinned would make the device wait for the host, however it is asked for.
@@ -160,8 +188,9 @@ class Drain:
 
         def gather() -> None:
             there = {ring.device: places.to(ring.device, non_blocking=True) for ring in rings.values()}
+            block = slot.device.block(n)
             for name, ring in rings.items():
-                out = slot.device[name][:n]
+                out = block[name]
                 if out.device == ring.device:
                     torch.index_select(ring, 0, there[ring.device], out=out)
                 else:
@@ -170,8 +199,7 @@ class Drain:
                 kept.copy_(counted, non_blocking=streams.device is not None)
 
         def copy() -> None:
-            for name in rings:
-                slot.host[name][:n].copy_(slot.device[name][:n], non_blocking=True)
+            slot.host.bytes_of(n).copy_(slot.device.bytes_of(n), non_blocking=True)
             slot.host_counters.copy_(slot.device_counters, non_blocking=True)
 
         if streams.device is None:
@@ -190,6 +218,7 @@ class Drain:
 
         def arrived() -> tuple[Block, torch.Tensor]:
             streams.host_wait(copied)
-            return {name: tensor[:n] for name, tensor in slot.host.items()}, slot.host_counters
+            block = slot.host.block(n)
+            return {name: block[name] for name in rings}, slot.host_counters
 
         return arrived

@@ -61,6 +61,12 @@ def write_units(writer, tensors=None):
             assert writer.write_unit(unit, rows_of(unit, tensors), examples(unit))
 
 
+def make_base(out: Path, tensors=None) -> Path:
+    """The folder of a complete dataset, unopened."""
+    write_units(make_writer(out), tensors)
+    return out
+
+
 def make_dataset(out: Path, **changes) -> GradientDataset:
     """A complete dataset in ``out``."""
     write_units(make_writer(out, **changes))
@@ -99,8 +105,10 @@ def content(out: Path) -> dict[str, bytes]:
     }
 
 
-def run_python(*arguments, **options):
+def run_python(*arguments, preload=None, **options):
     """Start python on a program of this folder, with tlfast and this folder importable."""
     root = str(HERE.parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(HERE)]), "OMP_NUM_THREADS": "1"}
+    if preload is not None:
+        environment["LD_PRELOAD"] = str(preload)
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, **options)

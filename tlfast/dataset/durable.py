@@ -71,9 +71,9 @@ class PendingFile:
         self.final = final
         self.n_bytes = n_bytes
         self.crc = 0
-        self._position = 0
+        self.position = 0  # where the next byte goes
         self._header = b""
-        self._temporary, self._fd = _create_locked(final.parent)
+        self._temporary, self.fd = _create_locked(final.parent)
         try:
             self._reserve()
         except BaseException:
@@ -84,7 +84,7 @@ class PendingFile:
         # Reserving first turns a full disk into an error here, before the minutes of writing.
         if self.n_bytes and hasattr(os, "posix_fallocate"):
             try:
-                os.posix_fallocate(self._fd, 0, self.n_bytes)
+                os.posix_fallocate(self.fd, 0, self.n_bytes)
             except OSError as error:
                 if error.errno not in _NO_FALLOCATE:
                     raise OSError(
@@ -95,26 +95,29 @@ class PendingFile:
         """Count ``header`` as the first bytes; it is written last, so that a torn file is invalid to every reader."""
         self._header = header
         self.crc = crc32c(header, self.crc)
-        self._position = os.lseek(self._fd, len(header), os.SEEK_SET)
+        self.position = len(header)
 
     def append(self, data: bytes | np.ndarray[Any, Any]) -> None:
         """Write ``data`` (bytes or a contiguous array) behind what is there."""
         array = np.frombuffer(data, dtype=np.uint8)
         self.crc = crc32c(array, self.crc)
-        self._position += array.size
-        rest = array.data
+        self._write(array.data, self.position)
+        self.position += array.size
+
+    def _write(self, rest: memoryview, at: int) -> None:
         while rest:
-            rest = rest[os.write(self._fd, rest) :]
+            n = os.pwrite(self.fd, rest, at)
+            if n == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.final))
+            rest, at = rest[n:], at + n
 
     def seal(self) -> None:
         """Make the content durable; the file then has exactly ``n_bytes``."""
-        header = self._header
-        while header:
-            header = header[os.pwrite(self._fd, header, len(self._header) - len(header)) :]
-        size = os.fstat(self._fd).st_size
-        if not self._position == size == self.n_bytes:
-            raise RuntimeError(f"{self.final}: wrote {self._position} bytes into {size}, planned {self.n_bytes}")
-        os.fsync(self._fd)
+        self._write(memoryview(self._header), 0)
+        size = os.fstat(self.fd).st_size
+        if not self.position == size == self.n_bytes:
+            raise RuntimeError(f"{self.final}: wrote {self.position} bytes into {size}, planned {self.n_bytes}")
+        getattr(os, "fdatasync", os.fsync)(self.fd)  # the times of a file may be lost, its size may not
 
     def rename(self) -> None:
         """Give the file its name, replacing what has it; sync_folder makes that durable."""
@@ -130,11 +133,11 @@ class PendingFile:
 
     def discard(self) -> None:
         """Remove the temporary name, if it is still there, and close."""
-        if self._fd >= 0:
+        if self.fd >= 0:
             with suppress(OSError):  # already named, or not removable now: the next run removes it
                 os.unlink(self._temporary)
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> PendingFile:
         return self

@@ -86,24 +86,35 @@ class UnitLayout:
     n_bytes: int
 
 
+def payload_spans(columns: Mapping[str, Column], n_rows: int) -> dict[str, tuple[int, int]]:
+    """Return where each column lies in the payload of a unit of ``n_rows``, in bytes; the order is the file's.
+
+    Columns of wide dtypes come first (each value then lies at a multiple of its own size), otherwise in the given
+    order; blocks touch, as safetensors asks.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, column in sorted(columns.items(), key=lambda item: -item[1].dtype.itemsize):
+        start, end = end, end + n_rows * column.row_bytes
+        spans[name] = start, end
+    return spans
+
+
 def unit_layout(columns: Mapping[str, Column], unit: Unit) -> UnitLayout:
     """Return the layout of ``unit``'s file; two equal arguments give equal bytes, always.
 
-    Columns of wide dtypes come first (each value then lies at a multiple of its own size), otherwise in the given
-    order; blocks touch, as safetensors asks. Spaces behind the JSON bring the payload to a page boundary.
+    Spaces behind the JSON bring the payload to a page boundary.
     """
     entries: dict[str, Any] = {
         "__metadata__": {"format": "pt", "tlfast": "1", "unit": unit.name, "first_example": str(unit.start)}
     }
-    spans: dict[str, tuple[int, int]] = {}
-    end = 0
-    for name, column in sorted(columns.items(), key=lambda item: -item[1].dtype.itemsize):
-        start, end = end, end + len(unit) * column.row_bytes
-        spans[name] = start, end
+    spans = payload_spans(columns, len(unit))
+    for name, span in spans.items():
+        column = columns[name]
         entries[name] = {
             "dtype": DTYPE_NAMES[column.dtype],
             "shape": [len(unit), *column.row_shape],
-            "data_offsets": [start, end],
+            "data_offsets": list(span),
         }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     payload = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES
@@ -112,4 +123,4 @@ def unit_layout(columns: Mapping[str, Column], unit: Unit) -> UnitLayout:
         raise dataset_error("unit_layout", "columns", rule, payload - 8, "Capture fewer points per dataset.")
     header = struct.pack("<Q", payload - 8) + text.ljust(payload - 8)
     blocks = {name: Block(columns[name], payload + start, payload + stop) for name, (start, stop) in spans.items()}
-    return UnitLayout(header, blocks, payload + end)
+    return UnitLayout(header, blocks, payload + max(stop for _, stop in spans.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from os import PathLike
@@ -16,6 +17,7 @@ from .columns import GradientColumn, integers, row_numbers
 from .commits import Commit, read_commits, read_folder
 from .description import Description, skipped_examples
 from .errors import dataset_error
+from .hub import OnHub
 from .layout import DTYPE_NAMES, as_integers
 from .plan import Plan, Unit
 from .rows import ExampleTable
@@ -76,7 +78,7 @@ def open_dataset(
     return GradientDataset(store, description, commits, partial=partial, mapped=mapped)
 
 
-class GradientDataset:
+class GradientDataset(OnHub):
     """A dataset of gradients; made by open_dataset."""
 
     def __init__(
@@ -88,6 +90,10 @@ class GradientDataset:
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
         self.examples = ExampleTable(store, [commit.unit for commit in commits], list(description.columns))
+
+    @classmethod
+    def _open(cls, place: Any, partial: bool) -> GradientDataset:
+        return open_dataset(place, partial=partial)
 
     @property
     def path(self) -> Path | str:
@@ -248,11 +254,5 @@ class GradientDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a DataLoader open the files themselves, and see the units that are seen here.
-        what = self._store, self._description, self._commits, self._partial, self._files.mapped
-        return _restore, what
-
-
-def _restore(
-    store: Store, description: Description, commits: Sequence[Commit], partial: bool, mapped: bool
-) -> GradientDataset:
-    return GradientDataset(store, description, commits, partial=partial, mapped=mapped)
+        opened = functools.partial(GradientDataset, partial=self._partial, mapped=self._files.mapped)
+        return opened, (self._store, self._description, self._commits)
