@@ -7,9 +7,9 @@ from torch import nn
 from .bad_examples import BadExamples
 from .collect import collect
 from .continuation import check_folder
+from .dataset.decoding import tokenizer_fingerprint
 from .determinism import prepare_cuda
 from .errors import broken_rule
-from .fingerprint import tokenizer_fingerprint
 from .huggingface import (
     beginning_of_text,
     check_model_name,

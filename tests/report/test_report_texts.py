@@ -10,7 +10,7 @@ from test_report import make
 from tiny_models import byte_tokenizer
 
 from tlfast.dataset import open_dataset
-from tlfast.fingerprint import tokenizer_fingerprint
+from tlfast.dataset.decoding import tokenizer_fingerprint
 from tlfast.report.texts import decoder
 from tlfast.report.timeline import commit_times, timeline
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..dataset import GradientDataset
+from ..dataset.decoding import tokenizer_fingerprint
 from ..dataset.errors import extra
-from ..fingerprint import tokenizer_fingerprint
 from ..huggingface import load_tokenizer
 
 _LONGEST = 600  # characters
