@@ -15,7 +15,7 @@ from .clock import NoGpu, gpu_clock
 from .report import Result, save, show
 
 BENCHES = ("hooks", "kernel", "step", "collect", "gpu")
-ON_REQUEST = ("lens",)  # needs TransformerLens
+ON_REQUEST = ("lens", "dataset_resume")  # the first needs TransformerLens, the other minutes
 
 
 def lacks_gpu() -> str:

@@ -1,124 +1,67 @@
-"""The command line: `tlfast collect | info | verify | doctor`, the same as `python -m tlfast`."""
+"""The command line: `tlfast COMMAND ...`, the same as `python -m tlfast`; a table of the commands."""
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from . import __version__
-from .collect_text import collect_text
-from .dataset import open_dataset, verify_dataset
-from .dataset.errors import extra
-from .doctor import diagnose
+from .commands import collecting, handing_on, inspecting
+from .commands.arguments import BAD_INPUT, FAILED, INTERRUPTED, NO_READER, OK, complain
 from .errors import broken_rule
-from .ops import backend
-from .settings import CollectSettings, load_settings
 
 USAGE = """usage: tlfast COMMAND ...
 
   collect --model M --text T ... --points GLOB ... --out DIR   gradients of a model on text, into a dataset
   collect DIR/config.yaml [...]                                complete a dataset, or replay it with --out
   info DIR                                                     what is inside a dataset
-  verify DIR                                                   re-read every byte against its checksum
+  verify DIR [--repair]                                        re-read every byte against its checksum
+  export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
   doctor                                                       what runs here, and what is missing
 
-`tlfast collect --help` lists all settings."""
+`tlfast COMMAND --help` says more of a command."""
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 = 128 + SIGINT, as shells say it
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "collect": collecting.collect,
+    "info": inspecting.info,
+    "verify": inspecting.verify,
+    "export": handing_on.export,
+    "doctor": inspecting.doctor,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 well, 1 failed, 2 bad input, 130 interrupted."""
+    """Run one command and return its exit code: 0 well, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"collect": _collect, "info": _info, "verify": _verify, "doctor": _doctor}
+    try:
+        try:
+            return _run(args)
+        finally:
+            sys.stdout.flush()  # here, where a reader that is gone can still be met in silence
+    except BrokenPipeError:  # `tlfast doctor | head -1`
+        # What Python flushes at its end must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return OK if args else BAD_INPUT
     if args[0] == "--version":
         print(f"tlfast {__version__}")
         return OK
-    if args[0] not in commands:
-        rule = f"be one of {', '.join(commands)}"
-        return _complain(broken_rule("tlfast", "command", rule, repr(args[0]), "See tlfast --help."), BAD_INPUT)
+    if args[0] not in COMMANDS:
+        rule = f"be one of {', '.join(COMMANDS)}"
+        return complain(broken_rule("tlfast", "command", rule, repr(args[0]), "See tlfast --help."), BAD_INPUT)
     try:
-        return commands[args[0]](args[1:])
+        return COMMANDS[args[0]](args[1:])
     except (ValueError, TypeError, ImportError) as error:
-        return _complain(str(error), BAD_INPUT)
+        return complain(str(error), BAD_INPUT)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        return _complain(f"tlfast {args[0]}: {error}", FAILED)
+        return complain(f"tlfast {args[0]}: {error}", FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
-
-
-def _complain(text: str, code: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr)
-    return code
-
-
-def _collect(args: list[str]) -> int:
-    print(backend(), flush=True)
-    warnings.filterwarnings("ignore", message="tlfast runs in pure Python")  # the line above has said it
-    tyro = extra("tyro", "tlfast collect")
-    settings: dict[str, Any] = {}
-    if args and args[0].endswith((".yaml", ".yml")):
-        settings["default"] = load_settings(Path(args.pop(0)))
-    wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
-    try:
-        report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
-    except KeyboardInterrupt as interrupt:
-        if not str(interrupt):  # before the first unit
-            raise
-        resume = f"tlfast collect {shlex.quote(str(Path(wanted.out) / 'config.yaml'))}"
-        return _complain(f"interrupted: {interrupt}. To continue: {resume}", INTERRUPTED)
-    print(f"{report}: {report.out}")
-    return OK
-
-
-def _folder(command: str, args: list[str]) -> str:
-    if len(args) != 1 or args[0].startswith("-"):
-        got = " ".join(args) or "nothing"
-        raise ValueError(broken_rule(f"tlfast {command}", "the argument", "be one dataset folder", got, "Give DIR."))
-    return args[0]
-
-
-def _info(args: list[str]) -> int:
-    info = open_dataset(_folder("info", args), partial=True).info()
-    header = info["header"]
-    absent = info["planned_units"] - info["units"]
-    print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
-    print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")
-    if absent:
-        print(f"incomplete    {absent} units are missing; `tlfast collect {info['path']}/config.yaml` makes them")
-    for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
-        if part in header:
-            print(f"{part:<13} {_line(header[part])}")
-    print(f"made          {_line(info['about'])}")
-    shapes = [(name, f"{c['dtype']} {[info['rows'], *c['shape']]}") for name, c in info["points"].items()]
-    for name, shape in shapes:
-        print(f"  {name:<{max(len(name) for name, _ in shapes)}}  {shape}")
-    return OK
-
-
-def _line(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_line(part)}" for key, part in value.items() if part is not None)
-    if isinstance(value, list):
-        return " ".join(_line(part) for part in value)
-    text = str(value)
-    return text[:12] if len(text) == 64 else text  # a fingerprint
-
-
-def _verify(args: list[str]) -> int:
-    report = verify_dataset(_folder("verify", args))
-    print(report)
-    return OK if report.ok else FAILED
-
-
-def _doctor(args: list[str]) -> int:
-    for line in diagnose():
-        print(line)
-    return OK
+        return complain("interrupted", INTERRUPTED)

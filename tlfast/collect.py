@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,22 +12,22 @@ import torch
 from torch import nn
 
 from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
-from .dataset.background import BackgroundWriter, Contents
+from .dataset.background import BackgroundWriter
 from .dataset.folder import refuse_stranger
-from .dataset.plan import Example, Plan, Unit
+from .dataset.plan import Plan
 from .dataset.writer import DatasetWriter
-from .drain import Arrived, Drain, streams_for
+from .drain import Drain, streams_for
 from .errors import broken_rule
-from .fingerprint import describe_model, describe_spec, examples_fingerprint
-from .freeze import freeze
 from .graphs import graph_step
 from .hooks import Capture
+from .identity import describe_collection
 from .loss import next_token_loss
-from .points import find_points
 from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
-from .spec import Over, Points, Reduction, Spec, as_specs, one_of
+from .request import check_numbers, wanted_specs, width_of
+from .spec import Over, Points, Reduction, Spec, one_of
+from .unit_loop import at_work, run_units
 from .units import Loss, Oddities, Runner, probe_columns
 
 
@@ -109,14 +106,14 @@ def collect(
         (2, 4)
     """
     refuse_stranger(Path(out), "collect")
-    specs = _specs(model, points, reduce, over, dtype, output, lens)
-    _check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
+    specs = wanted_specs(model, points, reduce, over, dtype, output, lens)
+    check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     one_of("collect", "padding_side", padding_side, ("right", "left"))
     one_of("collect", "cuda_graph", cuda_graph, get_args(CudaGraph))
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
     examples = as_examples(batches)
-    width = _width(specs, examples, seq_len)
+    width = width_of(specs, examples, seq_len)
 
     def enter(rows: int) -> Capture:
         enter_capture: Any = capture
@@ -131,22 +128,12 @@ def collect(
     longest = max(example.length for example in examples)
     buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
-    with _at_work(model):
+    with at_work(model):
         columns, devices = probe_columns(model, enter, batching, loss, examples[0])
         plan = Plan(len(examples), rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
-        identity = {
-            "model": describe_model(model),
-            "specs": [describe_spec(model, spec) for spec in specs],
-            "loss": "next-token cross-entropy, summed over each example's tokens" if loss is next_token_loss
-            else f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
-            "batching": {"batch_tokens": batch_tokens, "width": width, "padding_side": padding_side, "pad_id": pad_id}
-            | ({} if buckets is None else {"buckets": list(buckets)}),
-            "grad_scale": grad_scale, "calls": calls, "missing": missing,
-            "examples": {"tokens": sum(e.length for e in examples), "sha256": examples_fingerprint(examples)},
-        }  # fmt: skip
-        for key, value in (header or {}).items():
-            known = identity.get(key)
-            identity[key] = {**known, **value} if isinstance(known, dict) else value
+        identity = describe_collection(
+            model, specs, loss, batching, examples, header, grad_scale=grad_scale, calls=calls, missing=missing
+        )
         writer = DatasetWriter(
             out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, backend=backend
         )
@@ -159,7 +146,7 @@ def collect(
                     replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
                     runner = Runner(model, cap, batching, loss, grad_scale, replays)
                     drain = Drain(streams_for(devices), columns, cap.capacity)
-                    _run(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
+                    run_units(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
                     waited_s = background.waited_s
         except KeyboardInterrupt:
             kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
@@ -168,86 +155,3 @@ def collect(
         writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
         oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s,
     )  # fmt: skip
-
-
-def _run(
-    runner: Runner,
-    drain: Drain,
-    todo: Sequence[Unit],
-    examples: Sequence[Example],
-    background: BackgroundWriter,
-    shown: Progress,
-    oddities: Oddities,
-    with_missing: bool,
-) -> None:
-    cap = runner.cap
-
-    def step_done(n_examples: int, n_tokens: int) -> None:
-        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
-        shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
-        shown.step(n_examples, n_tokens)
-
-    def wait_for_room() -> None:
-        while not background.wait_for_room(1.0):
-            step_done(0, 0)
-
-    def finish(arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:  # where it is written
-        block, counters = arrived()
-        return block, oddities.flags(block, counters, missing, n_writes)
-
-    for unit in todo:
-        part = examples[unit.start : unit.stop]
-        places = runner.fill_ring(part, step_done)
-        missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
-        rings = {name: cap[name] for name in cap.names}
-        arrived = drain.drain(rings, cap.counters, places, wait_for_room)
-        background.submit_unfinished(unit, partial(finish, arrived, missing, cap.n_writes), part)
-
-
-@contextmanager
-def _at_work(model: nn.Module) -> Iterator[None]:
-    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with freeze(model), torch.enable_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _specs(
-    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | None, output: int | str | None,
-    lens: bool,
-) -> list[Spec]:  # fmt: skip
-    if not isinstance(model, nn.Module):
-        raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("collect", points, reduce, over, dtype, output)
-    find: Any = find_points
-    if lens:
-        from .transformer_lens.names import find_names as find
-
-        # The names that a filter means: a dataset says them.
-        specs = [replace(spec, points=list(find("collect", model, spec.points))) for spec in specs]
-    for spec in specs:
-        find("collect", model, spec.points)
-        if 0 in spec.dims:
-            remedy = "Reduce the batch when reading, or use capture."
-            raise ValueError(broken_rule("collect", "over", "keep the batch: a row is an example", spec.over, remedy))
-    return specs
-
-
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(broken_rule("collect", name, "be a positive number", repr(value), "Give a whole number."))
-
-
-def _width(specs: Sequence[Spec], examples: Sequence[Example], seq_len: int | None) -> int | None:
-    """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
-    longest = max(example.length for example in examples)
-    if seq_len is not None and longest > seq_len:
-        remedy = "Cut the examples, or give a larger seq_len."
-        raise ValueError(broken_rule("collect", "examples", f"have {seq_len} tokens at most", longest, remedy))
-    return None if all(1 in spec.dims for spec in specs) else seq_len or longest

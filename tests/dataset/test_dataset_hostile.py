@@ -9,7 +9,7 @@ import pytest
 from dataset_cases import COLUMNS, check_rows, make_dataset, truth
 
 from tlfast.dataset import DatasetError, open_dataset, verify_dataset
-from tlfast.dataset.description import _checksum, canonical
+from tlfast.dataset.strict_json import canonical, checksum_of
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_config_hash_of_another_dataset(out):
     def forge(d):
         d.pop("checksum")
         d["config_hash"] = "0" * 64
-        d["checksum"] = _checksum(d)
+        d["checksum"] = checksum_of(d)
 
     edit_json(out / "dataset.json", forge)
     with pytest.raises(DatasetError, match="must match its config_hash"):
@@ -207,7 +207,7 @@ def test_hostile_dataset_json_with_a_right_checksum(out, change):
         d.pop("checksum")
         identity = {key: d[key] for key in ("format", "version", "header", "columns", "plan")}
         d["config_hash"] = sha256(canonical(identity)).hexdigest()
-        d["checksum"] = _checksum(d)
+        d["checksum"] = checksum_of(d)
 
     edit_json(out / "dataset.json", forge)
     with pytest.raises(DatasetError):

@@ -178,11 +178,12 @@ def test_norms_neither_overflow_nor_vanish(tmp_path):
     assert torch.equal(open_dataset(tmp_path / "d").norms("x"), 2 * x[:, 0])
 
 
-def test_more_units_than_kept_maps(tmp_path):
+def test_more_units_than_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("tlfast.dataset.unit_files.most_open", lambda: 64)
     plan = Plan(150, 1)
     ds = make_dataset(tmp_path / "d", plan=plan)
     check_rows(ds, truth(plan=plan))
-    assert len(ds._maps._maps) == ds._maps.KEPT
+    assert len(ds._files._open.files) <= 64
     assert len(ds.examples._tables) == ds.examples.KEPT
 
 

@@ -3,10 +3,12 @@
 from .background import BackgroundWriter
 from .columns import GradientColumn
 from .errors import DatasetError
+from .export import export_dataset
 from .folder import check_disk_space
 from .layout import Column
 from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
 from .reader import GradientDataset, open_dataset
+from .repair import Repair, repair_dataset
 from .verify import Problem, Report, verify_dataset
 from .writer import DatasetWriter, estimate_bytes
 
@@ -23,10 +25,13 @@ __all__ = [
     "GradientDataset",
     "Plan",
     "Problem",
+    "Repair",
     "Report",
     "Unit",
     "check_disk_space",
     "estimate_bytes",
+    "export_dataset",
     "open_dataset",
+    "repair_dataset",
     "verify_dataset",
 ]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 
-from .durable import read_small
 from .errors import dataset_error
+from .extension import Extension, read_extensions
 from .layout import DTYPE_NAMES, DTYPES, Column, check_columns
-from .plan import Plan
+from .plan import Plan, Unit
+from .store import Store, as_store
+from .strict_json import checksum_of, parse_json, sha256_of, to_file
 
 FORMAT = "tlfast-dataset"
 VERSION = 1
@@ -27,38 +28,18 @@ MAX_BYTES = 64 << 20  # of dataset.json: tens of thousands of points stay far be
 _KEYS = {"format", "version", "header", "columns", "plan", "config_hash", "about", "checksum"}
 
 
-def canonical(value: Any) -> bytes:
-    """Return ``value`` as JSON with one spelling: the bytes that are hashed."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def parse_json(data: bytes, who: str, path: Path) -> Any:
-    """Parse JSON from a dataset's file; DatasetError for anything that is not plain, unambiguous JSON."""
-    try:
-        return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except (ValueError, RecursionError) as error:
-        raise dataset_error(who, str(path), "hold valid JSON", str(error)[:200], "Run `tlfast verify`.") from error
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
-def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 @dataclass(frozen=True)
 class Description:
-    """The content of dataset.json; ``about`` (when, by what) is kept but is not part of the identity."""
+    """The content of dataset.json; ``about`` (when, by what) is kept but is not part of the identity.
+
+    ``plan`` has the examples of ``extensions`` too, which stand in files of their own.
+    """
 
     header: dict[str, Any]
     columns: dict[str, Column]
     plan: Plan
     about: dict[str, Any]
+    extensions: tuple[Extension, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to continue a dataset."""
@@ -77,65 +58,99 @@ class Description:
     @cached_property
     def config_hash(self) -> str:
         """SHA-256 of the identity."""
-        return hashlib.sha256(canonical(self.identity())).hexdigest()
+        return sha256_of(self.identity())
+
+    def hash_of(self, unit: Unit) -> str:
+        """What the commit of a unit names: the config_hash, or the checksum of the extension that planned the unit."""
+        number = self.plan.extension_of(unit.start)
+        return self.extensions[number - 1].checksum if number else self.config_hash
+
+    def extended(self, n_examples: int, examples: Mapping[str, Any]) -> Description:
+        """Return the description with an extension by so many examples, of which ``examples`` is said."""
+        before = self.extensions[-1].checksum if self.extensions else self.config_hash
+        number = len(self.extensions) + 1
+        extension = Extension(number, before, self.plan.n_examples, n_examples, dict(examples))
+        return replace(self, plan=self.plan.extended(n_examples), extensions=(*self.extensions, extension))
+
+    @property
+    def examples(self) -> list[tuple[int, dict[str, Any]]]:
+        """How many examples dataset.json plans and each extension, and what it says of them."""
+        own = self.header.get("examples")
+        parts = [(self.plan.to_json()["n_examples"], own if isinstance(own, dict) else {})]
+        return parts + [(extension.n_examples, extension.examples) for extension in self.extensions]
 
     def to_bytes(self) -> bytes:
         """Return the content of dataset.json."""
-        value = self.identity() | {"config_hash": self.config_hash, "about": self.about}
-        value["checksum"] = _checksum(value)
-        return (json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+        return to_file(self.identity() | {"config_hash": self.config_hash, "about": self.about})
 
 
-def describe(who: str, header: Mapping[str, Any], columns: Mapping[str, Any], plan: Plan) -> Description:
+def describe(
+    who: str,
+    header: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    plan: Plan,
+    about: Mapping[str, Any] | None = None,
+) -> Description:
     """Return the description of a new dataset; DatasetError for a header or column that cannot be stored."""
     try:
-        plain = json.loads(json.dumps(dict(header), allow_nan=False))
+        plain, more = (json.loads(json.dumps(dict(part or {}), allow_nan=False)) for part in (header, about))
     except (TypeError, ValueError) as error:
         raise dataset_error(
             who, "header", "be JSON", str(error), "Use dicts, lists, text and finite numbers."
         ) from error
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    about = {"created": created, "torch": str(torch.__version__), "python": platform.python_version()}
-    return Description(plain, check_columns(who, columns), plan, about)
+    made = {"created": created, "torch": str(torch.__version__), "python": platform.python_version()}
+    return Description(plain, check_columns(who, columns), plan, made | more)
 
 
-def read_description(folder: Path, who: str) -> Description:
-    """Read and check ``folder``/dataset.json; DatasetError where it is missing, newer, changed or damaged."""
-    path = folder / FILE_NAME
-    value = parse_json(read_small(path, who, MAX_BYTES), who, path)
+def read_description(place: str | PathLike[str] | Store, who: str) -> Description:
+    """Read and check dataset.json in a folder or store; DatasetError where it is missing, newer, changed or damaged."""
+    store = as_store(place)
+    path = store.where(FILE_NAME)
+    value = parse_json(store.read(FILE_NAME, who, MAX_BYTES), who, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise dataset_error(who, str(path), f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
+        raise dataset_error(who, path, f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
     if value.get("version") != VERSION:
         got = repr(value.get("version"))[:80]
-        raise dataset_error(who, str(path), f"be of format version {VERSION}", got, "Update tlfast to read it.")
+        raise dataset_error(who, path, f"be of format version {VERSION}", got, "Update tlfast to read it.")
     checksum = value.pop("checksum", None)
-    if set(value) != _KEYS - {"checksum"} or _checksum(value) != checksum:
-        raise dataset_error(who, str(path), "match its own checksum", "other content", "Restore the file as it was.")
+    if set(value) != _KEYS - {"checksum"} or checksum_of(value) != checksum:
+        raise dataset_error(who, path, "match its own checksum", "other content", "Restore the file as it was.")
     columns = _read_columns(value["columns"], who, path)
     if not isinstance(value["header"], dict) or not isinstance(value["about"], dict):
-        raise dataset_error(who, str(path), "hold objects header and about", "other types", "Restore the file.")
+        raise dataset_error(who, path, "hold objects header and about", "other types", "Restore the file.")
     description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"])
     if description.config_hash != value["config_hash"]:
-        raise dataset_error(who, str(path), "match its config_hash", "other content", "Restore the file as it was.")
-    return description
+        raise dataset_error(who, path, "match its config_hash", "other content", "Restore the file as it was.")
+    extensions = read_extensions(store, who, description.config_hash, description.plan.n_examples)
+    plan = description.plan
+    for extension in extensions:
+        plan = plan.extended(extension.n_examples)
+    return replace(description, plan=plan, extensions=extensions)
 
 
-def _checksum(value: dict[str, Any]) -> str:
-    try:
-        return hashlib.sha256(canonical(value)).hexdigest()
-    except (ValueError, RecursionError):  # 1e999 parses to infinity, which no writer of ours puts there
-        return "none"
-
-
-def _read_columns(value: Any, who: str, path: Path) -> dict[str, Column]:
+def _read_columns(value: Any, who: str, path: str) -> dict[str, Column]:
     try:
         columns = {entry["name"]: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in value}
         if len(columns) != len(value) or any(set(entry) != {"name", "dtype", "shape"} for entry in value):
             raise KeyError("name, dtype, shape, once per column")
     except (KeyError, TypeError) as error:
         rule = "list columns with name, dtype and shape"
-        raise dataset_error(who, str(path), rule, repr(error)[:200], "Restore the file as it was.") from error
+        raise dataset_error(who, path, rule, repr(error)[:200], "Restore the file as it was.") from error
     return check_columns(who, columns)
+
+
+def skipped_examples(description: Description, who: str) -> list[tuple[str, int, str]]:
+    """Return source, start and reason of each example that was left out, those of extensions last."""
+    lists = [part.get("skipped", []) for _, part in description.examples]
+    try:
+        skipped = [(source, start, reason) for entries in lists for source, start, reason in entries]
+        if all((type(source), type(start), type(reason)) == (str, int, str) for source, start, reason in skipped):
+            return skipped
+    except (TypeError, ValueError):
+        pass
+    rule = "list a source, a start and a reason each"
+    raise dataset_error(who, "examples.skipped", rule, repr(lists)[:200], "Another program wrote this header.")
 
 
 def differences(old: Description, new: Description, most: int = 5) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+from . import extension
 from .commits import FOLDERS
 from .description import FILE_NAME, FORMAT, MAX_BYTES, Description
 from .durable import LOCK_NAME, TEMPORARY, read_small, sync_folder, write_small
@@ -17,6 +18,7 @@ _OURS = {
     "data": re.compile(r"u[0-9]{6,18}\.safetensors", re.ASCII),
     "rows": re.compile(r"u[0-9]{6,18}\.parquet", re.ASCII),
     "commits": re.compile(r"u[0-9]{6,18}\.json", re.ASCII),
+    extension.FOLDER: extension.FILE,
 }
 
 
@@ -54,18 +56,18 @@ def our_files(out: Path, who: str) -> list[Path]:
     """
     files: list[Path] = []
     strangers: list[str] = []
-    for name in ("commits", "data", "rows"):
+    for name in ("commits", "data", "rows", extension.FOLDER):
         folder = out / name
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             strangers.append(name)
         elif folder.is_dir():
-            for entry in sorted(os.listdir(folder)):
+            for entry in sorted(os.listdir(folder), reverse=True):  # of extensions the last first
                 ours = _OURS[name].fullmatch(entry) or TEMPORARY.fullmatch(entry)
                 (files.append(folder / entry) if ours else strangers.append(f"{name}/{entry}"))
     for entry in sorted(os.listdir(out)):
         if entry in (CONFIG, CARD, LOCK_NAME) or TEMPORARY.fullmatch(entry):
             files.append(out / entry)
-        elif entry not in (*FOLDERS, FILE_NAME):
+        elif entry not in (*_OURS, FILE_NAME):
             strangers.append(entry)
     files += [out / FILE_NAME]
     strangers += [str(file.relative_to(out)) for file in files if file.is_dir() and not file.is_symlink()]
@@ -79,7 +81,7 @@ def clear(out: Path, who: str) -> None:
     """Remove the dataset in ``out``: commits first, dataset.json last, so that a kill leaves no half-truth."""
     for file in our_files(out, who):
         file.unlink(missing_ok=True)
-    for name in FOLDERS:
+    for name in _OURS:
         if (out / name).is_dir():
             (out / name).rmdir()
     sync_folder(out)
@@ -97,6 +99,27 @@ def create(out: Path, description: Description, config: str, card: str) -> None:
             write_small(out / name, text.encode(), replace=False)
     sync_folder(out)
     sync_folder(out.parent)
+
+
+def publish_extension(out: Path, new: Description, config: str, cards: tuple[str, str]) -> None:
+    """Publish the last extension of ``new``, once: of two processes at once the first wins, and both may go on.
+
+    config.yaml becomes ``config``, and the card the second of ``cards`` where it is still the first.
+
+    Raises DatasetError where another extension has its number.
+    """
+    added = new.extensions[-1]
+    if config:  # first, so that a replay of it knows the new examples as soon as the dataset has them
+        write_small(out / CONFIG, config.encode(), replace=True)
+    (out / extension.FOLDER).mkdir(exist_ok=True)
+    sync_folder(out)
+    if not write_small(out / added.path, added.to_bytes(), replace=False):
+        there = read_small(out / added.path, "extend", extension.MAX_BYTES)
+        if there != added.to_bytes():
+            rule, got = "be free for this extension", f"one by other examples in {added.path}"
+            raise dataset_error("extend", "out", rule, got, "Another run has extended it; start again to see it.")
+    if (out / CARD).exists() and (out / CARD).read_bytes() == cards[0].encode():
+        write_small(out / CARD, cards[1].encode(), replace=True)
 
 
 def check_disk_space(out: Path, n_bytes: int, who: str, freed: int = 0) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 from .errors import dataset_error
@@ -46,28 +49,50 @@ class Unit:
 class Plan:
     """Split examples 0..n_examples-1 into units of ``rows_per_unit`` rows; the last may be shorter.
 
+    Args:
+        n_examples: how many there are, those of extensions included.
+        rows_per_unit: examples of a whole unit.
+        extended_at: the first example of each extension, rising. An extension begins a unit, so that the last unit
+            before it stays as short as it was.
+
     Raises:
-        DatasetError: where a number is not a positive int.
+        DatasetError: where a number is not a positive int, or an extension without examples.
 
     Example:
         >>> from tlfast.dataset.plan import Plan
         >>> Plan(n_examples=5, rows_per_unit=2).units[-1]
         Unit(name='u000002', start=4, stop=5)
+        >>> Plan(n_examples=5, rows_per_unit=2).extended(3).units[-1]
+        Unit(name='u000004', start=7, stop=8)
     """
 
     n_examples: int
     rows_per_unit: int
+    extended_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for argument in ("n_examples", "rows_per_unit"):
             value = getattr(self, argument)
             if type(value) is not int or not 1 <= value < 2**60:
                 raise dataset_error("Plan", argument, "be a positive int", repr(value), "Count the examples first.")
+        if any(start >= stop for start, stop in pairwise(self._bounds)):
+            rule = f"rise between 0 and {self.n_examples}"
+            raise dataset_error("Plan", "extended_at", rule, self.extended_at, "Extend by one example at least.")
+
+    @cached_property
+    def _bounds(self) -> tuple[int, ...]:
+        return (0, *self.extended_at, self.n_examples)
+
+    @cached_property
+    def _first_units(self) -> tuple[int, ...]:
+        # Of dataset.json's own plan, of each extension, and behind the last one how many there are.
+        counts = (-(-(stop - start) // self.rows_per_unit) for start, stop in pairwise(self._bounds))
+        return tuple(accumulate(counts, initial=0))
 
     @property
     def n_units(self) -> int:
         """How many units there are."""
-        return -(-self.n_examples // self.rows_per_unit)
+        return self._first_units[-1]
 
     @property
     def units(self) -> list[Unit]:
@@ -78,21 +103,34 @@ class Plan:
         """Return unit number ``k``; IndexError outside 0..n_units-1."""
         if not 0 <= k < self.n_units:
             raise IndexError(f"Plan: unit must be in 0..{self.n_units - 1}, got {k}. See Plan.n_units.")
-        start = k * self.rows_per_unit
-        return Unit(f"u{k:06d}", start, min(start + self.rows_per_unit, self.n_examples))
+        part = bisect_right(self._first_units, k) - 1
+        start = self._bounds[part] + (k - self._first_units[part]) * self.rows_per_unit
+        return Unit(f"u{k:06d}", start, min(start + self.rows_per_unit, self._bounds[part + 1]))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a unit called ``name``."""
+        match = _UNIT_NAME.fullmatch(name)
+        return match is not None and int(match[1]) < self.n_units
 
     def unit_named(self, name: str) -> Unit:
         """Return the unit called ``name``; DatasetError where the plan has none of that name."""
-        match = _UNIT_NAME.fullmatch(name)
-        if match is None or int(match[1]) >= self.n_units:
+        if not self.has(name):
             remedy = "It may belong to another dataset."
             rule = f"be one of the plan's {self.n_units} units (u000000, u000001, ...)"
             raise dataset_error("Plan", "unit", rule, repr(name), remedy)
-        return self.unit(int(match[1]))
+        return self.unit(int(name[1:]))
+
+    def extension_of(self, example: int) -> int:
+        """Return the number of the extension that an example came with, 0 for none."""
+        return bisect_right(self.extended_at, example)
+
+    def extended(self, n_examples: int) -> Plan:
+        """Return the plan with so many more examples, in units of their own."""
+        return Plan(self.n_examples + n_examples, self.rows_per_unit, (*self.extended_at, self.n_examples))
 
     def to_json(self) -> dict[str, int]:
-        """Return the plan as it stands in dataset.json."""
-        return {"n_examples": self.n_examples, "rows_per_unit": self.rows_per_unit}
+        """Return the plan as it stands in dataset.json, where extensions do not."""
+        return {"n_examples": self._bounds[1], "rows_per_unit": self.rows_per_unit}
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:

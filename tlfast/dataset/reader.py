@@ -9,23 +9,25 @@ from typing import Any
 
 import torch
 
-from .columns import GradientColumn, UnitMaps
-from .commits import check_folders, check_sizes, committed_names, read_commit
-from .description import read_description
+from .columns import GradientColumn
+from .commits import read_commits, read_folder
+from .description import skipped_examples
 from .errors import dataset_error
 from .layout import DTYPE_NAMES
 from .plan import Plan, Unit
 from .rows import ExampleTable
-from .verify import Report, missing_names, verify_dataset
+from .store import LocalStore, Store, as_store
+from .unit_files import UnitFiles
+from .verify import Report, check_unit, missing_names, verify_dataset
 
 _WHO = "open_dataset"
 
 
-def open_dataset(path: str | PathLike[str], *, partial: bool = False) -> GradientDataset:
+def open_dataset(path: str | PathLike[str] | Store, *, partial: bool = False) -> GradientDataset:
     """Open the dataset in folder ``path`` for reading.
 
     Args:
-        path: the folder that tlfast wrote.
+        path: the folder that tlfast wrote, or another store that holds one.
         partial: open it although units are missing; rows are then those of the committed units, in order.
 
     Returns:
@@ -50,24 +52,25 @@ def open_dataset(path: str | PathLike[str], *, partial: bool = False) -> Gradien
 class GradientDataset:
     """A dataset of gradients; made by open_dataset."""
 
-    def __init__(self, path: str | PathLike[str], *, partial: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | PathLike[str] | Store, *, partial: bool = False) -> None:
+        self._store = as_store(path)
         self._partial = partial
-        description = read_description(self.path, _WHO)
-        check_folders(self.path, _WHO)
-        names = committed_names(self.path)
-        self._commits = [read_commit(self.path, name, description, _WHO) for name in names]
+        description, names = read_folder(self._store, _WHO)
         self._description = description
-        absent = description.plan.n_units - len(names)
+        self._commits = read_commits(self._store, description, _WHO, names)
+        absent = description.plan.n_units - len(self._commits)
         if absent and not partial:
-            first = ", ".join(missing_names(description, names, 3))
+            first = ", ".join(missing_names(description, [commit.unit.name for commit in self._commits], 3))
             rule = f"hold all {description.plan.n_units} units of its plan"
             remedy = "Run the collection again to complete it, or open it with partial=True."
             raise dataset_error(_WHO, "path", rule, f"{self.path} without {absent} ({first}, ...)", remedy)
-        for commit in self._commits:
-            check_sizes(self.path, commit, description, _WHO)
-        self._maps = UnitMaps(self.path, self._commits, description.columns)
-        self.examples = ExampleTable(self.path, [commit.unit for commit in self._commits], list(description.columns))
+        self._files = UnitFiles(self._store, self._commits, description.columns, mapped=self._store.maps)
+        self.examples = ExampleTable(self._store, [commit.unit for commit in self._commits], list(description.columns))
+
+    @property
+    def path(self) -> Path | str:
+        """The folder, or the URL, of the dataset."""
+        return self._store.folder if isinstance(self._store, LocalStore) else self._store.where("").rstrip("/")
 
     @property
     def points(self) -> list[str]:
@@ -85,6 +88,11 @@ class GradientDataset:
         return self._description.plan
 
     @property
+    def skipped(self) -> list[tuple[str, int, str]]:
+        """The bad examples that were left out: source, start in it, and the reason of each."""
+        return skipped_examples(self._description, _WHO)
+
+    @property
     def units(self) -> list[Unit]:
         """The units that are there."""
         return [commit.unit for commit in self._commits]
@@ -100,7 +108,7 @@ class GradientDataset:
         if point not in self._description.columns:
             known = ", ".join(self.points[:5]) + (", ..." if len(self.points) > 5 else "")
             raise KeyError(f"GradientDataset: point must be one of {known}, got {point!r}. See ds.points.")
-        return GradientColumn(point, self._description.columns[point], self._maps)
+        return GradientColumn(point, self._description.columns[point], self._files)
 
     def norms(self, point: str) -> torch.Tensor:
         """Return the float32 L2 norm of every row of ``point`` from the row tables: shape [rows]."""
@@ -109,7 +117,11 @@ class GradientDataset:
 
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""
-        return verify_dataset(self.path, partial=self._partial, progress=progress)
+        return verify_dataset(self._store, partial=self._partial, progress=progress)
+
+    def verify_unit(self, unit: Unit) -> None:
+        """Re-read every byte of one unit against its checksum; DatasetError where something is wrong."""
+        check_unit(self._store, unit, self._description)
 
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""
@@ -139,8 +151,8 @@ class GradientDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a DataLoader open the files themselves.
-        return _reopen, (str(self.path), self._partial)
+        return _reopen, (self._store, self._partial)
 
 
-def _reopen(path: str, partial: bool) -> GradientDataset:
-    return GradientDataset(path, partial=partial)
+def _reopen(store: Store, partial: bool) -> GradientDataset:
+    return GradientDataset(store, partial=partial)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .durable import open_regular
 from .errors import dataset_error, extra
 from .plan import Example, Unit
+from .store import Store
 
 NORM = "norm:"  # a point's float32 L2 norms stand in the column "norm:<point>"
 _READER = "GradientDataset"
@@ -56,14 +55,14 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
     return bytes(sink.getvalue())
 
 
-def decode_rows(path: Path, unit: Unit, points: Sequence[str]) -> Any:
-    """Return a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples."""
+def decode_rows(store: Store, unit: Unit, points: Sequence[str]) -> Any:
+    """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples."""
     pa, parquet = extra("pyarrow", _READER), extra("pyarrow.parquet", _READER)
-    fd, size = open_regular(path, _READER)
+    path = f"rows/{unit.name}.parquet"
+    file = store.open(path, _READER)
     schema = row_schema(points)
-    with open(fd, "rb") as file:
-        data = file.read(size)
     try:
+        data = file.read(0, file.size)
         stored = parquet.ParquetFile(pa.BufferReader(data))
         found = stored.schema_arrow
         if stored.metadata.num_rows != len(unit) or found.names != schema.names or found.types != schema.types:
@@ -76,7 +75,7 @@ def decode_rows(path: Path, unit: Unit, points: Sequence[str]) -> Any:
             raise ValueError("other examples, or nulls")
     except Exception as error:  # whatever a damaged Parquet file makes of pyarrow
         rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points"
-        raise dataset_error(_READER, str(path), rule, str(error)[:300], "Run `tlfast verify`.") from error
+        raise dataset_error(_READER, store.where(path), rule, str(error)[:300], "Run `tlfast verify`.") from error
     return table
 
 
@@ -85,8 +84,8 @@ class ExampleTable(Sequence[dict[str, Any]]):
 
     KEPT = 4  # row tables held in memory
 
-    def __init__(self, folder: Path, units: Sequence[Unit], points: Sequence[str]) -> None:
-        self._folder = folder
+    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str]) -> None:
+        self._store = store
         self._units = units
         self._points = list(points)
         self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
@@ -120,7 +119,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
         with self._lock:
             if k not in self._tables:
                 unit = self._units[k]
-                self._tables[k] = decode_rows(self._folder / "rows" / f"{unit.name}.parquet", unit, self._points)
+                self._tables[k] = decode_rows(self._store, unit, self._points)
                 while len(self._tables) > self.KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(k)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
-from .columns import check_header
 from .commits import (
-    FOLDERS,
     Commit,
     CommittedFile,
-    check_folders,
     check_sizes,
-    committed_names,
+    commit_path,
+    data_path,
+    file_sizes,
     read_commit,
+    read_folder,
+    rows_path,
 )
-from .description import Description, read_description
-from .durable import crc32c, open_regular
+from .description import Description
+from .durable import crc32c
 from .errors import DatasetError, dataset_error
 from .layout import unit_layout
-from .plan import FLAG_NON_FINITE
+from .plan import FLAG_NON_FINITE, Unit
 from .rows import decode_rows
+from .store import Store, as_store
+from .unit_files import check_header
 
 _WHO = "verify"
 _BLOCK_BYTES = 4 << 20
@@ -38,6 +40,7 @@ class Problem:
 
     unit: str
     text: str
+    damaged: bool = False  # made again, the unit would be right: repair_dataset drops its commit
 
     def __str__(self) -> str:
         return f"{self.unit}: {self.text}" if self.unit else self.text
@@ -66,12 +69,12 @@ class Report:
 
 
 def verify_dataset(
-    path: str | PathLike[str], *, partial: bool = False, progress: Callable[[int], None] | None = None
+    path: str | PathLike[str] | Store, *, partial: bool = False, progress: Callable[[int], None] | None = None
 ) -> Report:
-    """Re-read every byte of the dataset in folder ``path``; damage is reported, not raised.
+    """Re-read every byte of the dataset in ``path``; damage is reported, not raised.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or its store.
         partial: whether units that are not committed yet are no problem.
         progress: called with the number of bytes just read.
 
@@ -83,43 +86,84 @@ def verify_dataset(
         >>> verify_dataset("no/such/folder").ok
         False
     """
-    folder, report = Path(path), Report()
+    store, report = as_store(path), Report()
     try:
-        description = read_description(folder, _WHO)
-        check_folders(folder, _WHO)
-        names = committed_names(folder)
+        description, names = read_folder(store, _WHO)
+        files = file_sizes(store, _WHO)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
-    named = {name for unit in names for name in _check_unit(folder, unit, description, report, progress)}
+    named = {name for unit in names for name in _check_unit(store, unit, description, files, report, progress)}
     absent = description.plan.n_units - len(names)
     if absent > 0 and not partial:
         first = ", ".join(missing_names(description, names, 3))
         text = f"{absent} of {description.plan.n_units} units are not there ({first}, ...): resume the collection"
         report.problems.append(Problem("", text))
-    for part in FOLDERS:
-        report.unnamed += sorted(f"{part}/{n}" for n in os.listdir(folder / part) if f"{part}/{n}" not in named)
+    commits = (f"commits/{name}" for name in store.names("commits", _WHO))
+    report.unnamed = sorted(name for name in chain(files, commits) if name not in named)
     return report
 
 
 def _check_unit(
-    folder: Path, name: str, description: Description, report: Report, progress: Callable[[int], None] | None
+    store: Store,
+    name: str,
+    description: Description,
+    files: Mapping[str, int | None],
+    report: Report,
+    progress: Callable[[int], None] | None,
 ) -> set[str]:
     """Check one unit into ``report``; return the files that its commit names."""
-    named = {f"commits/{name}.json"}
+
+    def count(n_bytes: int) -> None:
+        report.n_bytes += n_bytes
+        if progress is not None:
+            progress(n_bytes)
+
     try:
-        commit = read_commit(folder, name, description, _WHO)
-        named |= {file.path for file in commit.files}
-        check_sizes(folder, commit, description, _WHO)
-        for file in commit.files:
-            report.n_bytes += _check_bytes(folder, file, progress)
-        _check_content(folder, commit, description)
-    except (DatasetError, OSError) as error:
+        unit = description.plan.unit_named(name)
+    except DatasetError as error:  # of another plan perhaps, but not damaged
         report.problems.append(Problem(name, str(error)))
+        return {f"commits/{name}.json"}
+    try:
+        check_unit(store, unit, description, files, count)
+    except (DatasetError, OSError) as error:
+        report.problems.append(Problem(name, str(error), is_damage(error)))
     else:
         report.n_units += 1
-        report.n_rows += len(commit.unit)
-    return named
+        report.n_rows += len(unit)
+    return {commit_path(unit), data_path(unit), rows_path(unit)}
+
+
+def check_unit(
+    store: Store,
+    unit: Unit,
+    description: Description,
+    files: Mapping[str, int | None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Re-read every byte of a committed unit; DatasetError or OSError where something is wrong.
+
+    ``files`` is a listing (see file_sizes), where there is one: it saves reading a file of another size.
+    """
+    commit = read_commit(store, unit.name, description, _WHO)
+    if files is not None:
+        check_sizes(store, commit, description, files, _WHO)
+    for file in commit.files:
+        _check_bytes(store, file, progress)
+    _check_content(store, commit, description)
+
+
+# What a file that is gone, replaced or on a bad sector says. Anything else (no permission, too many open files) says
+# nothing of the file; and no number at all is what pyarrow makes of bytes that are no Parquet.
+_DAMAGE = {None, errno.EIO, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENXIO}
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of check_unit says that the unit's files are wrong, and not that they couldn't be read here."""
+    reason = error.__cause__ if isinstance(error, DatasetError) else error
+    if isinstance(reason, OSError):
+        return reason.errno in _DAMAGE
+    return not isinstance(reason, (ImportError, MemoryError, NotImplementedError))
 
 
 def missing_names(description: Description, names: list[str], most: int) -> list[str]:
@@ -129,36 +173,29 @@ def missing_names(description: Description, names: list[str], most: int) -> list
     return list(islice((name for name in planned if name not in there), most))
 
 
-def _check_bytes(folder: Path, file: CommittedFile, progress: Callable[[int], None] | None) -> int:
-    path = folder / file.path
-    fd, _ = open_regular(path, _WHO)
+def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], None] | None) -> None:
+    opened = store.open(file.path, _WHO)
+    block = np.empty(min(_BLOCK_BYTES, max(1, opened.size)), dtype=np.uint8)
     crc, n_bytes = 0, 0
-    block = bytearray(_BLOCK_BYTES)
-    view = np.frombuffer(block, dtype=np.uint8)
-    try:
-        while n := os.readv(fd, [block]):
-            crc = crc32c(view[:n], crc)
-            n_bytes += n
-            if progress is not None:
-                progress(n)
-    finally:
-        os.close(fd)
+    while n_bytes < opened.size:
+        n = min(len(block), opened.size - n_bytes)
+        store.fill([(opened, n_bytes, block[:n].data)], _WHO)
+        crc = crc32c(block[:n], crc)
+        n_bytes += n
+        if progress is not None:
+            progress(n)
     if crc != file.crc32c or n_bytes != file.n_bytes:
         rule = f"have the CRC32C {file.crc32c:08x} of its commit"
-        remedy = "Its bytes changed after it was written; remove its commit and resume to make the unit again."
-        raise dataset_error(_WHO, str(path), rule, f"{crc:08x} over {n_bytes} bytes", remedy)
-    return n_bytes
+        remedy = "Its bytes changed after it was written. Run `tlfast verify --repair`, then resume."
+        raise dataset_error(_WHO, store.where(file.path), rule, f"{crc:08x} over {n_bytes} bytes", remedy)
 
 
-def _check_content(folder: Path, commit: Commit, description: Description) -> None:
-    path = folder / commit.files[0].path
-    fd, _ = open_regular(path, _WHO)
-    try:
-        check_header(fd, path, unit_layout(description.columns, commit.unit))
-    finally:
-        os.close(fd)
-    table = decode_rows(folder / commit.files[1].path, commit.unit, list(description.columns))
+def _check_content(store: Store, commit: Commit, description: Description) -> None:
+    unit_file, row_table = (file.path for file in commit.files)
+    layout = unit_layout(description.columns, commit.unit)
+    check_header(store.open(unit_file, _WHO), store.where(unit_file), layout, _WHO)
+    table = decode_rows(store, commit.unit, list(description.columns))
     flagged = sum(flags & FLAG_NON_FINITE != 0 for flags in table.column("flags").to_pylist())
     if flagged != commit.non_finite:
         rule = f"flag {commit.non_finite} rows as non-finite, as its commit says"
-        raise dataset_error(_WHO, str(folder / commit.files[1].path), rule, flagged, "Remove its commit and resume.")
+        raise dataset_error(_WHO, store.where(row_table), rule, flagged, "Run `tlfast verify --repair`, then resume.")

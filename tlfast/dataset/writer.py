@@ -15,21 +15,21 @@ from ..ops import pick_native
 from .background import BackgroundWriter
 from .card import dataset_card
 from .commits import (
+    FOLDERS,
     Commit,
     CommittedFile,
     check_folders,
-    check_sizes,
     commit_path,
-    committed_names,
     data_path,
     publish,
-    read_commit,
+    read_commits,
     rows_path,
 )
 from .description import Description, describe, differences, read_description
 from .durable import PendingFile, remove_stale
 from .errors import dataset_error, extra
-from .folder import check_disk_space, clear, create, is_dataset, our_files, refuse_stranger
+from .extension import FOLDER as EXTENSIONS
+from .folder import check_disk_space, clear, create, is_dataset, our_files, publish_extension, refuse_stranger
 from .layout import Column, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
 from .rows import encode_rows
@@ -56,6 +56,7 @@ class DatasetWriter:
         plan: which examples form which unit.
         config: text, or a mapping written as YAML, for config.yaml; not part of the identity.
         overwrite: remove the dataset that lies in ``out`` first.
+        about: what else to say of this run, JSON; not part of the identity, and kept from the run that began.
         backend: what writes the rows: "auto", "native" or "python". The bytes are the same.
 
     Raises:
@@ -79,15 +80,15 @@ class DatasetWriter:
         plan: Plan,
         config: str | Mapping[str, Any] = "",
         overwrite: bool = False,
+        about: Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
         self._native = pick_native(_WHO, backend, {"cpu"})
         self.out = Path(out)
-        self.plan = plan
         self.bytes_written = 0
-        description = describe(_WHO, header, columns, plan)
+        description = describe(_WHO, header, columns, plan, about)
         refuse_stranger(self.out, _WHO)
         exists = is_dataset(self.out)
         if exists and overwrite:
@@ -99,10 +100,31 @@ class DatasetWriter:
         create(self.out, description, _yaml(config), dataset_card(description))
         self.description = self._same(description)
         self.columns = self.description.columns
+        self.plan = self.description.plan
         self._remove_stale()
         self.done = self._committed()
-        remaining = plan.n_examples - sum(len(plan.unit_named(name)) for name in self.done)
+        self._check_disk_space()
+
+    def _check_disk_space(self) -> None:
+        remaining = self.plan.n_examples - sum(len(self.plan.unit_named(name)) for name in self.done)
         check_disk_space(self.out, estimate_bytes(self.columns, remaining), _WHO)
+
+    def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
+        """Add ``n_examples`` examples to the plan for good, in units behind those that are there.
+
+        Args:
+            n_examples: how many.
+            examples: what is said of them, JSON, as ``examples`` in the header says it of the first ones.
+            config: what config.yaml is to hold from now on; empty: what it held.
+
+        Raises:
+            DatasetError: where another process has extended the dataset by other examples, or the disk is too full.
+        """
+        new = self.description.extended(n_examples, examples)
+        check_disk_space(self.out, estimate_bytes(self.columns, n_examples), _WHO)
+        cards = (dataset_card(self.description), dataset_card(new))
+        publish_extension(self.out, new, _yaml(config), cards)
+        self.description, self.plan = new, new.plan
 
     def _same(self, description: Description) -> Description:
         there = read_description(self.out, _WHO)
@@ -114,14 +136,12 @@ class DatasetWriter:
 
     def _remove_stale(self) -> None:
         check_folders(self.out, _WHO)
-        for folder in (self.out, *(self.out / name for name in ("data", "rows", "commits"))):
-            remove_stale(folder)
+        for folder in (self.out, *(self.out / name for name in (*FOLDERS, EXTENSIONS))):
+            if folder.is_dir() and not folder.is_symlink():
+                remove_stale(folder)
 
     def _committed(self) -> set[str]:
-        names = committed_names(self.out)
-        for name in names:
-            check_sizes(self.out, read_commit(self.out, name, self.description, _WHO), self.description, _WHO)
-        return set(names)
+        return {commit.unit.name for commit in read_commits(self.out, self.description, _WHO)}
 
     def write_unit(
         self,
@@ -164,7 +184,7 @@ class DatasetWriter:
                 files = tuple(
                     CommittedFile(f"{f.final.parent.name}/{f.final.name}", f.n_bytes, f.crc) for f in (data, rows)
                 )
-                commit = Commit(unit, self.description.config_hash, (files[0], files[1]), int(bad.sum()))
+                commit = Commit(unit, self.description.hash_of(unit), (files[0], files[1]), int(bad.sum()))
                 won = publish(self.out, commit, (data, rows))
         self.done.add(unit.name)
         return won

@@ -1,0 +1,265 @@
+"""Exports: each format is read by its own library and holds every row, or nothing is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from dataset_cases import COLUMNS, PLAN, make_dataset, make_writer, rows_of, truth
+from dataset_cases import examples as examples_of
+from test_dataset_damage import flip
+
+from tlfast.dataset import DatasetError, Plan, export_dataset, export_parts
+
+POINTS = list(COLUMNS)
+FORMATS = ["parquet", "arrow", "npy", "hf", "lance", "bergson"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dataset of three units, and room beside it."""
+    folder = tmp_path_factory.mktemp("export")
+    make_dataset(folder / "ds")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Parts smaller than a unit: 3 rows of these columns."""
+    monkeypatch.setattr(export_parts, "PART_BYTES", 3 * 70)
+
+
+def expected():
+    """Every point as its export has it: bfloat16 as float32."""
+    return {name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in truth().items()}
+
+
+def check_table(table, columns=POINTS):
+    """Fail unless an Arrow table holds the examples, the norms and the gradients of ``columns``."""
+    examples = [e for unit in PLAN.units for e in examples_of(unit)]
+    for key in ("id", "input_ids", "source", "start", "length"):
+        assert table.column(key).to_pylist() == [getattr(e, key) for e in examples], key
+    for point, array in expected().items():
+        norms = np.linalg.norm(array.reshape(len(array), -1).astype(np.float64), axis=1)
+        np.testing.assert_allclose(table.column(f"norm:{point}").to_numpy(), norms, rtol=1e-6)
+    assert [name for name in table.column_names if name.startswith("grad:")] == [f"grad:{p}" for p in columns]
+    for point in columns:
+        found, array = table.column(f"grad:{point}").combine_chunks(), expected()[point]
+        values = found.flatten() if array.ndim > 1 else found
+        assert (values.to_numpy().dtype, values.to_numpy().tobytes()) == (array.dtype, array.tobytes()), point
+
+
+def test_the_check_can_fail(folder, tmp_path):
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(export_dataset(folder / "ds", tmp_path / "t.parquet", to="parquet"))
+    check_table(table)
+    with pytest.raises(AssertionError):
+        check_table(table.take([1, 0, *range(2, 11)]))
+    changed = table.column("grad:loss").to_numpy().copy()
+    changed[3] += 1
+    with pytest.raises(AssertionError):
+        check_table(table.set_column(table.column_names.index("grad:loss"), "grad:loss", [changed]))
+
+
+def test_parquet_and_arrow(folder, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    made = export_dataset(folder / "ds", tmp_path / "t.parquet", to="parquet")
+    table = parquet.read_table(made)
+    check_table(table)
+    with pa.memory_map(str(export_dataset(folder / "ds", tmp_path / "t.arrow", to="arrow"))) as file:
+        check_table(pa.ipc.open_file(file).read_all())
+    said = json.loads(table.schema.metadata[b"tlfast"])
+    assert said["points"]["blocks.0.hook_resid_post"] == {"dtype": "BF16", "shape": [6]}
+    assert said["header"] == {"model": {"name": "tiny", "sha": "abc"}, "reduce": "mean"}
+    assert table.field("grad:blocks.1.attn").metadata[b"shape"] == b"[2, 3]"
+    assert sorted(os.listdir(tmp_path)) == ["t.arrow", "t.parquet"]
+
+
+def test_npy(folder, tmp_path):
+    made = export_dataset(folder / "ds", tmp_path / "out", to="npy")
+    for point, array in expected().items():
+        found = np.load(made / f"{point}.npy", mmap_mode="r")
+        assert (found.dtype, found.shape, found.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    assert np.load(made / "ids.npy").tolist() == list(range(11))
+    assert json.loads((made / "points.json").read_text())["files"]["loss.npy"] == "loss"
+
+
+def test_names_that_are_no_file_names(tmp_path):
+    names = ["", "../up", "a/b", ".hidden", "IDS", "ids", "x" * 300, "\u00e9"]
+    made_from = tmp_path / "ds"
+    tensors = {name: torch.full((2, 1), float(k)) for k, name in enumerate(names)}
+    writer = make_writer(made_from, columns=dict.fromkeys(names, (torch.float32, (1,))), plan=Plan(2, 2))
+    writer.write_unit(writer.plan.unit(0), tensors, examples_of(writer.plan.unit(0)))
+    made = export_dataset(made_from, tmp_path / "out", to="npy")
+    files = json.loads((made / "points.json").read_text())["files"]
+    assert sorted(os.listdir(made)) == sorted([*files, "ids.npy", "points.json"])
+    assert list(files.values()) == names
+    for file, point in files.items():
+        assert np.load(made / file).tolist() == [[float(names.index(point))]] * 2
+    assert list(files)[:6] == ["point-0.npy", "point-1.npy", "a%2Fb.npy", "point-3.npy", "point-4.npy", "point-5.npy"]
+
+
+def test_hugging_face(folder, tmp_path):
+    import datasets
+
+    made = export_dataset(folder / "ds", tmp_path / "out", to="hf")
+    loaded = datasets.load_from_disk(str(made))
+    check_table(loaded.data.table)
+    assert loaded.features["grad:blocks.1.attn"] == datasets.List(datasets.Value("float32"), length=6)
+    row = loaded.with_format("torch")[7]
+    assert torch.equal(row["grad:blocks.0.hook_resid_post"], truth()["blocks.0.hook_resid_post"][7].float())
+
+
+def test_lance(folder, tmp_path):
+    import lance
+
+    made = export_dataset(folder / "ds", tmp_path / "out.lance", to="lance")
+    table = lance.dataset(str(made)).to_table()
+    assert "grad:blocks_0_hook_resid_post" in table.column_names
+    renamed = [f"norm:{point}" for point in POINTS] + [f"grad:{point}" for point in POINTS]
+    check_table(table.rename_columns(table.column_names[: -len(renamed)] + renamed))
+    assert [field.metadata[b"point"].decode() for field in table.schema if field.name.startswith("grad:")] == POINTS
+
+
+def test_names_that_lance_takes_for_one(tmp_path):
+    import lance
+
+    columns = {"a.b": (torch.float32, ()), "a_b": (torch.float32, ())}
+    make_dataset(tmp_path / "ds", columns=columns)
+    table = lance.dataset(str(export_dataset(tmp_path / "ds", to="lance"))).to_table()
+    assert table.column_names[-2:] == ["grad:a_b", "grad:a_b_9"]
+    for name, point in zip(table.column_names[-2:], columns, strict=True):
+        assert table.column(name).to_numpy().tobytes() == truth(columns)[point].numpy().tobytes()
+
+
+def test_bergson(folder, tmp_path):
+    """Read by its rules: a memmap of the dtype and the sizes that info.json says; before version 2 a structured one."""
+    made = export_dataset(folder / "ds", tmp_path / "out", to="bergson")
+    info = json.loads((made / "info.json").read_text())
+    assert (info["num_grads"], info["grad_sizes"]) == (11, {POINTS[0]: 6, POINTS[1]: 6, "loss": 1, "double": 2})
+    shape = (info["num_grads"], sum(info["grad_sizes"].values()))
+    flat = np.memmap(made / "gradients.bin", dtype=np.dtype(info["base_dtype"]), mode="r", shape=shape)
+    structured = np.memmap(made / "gradients.bin", dtype=np.dtype(info["dtype"]), mode="r", shape=11)
+    at = 0
+    for point, size in info["grad_sizes"].items():
+        array = expected()[point].reshape(11, -1).astype(np.float64)
+        assert np.array_equal(flat[:, at : at + size], array)
+        assert np.array_equal(structured[point], array)
+        at += size
+    import datasets
+
+    check_table(datasets.load_from_disk(str(made / "data.hf")).data.table, columns=[])
+    for name in ("normalizers", "hessians", "hessians_eigen"):
+        assert torch.load(made / f"{name}.pth", weights_only=True) == {}
+
+
+def test_bergson_keeps_float16_and_makes_float32_of_bfloat16(folder, tmp_path):
+    for point, dtype in (("loss", "float16"), ("blocks.0.hook_resid_post", "float32"), ("blocks.1.attn", "float32")):
+        made = export_dataset(folder / "ds", tmp_path / point, to="bergson", points=[point])
+        assert json.loads((made / "info.json").read_text())["base_dtype"] == dtype
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_some_points_of_some_units(folder, tmp_path, to):
+    writer = make_writer(tmp_path / "part")
+    unit = PLAN.unit(1)
+    writer.write_unit(unit, rows_of(unit, truth()), examples_of(unit))
+    with pytest.raises(DatasetError, match="must hold all 3 units of its plan"):
+        export_dataset(tmp_path / "part", to=to)
+    counted = []
+    options = {"points": ["loss", "double"], "partial": True, "progress": counted.append}
+    made = export_dataset(tmp_path / "part", to=to, **options)
+    assert made.name.startswith("part")
+    assert sum(counted) == 4
+    assert sorted(os.listdir(tmp_path)) == sorted(["part", made.name])
+    if to == "npy":
+        assert np.load(made / "ids.npy").tolist() == [4, 5, 6, 7]
+        assert sorted(os.listdir(made)) == ["double.npy", "ids.npy", "loss.npy", "points.json"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_failed_export_leaves_nothing(folder, tmp_path, to):
+    def fail(n):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        export_dataset(folder / "ds", tmp_path / "out", to=to, progress=fail)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_flipped_bit_is_not_exported(folder, tmp_path, to):
+    shutil.copytree(folder / "ds", tmp_path / "ds")
+    flip(tmp_path / "ds" / "data" / "u000001.safetensors", 4100, 3)
+    with pytest.raises(DatasetError, match=r"u000001\.safetensors must have the CRC32C"):
+        export_dataset(tmp_path / "ds", to=to)
+    assert os.listdir(tmp_path) == ["ds"]
+
+
+def test_nothing_is_overwritten(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder"):
+        with pytest.raises(DatasetError, match=r"out must be a new name, got .*, which exists\. Choose"):
+            export_dataset(folder / "ds", tmp_path / name, to="npy")
+
+    def somebody_else(n):
+        (tmp_path / "late").mkdir(exist_ok=True)
+        (tmp_path / "late" / "mine").touch()
+
+    with pytest.raises(DatasetError, match="out must be a new name"):
+        export_dataset(folder / "ds", tmp_path / "late", to="npy", progress=somebody_else)
+    assert os.listdir(tmp_path / "late") == ["mine"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"to": "csv"}, "to must be one of parquet, arrow, npy, hf, lance, bergson, got 'csv'"),
+        ({"to": "npy", "points": ["los"]}, r"points must be some of blocks\.0\.hook_resid_post, .*, got 'los'"),
+        ({"to": "npy", "points": []}, "points must be some of .*, got none"),
+        ({"to": "npy", "out": "nowhere/out"}, "out must lie in a folder that exists, got nowhere"),
+    ],
+)
+def test_bad_arguments_are_refused(folder, settings, text):
+    with pytest.raises(DatasetError, match=f"export_dataset: {text}"):
+        export_dataset(folder / "ds", **settings)
+    assert os.listdir(folder) == ["ds"]
+
+
+def test_an_empty_row_is_refused(tmp_path):
+    columns = {"a": (torch.float32, (3, 0)), "b": (torch.float32, ())}
+    make_dataset(tmp_path / "ds", columns=columns)
+    with pytest.raises(DatasetError, match=r"point 'a' must have a value in each row, got shape \[3, 0\]\. Leave it"):
+        export_dataset(tmp_path / "ds", to="arrow")
+    export_dataset(tmp_path / "ds", to="arrow", points=["b"])
+
+
+def test_nothing_to_export_is_refused(tmp_path):
+    make_writer(tmp_path / "ds")
+    with pytest.raises(DatasetError, match=r"export_dataset: path must hold at least one unit, got .*ds without any"):
+        export_dataset(tmp_path / "ds", to="parquet", partial=True)
+
+
+def test_a_full_disk_is_found_before(folder, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
+    with pytest.raises(DatasetError, match=r"out must have 0\.000 GB free for this dataset, got 0\.000 GB"):
+        export_dataset(folder / "ds", tmp_path / "out", to="npy")
+
+
+@pytest.mark.parametrize("to, library, name", [("hf", "datasets", "hub"), ("lance", "lance", "lance")])
+def test_a_missing_library_names_its_extra(folder, tmp_path, monkeypatch, to, library, name):
+    monkeypatch.setitem(__import__("sys").modules, library, None)
+    with pytest.raises(ImportError, match=rf"{library} must be installed.*pip install 'tlfast\[{name}\]'"):
+        export_dataset(folder / "ds", tmp_path / "out", to=to)
+    assert os.listdir(tmp_path) == []

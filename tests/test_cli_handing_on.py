@@ -1,0 +1,103 @@
+"""`tlfast verify --repair` and `tlfast export`: what they print, leave and return."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+
+import pytest
+from tiny_models import collect_words, complaint_of, save_model, save_text, unit_bytes
+
+from tlfast.cli import main
+from tlfast.commands import bar
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model, text, and a dataset of them."""
+    folder = tmp_path_factory.mktemp("handing")
+    save_model(folder / "model")
+    save_text(folder / "text")
+    assert main(["collect", *collect_words(folder)]) == 0
+    return folder
+
+
+def test_repair_and_the_command_that_it_prints(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    data = out / "data" / "u000002.safetensors"
+    data.write_bytes(data.read_bytes()[:-1] + b"\xff")
+    assert main(["verify", str(out)]) == 1
+    capsys.readouterr()
+    assert main(["verify", "--repair", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "dropped u000002: the next run of the same collection makes them again"
+    assert lines[-1] == f"to make them again: tlfast collect {out}/config.yaml"
+    assert main(lines[-1].split()[-2:]) == 0
+    assert unit_bytes(out) == unit_bytes(folder / "out")
+    capsys.readouterr()
+    assert main(["verify", str(out), "--repair"]) == 0
+    assert capsys.readouterr().out.startswith("ok: 24 rows in 3 units")
+
+
+def test_repair_refuses_a_damaged_description(folder, tmp_path, capsys):
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "out" / "dataset.json").write_text("{}")
+    text = complaint_of(capsys, ["verify", "--repair", str(tmp_path / "out")])
+    assert text.startswith(f"repair_dataset: {tmp_path}/out/dataset.json must say")
+
+
+def test_export_lies_beside_the_dataset_or_where_it_is_told(folder, tmp_path, capsys):
+    import pyarrow.parquet as parquet
+
+    shutil.copytree(folder / "out", tmp_path / "ds")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "ds"), "--to", "parquet", "--points", "transformer.h.1"]) == 0
+    assert capsys.readouterr().out == f"24 rows: {tmp_path}/ds.parquet\n"
+    assert parquet.read_table(tmp_path / "ds.parquet").column_names[-1] == "grad:transformer.h.1"
+    assert main(["export", str(tmp_path / "ds"), "--to=npy", "--out", str(tmp_path / "arrays")]) == 0
+    assert sorted(os.listdir(tmp_path / "arrays")) == [
+        "ids.npy", "points.json", "transformer.h.0.npy", "transformer.h.1.npy",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (
+            ["export", "DS"],
+            "the argument must be a dataset folder and --to FORMAT, got .*required: --to",
+        ),
+        (["export", "DS", "--to", "csv"], "export_dataset: to must be one of parquet, .*, got 'csv'"),
+        (["export", "DS", "--to", "npy", "--points", "h"], "tlfast export: points must match a module, got 'h'"),
+        (["export", "/nowhere", "--to", "npy"], r"/nowhere/dataset\.json must"),
+        (["verify", "DS", "--fix"], "tlfast verify: the argument must be one dataset folder, got .* --fix"),
+    ],
+)
+def test_wrong_arguments_are_refused(folder, capsys, arguments, text):
+    words = [word.replace("DS", str(folder / "out")) for word in arguments]
+    complaint = complaint_of(capsys, words)
+    assert pytest.raises(AssertionError, match=text).matches(AssertionError(complaint)), complaint
+    assert sorted(os.listdir(folder)) == ["model", "out", "text"]
+
+
+def test_the_bar_is_a_line_every_30_seconds_where_there_is_no_terminal(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bar.time, "monotonic", lambda: now[0])
+    with bar.bar("export", 100, "rows") as done:
+        for _ in range(4):
+            now[0] += 20
+            done(10)
+    assert capsys.readouterr().err == "export: 20/100 rows, 160 s left\nexport: 40/100 rows, 120 s left\n"
+
+
+def test_the_bar_in_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with bar.bar("export", 100, "rows") as done:
+        done(100)
+    assert "100/100" in bar.sys.stderr.getvalue()

@@ -1,0 +1,70 @@
+"""`tlfast info`, `tlfast verify` and `tlfast doctor`: what is there, and whether it is right."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
+from ..dataset.commits import file_sizes
+from ..doctor import diagnose
+from .arguments import FAILED, OK, Arguments, one_folder
+from .bar import bar
+
+
+def info(args: list[str]) -> int:
+    """Print what is inside a dataset."""
+    info = open_dataset(one_folder("info", "What is inside a dataset.", args), partial=True).info()
+    header = info["header"]
+    absent = info["planned_units"] - info["units"]
+    print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
+    print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")
+    if absent:
+        print(f"incomplete    {absent} units are missing; `tlfast collect {info['path']}/config.yaml` makes them")
+    for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
+        if part in header:
+            print(f"{part:<13} {_line(header[part])}")
+    print(f"made          {_line(info['about'])}")
+    shapes = [(name, f"{c['dtype']} {[info['rows'], *c['shape']]}") for name, c in info["points"].items()]
+    for name, shape in shapes:
+        print(f"  {name:<{max(len(name) for name, _ in shapes)}}  {shape}")
+    return OK
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_line(part)}" for key, part in value.items() if part is not None)
+    if isinstance(value, list):
+        return " ".join(_line(part) for part in value)
+    text = str(value)
+    return text[:12] if len(text) == 64 else text  # a fingerprint
+
+
+def verify(args: list[str]) -> int:
+    """Re-read every byte of a dataset; with --repair, drop what is damaged."""
+    arguments = Arguments("verify", "Re-read every byte of a dataset against its checksum.")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("--repair", action="store_true", help="drop damaged units, so that the next run makes them")
+    wanted = arguments.read(args)
+    with bar("verify", _n_bytes(wanted.dir), "B") as progress:
+        report = (repair_dataset if wanted.repair else verify_dataset)(wanted.dir, progress=progress)
+    print(report)
+    if isinstance(report, Repair) and report.dropped:
+        print(f"to make them again: tlfast collect {shlex.quote(str(Path(wanted.dir) / 'config.yaml'))}")
+    return OK if report.ok else FAILED
+
+
+def _n_bytes(place: str) -> int:
+    """The bytes to read, as far as the folder tells; what is wrong with it, verify says."""
+    try:
+        return sum(size or 0 for size in file_sizes(place, "verify").values())
+    except (DatasetError, OSError):
+        return 0
+
+
+def doctor(args: list[str]) -> int:
+    """Print what runs on this machine."""
+    for line in diagnose():
+        print(line)
+    return OK

@@ -1,0 +1,249 @@
+"""Where a dataset's files lie, as whoever reads it sees them: names, sizes, small files, ranges of large ones."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+from .durable import open_regular, read_small
+from .errors import dataset_error
+from .mounts import on_network
+
+IN_FLIGHT = 16  # reads at once: what fills the queue of an SSD or the latency of a network, measured
+# A mapping that keeps no descriptor lets a process map more units than it may open files.
+_DONT_WAIT = getattr(os, "RWF_NOWAIT", 0)
+_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+
+class OpenFile(Protocol):
+    """A file of a dataset, open for reading; closed when nothing refers to it."""
+
+    name: str  # within the dataset: "data/u000000.safetensors"
+    size: int  # bytes, when it was opened
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return up to ``n_bytes`` bytes from ``offset`` on; fewer only at the end of the file."""
+        ...
+
+    def map(self) -> mmap.mmap:
+        """Map the whole file for reading; only where the store ``maps``, as the next two."""
+        ...
+
+    def cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is in memory; True where the system doesn't say."""
+        ...
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Let the system begin to read a range into memory."""
+        ...
+
+
+Range = tuple[OpenFile, int, memoryview]
+"""A file, the offset of a range in it, and the memory that it goes to: as many bytes as that has."""
+
+
+class Store(Protocol):
+    """A place that holds a dataset. All names are relative to it, with ``/``; ``who`` is who speaks in an error.
+
+    A store can be pickled, and is equal to another one of the same place.
+    """
+
+    maps: bool  # whether its files can be mapped into memory
+
+    def where(self, name: str) -> str:
+        """Return the whole path or URL of a file, for people to read."""
+        ...
+
+    def network(self) -> bool:
+        """Whether a read waits for a network: many at once are then worth their threads, and mapping is not safe."""
+        ...
+
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder: one listing."""
+        ...
+
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
+        """Return the size of each file in a folder, None for what is no regular file: one listing.
+
+        DatasetError where there is no such folder, unless it is ``optional``: it holds nothing then.
+        """
+        ...
+
+    def read(self, name: str, who: str, limit: int) -> bytes:
+        """Return a file's bytes; DatasetError where it is absent, no regular file, or above ``limit`` bytes."""
+        ...
+
+    def read_all(self, names: Sequence[str], who: str, limit: int) -> Iterator[bytes]:
+        """Yield what `read` returns of each name, in this order; many may be on their way at once."""
+        ...
+
+    def open(self, name: str, who: str) -> OpenFile:
+        """Open a file for ranged reads; DatasetError where it is absent or no regular file."""
+        ...
+
+    def fill(self, ranges: Sequence[Range], who: str) -> None:
+        """Read all ranges, many at once, each into its memory; DatasetError where a file ends before its range."""
+        ...
+
+
+def as_store(place: str | PathLike[str] | Store) -> Store:
+    """Return the store of a folder's path; a store is returned as it is."""
+    return LocalStore(Path(place)) if isinstance(place, (str, PathLike)) else place
+
+
+class LocalFile:
+    """A regular file in a folder of this machine."""
+
+    def __init__(self, name: str, fd: int, size: int) -> None:
+        self.name = name
+        self.size = size
+        self._fd = fd
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return up to ``n_bytes`` bytes from ``offset`` on."""
+        return os.pread(self._fd, n_bytes, offset)
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill ``target`` from ``offset`` on; return how many bytes there were."""
+        done = 0
+        while done < len(target):
+            n = os.preadv(self._fd, [target[done:]], offset + done)
+            if n == 0:
+                break
+            done += n
+        return done
+
+    def map(self) -> mmap.mmap:
+        """Map the whole file for reading."""
+        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ, **_NO_DESCRIPTOR)
+
+    def cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is in memory."""
+        # Not by mincore, which says yes of every file that the caller may not write.
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset, _DONT_WAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # a filesystem that cannot say
+            return True
+        return True
+
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Let the system begin to read a range into memory."""
+        os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        # Not by a close() that someone has to call: another thread may be reading when the file leaves a cache.
+        with suppress(AttributeError, OSError):
+            os.close(self._fd)
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A folder of this machine. Links, devices and folders in the place of files are refused."""
+
+    folder: Path
+    maps = True
+
+    def where(self, name: str) -> str:
+        """Return the path of a file."""
+        return str(self.folder / name)
+
+    def network(self) -> bool:
+        """Whether the folder lies on a network filesystem."""
+        return on_network(self.folder)
+
+    def names(self, folder: str, who: str) -> list[str]:
+        """Return the names in a folder."""
+        fd = open_folder(self.folder / folder, who)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def sizes(self, folder: str, who: str, optional: bool = False) -> dict[str, int | None]:
+        """Return the size of each file in a folder, None for links, folders and devices."""
+        if optional and not os.path.lexists(self.folder / folder):
+            return {}
+        fd = open_folder(self.folder / folder, who)
+        try:
+            return {name: _size(name, fd) for name in os.listdir(fd)}
+        finally:
+            os.close(fd)
+
+    def read(self, name: str, who: str, limit: int) -> bytes:
+        """Return a file's bytes."""
+        return read_small(self.folder / name, who, limit)
+
+    def read_all(self, names: Sequence[str], who: str, limit: int) -> Iterator[bytes]:
+        """Yield each file's bytes."""
+        root = str(self.folder)  # a Path for each of 10,000 names would take as long as reading them
+        return (read_small(f"{root}/{name}", who, limit) for name in names)
+
+    def open(self, name: str, who: str) -> LocalFile:
+        """Open a file."""
+        return LocalFile(name, *open_regular(self.folder / name, who))
+
+    def fill(self, ranges: Sequence[Range], who: str) -> None:
+        """Read the ranges by pread, ``IN_FLIGHT`` of them at once."""
+        few = 1 if self.network() else IN_FLIGHT  # so few reads of a disk take no longer than starting the threads
+        if len(ranges) <= few:
+            self._fill(ranges, who)
+            return
+        parts = [ranges[k::IN_FLIGHT] for k in range(IN_FLIGHT)]
+        for _ in _threads().map(lambda part: self._fill(part, who), parts):
+            pass
+
+    def _fill(self, ranges: Iterable[Range], who: str) -> None:
+        for file, offset, target in ranges:
+            assert isinstance(file, LocalFile)
+            n_bytes = file.read_into(offset, target)
+            if n_bytes < len(target):
+                rule = f"have {offset + len(target)} bytes"
+                remedy = "It was cut while it was being read; run `tlfast verify`."
+                raise dataset_error(who, self.where(file.name), rule, offset + n_bytes, remedy)
+
+
+def _size(name: str, folder: int) -> int | None:
+    try:
+        info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:  # a temporary file of a writer, gone since the listing
+        return None
+    return info.st_size if stat.S_ISREG(info.st_mode) else None
+
+
+def open_folder(path: Path, who: str) -> int:
+    """Open a folder of a dataset, for listing: its descriptor; DatasetError for a link to elsewhere, or no folder."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        got = "a link" if path.is_symlink() else "no folder" if not path.is_dir() else os.strerror(error.errno or 0)
+        remedy = "Restore the dataset, or start a new one."
+        raise dataset_error(who, str(path), "be a folder", got, remedy) from error
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(IN_FLIGHT, "tlfast-reader")
+    return _pool
+
+
+def _forget_threads() -> None:
+    global _pool
+    _pool = None  # a forked child (a worker of a DataLoader) has none of its parent's threads
+
+
+os.register_at_fork(after_in_child=_forget_threads)

@@ -1,0 +1,51 @@
+"""What is asked of a collection, checked before any work starts: its specs, its numbers, the width of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dataset.plan import Example
+from .errors import broken_rule
+from .points import find_points
+from .spec import Over, Reduction, Spec, as_specs
+
+
+def wanted_specs(
+    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | None, output: int | str | None,
+    lens: bool,
+) -> list[Spec]:  # fmt: skip
+    if not isinstance(model, nn.Module):
+        raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
+    specs = as_specs("collect", points, reduce, over, dtype, output)
+    find: Any = find_points
+    if lens:
+        from .transformer_lens.names import find_names as find
+
+        # The names that a filter means: a dataset says them.
+        specs = [replace(spec, points=list(find("collect", model, spec.points))) for spec in specs]
+    for spec in specs:
+        find("collect", model, spec.points)
+        if 0 in spec.dims:
+            remedy = "Reduce the batch when reading, or use capture."
+            raise ValueError(broken_rule("collect", "over", "keep the batch: a row is an example", spec.over, remedy))
+    return specs
+
+
+def check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(broken_rule("collect", name, "be a positive number", repr(value), "Give a whole number."))
+
+
+def width_of(specs: Sequence[Spec], examples: Sequence[Example], seq_len: int | None) -> int | None:
+    """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
+    longest = max(example.length for example in examples)
+    if seq_len is not None and longest > seq_len:
+        remedy = "Cut the examples, or give a larger seq_len."
+        raise ValueError(broken_rule("collect", "examples", f"have {seq_len} tokens at most", longest, remedy))
+    return None if all(1 in spec.dims for spec in specs) else seq_len or longest

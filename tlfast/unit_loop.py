@@ -1,0 +1,64 @@
+"""The loop of a collection: one unit after the other through the model, to the host, to the writing thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from .dataset.background import BackgroundWriter, Contents
+from .dataset.plan import Example, Unit
+from .drain import Arrived, Drain
+from .freeze import freeze
+from .progress import Progress
+from .units import Oddities, Runner
+
+
+def run_units(
+    runner: Runner,
+    drain: Drain,
+    todo: Sequence[Unit],
+    examples: Sequence[Example],
+    background: BackgroundWriter,
+    shown: Progress,
+    oddities: Oddities,
+    with_missing: bool,
+) -> None:
+    cap = runner.cap
+
+    def step_done(n_examples: int, n_tokens: int) -> None:
+        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
+        shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
+        shown.step(n_examples, n_tokens)
+
+    def wait_for_room() -> None:
+        while not background.wait_for_room(1.0):
+            step_done(0, 0)
+
+    def finish(arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:  # where it is written
+        block, counters = arrived()
+        return block, oddities.flags(block, counters, missing, n_writes)
+
+    for unit in todo:
+        part = examples[unit.start : unit.stop]
+        places = runner.fill_ring(part, step_done)
+        missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
+        rings = {name: cap[name] for name in cap.names}
+        arrived = drain.drain(rings, cap.counters, places, wait_for_room)
+        background.submit_unfinished(unit, partial(finish, arrived, missing, cap.n_writes), part)
+
+
+@contextmanager
+def at_work(model: nn.Module) -> Iterator[None]:
+    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with freeze(model), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
