@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import sys
@@ -79,6 +80,8 @@ def main(folder: Path, backend: str, modes: list[str]) -> None:
     torch.set_num_threads(1)
     pa.array([1])  # imports what pyarrow imports late (pandas, where it is installed): once, not in every child
     streaming.PIECE_BYTES = PIECE_BYTES
+    gc.collect()
+    gc.freeze()
     folder.mkdir(parents=True)
     status, calls, text = disturbed(folder / "trace-0", backend, "trace", 0)
     print(json.dumps({"mode": "trace", "calls": calls, "status": status, "error": text}), flush=True)
