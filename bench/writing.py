@@ -20,7 +20,7 @@ from tlfast.dataset import DatasetWriter, Example, Plan
 from tlfast.dataset.durable import PendingFile, sync_folder
 from tlfast.dataset.layout import PAGE_BYTES, Column, as_integers, unit_layout
 from tlfast.dataset.plan import Unit
-from tlfast.dataset.streaming import write_rows
+from tlfast.dataset.streaming import writing
 from tlfast.drain import UnitMemory
 
 from .memory import peak_above
@@ -87,7 +87,9 @@ def unit_file(native: bool) -> Callable[[Input, Path], None]:
         layout = unit_layout(unit.columns, unit.unit)
         with PendingFile(out / "unit.safetensors", layout.n_bytes) as file:
             file.start_with(layout.header)
-            write_rows(file, {name: unit.tensors[name] for name in layout.blocks}, ops.loaded() if native else None)
+            in_order = {name: unit.tensors[name] for name in layout.blocks}
+            with writing(file, in_order, ops.loaded() if native else None):
+                pass
             file.seal()
             file.rename()
         sync_folder(out)
