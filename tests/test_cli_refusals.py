@@ -43,9 +43,21 @@ def folder(tmp_path_factory):
         ({"text": "/nowhere/text"}, "collect: text must be an existing file or folder, got '/nowhere/text'"),
         ({"text": ""}, "collect: text must be an existing file or folder, got ''"),
         ({"text": "FOLDER/empty.txt"}, "collect: text must hold text, got 1 empty file"),
-        ({"text": "FOLDER/short.txt"}, "collect: text must hold text, got 1 file with less than 2 tokens"),
+        ({"text": "FOLDER/short.txt"}, "collect: text must hold text, got 1 file without; .*1 token, less than 2"),
         ({"text": "FOLDER/none"}, r"collect: text must hold files like '\*', got .*none"),
-        ({"text": "FOLDER/model/model.safetensors"}, "collect: text must be UTF-8 text"),
+        (
+            {"text": "FOLDER/model/model.safetensors"},
+            "collect: text must hold text, got 1 file without; .*no UTF-8 text",
+        ),
+        (
+            {"text": "FOLDER/model/model.safetensors", "bad_examples": "stop"},
+            "collect: text must be UTF-8 text, got .*safetensors'. Leave this file out",
+        ),
+        ({"bad_examples": "keep"}, "collect: bad_examples must be one of skip, stop, got 'keep'"),
+        ({"non_finite": "drop"}, "collect: non_finite must be one of keep, flag, stop, got 'drop'"),
+        ({"deterministic": "no"}, "collect: deterministic must be one of strict, warn, got 'no'"),
+        ({"resume": "must"}, 'collect: out must be a dataset with resume="must", got none at'),
+        ({"disk_wait_s": "-1"}, r"collect: disk_wait_s must be at least 0, got -1\.0"),
         (
             {"points": "transfromer.h.*"},
             "collect: points must match a module, got 'transfromer.*Nearest: transformer.h",
@@ -142,7 +154,7 @@ def test_a_wrong_flag_is_exit_code_2(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["train"], "tlfast: command must be one of collect, info, verify, export, doctor, got 'train'"),
+        (["train"], "tlfast: command must be one of collect, info, verify, export, push, pull, doctor, got 'train'"),
         (["info"], "tlfast info: the argument must be one dataset folder, got nothing"),
         (["verify", "a", "b"], "tlfast verify: the argument must be one dataset folder, got a b"),
         (["info", "/nowhere"], "/nowhere/dataset.json"),

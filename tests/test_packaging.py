@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import re
@@ -125,11 +126,30 @@ def test_every_named_extra_exists():
     assert {part for name in named for part in name.split(",")} <= set(extras())
 
 
-def test_collect_names_all_that_it_imports():
-    names = {project_name(line).replace("-", "_").lower() for line in extras()["collect"]}
-    calls = {call for page in ROOT.glob("tlfast/**/*.py") for call in re.findall(r'\bextra\("(\w+)', page.read_text())}
-    assert "yaml" in calls
-    assert {"pyyaml" if name == "yaml" else name for name in calls} <= names
+# Where a library is called otherwise than the package that brings it.
+PACKAGES = {"lance": "pylance", "yaml": "pyyaml"}
+
+
+def imports_by_extra():
+    """Extra -> the packages that tlfast imports with an error that names this extra."""
+    found = {}
+    for page in ROOT.glob("tlfast/**/*.py"):
+        for call in (node for node in ast.walk(ast.parse(page.read_text())) if isinstance(node, ast.Call)):
+            words = [word.value if isinstance(word, ast.Constant) else "" for word in call.args]
+            if isinstance(call.func, ast.Name) and call.func.id == "extra" and words[0]:
+                library = words[0].partition(".")[0]
+                name = words[2] if len(words) > 2 else "collect"
+                found.setdefault(name, set()).add(PACKAGES.get(library, library.replace("_", "-")))
+    return found
+
+
+def test_an_extra_names_all_that_is_imported_in_its_name():
+    found = imports_by_extra()
+    assert "pyyaml" in found["collect"]
+    assert "datasets" in found["hub"]
+    for name, packages in found.items():
+        declared = re.search(rf"^{name} = \[(.*?)\]$", PYPROJECT, flags=re.MULTILINE | re.DOTALL)[1]
+        assert packages <= {project_name(line) for line in re.findall(r'"([^"]+)"', declared)}, name
 
 
 def test_the_command_is_declared():

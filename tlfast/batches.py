@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .bad_examples import BadExamples
 from .dataset.plan import Example
 from .errors import broken_rule
 
@@ -138,31 +139,45 @@ def bucket_lengths(longest: int, most: int = 8) -> tuple[int, ...]:
     return tuple([*below, longest][-most:])
 
 
-def as_examples(batches: Iterable[Any]) -> list[Example]:
+def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest: int | None = None) -> list[Example]:
     """Turn token sequences, examples, or batches of them into a list of examples, numbered from 0.
 
     An item is one sequence of tokens, a tensor or array [P] or [B, P], an `Example`, a mapping with ``input_ids`` (and
     ``attention_mask``, ``source``, ``start`` if there are any), or a list of such items.
 
+    Args:
+        batches: the items.
+        bad: takes the examples of less than 2 tokens and of more than ``longest``; None: they are an error. One that
+            has no source is remembered by its number among all that were given: "#17".
+        longest: the most tokens of an example; None: any number.
+
     Raises:
-        ValueError, TypeError: for an item that is none of these, or an example of less than 2 tokens.
+        ValueError, TypeError: for an item that is none of these, or tokens that are none.
 
     Example:
         >>> from tlfast.batches import as_examples
         >>> [e.length for e in as_examples([[5, 6, 7], {"input_ids": [[1, 2], [3, 4]]}])]
         [3, 2, 2]
     """
+    bad = BadExamples("stop") if bad is None else bad
     examples: list[Example] = []
-    for item in batches:
-        for ids, source, start in _sequences(item):
-            tokens = _checked(ids)
-            if len(tokens) < 2:
-                got = f"{len(tokens)} in example {len(examples)}"
-                remedy = "A single token has no next one; leave it out."
-                raise ValueError(broken_rule("collect", "examples", "have 2 tokens or more", got, remedy))
-            examples.append(Example(len(examples), tokens, source, start, len(tokens)))
+    for number, (ids, source, start) in enumerate(given for item in batches for given in _sequences(item)):
+        tokens = _checked(ids)
+        n, got = len(tokens), f"{len(tokens)} in example {number}"
+        if n < 2:
+            remedy = "A single token has no next one; leave it out."
+            error = broken_rule("collect", "examples", "have 2 tokens or more", got, remedy)
+            bad.leave_out(source or f"#{number}", start, f"{n} token{'s' * (n != 1)}, less than 2", error)
+        elif longest is not None and n > longest:
+            remedy = "Cut the examples, or give a larger seq_len."
+            error = broken_rule("collect", "examples", f"have {longest} tokens at most", got, remedy)
+            bad.leave_out(source or f"#{number}", start, f"{n} tokens, more than {longest}", error)
+        else:
+            examples.append(Example(len(examples), tokens, source, start, n))
     if not examples:
-        raise ValueError(broken_rule("collect", "batches", "hold examples", "none", "Is the iterable used up?"))
+        got = str(bad) if len(bad) else "none"
+        remedy = "Look at these." if len(bad) else "Is the iterable used up?"
+        raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
     return examples
 
 
@@ -174,7 +189,11 @@ def _sequences(item: Any) -> Iterator[tuple[Sequence[int], str, int]]:
     elif isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim in (1, 2):
         for ids in item.tolist() if item.ndim == 2 else [item.tolist()]:
             yield ids, "", 0
-    elif isinstance(item, array) or (isinstance(item, Sequence) and item and isinstance(item[0], int)):
+    elif (
+        isinstance(item, array)
+        or (isinstance(item, (list, tuple)) and not item)  # an example without tokens
+        or (isinstance(item, Sequence) and item and isinstance(item[0], int))
+    ):
         yield item, "", 0
     elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
         for part in item:

@@ -18,6 +18,8 @@ USAGE = """usage: tlfast COMMAND ...
   info DIR                                                     what is inside a dataset
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
+  push DIR USER/NAME [--private]                               to the Hugging Face hub
+  pull USER/NAME DIR                                           from the Hugging Face hub
   doctor                                                       what runs here, and what is missing
 
 `tlfast COMMAND --help` says more of a command."""
@@ -27,12 +29,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": inspecting.info,
     "verify": inspecting.verify,
     "export": handing_on.export,
+    "push": handing_on.push,
+    "pull": handing_on.pull,
     "doctor": inspecting.doctor,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 well, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads."""
+    """Run one command and return its exit code.
+
+    0 well, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads, 143 terminated.
+    """
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
@@ -61,7 +68,7 @@ def _run(args: list[str]) -> int:
         return complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         return complain(f"tlfast {args[0]}: {error}", FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)

@@ -5,30 +5,37 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from .bad_examples import BadExamples, BadPolicy
 from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
+from .continuation import Resume, add_the_rest, check_folder, own_part
 from .dataset.background import BackgroundWriter
-from .dataset.folder import refuse_stranger
 from .dataset.plan import Plan
 from .dataset.writer import DatasetWriter
+from .determinism import Deterministic, as_begun, describe_machine
+from .determinism import deterministic as only_deterministic
 from .drain import Drain, streams_for
 from .errors import broken_rule
 from .graphs import graph_step
 from .hooks import Capture
-from .identity import describe_collection
+from .identity import describe_collection, describe_examples
 from .loss import next_token_loss
 from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
-from .request import check_numbers, wanted_specs, width_of
+from .request import check_numbers, positions_of, wanted_specs, width_of
 from .spec import Over, Points, Reduction, Spec, one_of
+from .stopping import Terminated, stopping
 from .unit_loop import at_work, run_units
 from .units import Loss, Oddities, Runner, probe_columns
+
+NonFinitePolicy = Literal["keep", "flag", "stop"]
 
 
 def collect(
@@ -54,7 +61,14 @@ def collect(
     missing: str = "raise",
     cuda_graph: CudaGraph = "auto",
     lens: bool = False,
+    resume: Resume = "auto",
+    extend: bool = False,
     overwrite: bool = False,
+    bad_examples: BadPolicy = "skip",
+    skipped: Iterable[tuple[str, int, str]] = (),
+    non_finite: NonFinitePolicy = "flag",
+    disk_wait_s: float = 600.0,
+    deterministic: Deterministic = "strict",
     progress: bool = True,
     header: Mapping[str, Any] | None = None,
     config: str | Mapping[str, Any] = "",
@@ -63,7 +77,8 @@ def collect(
 
     The model runs in eval mode and frozen (no parameter gradient), and is as before afterwards. A row depends on its
     example alone, up to rounding; rounding depends on the examples of its unit alone, so a resumed run gives the same
-    bytes. If ``out`` holds a part of the same dataset, only the units that are missing are computed.
+    bytes on the same kind of device. If ``out`` holds a part of the same dataset, only the units that are missing are
+    computed, on the CPU with as many threads as it was begun with.
 
     Args:
         model: any module; with the default loss, one that returns logits, such as a Hugging Face causal LM.
@@ -83,7 +98,17 @@ def collect(
             dataset's identity: "auto" (where the native code runs on CUDA; a model that can't be run so is warned of
             and runs without), "on" (or an error) or "off".
         lens: the model is one of TransformerLens, and points are hook points by its names.
+        resume: "auto" continues the dataset in ``out``, or begins one; "must" continues, "never" begins, or raises.
+        extend: append the examples that the dataset in ``out`` lacks. Those that it has come first, the same as then.
         overwrite: remove a dataset that lies in ``out`` first.
+        bad_examples: those of less than 2 tokens, or of more than ``seq_len`` (without it: than a Hugging Face model
+            has positions): "skip" leaves them out and records them with the reason, "stop" raises.
+        skipped: (source, start, reason) of examples that were left out before, to be recorded too.
+        non_finite: rows with a NaN or an infinity are flagged in the dataset; "flag" also names the first of them at
+            the end, "keep" doesn't, "stop" raises at the first and keeps all units before its own.
+        disk_wait_s: how many seconds a full disk is waited for.
+        deterministic: for an operation without a deterministic form: "strict" raises, "warn" warns, and a resumed run
+            may then differ in last bits.
         progress: show a bar, or a line every 30 s where there is no terminal, on stderr.
         header: what else to say of the data in dataset.json, JSON; part of the dataset's identity.
         config: text or mapping for config.yaml.
@@ -94,7 +119,10 @@ def collect(
     Raises:
         ValueError, TypeError: for bad arguments, a foreign or different ``out``, a full disk, a model without
             gradients: before anything is written.
-        KeyboardInterrupt: after Ctrl-C, with all finished units on disk; the message says how many.
+        OSError, FloatingPointError: for a disk that fails or stays full, and for ``non_finite="stop"``, at the next
+            batch; all finished units are on disk.
+        KeyboardInterrupt, tlfast.stopping.Terminated: after Ctrl-C and SIGTERM, at the next batch, with all finished
+            units on disk; the message says how many. A second Ctrl-C doesn't wait for those that are being written.
 
     Example:
         >>> import tempfile, torch, tlfast
@@ -105,15 +133,24 @@ def collect(
         >>> tlfast.open_dataset(out)["0"].shape
         (2, 4)
     """
-    refuse_stranger(Path(out), "collect")
+    for name, value, known in (
+        ("padding_side", padding_side, ("right", "left")), ("cuda_graph", cuda_graph, get_args(CudaGraph)),
+        ("resume", resume, get_args(Resume)), ("bad_examples", bad_examples, get_args(BadPolicy)),
+        ("non_finite", non_finite, get_args(NonFinitePolicy)),
+        ("deterministic", deterministic, get_args(Deterministic)),
+    ):  # fmt: skip
+        one_of("collect", name, value, known)
+    check_folder(Path(out), resume, overwrite)
     specs = wanted_specs(model, points, reduce, over, dtype, output, lens)
     check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
-    one_of("collect", "padding_side", padding_side, ("right", "left"))
-    one_of("collect", "cuda_graph", cuda_graph, get_args(CudaGraph))
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
-    examples = as_examples(batches)
-    width = width_of(specs, examples, seq_len)
+    if not 0 <= disk_wait_s < math.inf:
+        raise ValueError(broken_rule("collect", "disk_wait_s", "be 0 or more", disk_wait_s, "Give seconds."))
+    bad = BadExamples(bad_examples, skipped)
+    examples = as_examples(batches, bad, seq_len or positions_of(model))
+    longest = max(example.length for example in examples)
+    width = width_of(specs, longest, seq_len)
 
     def enter(rows: int) -> Capture:
         enter_capture: Any = capture
@@ -124,34 +161,50 @@ def collect(
         )
         return entered
 
-    with_graphs = graphs_wanted(cuda_graph, {p.device for p in model.parameters()}, lambda: enter(1).backend)
-    longest = max(example.length for example in examples)
+    model_devices = {p.device for p in model.parameters()}
+    with_graphs = graphs_wanted(cuda_graph, model_devices, lambda: enter(1).backend)
     buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
-    with at_work(model):
+    with stopping() as stop_if_asked, at_work(model), only_deterministic(deterministic, model_devices):
         columns, devices = probe_columns(model, enter, batching, loss, examples[0])
-        plan = Plan(len(examples), rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
+        n_own, n_own_skipped = own_part(Path(out), examples, bad.skipped, overwrite)
         identity = describe_collection(
-            model, specs, loss, batching, examples, header, grad_scale=grad_scale, calls=calls, missing=missing
-        )
+            model, specs, loss, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,
+            grad_scale=grad_scale, calls=calls, missing=missing,
+        )  # fmt: skip
+        plan = Plan(n_own, rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
+        here = describe_machine(model)
         writer = DatasetWriter(
-            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, backend=backend
-        )
+            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, about=here,
+            backend=backend,
+        )  # fmt: skip
+        add_the_rest(writer, examples, bad.skipped, extend, config)
+        plan = writer.plan
         n_before = sum(len(plan.unit_named(name)) for name in writer.done)
         todo = [unit for unit in plan.units if unit.name not in writer.done]
-        shown, oddities, waited_s = Progress(plan.n_examples, n_before, progress), Oddities(), 0.0
+        shown = Progress(plan.n_examples, n_before, progress)
+        oddities, waited_s = Oddities(non_finite == "stop"), 0.0
+        if len(bad):
+            shown.say(str(bad))
         try:
             if todo:
-                with BackgroundWriter(writer, 2) as background, enter(max(map(len, todo))) as cap, shown:
+                say = partial(shown.say, always=True)
+                background = BackgroundWriter(writer, 2, disk_wait_s, say)
+                with as_begun(writer.description.about, here), background, enter(max(map(len, todo))) as cap, shown:
                     replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
                     runner = Runner(model, cap, batching, loss, grad_scale, replays)
                     drain = Drain(streams_for(devices), columns, cap.capacity)
-                    run_units(runner, drain, todo, examples, background, shown, oddities, missing == "nan")
+                    run_units(
+                        runner, drain, todo, examples, background, shown, oddities, missing == "nan", stop_if_asked
+                    )
                     waited_s = background.waited_s
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as stop:
             kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
-            raise KeyboardInterrupt(kept) from None
+            raise type(stop)(kept) from None
+    if oddities.first and non_finite == "flag":
+        named = ", ".join(map(str, oddities.first))
+        shown.say(f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}")
     return Report(
         writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
-        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s,
+        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s, len(bad), tuple(oddities.first),
     )  # fmt: skip

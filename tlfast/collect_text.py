@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from .bad_examples import BadExamples
 from .collect import collect
-from .dataset.folder import refuse_stranger
+from .continuation import check_folder
+from .determinism import prepare_cuda
 from .errors import broken_rule
 from .fingerprint import tokenizer_fingerprint
 from .huggingface import (
@@ -21,6 +23,7 @@ from .huggingface import (
 )
 from .points import find_points
 from .progress import Report
+from .request import positions_of
 from .settings import CollectSettings, stored_as
 from .text import cut_texts, find_text_files
 
@@ -32,16 +35,18 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
 
     Raises:
         ValueError: for bad settings, before the model runs.
-        KeyboardInterrupt: as `collect`.
+        KeyboardInterrupt, Terminated: as `collect`.
     """
     settings.check()
-    refuse_stranger(Path(settings.out), "collect")
+    check_folder(Path(settings.out), settings.resume, settings.overwrite)  # type: ignore[arg-type]
     check_model_name(settings.model)
     device = pick_device(settings.device)
     files = find_text_files(settings.text, settings.pattern)
     if not any(file.path.stat().st_size for file in files):
         got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
+    if device.type == "cuda":
+        prepare_cuda()
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, stored_as(settings.model_dtype), device)
     if settings.lens:
@@ -54,12 +59,14 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
     else:
         find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
         check_fits(model, settings.seq_len)
+    bad = BadExamples(settings.bad_examples)  # type: ignore[arg-type]
     examples = cut_texts(
         files,
         encoder(tokenizer),
         settings.seq_len,
         max_examples=settings.max_examples or None,
         first=beginning_of_text(tokenizer, settings.bos),
+        bad=bad,
     )
     return collect(
         model,
@@ -82,7 +89,14 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         missing=settings.missing,
         lens=settings.lens,
         cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
+        extend=settings.extend,
+        resume=settings.resume,  # type: ignore[arg-type]
         overwrite=settings.overwrite,
+        bad_examples=settings.bad_examples,  # type: ignore[arg-type]
+        skipped=bad.skipped,  # type: ignore[arg-type]
+        non_finite=settings.non_finite,  # type: ignore[arg-type]
+        disk_wait_s=settings.disk_wait_s,
+        deterministic=settings.deterministic,  # type: ignore[arg-type]
         header={
             "model": {"name": portable_name(settings.model)},
             "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
@@ -93,7 +107,7 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
 
 
 def check_fits(model: nn.Module, seq_len: int) -> None:
-    n_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(n_positions, int) and seq_len > n_positions:
+    n_positions = positions_of(model)
+    if n_positions is not None and seq_len > n_positions:
         rule = f"be at most {n_positions}, the positions of the model"
         raise ValueError(broken_rule("collect", "seq_len", rule, seq_len, "Give a smaller --seq-len."))

@@ -14,12 +14,21 @@ from .loss import next_token_loss
 from .spec import Spec
 
 
+def describe_examples(examples: Sequence[Example], skipped: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """What a dataset, or an extension of it, says of its examples and of the bad ones that were left out."""
+    return {
+        "tokens": sum(example.length for example in examples),
+        "sha256": examples_fingerprint(examples),
+        "skipped": [list(entry) for entry in skipped],
+    }
+
+
 def describe_collection(
     model: nn.Module,
     specs: Sequence[Spec],
     loss: Any,
     batching: Batching,
-    examples: Sequence[Example],
+    examples: Mapping[str, Any],
     more: Mapping[str, Any] | None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -33,7 +42,7 @@ def describe_collection(
             "batch_tokens": batching.batch_tokens, "width": batching.width,
             "padding_side": batching.padding_side, "pad_id": batching.pad_id,
         } | ({} if batching.buckets is None else {"buckets": list(batching.buckets)}),
-        "examples": {"tokens": sum(e.length for e in examples), "sha256": examples_fingerprint(examples)},
+        "examples": dict(examples),
         **settings,
     }  # fmt: skip
     for key, value in (more or {}).items():

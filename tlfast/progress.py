@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from .dataset.errors import extra
 
@@ -29,6 +29,7 @@ class Progress:
         self.n_examples, self.n_before, self.n_done = n_examples, n_done, n_done
         self.n_tokens = self.n_nonfinite = self.n_saturated = self.n_bytes = 0
         self.waited_s = 0.0  # for the disk
+        self.full_s = 0.0  # how long the disk has been full now
         self._file = sys.stderr if file is None else file
         self._enabled = enabled
         self._terminal = enabled and self._file.isatty()
@@ -54,17 +55,22 @@ class Progress:
             rate = (self.n_done - self.n_before) / self.time_s
             left_s = (self.n_examples - self.n_done) / max(rate, 1e-9)
             done = f"{self.n_done}/{self.n_examples} examples"
-            self._print(f"collect: {done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
+            self.say(f"{done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
 
     def _figures(self) -> str:
         rate = self.n_tokens / max(self.time_s, 1e-9)
         saturated = f", {self.n_saturated} saturated values" if self.n_saturated else ""
         waited = f", waiting for the disk {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
+        full = f", the disk is full for {self.full_s:.0f} s" if self.full_s else ""
         figures = f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
-        return f"{figures}{saturated}{waited}"
+        return f"{figures}{saturated}{waited}{full}"
 
-    def _print(self, line: str) -> None:
-        print(line, file=self._file, flush=True)
+    def say(self, line: str, always: bool = False) -> None:
+        """Print a line of its own; also where nothing is shown, if ``always``. Any thread may call this."""
+        if self._bar is not None:
+            self._bar.write(f"collect: {line}", file=self._file)
+        elif self._enabled or always:
+            print(f"collect: {line}", file=self._file, flush=True)
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()
@@ -82,11 +88,23 @@ class Progress:
             self._bar = None
 
 
+class NonFinite(NamedTuple):
+    """A row that holds a NaN or an infinity: its unit, the number of its example, and the first point where it does."""
+
+    unit: str
+    example: int
+    point: str
+
+    def __str__(self) -> str:
+        return f"example {self.example} of {self.unit} at {self.point or 'the model itself'}"
+
+
 @dataclass(frozen=True)
 class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
-    ``waited_s`` of the ``time_s`` seconds the model stood still because the disk was slower.
+    ``waited_s`` of the ``time_s`` seconds the model stood still because the disk was slower. ``n_skipped`` bad
+    examples belong to the dataset and have no row. ``non_finite`` are the first of the rows that are not finite.
     """
 
     out: Path
@@ -99,12 +117,15 @@ class Report:
     n_saturated: int
     time_s: float
     waited_s: float
+    n_skipped: int
+    non_finite: tuple[NonFinite, ...]
 
     def __str__(self) -> str:
         rate = self.n_rows / max(self.time_s, 1e-9)
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
         waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
+        skipped = f", {self.n_skipped} bad examples skipped" if self.n_skipped else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
-            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows"
+            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows{skipped}"
         )

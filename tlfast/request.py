@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dataset.plan import Example
 from .errors import broken_rule
 from .points import find_points
 from .spec import Over, Reduction, Spec, as_specs
@@ -42,10 +41,12 @@ def check_numbers(**numbers: Any) -> None:
             raise ValueError(broken_rule("collect", name, "be a positive number", repr(value), "Give a whole number."))
 
 
-def width_of(specs: Sequence[Spec], examples: Sequence[Example], seq_len: int | None) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions a Hugging Face model has; None where nobody says."""
+    n_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return n_positions if isinstance(n_positions, int) else None
+
+
+def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | None:
     """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
-    longest = max(example.length for example in examples)
-    if seq_len is not None and longest > seq_len:
-        remedy = "Cut the examples, or give a larger seq_len."
-        raise ValueError(broken_rule("collect", "examples", f"have {seq_len} tokens at most", longest, remedy))
     return None if all(1 in spec.dims for spec in specs) else seq_len or longest

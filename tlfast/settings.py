@@ -71,6 +71,18 @@ class CollectSettings:
     """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
+    extend: bool = False
+    """append the examples that the dataset in OUT lacks; those that it has must come first, the same as then"""
+    resume: str = "auto"
+    """auto (continue the dataset in OUT, or begin one), must (continue) or never (begin)"""
+    bad_examples: str = "skip"
+    """for text that gives no example (no UTF-8, less than 2 tokens): skip and record it, or stop"""
+    non_finite: str = "flag"
+    """for rows with NaN or infinity: keep, flag (keep, and name the first of them at the end) or stop"""
+    disk_wait_s: float = 600.0
+    """wait so many seconds for room on a full disk; 0: end at once"""
+    deterministic: str = "strict"
+    """for an operation without a deterministic form: strict (an error) or warn: a resumed run may differ then"""
 
     @property
     def dims(self) -> Over:
@@ -95,9 +107,19 @@ class CollectSettings:
         one_of(who, "bos", self.bos, ("auto", "always", "never"))
         one_of(who, "padding_side", self.padding_side, ("right", "left"))
         one_of(who, "cuda_graph", self.cuda_graph, ("auto", "on", "off"))
+        one_of(who, "resume", self.resume, ("auto", "must", "never"))
+        one_of(who, "bad_examples", self.bad_examples, ("skip", "stop"))
+        one_of(who, "non_finite", self.non_finite, ("keep", "flag", "stop"))
+        one_of(who, "deterministic", self.deterministic, ("strict", "warn"))
         for argument, kinds in (("attach", Attach), ("backend", Backend), ("calls", Calls), ("missing", Missing)):
             one_of(who, argument, getattr(self, argument), get_args(kinds))
-        for argument, least in (("seq_len", 2), ("batch_tokens", 1), ("max_examples", 0), ("rows_per_unit", 0)):
+        for argument, least in (
+            ("seq_len", 2),
+            ("batch_tokens", 1),
+            ("max_examples", 0),
+            ("rows_per_unit", 0),
+            ("disk_wait_s", 0),
+        ):
             if getattr(self, argument) < least:
                 got = getattr(self, argument)
                 raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
@@ -108,8 +130,8 @@ class CollectSettings:
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
 
-        Paths are absolute. ``out`` is left out, since that is where the file lies, and so is ``overwrite``, so that a
-        replay continues.
+        Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``, ``extend``
+        and ``resume``, so that a replay continues.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -117,7 +139,8 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        del values["out"], values["overwrite"]
+        for name in ("out", "overwrite", "extend", "resume"):
+            del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
 

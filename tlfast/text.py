@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from .bad_examples import BadExamples
 from .dataset.plan import Example
 from .errors import broken_rule
 
@@ -84,40 +85,55 @@ def cut_texts(
     *,
     max_examples: int | None = None,
     first: Sequence[int] = (),
+    bad: BadExamples | None = None,
 ) -> list[Example]:
     """Cut files into examples of at most ``seq_len`` tokens; none spans two files.
 
     Args:
-        files: what find_text_files returned; files in a folder that are not text are passed over.
+        files: what find_text_files returned.
         encode: text -> its tokens, without special ones.
         seq_len: tokens per example; the rest at the end of a file is shorter, a single token is dropped.
         max_examples: stop at so many.
         first: tokens put before each example (the tokenizer's beginning of text), counted in ``seq_len``. ``start``
             counts the tokens of the text alone.
+        bad: takes the files that are not UTF-8 text or have less than 2 tokens; None: a named file that is not text
+            is an error.
 
     Raises:
-        ValueError: for a named file that is not text, or where no file holds any.
+        ValueError: where no file holds text.
     """
     if seq_len < len(first) + 2:
         got = f"{seq_len} with {len(first)} tokens put before each"
         raise ValueError(broken_rule("collect", "seq_len", "hold 2 tokens of text or more", got, "Give a larger one."))
     step = seq_len - len(first)
+    bad = BadExamples("stop") if bad is None else bad
     examples: list[Example] = []
     n_files = 0
     for file in files:
-        text = read_text(file.path)
         n_files += 1
-        if text is None and file.named:
-            raise ValueError(
-                broken_rule("collect", "text", "be UTF-8 text", f"{str(file.path)!r}", "Leave this file out.")
-            )
+        text = read_text(file.path) if _is_utf8(file.source) else None
+        if text is None:
+            error = broken_rule("collect", "text", "be UTF-8 text", f"{str(file.path)!r}", "Leave this file out.")
+            source = file.source.encode(errors="backslashreplace").decode()
+            bad.leave_out(source, 0, "no UTF-8 text", error if file.named else None)
+            continue
         tokens = array("i", encode(text) if text else ())
+        if len(tokens) < 2:
+            bad.leave_out(file.source, 0, f"{len(tokens)} token{'s' * (not tokens)}, less than 2")
         for start in range(0, len(tokens) - 1, step):
             ids = array("i", first) + tokens[start : start + step]
             examples.append(Example(len(examples), ids, file.source, start, len(ids)))
             if len(examples) == max_examples:
                 return examples
     if not examples:
-        got = f"{n_files} file{'s' * (n_files != 1)} with less than 2 tokens"
+        got = f"{n_files} file{'s' * (n_files != 1)} without; {bad}"
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with more in them."))
     return examples
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,6 +14,7 @@ from .dataset.plan import Example, Unit
 from .drain import Arrived, Drain
 from .freeze import freeze
 from .progress import Progress
+from .stopping import LeaveAtOnce
 from .units import Oddities, Runner
 
 
@@ -26,29 +27,43 @@ def run_units(
     shown: Progress,
     oddities: Oddities,
     with_missing: bool,
+    stop_if_asked: Callable[[], None],
 ) -> None:
+    """Take the units ``todo`` through; returns when the last is durable.
+
+    Between two batches, and while it waits, ``stop_if_asked`` may raise, and so does a write that has failed.
+    """
     cap = runner.cap
 
     def step_done(n_examples: int, n_tokens: int) -> None:
+        shown.full_s = background.full_s
         shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
         shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
         shown.step(n_examples, n_tokens)
+        background.check()
+        stop_if_asked()
 
     def wait_for_room() -> None:
         while not background.wait_for_room(1.0):
             step_done(0, 0)
 
-    def finish(arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:  # where it is written
-        block, counters = arrived()
-        return block, oddities.flags(block, counters, missing, n_writes)
+    def finish(unit: Unit, arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:
+        block, counters = arrived()  # in the thread that writes
+        return block, oddities.flags(block, counters, missing, n_writes, unit)
 
-    for unit in todo:
-        part = examples[unit.start : unit.stop]
-        places = runner.fill_ring(part, step_done)
-        missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
-        rings = {name: cap[name] for name in cap.names}
-        arrived = drain.drain(rings, cap.counters, places, wait_for_room)
-        background.submit_unfinished(unit, partial(finish, arrived, missing, cap.n_writes), part)
+    try:
+        for unit in todo:
+            part = examples[unit.start : unit.stop]
+            places = runner.fill_ring(part, step_done)
+            missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
+            rings = {name: cap[name] for name in cap.names}
+            arrived = drain.drain(rings, cap.counters, places, wait_for_room)
+            background.submit_unfinished(unit, partial(finish, unit, arrived, missing, cap.n_writes), part)
+        while not background.flush(1.0):
+            step_done(0, 0)
+    except LeaveAtOnce:
+        background.abandon()
+        raise
 
 
 @contextmanager

@@ -10,14 +10,16 @@ from torch import nn
 
 from .batches import Batch, Batching
 from .dataset.layout import Column
-from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example
+from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Unit
 from .errors import broken_rule
 from .hooks import Capture
+from .progress import NonFinite
 from .replay import Replays
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 _PROBE_TOKENS = 8
+_MOST_NAMED = 5  # rows that are not finite
 _REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second
 
 
@@ -68,11 +70,16 @@ class Oddities:
     """What is wrong with the rows of a unit, looked at closely only where the capture counted something.
 
     Belongs to the thread that writes; the totals may be read from any.
+
+    Args:
+        stop: a row that is not finite is an error, unless a point of it did not fire.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: bool = False) -> None:
         self.n_nonfinite_rows = 0
         self.n_saturated = 0
+        self.first: list[NonFinite] = []  # of the rows that are not finite
+        self._stop = stop
         self._before: torch.Tensor | int = 0
 
     def flags(
@@ -81,6 +88,7 @@ class Oddities:
         counters: torch.Tensor,
         missing: torch.Tensor | None = None,
         n_writes: Sequence[int] | None = None,
+        unit: Unit | None = None,
     ) -> list[int] | None:
         """FLAG_... bits of each row of the unit captured last, or None where there is nothing to say.
 
@@ -90,9 +98,11 @@ class Oddities:
                 how often its rows were written.
             missing: bool [examples]: a point did not fire.
             n_writes: how often the rows of each column should have been written.
+            unit: whose rows they are, to name them.
 
         Raises:
             RuntimeError: if they were not: a GPU has lost work, and these rows can't be trusted.
+            FloatingPointError: for a row that is not finite, if that is to stop the run.
         """
         for name, n_done, n_wanted in zip(block, counters[:, 2].tolist(), n_writes or (), strict=n_writes is not None):
             if n_done != n_wanted:
@@ -105,14 +115,27 @@ class Oddities:
         flags = torch.zeros(len(next(iter(block.values()))), dtype=torch.int64)
         if missing is not None:
             flags |= missing * FLAG_MISSING
-        for rows, saturated in zip(block.values(), n_saturated.tolist(), strict=True):
+        for (name, rows), saturated in zip(block.items(), n_saturated.tolist(), strict=True):
             flat = rows.flatten(1)
-            flags |= (~flat.isfinite()).any(1) * FLAG_NON_FINITE
+            odd = (~flat.isfinite()).any(1)
+            if unit is not None:
+                self._name(unit, name, odd if missing is None else odd & ~missing, flags)
+            flags |= odd * FLAG_NON_FINITE
             if saturated:  # counted for the column, so a gradient that was infinite itself is flagged beside it
                 flags |= flat.isinf().any(1) * FLAG_SATURATED
         self.n_nonfinite_rows += int((flags & FLAG_NON_FINITE).count_nonzero())
         self.n_saturated += int(n_saturated.sum())
         return [int(bits) for bits in flags.tolist()]
+
+    def _name(self, unit: Unit, point: str, odd: torch.Tensor, flags: torch.Tensor) -> None:
+        """Remember the first rows that are odd at a point and were not at those before it."""
+        new = odd & (flags & FLAG_NON_FINITE == 0)
+        if self._stop and new.any():
+            row = NonFinite(unit.name, unit.start + int(new.nonzero()[0]), point)
+            remedy = 'non_finite="flag" (--non-finite flag) keeps and flags such rows.'
+            raise FloatingPointError(broken_rule("collect", "rows", "be finite", f"NaN or infinity in {row}", remedy))
+        for i in new.nonzero().flatten().tolist()[: _MOST_NAMED - len(self.first)]:
+            self.first.append(NonFinite(unit.name, unit.start + i, point))
 
 
 def probe_columns(
@@ -138,4 +161,6 @@ def probe_columns(
         reason = " ".join(str(error).split())
         rule = "give a gradient at every point, one row for each example"
         remedy = "Check that the model can run backward, and the points."
+        if "deterministic" in reason:
+            remedy = 'deterministic="warn" (--deterministic warn) runs it; a resumed run may then differ in last bits.'
         raise ValueError(broken_rule("collect", "model", rule, f"<{reason}>", remedy)) from error

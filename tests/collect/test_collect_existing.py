@@ -76,7 +76,17 @@ class Detached(nn.Module):
         ({"reduce": "median"}, ValueError, "reduce must be one of"),
         ({"over": "batch"}, ValueError, "over must keep the batch: a row is an example, got batch"),
         ({"over": -3}, ValueError, "one row for each example"),
-        ({"seq_len": 3}, ValueError, "examples must have 3 tokens at most, got 16"),
+        (
+            {"seq_len": 3, "bad_examples": "stop"},
+            ValueError,
+            r"examples must have 3 tokens at most, got \d+ in example",
+        ),
+        ({"bad_examples": "keep"}, ValueError, "bad_examples must be one of skip, stop, got 'keep'"),
+        ({"non_finite": "drop"}, ValueError, "non_finite must be one of keep, flag, stop, got 'drop'"),
+        ({"deterministic": "no"}, ValueError, "deterministic must be one of strict, warn, got 'no'"),
+        ({"resume": "yes"}, ValueError, "resume must be one of auto, must, never, got 'yes'"),
+        ({"resume": "must"}, DatasetError, 'out must be a dataset with resume="must", got none at'),
+        ({"disk_wait_s": -1}, ValueError, "disk_wait_s must be 0 or more, got -1"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens must be a positive number, got 0"),
         ({"rows_per_unit": 2.5}, ValueError, r"rows_per_unit must be a positive number, got 2\.5"),
         ({"padding_side": "top"}, ValueError, "padding_side must be one of right, left"),
@@ -133,7 +143,7 @@ def test_a_full_disk_ends_the_run_with_its_error_and_whole_units(tmp_path, monke
 
     monkeypatch.setattr(writer, "write_unit", filling)
     with pytest.raises(OSError, match="No space left"):
-        collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=4)
+        collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=4, disk_wait_s=0)
     monkeypatch.undo()
     assert len(tlfast.open_dataset(tmp_path, partial=True)) == 8
     collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=4)

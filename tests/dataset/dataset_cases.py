@@ -61,6 +61,12 @@ def write_units(writer, tensors=None):
             assert writer.write_unit(unit, rows_of(unit, tensors), examples(unit))
 
 
+def make_base(out: Path, tensors=None) -> Path:
+    """The folder of a complete dataset, unopened."""
+    write_units(make_writer(out), tensors)
+    return out
+
+
 def make_dataset(out: Path, **changes) -> GradientDataset:
     """A complete dataset in ``out``."""
     write_units(make_writer(out, **changes))

@@ -1,8 +1,9 @@
 """Run as a program: make one dataset many times, each time disturbed at another of its system calls.
 
-``python failing_farm.py FOLDER BACKEND MODE...`` with failing_calls.c preloaded: one run is traced, undisturbed, then
-each mode is tried at each call, in a process of its own, in FOLDER/<mode>-<k>. Prints one JSON line per run: mode, k,
-the calls that were told of, exit status, error. Forking saves importing torch a hundred times.
+``python failing_farm.py FOLDER RUN BACKEND MODE...`` with failing_calls.c preloaded: one run is traced, undisturbed,
+then each mode is tried at each call, in a process of its own, in FOLDER/<mode>-<k>. RUN is ``units`` (a dataset is
+written) or ``extend`` (FOLDER/whole, a whole one, is extended). Prints one JSON line per run: mode, k, the calls that
+were told of, exit status, error. Forking saves importing torch a hundred times.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import errno
 import gc
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import google_crc32c  # noqa: F401 (imported here, once, instead of in every child)
 import pyarrow as pa
 import pyarrow.parquet
+import pytest
 import torch
-from dataset_cases import examples, make_writer, rows_of, truth, write_units
+from dataset_cases import HERE, examples, make_writer, rows_of, run_python, truth, write_units
 
 from tlfast.dataset import BackgroundWriter, DatasetError, Plan, streaming
 
@@ -27,6 +31,10 @@ from tlfast.dataset import BackgroundWriter, DatasetError, Plan, streaming
 COLUMNS = {"wide": (torch.bfloat16, (1000,)), "deep": (torch.float32, (2, 300)), "loss": (torch.float16, ())}
 PLAN = Plan(n_examples=11, rows_per_unit=4)
 PIECE_BYTES = 8192
+COMPILER = shutil.which("cc")
+needs_preload = pytest.mark.skipif(
+    sys.platform != "linux" or COMPILER is None, reason="LD_PRELOAD with a library made by cc is Linux's"
+)
 RAISED = 3  # the exit status of a run that ended with an error
 
 MODES = {
@@ -42,8 +50,8 @@ MODES = {
 ONLY_WRITES = ("kill-within", "short")
 
 
-def one_run(out: Path, backend: str) -> None:
-    """The run: two units through the background thread, the last one directly."""
+def units(out: Path, backend: str) -> None:
+    """Two units through the background thread, the last one directly."""
     writer = make_writer(out, columns=COLUMNS, plan=PLAN, backend=backend)
     tensors = truth(COLUMNS, PLAN)
     with BackgroundWriter(writer) as background:
@@ -52,9 +60,20 @@ def one_run(out: Path, backend: str) -> None:
     write_units(writer, tensors)
 
 
-def disturbed(out: Path, backend: str, mode: str, k: int) -> tuple[int, list[list[str]], str]:
+def extend(out: Path, backend: str) -> None:
+    """A dataset, extended by six examples."""
+    writer = make_writer(out, columns=COLUMNS, plan=PLAN, backend=backend)
+    writer.extend(6, {"sha256": "0" * 64}, {"max_examples": 17})
+
+
+RUNS = {"units": units, "extend": extend}
+
+
+def disturbed(run: str, out: Path, backend: str, mode: str, k: int) -> tuple[int, list[list[str]], str]:
     """Do the run in a process of its own; return its exit status, the calls that it told of, and its error."""
     (told, telling), (heard, saying) = os.pipe(), os.pipe()
+    if run == "extend":
+        shutil.copytree(out.parent / "whole", out)
     child = os.fork()
     if child == 0:
         status = 1
@@ -62,7 +81,7 @@ def disturbed(out: Path, backend: str, mode: str, k: int) -> tuple[int, list[lis
             how, code = MODES[mode]
             code = code or (errno.EIO, errno.ENOSPC)[k % 2]
             ctypes.CDLL(None).arm(ctypes.c_long(k), how, code, telling, os.fsencode(out))
-            one_run(out, backend)
+            RUNS[run](out, backend)
             status = 0
         except (OSError, DatasetError) as error:
             os.write(saying, str(error).encode())
@@ -76,22 +95,43 @@ def disturbed(out: Path, backend: str, mode: str, k: int) -> tuple[int, list[lis
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), [line.split(" ", 1) for line in lines], text
 
 
-def main(folder: Path, backend: str, modes: list[str]) -> None:
+def run_farm(folder: Path, run: str, backend: str, modes: list[str]) -> tuple[list[list[str]], list[dict]]:
+    """Start this program; return the traced calls of the undisturbed run, and what it prints of all others."""
+    library = folder.parent / "failing_calls.so"
+    if not library.exists():
+        source = str(HERE / "failing_calls.c")
+        subprocess.run(
+            [COMPILER, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", source, "-o", str(library), "-ldl"], check=True
+        )
+    process = run_python(
+        HERE / "failing_farm.py", folder, run, backend, *modes, preload=library,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    output, errors = process.communicate(timeout=1200)
+    assert process.returncode == 0, errors
+    traced, *runs = map(json.loads, output.splitlines())
+    assert (traced["status"], traced["error"]) == (0, ""), errors
+    return traced["calls"], runs
+
+
+def main(folder: Path, run: str, backend: str, modes: list[str]) -> None:
     torch.set_num_threads(1)
     pa.array([1])  # imports what pyarrow imports late (pandas, where it is installed): once, not in every child
     streaming.PIECE_BYTES = PIECE_BYTES
     gc.collect()
     gc.freeze()
     folder.mkdir(parents=True)
-    status, calls, text = disturbed(folder / "trace-0", backend, "trace", 0)
+    if run == "extend":
+        write_units(make_writer(folder / "whole", columns=COLUMNS, plan=PLAN, backend=backend))
+    status, calls, text = disturbed(run, folder / "trace-0", backend, "trace", 0)
     print(json.dumps({"mode": "trace", "calls": calls, "status": status, "error": text}), flush=True)
     for mode in modes:
         places = [k for k, (name, _) in enumerate(calls) if name == "pwrite" or mode not in ONLY_WRITES]
         for k in places if mode != "no-direct" else [0]:
             out = folder / f"{mode}-{k}"
-            status, hit, text = disturbed(out, backend, mode, k)
+            status, hit, text = disturbed(run, out, backend, mode, k)
             print(json.dumps({"mode": mode, "k": k, "calls": hit, "status": status, "error": text}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

@@ -1,32 +1,25 @@
 """Every system call of a writer fails or is its last: committed rows are right, a resume ends with the same bytes."""
 
-import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from backends import usable
 from dataset_cases import HERE, check_rows, content, make_writer, run_python, truth, write_units
-from failing_farm import COLUMNS, ONLY_WRITES, PLAN, RAISED
+from failing_farm import COLUMNS, ONLY_WRITES, PLAN, RAISED, needs_preload, run_farm
 
 from tlfast.dataset import DatasetError, open_dataset
 from tlfast.dataset.durable import TEMPORARY, PendingFile
 
-COMPILER = shutil.which("cc")
 ALL = os.environ.get("TLFAST_ALL_FAILURES") == "1"  # twice as many, and on the disk: minutes
 MODES = ["kill", "kill-within", "short", "no-direct", *(["EIO", "ENOSPC"] if ALL else ["EIO-or-ENOSPC"])]
 MEMORY = Path("/dev/shm")  # where fsync costs nothing; what a kill leaves is the same there
 N_KILLS = 200 if ALL else 50
-needs_preload = pytest.mark.skipif(
-    sys.platform != "linux" or COMPILER is None, reason="LD_PRELOAD with a library made by cc is Linux's"
-)
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +33,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["native", "python"])
-def disturbed(request, folder, tmp_path_factory):
+def disturbed(request, folder):
     """The traced calls of an undisturbed run, all other runs, and where they lie."""
     usable(request.param)
-    library = tmp_path_factory.mktemp("preload") / "failing_calls.so"
-    source = str(HERE / "failing_calls.c")
-    subprocess.run(
-        [COMPILER, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", source, "-o", str(library), "-ldl"], check=True
-    )
     out = folder / request.param
-    process = run_python(
-        HERE / "failing_farm.py", out, request.param, *MODES, preload=library,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    output, errors = process.communicate(timeout=1200)
-    assert process.returncode == 0, errors
-    traced, *runs = map(json.loads, output.splitlines())
-    assert (traced["status"], traced["error"]) == (0, ""), errors
-    return [(name, plain(path)) for name, path in traced["calls"]], runs, out
+    calls, runs = run_farm(out, "units", request.param, MODES)
+    return [(name, plain(path)) for name, path in calls], runs, out
 
 
 def plain(path):

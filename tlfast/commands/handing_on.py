@@ -1,9 +1,10 @@
-"""`tlfast export`: a dataset in the form that somebody else reads."""
+"""`tlfast export`, `tlfast push` and `tlfast pull`: a dataset in the form, or at the place, where others read it."""
 
 from __future__ import annotations
 
 from ..dataset import export_dataset, open_dataset
 from ..dataset.export_formats import FORMATS
+from ..dataset.hub import download
 from ..points import match_names
 from .arguments import OK, Arguments
 from .bar import bar
@@ -28,4 +29,33 @@ def export(args: list[str]) -> int:
         options = {"to": wanted.to, "points": points, "partial": wanted.partial}
         made = export_dataset(wanted.dir, wanted.out, **options, progress=progress)
     print(f"{n_rows} rows: {made}")
+    return OK
+
+
+def push(args: list[str]) -> int:
+    """Upload a dataset to the Hugging Face hub."""
+    arguments = Arguments("push", "Upload a dataset to the Hugging Face hub.", "a dataset folder and a repository")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("repo", metavar="REPO", help="user/name; made if it isn't there")
+    arguments.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    arguments.add_argument("--revision", metavar="BRANCH", help="the branch; without it, main")
+    arguments.add_argument("--partial", action="store_true", help="the units that are there, although some are missing")
+    wanted = arguments.read(args)
+    dataset = open_dataset(wanted.dir, partial=wanted.partial)
+    url = dataset.push_to_hub(wanted.repo, private=wanted.private, revision=wanted.revision)
+    print(f"{len(dataset)} rows: {url}")
+    return OK
+
+
+def pull(args: list[str]) -> int:
+    """Download a dataset from the Hugging Face hub into a folder."""
+    arguments = Arguments("pull", "Download a dataset from the Hugging Face hub.", "a repository and a new folder")
+    arguments.add_argument("repo", metavar="REPO", help="user/name")
+    arguments.add_argument("dir", metavar="DIR", help="the folder; one from a pull that was cut short is continued")
+    arguments.add_argument("--revision", metavar="REVISION", help="a branch, a tag or a commit; without it, main")
+    wanted = arguments.read(args)
+    download(wanted.repo, wanted.revision, to=wanted.dir)
+    dataset = open_dataset(wanted.dir, partial=True)
+    missing = dataset.plan.n_units - len(dataset.units)
+    print(f"{len(dataset)} rows{f', {missing} units are missing' if missing else ''}: {wanted.dir}")
     return OK

@@ -15,8 +15,11 @@ from .bar import bar
 
 def info(args: list[str]) -> int:
     """Print what is inside a dataset."""
-    info = open_dataset(one_folder("info", "What is inside a dataset.", args), partial=True).info()
-    header = info["header"]
+    ds = open_dataset(one_folder("info", "What is inside a dataset.", args), partial=True)
+    info = ds.info()
+    header = dict(info["header"])
+    if isinstance(header.get("examples"), dict) and "skipped" in header["examples"]:
+        header["examples"] = header["examples"] | {"skipped": len(ds.skipped)}
     absent = info["planned_units"] - info["units"]
     print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
     print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")

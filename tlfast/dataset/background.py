@@ -7,12 +7,14 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import broken_rule
+from .full_disk import FullDisk, print_line
 from .plan import Example, Unit
 
 
@@ -45,8 +47,15 @@ class BackgroundWriter:
     the next ``submit`` returns, with ``max_pending=2`` when `wait_for_room` says that there is room for the unit after
     the next: two sets of buffers suffice for either.
 
-    A failed write is raised by the next ``submit``, ``flush`` or ``close``; units behind it are dropped and do not
-    exist. Leaving the ``with`` block waits for what was submitted, also when the block raised.
+    A failed write is raised by the next ``check``, ``submit``, ``flush`` or ``close``; units behind it are dropped and
+    do not exist. Leaving the ``with`` block waits for what was submitted, also when the block raised.
+
+    Args:
+        writer: what writes a unit.
+        max_pending: see above.
+        disk_wait_s: how long a full disk, or a used up quota, is waited for before it is a failed write; when the
+            ``with`` block has raised, it is not waited for.
+        say: is told of a full disk, in a line.
 
     Raises:
         ValueError: where ``max_pending`` is below 1.
@@ -62,17 +71,24 @@ class BackgroundWriter:
         {'u000000'}
     """
 
-    def __init__(self, writer: UnitWriter, max_pending: int = 1) -> None:
+    def __init__(
+        self,
+        writer: UnitWriter,
+        max_pending: int = 1,
+        disk_wait_s: float = 0.0,
+        say: Callable[[str], None] = print_line,
+    ) -> None:
         if max_pending < 1:
             remedy = "1 needs two sets of buffers."
             raise ValueError(broken_rule("BackgroundWriter", "max_pending", "be at least 1", max_pending, remedy))
         self._writer = writer
         self._max_pending = max_pending
+        self._disk = FullDisk(disk_wait_s, say)
         self._jobs: deque[_Job] = deque()
         self._unfinished = 0  # submitted and not yet durable
-        self._closing = False
+        self._closing = self._abandoned = False
         self._writing = False  # the thread is at the disk, not waiting for what it is to write
-        self.waited_s = 0.0  # how long callers waited for the disk
+        self.waited_s = 0.0  # how long callers waited for room, while the thread was at the disk
         self._error: BaseException | None = None
         self._raised = False
         self._changed = threading.Condition()
@@ -84,6 +100,17 @@ class BackgroundWriter:
     def bytes_written(self) -> int:
         """Bytes handed to the operating system until now."""
         return self._writer.bytes_written
+
+    @property
+    def full_s(self) -> float:
+        """How long the disk has been full now, in seconds; 0.0 where it is not."""
+        return self._disk.full_s
+
+    def check(self) -> None:
+        """Raise an earlier failure; waits for nothing."""
+        if self._error is not None:
+            self._raised = True
+            raise self._error
 
     def submit(
         self,
@@ -115,16 +142,24 @@ class BackgroundWriter:
         with self._changed:
             return self._wait(self._max_pending - 1, time_s)
 
-    def flush(self) -> None:
-        """Wait until every submitted unit is durable; raises a failure."""
+    def flush(self, time_s: float | None = None) -> bool:
+        """Wait until every submitted unit is durable; False if ``time_s`` seconds were not enough; raises a failure."""
         with self._changed:
-            self._wait(0)
+            waited_s, durable = self.waited_s, self._wait(0, time_s)
+            self.waited_s = waited_s  # at the end there is nothing to compute meanwhile
+            return durable
+
+    def abandon(self) -> None:
+        """Let ``close`` wait for nothing: a unit that is being written is whole later, or never exists."""
+        self._abandoned = True
 
     def close(self) -> None:
         """Wait for every submitted unit and end the thread; raises a failure that was not raised before."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        if self._abandoned:
+            return
         self._thread.join()
         with self._changed:
             if self._error is not None and not self._raised:
@@ -143,9 +178,7 @@ class BackgroundWriter:
             if not self._thread.is_alive() and self._unfinished > allowed and self._error is None:
                 remedy = "Open a dataset after forking, not before."
                 self._error = RuntimeError(broken_rule("BackgroundWriter", "thread", "be alive", "none", remedy))
-        if self._error is not None:
-            self._raised = True
-            raise self._error
+        self.check()
         return True
 
     def _run(self) -> None:
@@ -159,7 +192,7 @@ class BackgroundWriter:
             try:
                 tensors, flags = finish()
                 self._at_the_disk(True)
-                self._writer.write_unit(unit, tensors, examples, flags)
+                self._disk.write(unit.name, partial(self._write, unit, tensors, examples, flags))
             except BaseException as error:  # whatever it was, the caller must hear of it
                 with self._changed:
                     self._error = error
@@ -169,6 +202,14 @@ class BackgroundWriter:
                 return
             del finish, tensors  # the caller may reuse this memory now
             self._at_the_disk(False)
+
+    def _write(self, *job: Any) -> None:
+        before = self._writer.bytes_written
+        try:
+            self._writer.write_unit(*job)
+        except OSError:
+            self._writer.bytes_written = before  # if it is tried again, they count once
+            raise
 
     def _at_the_disk(self, writing: bool) -> None:
         with self._changed:
@@ -182,6 +223,8 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._disk.give_up()
         try:
             self.close()
         except Exception as failure:

@@ -6,7 +6,8 @@ from .description import Description
 from .layout import DTYPE_NAMES
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-_SIZES_ABOVE = ((10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**12, "1B<n<10B"))
+_SIZES_ABOVE = ((10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))
+_SIZES_OF_BILLIONS = ((10**10, "1B<n<10B"), (10**11, "10B<n<100B"), (10**12, "100B<n<1T"))
 
 _CARD = """---
 configs:
@@ -46,7 +47,7 @@ every byte against its checksum. How it was made stands in `dataset.json` and `c
 def dataset_card(description: Description) -> str:
     """Return the Markdown of the card, with the front matter that the hub's viewer needs."""
     n = description.plan.n_examples
-    size = next((name for limit, name in _SIZES + _SIZES_ABOVE if n < limit), "n>1T")
+    size = next((name for limit, name in (*_SIZES, *_SIZES_ABOVE, *_SIZES_OF_BILLIONS) if n < limit), "n>1T")
     table = "\n".join(
         f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]} | {list(column.row_shape)} |"
         for name, column in description.columns.items()

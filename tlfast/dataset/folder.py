@@ -109,17 +109,23 @@ def publish_extension(out: Path, new: Description, config: str, cards: tuple[str
     Raises DatasetError where another extension has its number.
     """
     added = new.extensions[-1]
-    if config:  # first, so that a replay of it knows the new examples as soon as the dataset has them
+    _refuse_another(out, added)
+    # Card and config first: a run that is killed here is repeated with the same ones.
+    if (out / CARD).exists() and (out / CARD).read_bytes() == cards[0].encode():
+        write_small(out / CARD, cards[1].encode(), replace=True)
+    if config:
         write_small(out / CONFIG, config.encode(), replace=True)
     (out / extension.FOLDER).mkdir(exist_ok=True)
     sync_folder(out)
     if not write_small(out / added.path, added.to_bytes(), replace=False):
-        there = read_small(out / added.path, "extend", extension.MAX_BYTES)
-        if there != added.to_bytes():
-            rule, got = "be free for this extension", f"one by other examples in {added.path}"
-            raise dataset_error("extend", "out", rule, got, "Another run has extended it; start again to see it.")
-    if (out / CARD).exists() and (out / CARD).read_bytes() == cards[0].encode():
-        write_small(out / CARD, cards[1].encode(), replace=True)
+        _refuse_another(out, added)
+
+
+def _refuse_another(out: Path, added: extension.Extension) -> None:
+    path = out / added.path
+    if os.path.lexists(path) and read_small(path, "extend", extension.MAX_BYTES) != added.to_bytes():
+        rule, got = "be free for this extension", f"one by other examples in {path}"
+        raise dataset_error("extend", "out", rule, got, "Another run has extended it; start again to see it.")
 
 
 def check_disk_space(out: Path, n_bytes: int, who: str, freed: int = 0) -> None:

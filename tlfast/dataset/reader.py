@@ -13,6 +13,7 @@ from .columns import GradientColumn
 from .commits import read_commits, read_folder
 from .description import skipped_examples
 from .errors import dataset_error
+from .hub import OnHub
 from .layout import DTYPE_NAMES
 from .plan import Plan, Unit
 from .rows import ExampleTable
@@ -49,7 +50,7 @@ def open_dataset(path: str | PathLike[str] | Store, *, partial: bool = False) ->
     return GradientDataset(path, partial=partial)
 
 
-class GradientDataset:
+class GradientDataset(OnHub):
     """A dataset of gradients; made by open_dataset."""
 
     def __init__(self, path: str | PathLike[str] | Store, *, partial: bool = False) -> None:

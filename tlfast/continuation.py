@@ -1,0 +1,83 @@
+"""A dataset that is there already: which of the examples it holds, and whether the rest is to be added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .dataset.description import read_description
+from .dataset.errors import dataset_error
+from .dataset.folder import is_dataset, refuse_stranger
+from .dataset.plan import Example
+from .dataset.writer import DatasetWriter
+from .identity import describe_examples
+
+Resume = Literal["auto", "must", "never"]
+Skipped = Sequence[Sequence[Any]]
+
+
+def check_folder(out: Path, resume: Resume, overwrite: bool) -> None:
+    """DatasetError where ``out`` is a stranger's, or not there or there against ``resume``."""
+    refuse_stranger(out, "collect")
+    if resume == "must" and not is_dataset(out):
+        remedy = 'resume="auto" begins one.'
+        raise dataset_error("collect", "out", 'be a dataset with resume="must"', f"none at {out}", remedy)
+    if resume == "never" and is_dataset(out) and not overwrite:
+        remedy = 'resume="auto" continues it, overwrite removes it.'
+        raise dataset_error("collect", "out", 'be a new folder with resume="never"', f"a dataset at {out}", remedy)
+
+
+def own_part(out: Path, examples: Sequence[Example], skipped: Skipped, overwrite: bool) -> tuple[int, int]:
+    """How many of the examples, and of the skipped ones, belong to dataset.json itself and not to an extension.
+
+    All of them, unless a dataset is there that begins with the same ones.
+    """
+    if is_dataset(out) and not overwrite:
+        n, said = read_description(out, "collect").examples[0]
+        n_skipped = _n_skipped(said)
+        if n <= len(examples) and _agree(said, examples[:n], skipped[:n_skipped]):
+            return n, n_skipped
+    return len(examples), len(skipped)
+
+
+def add_the_rest(
+    writer: DatasetWriter,
+    examples: Sequence[Example],
+    skipped: Skipped,
+    extend: bool,
+    config: str | Mapping[str, Any],
+) -> None:
+    """Extend the dataset by the examples that it lacks.
+
+    Raises:
+        DatasetError: where it lacks some and ``extend`` is False, or has others.
+    """
+    start = bad = 0
+    for number, (n, said) in enumerate(writer.description.examples):
+        if number and start == len(examples):
+            rule = f"be all {writer.plan.n_examples} of the dataset, which was extended"
+            remedy = "Give the old examples and the new ones."
+            raise dataset_error("collect", "examples", rule, f"the first {start} of them", remedy)
+        n_skipped = _n_skipped(said)
+        if number and not _agree(said, examples[start : start + n], skipped[bad : bad + n_skipped]):
+            rule = f"be those of the dataset, of which extension {number} has {n}"
+            got, remedy = f"others from example {start} on", "Give the same as then, or another folder."
+            raise dataset_error("collect", "examples", rule, got, remedy)
+        start, bad = start + n, bad + n_skipped
+    n_new, n_bad = len(examples) - start, len(skipped) - bad
+    if (n_new or n_bad) and not extend:
+        got = f"the same first {start}, {n_new} more and {n_bad} more bad ones"
+        remedy = "extend=True (--extend) appends the new ones; or give another folder."
+        raise dataset_error("collect", "examples", "be those of the dataset", got, remedy)
+    if n_new:
+        writer.extend(n_new, describe_examples(examples[start:], skipped[bad:]), config)
+
+
+def _n_skipped(said: Mapping[str, Any]) -> int:
+    skipped = said.get("skipped")
+    return len(skipped) if isinstance(skipped, list) else 0
+
+
+def _agree(said: Mapping[str, Any], examples: Sequence[Example], skipped: Skipped) -> bool:
+    return all(said.get(key) == value for key, value in describe_examples(examples, skipped).items())
