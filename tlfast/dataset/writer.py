@@ -35,7 +35,7 @@ from .layout import Column, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
 from .remote import url_of
 from .rows import encode_rows
-from .streaming import write_rows
+from .streaming import writing
 
 __all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
 
@@ -188,11 +188,12 @@ class DatasetWriter:
         layout = unit_layout(self.columns, unit)
         with PendingFile(self.out / data_path(unit), layout.n_bytes) as data:
             data.start_with(layout.header)
-            norms, bad = write_rows(data, {name: tensors[name] for name in layout.blocks}, self._native)
+            in_order = {name: tensors[name] for name in layout.blocks}
+            with writing(data, in_order, self._native) as (norms, bad):  # the table is made while the disk is at work
+                flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
+                table = encode_rows(examples, flag_bits.tolist(), {name: norms[name] for name in self.columns})
             self.bytes_written += layout.n_bytes - len(layout.header)
             data.seal()
-            flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
-            table = encode_rows(examples, flag_bits.tolist(), {name: norms[name] for name in self.columns})
             with PendingFile(self.out / rows_path(unit), len(table)) as rows:
                 rows.append(table)
                 rows.seal()
