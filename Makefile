@@ -164,7 +164,7 @@ $(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py tools/cuda_build.py $
 	@echo "set-up: installing what is missing into $(BIN)"
 	@$(PIP) install -q -c $< "setuptools>=77" wheel ninja
 	@echo "set-up: building tlfast against $$(head -n 1 $<)"
-	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,hub,lance,plot,ray,s3,dev]' > build/install.log 2>&1 \
+	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,device-map,hub,lance,plot,ray,s3,dev]' > build/install.log 2>&1 \
 	  || { grep -E 'error|ERROR' build/install.log | head -n 20 || true; tail -n 40 build/install.log; exit 1; }
 	@grep -hoE 'tlfast: building .*' build/install.log | head -n 1 || true
 	@grep -hE 'warning: .*\[-W' build/install.log | sort -u || true

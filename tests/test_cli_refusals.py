@@ -97,8 +97,8 @@ def test_a_full_disk_is_found_before_the_run(folder, tmp_path, capsys, monkeypat
 
 
 def test_a_model_without_gradients_is_found_before_the_run(folder, tmp_path, capsys, monkeypatch):
-    def without_gradients(name, dtype, device):
-        model = huggingface.load_model(name, dtype, device)
+    def without_gradients(*arguments):
+        model = huggingface.load_model(*arguments)
         model.forward = torch.no_grad()(model.forward)
         return model
 

@@ -68,7 +68,7 @@ def _run(args: list[str]) -> int:
         return complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         raise
-    except (OSError, FloatingPointError) as error:
+    except OSError as error:
         return complain(f"tlfast {args[0]}: {error}", FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)

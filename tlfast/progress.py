@@ -35,6 +35,7 @@ class Progress:
         waits_for: str = "the disk",
     ) -> None:
         self.n_examples, self.n_before, self.n_done = n_examples, n_done, n_done
+        self.n_elsewhere = 0  # examples that other processes have done meanwhile
         self.n_tokens = self.n_nonfinite = self.n_saturated = self.n_bytes = 0
         self.waited_s = 0.0
         self.full_s = 0.0  # how long the disk has been full now
@@ -56,14 +57,15 @@ class Progress:
         self.n_tokens += n_tokens
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(), refresh=False)
-            self._bar.update(n_examples)
+            self._bar.update(self.n_done + self.n_elsewhere - self._bar.n)
             if not n_examples:
                 self._bar.refresh()
         elif self._enabled and time.monotonic() - self._last > _LINE_EVERY_S:
             self._last = time.monotonic()
-            rate = (self.n_done - self.n_before) / self.time_s
-            left_s = (self.n_examples - self.n_done) / max(rate, 1e-9)
-            done = f"{self.n_done}/{self.n_examples} examples"
+            rate = (self.n_done + self.n_elsewhere - self.n_before) / self.time_s
+            n_done = self.n_done + self.n_elsewhere
+            left_s = (self.n_examples - n_done) / max(rate, 1e-9)
+            done = f"{n_done}/{self.n_examples} examples"
             self.say(f"{done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
 
     def _figures(self) -> str:
@@ -112,9 +114,9 @@ class NonFinite(NamedTuple):
 class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
-    ``waited_s`` of the ``time_s`` seconds the model stood still because what ``waits_for`` says was slower.
-    ``n_skipped`` bad examples belong to the dataset and have no row. ``non_finite`` are the first of the rows that are
-    not finite.
+    ``n_rows_elsewhere`` more rows were made by other processes meanwhile. ``waited_s`` of the ``time_s`` seconds the
+    model stood still because what ``waits_for`` says was slower. ``n_skipped`` bad examples belong to the dataset and
+    have no row. ``non_finite`` are the first of the rows that are not finite.
     """
 
     out: Path | str  # a URL is text
@@ -127,6 +129,7 @@ class Report:
     n_saturated: int
     time_s: float
     waited_s: float
+    n_rows_elsewhere: int
     n_skipped: int
     non_finite: tuple[NonFinite, ...]
     waits_for: str = "the disk"
@@ -134,11 +137,13 @@ class Report:
     def __str__(self) -> str:
         rate = self.n_rows / max(self.time_s, 1e-9)
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
+        elsewhere = f", {self.n_rows_elsewhere} by other processes" if self.n_rows_elsewhere else ""
         waited = (
             f", {self.waited_s:.1f} s of them waiting for {self.waits_for}" if self.waited_s >= _SHOWN_FROM_S else ""
         )
-        skipped = f", {self.n_skipped} bad examples skipped" if self.n_skipped else ""
+        skipped = f", {self.n_skipped} bad example{'s' * (self.n_skipped > 1)} skipped" if self.n_skipped else ""
         return (
-            f"{self.n_rows} rows{before} in {self.n_units} units, {self.n_tokens} tokens, {self.n_bytes / 1e6:.1f} MB"
-            f" in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s), {self.n_nonfinite_rows} non-finite rows{skipped}"
+            f"{self.n_rows} rows{before} in {self.n_units} units{elsewhere}, {self.n_tokens} tokens,"
+            f" {self.n_bytes / 1e6:.1f} MB in {self.time_s:.1f} s{waited} ({rate:.1f} examples/s),"
+            f" {self.n_nonfinite_rows} non-finite rows{skipped}"
         )

@@ -14,6 +14,8 @@ from .dataset.errors import DatasetError, extra
 from .dataset.remote import url_of
 from .dataset.store import as_store
 from .errors import broken_rule
+from .huggingface import as_device_map
+from .shares import units_in
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
@@ -56,6 +58,8 @@ class CollectSettings:
     """right or left"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    device_map: str = ""
+    """spread the model over devices: auto, balanced, balanced_low_0, sequential, or JSON, {"module": device, ...}"""
     model_dtype: str = "auto"
     """what the model runs in: auto (the checkpoint's), float32, bfloat16, float16 or float64"""
     grad_scale: float = 1.0
@@ -72,6 +76,16 @@ class CollectSettings:
     """run the steps as CUDA graphs, with batches padded to a few lengths: auto (if the model is on a GPU), on or off"""
     lens: bool = False
     """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
+    units: str = ""
+    """A:B: only these units of the plan, as a Python slice counts them, for jobs that know nothing of each other"""
+    engine: str = "local"
+    """local (this process, or the ranks of torchrun), or ray: one task per unit, on all nodes of a Ray cluster"""
+    ray_workers: int = 0
+    """processes that take units under Ray; 0: as many as the cluster has room for now"""
+    ray_cpus: int = 1
+    """CPU cores, and threads, of each of them"""
+    ray_gpus: int = -1
+    """GPUs of each of them; -1: one if the cluster has any and --device isn't cpu"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
     staging: str = ""
@@ -111,6 +125,7 @@ class CollectSettings:
         one_of(who, "model_dtype", self.model_dtype, (*_DTYPES, "auto"))
         one_of(who, "bos", self.bos, ("auto", "always", "never"))
         one_of(who, "padding_side", self.padding_side, ("right", "left"))
+        one_of(who, "engine", self.engine, ("local", "ray"))
         one_of(who, "cuda_graph", self.cuda_graph, ("auto", "on", "off"))
         one_of(who, "resume", self.resume, ("auto", "must", "never"))
         one_of(who, "bad_examples", self.bad_examples, ("skip", "stop"))
@@ -124,10 +139,19 @@ class CollectSettings:
             ("max_examples", 0),
             ("rows_per_unit", 0),
             ("disk_wait_s", 0),
+            ("ray_workers", 0),
+            ("ray_cpus", 1),
+            ("ray_gpus", -1),
         ):
             if getattr(self, argument) < least:
                 got = getattr(self, argument)
                 raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
+        units_in(self.units, 0)
+        if self.device_map and self.device != "auto":
+            got = f"{self.device!r} with device_map {self.device_map!r}"
+            raise ValueError(broken_rule(who, "device", "be auto where device_map is given", got, "Leave one out."))
+        if self.device_map:
+            as_device_map(self.device_map)
         for argument in ("text", "points"):
             if not getattr(self, argument):
                 raise ValueError(broken_rule(who, argument, "name one at least", "nothing", f"Give --{argument}."))
@@ -135,8 +159,9 @@ class CollectSettings:
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
 
-        Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``, ``extend``
-        and ``resume``, so that a replay continues, and ``staging``, which belongs to one machine.
+        Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``,
+        ``extend``, ``resume``, ``units``, ``staging`` and what engine it was, so that a replay continues and completes
+        the dataset.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -144,7 +169,8 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        for name in ("out", "overwrite", "extend", "resume", "staging"):
+        here = ("units", "staging", "engine", "ray_workers", "ray_cpus", "ray_gpus")
+        for name in ("out", "overwrite", "extend", "resume", *here):
             del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"

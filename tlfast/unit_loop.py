@@ -15,14 +15,19 @@ from .dataset.remote_writer import LocalWriter, RemoteWriter
 from .drain import Arrived, Drain
 from .freeze import freeze
 from .progress import Progress
+from .shares import Todo
 from .stopping import LeaveAtOnce
 from .units import Oddities, Runner
+
+
+class _Overtaken(Exception):
+    """Another process has committed the unit at hand: the rest of it would be work for nothing."""
 
 
 def run_units(
     runner: Runner,
     drain: Drain,
-    todo: Sequence[Unit],
+    todo: Todo,
     examples: Sequence[Example],
     background: BackgroundWriter,
     writer: LocalWriter | RemoteWriter,
@@ -41,9 +46,15 @@ def run_units(
         shown.full_s = background.full_s
         shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s + writer.waited_s
         shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
+        shown.n_elsewhere = todo.n_rows_elsewhere
         shown.step(n_examples, n_tokens)
         background.check()
         stop_if_asked()
+
+    def batch_done(n_examples: int, n_tokens: int) -> None:
+        step_done(n_examples, n_tokens)
+        if todo.overtaken():
+            raise _Overtaken
 
     def wait_for_room() -> None:
         while not background.wait_for_room(1.0):
@@ -56,7 +67,12 @@ def run_units(
     try:
         for unit in todo:
             part = examples[unit.start : unit.stop]
-            places = runner.fill_ring(part, step_done)
+            n_done = shown.n_done
+            try:
+                places = runner.fill_ring(part, batch_done)
+            except _Overtaken:
+                shown.n_done = n_done
+                continue
             missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
             rings = {name: cap[name] for name in cap.names}
             arrived = drain.drain(rings, cap.counters, places, wait_for_room)

@@ -82,7 +82,7 @@ def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | Non
 class ExampleTable(Sequence[dict[str, Any]]):
     """The examples of a dataset, read unit by unit when asked: ``ds.examples[i]`` is a dict."""
 
-    KEPT = 4  # row tables held in memory
+    KEPT_BYTES = 256 << 20  # of row tables held in memory, besides the last used
 
     def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str], paths: Sequence[str]) -> None:
         self._store = store
@@ -91,6 +91,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
         self._points = list(points)
         self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
         self._tables: OrderedDict[int, Any] = OrderedDict()
+        self._held = 0  # bytes
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -115,13 +116,26 @@ class ExampleTable(Sequence[dict[str, Any]]):
         parts = [self.table(k).column(NORM + point).to_numpy() for k in range(len(self._units))]
         return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
 
+    def tokens(self, start: int, stop: int) -> list[torch.Tensor]:
+        """Return the input_ids of the rows ``start`` to ``stop``: int64, each of its own length."""
+        found: list[torch.Tensor] = []
+        while start < stop:
+            k = int(np.searchsorted(self._stops, start, side="right"))
+            first, end = (int(self._stops[k - 1]) if k else 0), min(stop, int(self._stops[k]))
+            lists = self.table(k).column("input_ids").combine_chunks()
+            offsets = lists.offsets.to_numpy()[start - first : end - first + 1]
+            values = torch.from_numpy(lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64))
+            found += values.split(np.diff(offsets).tolist())
+            start = end
+        return found
+
     def table(self, k: int) -> Any:
         """Return the row table of committed unit number ``k`` as a pyarrow Table."""
         with self._lock:
             if k not in self._tables:
-                unit = self._units[k]
-                self._tables[k] = decode_rows(self._store, unit, self._points, self._paths[k])
-                while len(self._tables) > self.KEPT:
-                    self._tables.popitem(last=False)
+                self._tables[k] = decode_rows(self._store, self._units[k], self._points, self._paths[k])
+                self._held += self._tables[k].nbytes
+                while len(self._tables) > 1 and self._held > self.KEPT_BYTES:
+                    self._held -= self._tables.popitem(last=False)[1].nbytes
             self._tables.move_to_end(k)
             return self._tables[k]

@@ -113,6 +113,10 @@ class LocalFile:
         self.size = size
         self._fd = fd
 
+    def fileno(self) -> int:
+        """Return the descriptor, which belongs to this object."""
+        return self._fd
+
     def read(self, offset: int, n_bytes: int) -> bytes:
         """Return up to ``n_bytes`` bytes from ``offset`` on."""
         return os.pread(self._fd, n_bytes, offset)
@@ -211,11 +215,10 @@ class LocalStore:
     def _fill(self, ranges: Iterable[Range], who: str) -> None:
         for file, offset, target in ranges:
             assert isinstance(file, LocalFile)
-            n_bytes = file.read_into(offset, target)
-            if n_bytes < len(target):
+            if file.read_into(offset, target) < len(target):
                 rule = f"have {offset + len(target)} bytes"
                 remedy = "It was cut while it was being read; run `tlfast verify`."
-                raise dataset_error(who, self.where(file.name), rule, offset + n_bytes, remedy)
+                raise dataset_error(who, self.where(file.name), rule, os.fstat(file.fileno()).st_size, remedy)
 
 
 def _size(name: str, folder: int) -> int | None:

@@ -66,13 +66,13 @@ class UnitFiles:
         self._kept = most_open()
         self._lock = threading.Lock()
         n_units = len(commits)
-        self._lengths = np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units)
-        self.stops = np.cumsum(self._lengths)
-        self.starts = self.stops - self._lengths
+        self.lengths = np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units)
+        self.stops = np.cumsum(self.lengths)
+        self.starts = self.stops - self.lengths
         self.firsts = np.fromiter((commit.unit.start for commit in commits), np.int64, n_units)  # ids
         # Rows per unit where all but the last have as many: dividing is far faster than searching.
-        longest = int(self._lengths.max(initial=0))
-        self._every = longest if (self._lengths[:-1] == longest).all() else 0
+        longest = int(self.lengths.max(initial=0))
+        self._every = longest if (self.lengths[:-1] == longest).all() else 0
         self._used = np.zeros(n_units, np.int64)  # when, counted in requests
         self._now = 0
         self._open = _OpenUnits({}, {}, np.zeros(n_units, np.int64), np.zeros(n_units, np.int64))
@@ -88,9 +88,14 @@ class UnitFiles:
         return rows // self._every if self._every else np.searchsorted(self.stops, rows, side="right")
 
     def view(self, k: int, name: str) -> Array:
-        """Return the rows of column ``name`` in committed unit ``k``: a read-only view of the file, as integers."""
+        """Return the rows of column ``name`` in unit ``k``, as integers: read-only, a view of the file if mapped."""
+        column, n_rows = self._columns[name], int(self.lengths[k])
+        if not self.mapped:
+            rows = np.empty((n_rows, *column.row_shape), f"<i{column.dtype.itemsize}")
+            self.read(self.ranges(name, int(self.starts[k]), int(self.stops[k]), rows))
+            rows.setflags(write=False)
+            return rows
         units = self._use(np.array([k]))
-        column, n_rows = self._columns[name], int(self._lengths[k])
         start = int(units.payloads[k]) + n_rows * self._before[name]
         block = units.maps[k][start : start + n_rows * column.row_bytes]
         return block.view(f"<i{column.dtype.itemsize}").reshape(n_rows, *column.row_shape)
@@ -116,7 +121,7 @@ class UnitFiles:
 
     def _gather(self, name: str, rows: Array, unit_of: Array) -> Array:
         column, units = self._columns[name], self._use(unit_of)
-        within = (rows - self.starts[unit_of]) * column.row_bytes + self._lengths[unit_of] * self._before[name]
+        within = (rows - self.starts[unit_of]) * column.row_bytes + self.lengths[unit_of] * self._before[name]
         offsets = units.payloads[unit_of] + within
         if not self.mapped:
             out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
@@ -173,7 +178,7 @@ class UnitFiles:
             k = int(self.unit_of(np.array(at)))
             end = min(stop, int(self.stops[k]))
             units = self._use(np.array([k]))
-            block = int(units.payloads[k] + self._lengths[k] * self._before[name])
+            block = int(units.payloads[k] + self.lengths[k] * self._before[name])
             part = memory[(at - start) * row_bytes : (end - start) * row_bytes]
             yield from _pieces(units.files[k], block + (at - int(self.starts[k])) * row_bytes, part)
             at = end

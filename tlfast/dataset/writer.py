@@ -20,6 +20,7 @@ from .commits import (
     CommittedFile,
     check_folders,
     commit_path,
+    committed_names,
     data_path,
     publish,
     read_commits,
@@ -151,6 +152,12 @@ class DatasetWriter:
 
     def _committed(self) -> set[str]:
         return {commit.unit.name for commit in read_commits(self.out, self.description, _WHO)}
+
+    def committed(self) -> set[str]:
+        """Look up the names of all units that have a commit by now, whichever process made it."""
+        names = set(committed_names(self.out, _WHO))
+        self.done |= names
+        return names
 
     def write_unit(
         self,
