@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .collect_text import Collection
@@ -185,7 +184,7 @@ def _total(out: str, n_before: int, reports: Sequence[Report], time_s: float) ->
         return sum(getattr(report, name) for report in reports)
 
     return Report(
-        out=Path(out), n_rows=add("n_rows"), n_rows_before=n_before, n_units=add("n_units"), n_tokens=add("n_tokens"),
+        out=out, n_rows=add("n_rows"), n_rows_before=n_before, n_units=add("n_units"), n_tokens=add("n_tokens"),
         n_bytes=add("n_bytes"), n_nonfinite_rows=add("n_nonfinite_rows"), n_saturated=add("n_saturated"),
         time_s=time_s, waited_s=add("waited_s"), n_rows_elsewhere=add("n_rows_elsewhere"),
         n_skipped=max((report.n_skipped for report in reports), default=0),

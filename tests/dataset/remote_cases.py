@@ -10,11 +10,12 @@ from shared_filesystem import SharedFileSystem
 from tlfast.dataset.remote_store import RemoteStore
 from tlfast.dataset.remote_writer import RemoteWriter
 
+ARGUMENTS = {"header": HEADER, "columns": COLUMNS, "plan": PLAN, "config": "reduce: mean\n"}
+
 
 def remote_writer(url, **changes):
     """A writer to ``url`` with the dataset of `dataset_cases`."""
-    arguments = {"header": HEADER, "columns": COLUMNS, "plan": PLAN, "config": "reduce: mean\n"}
-    return RemoteWriter(url, **(arguments | changes))
+    return RemoteWriter(url, **(ARGUMENTS | changes))
 
 
 def make_remote(url, tensors=None, **changes):

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import socket
+import struct
 from contextlib import suppress
 
 import hostile_inputs
@@ -99,6 +100,12 @@ def test_a_small_file_that_unpacks_to_much(ds, column):
     assert not ds.readable(agreeing(ds, ROW_TABLE, data))
     small = made.slice(0, 1).take(pa.array([0] * n_rows))
     assert ds.readable(agreeing(ds, ROW_TABLE, table_of(ds, source=pa.array(["x" * 1000] * len(small)))))
+
+
+def test_text_that_is_not_utf8(ds):
+    offsets, text = (pa.py_buffer(data) for data in (struct.pack("<5i", 0, 2, 2, 2, 2), b"\xff\xfe"))
+    source = pa.Array.from_buffers(pa.string(), 4, [None, offsets, text])
+    assert not ds.readable(agreeing(ds, ROW_TABLE, table_of(ds, source=source)))
 
 
 def test_a_pickle_is_never_loaded(ds):

@@ -1,15 +1,17 @@
 """A dataset at a URL: the same bytes as in a folder, first commit wins, nothing is ever replaced."""
 
 import re
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from dataset_cases import COLUMNS, PLAN, check_rows, examples, make_dataset, rows_of, truth, write_units
-from remote_cases import fault, local_content, make_remote, objects, remote_writer, staged
-from shared_filesystem import SharedFileSystem
+from dataset_cases import COLUMNS, PLAN, check_rows, content, examples, make_dataset, rows_of, truth, write_units
+from remote_cases import ARGUMENTS, fault, local_content, make_remote, objects, remote_writer, staged
+from shared_filesystem import SharedFileSystem, failing
 
-from tlfast.dataset import DatasetError, DatasetWriter, open_dataset, verify_dataset
+from tlfast.dataset import DatasetError, DatasetWriter, description, open_dataset, verify_dataset
 from tlfast.dataset.remote_store import RemoteStore
 from tlfast.dataset.remote_writer import open_writer
 from tlfast.dataset.upload import UploadError
@@ -193,3 +195,55 @@ def test_many_rows_are_read_by_few_requests(url, monkeypatch):
     rows = [10, 0, 3, 3, 7, 9, 1]
     assert ds["a"][rows].equal(expected[rows])
     assert len(reads) <= 2 * PLAN.n_units  # a header and one stretch of each unit
+
+
+def added(folder_or_url, make):
+    """A complete dataset, extended by three examples."""
+    with make(folder_or_url) as writer:
+        write_units(writer)
+        writer.extend(3, {"tokens": 6}, "reduce: sum\n")
+        unit, tensors = writer.plan.units[-1], {name: rows[:3] for name, rows in truth().items()}
+        assert writer.write_unit(unit, tensors, examples(unit))
+        return writer.description
+
+
+def test_an_extension_is_that_of_a_folder(url, tmp_path):
+    extended = added(url, remote_writer)
+    added(tmp_path / "local", lambda out: open_writer(out, **ARGUMENTS))
+    local = {name: data for name, data in content(tmp_path / "local").items() if name != ".lock"}
+    assert local.pop("plan/x000001.json") == RemoteStore(url).read("plan/x000001.json", "test", 1 << 20)
+    assert objects(url) == local
+    assert open_dataset(url).plan == extended.plan
+    with remote_writer(url) as writer:
+        assert len(writer.done) == 4
+        with pytest.raises(DatasetError, match="must be free for this extension"):
+            type(writer).extend(_before(writer), 5, {"tokens": 9})
+
+
+def _before(writer):
+    """The writer as one that hasn't seen the extension."""
+    writer.description = replace(writer.description, plan=PLAN, extensions=())
+    return writer
+
+
+def test_what_was_staged_for_a_dataset_that_is_overwritten_is_gone(url, monkeypatch, tmp_path):
+    fault(monkeypatch, failing("put", 99))
+    writer, unit = remote_writer(url), PLAN.unit(0)
+    writer.write_unit(unit, rows_of(unit, truth(seed=1)), examples(unit))
+    with pytest.raises(UploadError):
+        writer.close()
+    assert staged(tmp_path)
+    fault(monkeypatch, lambda call, path: None)
+    monkeypatch.setattr(description, "datetime", Later)
+    with remote_writer(url, overwrite=True) as writer:
+        assert not writer.done
+        write_units(writer)
+    assert objects(url) == local_content(tmp_path / "local")
+
+
+class Later(description.datetime):
+    """A clock that shows another day: dataset.json says when it was made."""
+
+    @classmethod
+    def now(cls, zone):
+        return super().now(zone) + timedelta(days=1)

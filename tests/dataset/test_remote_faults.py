@@ -11,7 +11,7 @@ from remote_cases import fault, local_content, make_remote, objects, remote_writ
 from remote_kills import FEW
 from shared_filesystem import failing
 
-from tlfast.dataset import open_dataset, upload, verify_dataset
+from tlfast.dataset import open_dataset, upload
 from tlfast.dataset.remote_store import RemoteStore
 from tlfast.dataset.upload import UploadError
 
@@ -149,7 +149,6 @@ def test_a_process_killed_before_each_request(url, tmp_path):
         place = f"{url}/{k}"
         if RemoteStore(place).folder.exists("dataset.json"):
             check_rows(open_dataset(place, partial=True), tensors)
-            assert verify_dataset(place, partial=True).ok
         with remote_writer(place, plan=FEW, staging=tmp_path / "cache" / k / "tlfast" / "staging") as writer:
             write_units(writer, tensors)
         found = objects(place)

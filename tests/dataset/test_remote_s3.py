@@ -5,6 +5,7 @@ import subprocess
 
 import fsspec
 import pytest
+import torch
 from dataset_cases import HERE, PLAN, check_rows, examples, rows_of, run_python, truth, write_units
 from remote_cases import local_content, make_remote, objects, remote_writer
 from remote_kills import MANY
@@ -13,6 +14,19 @@ from s3_server import s3_server
 from tlfast.dataset import DatasetError, open_dataset, verify_dataset
 from tlfast.dataset import remote as remote_module
 from tlfast.dataset.remote_store import RemoteStore
+
+
+class Rows(torch.utils.data.Dataset):
+    """The rows of one point, one by one."""
+
+    def __init__(self, ds):
+        self.ds = ds
+
+    def __len__(self):
+        return len(self.ds)
+
+    def __getitem__(self, k):
+        return self.ds["blocks.1.attn"][k]
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +125,12 @@ def test_processes_killed_at_random_instants(url, tmp_path):
     with remote_writer(url, plan=MANY) as writer:
         write_units(writer, tensors)
     assert objects(url) == local_content(tmp_path / "local", plan=MANY)
+
+
+def test_workers_of_a_loader_read_it_too(url):
+    """They are forked, and connections and threads don't survive that."""
+    make_remote(url)
+    ds = open_dataset(url)
+    check_rows(ds, truth())
+    loader = torch.utils.data.DataLoader(Rows(ds), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert torch.stack(list(loader)).equal(truth()["blocks.1.attn"])

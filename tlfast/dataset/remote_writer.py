@@ -143,6 +143,12 @@ class RemoteWriter:
             slot.drop(name)
         return [name for name in names if name not in self.done]
 
+    def committed(self) -> set[str]:
+        """Look up the names of all units that have a commit at the URL by now, whichever process made it."""
+        names = set(committed_names(self._store, _WHO))
+        self.done |= names
+        return names
+
     def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
         """Add examples to the plan for good, as DatasetWriter.extend."""
         new = self.description.extended(n_examples, examples)
