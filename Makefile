@@ -39,7 +39,7 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-lens lint format bench sanitize simt cuda-compile clean distclean
+.PHONY: help setup demo test test-lens lint format bench sanitize simt fuzz soak cuda-compile clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,6 +107,14 @@ sanitize: $(STAMPS)/install ## the native tests under AddressSanitizer and UBSan
 	  PYTHONPATH=$(CURDIR)/$(SANITIZED) TLFAST_EXPECT_SANITIZED=1 TLFAST_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -q -s -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m sanitize $(CURDIR)/tests $(TEST_ARGS)
+
+fuzz: $(STAMPS)/install ## hostile files for the reader of datasets, by atheris (SECONDS=60 for each kind of file)
+	@$(PY) -c 'import atheris' 2> /dev/null || $(PIP) install -q atheris
+	PYTHON=$(PY) tools/fuzz.sh $(or $(SECONDS),60)
+
+soak: $(STAMPS)/install ## a million small rows: memory and open files must stay flat
+	$(PY) tools/soak.py
+	$(PY) tools/soak.py --through collect
 
 # The module of this build has the CUDA kernels compiled for the CPU, by tests/simt, in place of the CPU's own.
 simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU

@@ -154,7 +154,10 @@ def test_a_wrong_flag_is_exit_code_2(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["train"], "tlfast: command must be one of collect, info, verify, export, push, pull, doctor, got 'train'"),
+        (
+            ["train"],
+            "tlfast: command must be one of collect, info, verify, export, report, push, pull, doctor, got 'train'",
+        ),
         (["info"], "tlfast info: the argument must be one dataset folder, got nothing"),
         (["verify", "a", "b"], "tlfast verify: the argument must be one dataset folder, got a b"),
         (["info", "/nowhere"], "/nowhere/dataset.json"),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from .bad_examples import BadExamples
 from .collect import collect
 from .continuation import check_folder
+from .dataset.decoding import tokenizer_fingerprint
 from .determinism import prepare_cuda
 from .errors import broken_rule
-from .fingerprint import tokenizer_fingerprint
 from .huggingface import (
     beginning_of_text,
     check_model_name,
@@ -46,7 +44,7 @@ class Collection:
     def __init__(self, settings: CollectSettings) -> None:
         """Cheap checks first, the model last."""
         settings.check()
-        check_folder(Path(settings.out), settings.resume, settings.overwrite)  # type: ignore[arg-type]
+        check_folder(settings.out, settings.resume, settings.overwrite)  # type: ignore[arg-type]
         check_model_name(settings.model)
         self.device = device = pick_device(settings.device)
         files = find_text_files(settings.text, settings.pattern)
@@ -106,6 +104,7 @@ class Collection:
             extend=settings.extend,
             resume=settings.resume,  # type: ignore[arg-type]
             overwrite=settings.overwrite,
+            staging=settings.staging or None,
             bad_examples=settings.bad_examples,  # type: ignore[arg-type]
             skipped=self.bad.skipped,  # type: ignore[arg-type]
             non_finite=settings.non_finite,  # type: ignore[arg-type]

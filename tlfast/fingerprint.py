@@ -58,13 +58,6 @@ def examples_fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of a fast tokenizer's own JSON, or of a slow one's vocabulary."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    text = str(fast.to_str()) if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """What a dataset says of the model, as JSON."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})

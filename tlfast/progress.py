@@ -23,14 +23,23 @@ class Progress:
         n_done: how many of them were there before.
         enabled: False shows nothing.
         file: where to; None is stderr.
+        waits_for: what the model waits for where it waits.
     """
 
-    def __init__(self, n_examples: int, n_done: int = 0, enabled: bool = True, file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        n_examples: int,
+        n_done: int = 0,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        waits_for: str = "the disk",
+    ) -> None:
         self.n_examples, self.n_before, self.n_done = n_examples, n_done, n_done
         self.n_elsewhere = 0  # examples that other processes have done meanwhile
         self.n_tokens = self.n_nonfinite = self.n_saturated = self.n_bytes = 0
-        self.waited_s = 0.0  # for the disk
+        self.waited_s = 0.0
         self.full_s = 0.0  # how long the disk has been full now
+        self.waits_for = waits_for
         self._file = sys.stderr if file is None else file
         self._enabled = enabled
         self._terminal = enabled and self._file.isatty()
@@ -62,7 +71,7 @@ class Progress:
     def _figures(self) -> str:
         rate = self.n_tokens / max(self.time_s, 1e-9)
         saturated = f", {self.n_saturated} saturated values" if self.n_saturated else ""
-        waited = f", waiting for the disk {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
+        waited = f", waiting for {self.waits_for} {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
         full = f", the disk is full for {self.full_s:.0f} s" if self.full_s else ""
         figures = f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
         return f"{figures}{saturated}{waited}{full}"
@@ -106,11 +115,11 @@ class Report:
     """What one call of `collect` did: its rows, units, bytes and seconds, and what was odd in the data.
 
     ``n_rows_elsewhere`` more rows were made by other processes meanwhile. ``waited_s`` of the ``time_s`` seconds the
-    model stood still because the disk was slower. ``n_skipped`` bad examples belong to the dataset and have no row.
-    ``non_finite`` are the first of the rows that are not finite.
+    model stood still because what ``waits_for`` says was slower. ``n_skipped`` bad examples belong to the dataset and
+    have no row. ``non_finite`` are the first of the rows that are not finite.
     """
 
-    out: Path
+    out: Path | str  # a URL is text
     n_rows: int
     n_rows_before: int
     n_units: int
@@ -123,12 +132,15 @@ class Report:
     n_rows_elsewhere: int
     n_skipped: int
     non_finite: tuple[NonFinite, ...]
+    waits_for: str = "the disk"
 
     def __str__(self) -> str:
         rate = self.n_rows / max(self.time_s, 1e-9)
         before = f" beside {self.n_rows_before} that were there" if self.n_rows_before else ""
         elsewhere = f", {self.n_rows_elsewhere} by other processes" if self.n_rows_elsewhere else ""
-        waited = f", {self.waited_s:.1f} s of them waiting for the disk" if self.waited_s >= _SHOWN_FROM_S else ""
+        waited = (
+            f", {self.waited_s:.1f} s of them waiting for {self.waits_for}" if self.waited_s >= _SHOWN_FROM_S else ""
+        )
         skipped = f", {self.n_skipped} bad example{'s' * (self.n_skipped > 1)} skipped" if self.n_skipped else ""
         return (
             f"{self.n_rows} rows{before} in {self.n_units} units{elsewhere}, {self.n_tokens} tokens,"

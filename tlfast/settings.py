@@ -10,12 +10,16 @@ from typing import Any, get_args
 
 import torch
 
-from .dataset.errors import extra
+from .dataset.errors import DatasetError, extra
+from .dataset.remote import url_of
+from .dataset.store import as_store
 from .errors import broken_rule
 from .huggingface import as_device_map
 from .shares import units_in
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
+_MAX_BYTES = 1 << 20  # of a config.yaml at a URL
+_RAY = ("ray_workers", "ray_cpus", "ray_gpus")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 
 
@@ -30,7 +34,7 @@ class CollectSettings:
     points: tuple[str, ...]
     """names of modules, or globs: * stays within one part of a dotted name, ** crosses dots"""
     out: str
-    """folder of the dataset: new, empty, or with a part of the same dataset, which is completed"""
+    """folder of the dataset, or a URL such as s3://bucket/folder: new, empty, or with a part of the same dataset"""
     reduce: str = "mean"
     """none, sum, mean, last, norm or absmax"""
     over: str = "pos"
@@ -85,6 +89,8 @@ class CollectSettings:
     """GPUs of each of them; -1: one if the cluster has any and --device isn't cpu"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
+    staging: str = ""
+    """where units lie until they are uploaded, if OUT is a URL; empty: in the user's cache folder"""
     extend: bool = False
     """append the examples that the dataset in OUT lacks; those that it has must come first, the same as then"""
     resume: str = "auto"
@@ -155,7 +161,8 @@ class CollectSettings:
         """The text of config.yaml, which `load_settings` reads.
 
         Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``,
-        ``extend``, ``resume``, ``units`` and what engine it was, so that a replay continues and completes the dataset.
+        ``extend``, ``resume``, ``units`` and what engine it was, so that a replay continues and completes the dataset,
+        and ``staging``, which belongs to one machine.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -163,7 +170,7 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        for name in ("out", "overwrite", "extend", "resume", "units", "engine", "ray_workers", "ray_cpus", "ray_gpus"):
+        for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *_RAY):
             del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
@@ -174,8 +181,8 @@ def stored_as(name: str) -> torch.dtype | None:
     return _DTYPES.get(name)
 
 
-def load_settings(path: Path) -> CollectSettings:
-    """Read a config.yaml; without ``out`` the dataset is the folder it lies in.
+def load_settings(path: str | os.PathLike[str]) -> CollectSettings:
+    """Read a config.yaml, a path or a URL; without ``out`` the dataset is the folder it lies in.
 
     Raises:
         ValueError: for a file that is missing, no YAML, or has other keys or types than the settings.
@@ -183,8 +190,8 @@ def load_settings(path: Path) -> CollectSettings:
     yaml = extra("yaml", "tlfast collect")
     who = "collect"
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(_text(path))
+    except (OSError, DatasetError, UnicodeDecodeError, yaml.YAMLError) as error:
         got = f"{str(path)!r}: {error}"
         raise ValueError(broken_rule(who, "config", "be a readable YAML file", got, "Check the path.")) from error
     if not isinstance(values, Mapping):
@@ -197,13 +204,18 @@ def load_settings(path: Path) -> CollectSettings:
         rule = "hold model, text, points and other settings of `tlfast collect`"
         raise ValueError(broken_rule(who, "config", rule, f"{got} in {str(path)!r}", "See tlfast collect --help."))
     plain = CollectSettings("", (), (), "")
-    given: dict[str, Any] = {"out": str(path.parent)}
+    given: dict[str, Any] = {"out": os.path.dirname(path) or "."}
     for name, value in values.items():
         given[name] = _typed(name, value, type(getattr(plain, name)), path)
     return replace(plain, **given)
 
 
-def _typed(name: str, value: Any, kind: type, path: Path) -> Any:
+def _text(path: str | os.PathLike[str]) -> str:
+    folder, name = os.path.split(path)
+    return as_store(folder).read(name, "collect", _MAX_BYTES).decode() if url_of(path) else Path(path).read_text()
+
+
+def _typed(name: str, value: Any, kind: type, path: str | os.PathLike[str]) -> Any:
     if kind is tuple:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):

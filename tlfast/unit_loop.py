@@ -11,6 +11,7 @@ from torch import nn
 
 from .dataset.background import BackgroundWriter, Contents
 from .dataset.plan import Example, Unit
+from .dataset.remote_writer import LocalWriter, RemoteWriter
 from .drain import Arrived, Drain
 from .freeze import freeze
 from .progress import Progress
@@ -29,12 +30,13 @@ def run_units(
     todo: Todo,
     examples: Sequence[Example],
     background: BackgroundWriter,
+    writer: LocalWriter | RemoteWriter,
     shown: Progress,
     oddities: Oddities,
     with_missing: bool,
     stop_if_asked: Callable[[], None],
 ) -> None:
-    """Take the units ``todo`` through; returns when the last is durable.
+    """Take the units ``todo`` through; returns when the last is durable where it belongs.
 
     Between two batches, and while it waits, ``stop_if_asked`` may raise, and so does a write that has failed.
     """
@@ -42,7 +44,7 @@ def run_units(
 
     def step_done(n_examples: int, n_tokens: int) -> None:
         shown.full_s = background.full_s
-        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
+        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s + writer.waited_s
         shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
         shown.n_elsewhere = todo.n_rows_elsewhere
         shown.step(n_examples, n_tokens)
@@ -75,10 +77,11 @@ def run_units(
             rings = {name: cap[name] for name in cap.names}
             arrived = drain.drain(rings, cap.counters, places, wait_for_room)
             background.submit_unfinished(unit, partial(finish, unit, arrived, missing, cap.n_writes), part)
-        while not background.flush(1.0):
+        while not (background.flush(1.0) and writer.flush(1.0)):
             step_done(0, 0)
     except LeaveAtOnce:
         background.abandon()
+        writer.abandon()
         raise
 
 

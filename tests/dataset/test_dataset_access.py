@@ -7,52 +7,14 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dataset_cases import COLUMNS, PLAN, check_rows, make_dataset, make_writer, same_bits, truth, write_units
 
-from tlfast.dataset import DatasetError, DatasetWriter, Example, Plan, open_dataset
-from tlfast.dataset import store as store_module
-from tlfast.dataset.mounts import filesystem, is_network, on_network
+from tlfast.dataset import DatasetError, DatasetWriter, Example, Plan, local_file, open_dataset
 from tlfast.dataset.store import LocalStore
-
-MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
-30 22 0:26 / /data rw,relatime shared:2 - nfs4 server:/data rw,vers=4.2
-31 30 0:27 / /data/scratch rw - xfs /dev/nvme0n1 rw
-32 22 0:28 / /with\040space rw - cifs //server/share rw
-33 22 0:29 / /bucket rw - fuse.s3fs s3fs rw
-34 22 0:30 / /over rw - nfs4 server:/a rw
-35 22 0:31 / /over rw - tmpfs tmpfs rw
-36 22 0:32 / /overlay rw - fuse.fuse-overlayfs fuse-overlayfs rw
-damaged line
-37 22 0:33 / /lustre rw master:3 - lustre 10.0.0.1@tcp:/fs rw
-"""
-
-
-@pytest.mark.parametrize(
-    "path, kind, network",
-    [
-        ("/home", "ext4", False), ("/", "ext4", False), ("/data", "nfs4", True), ("/data/a/b", "nfs4", True),
-        ("/database", "ext4", False), ("/data/scratch/x", "xfs", False), ("/with space/x", "cifs", True),
-        ("/bucket/x", "fuse.s3fs", True), ("/over/x", "tmpfs", False), ("/overlay/x", "fuse.fuse-overlayfs", False),
-        ("/lustre", "lustre", True),
-    ],
-)  # fmt: skip
-def test_the_mount_that_holds_a_path(path, kind, network):
-    assert filesystem(path, MOUNTS) == kind
-    assert is_network(kind) is network
-
-
-def test_without_a_table_a_folder_counts_as_local(monkeypatch):
-    def no_table(*args, **kwargs):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", no_table)
-    assert filesystem("/x", "") == ""
-    assert on_network(Path("/no/table/was/found")) is False
 
 
 @pytest.mark.parametrize("network, access, mapped", [
@@ -99,21 +61,24 @@ def test_both_ways_read_what_was_written(tmp_path, monkeypatch, access, kept):
     assert len(ds._files._open.files) <= kept
 
 
-@pytest.mark.parametrize("access", ["mmap", "pread"])
-def test_rows_that_are_not_in_memory(tmp_path, monkeypatch, access):
+@pytest.mark.parametrize("access, gap, expected", [
+    ("mmap", -1, [("u000000", 1), ("u000000", 1), ("u000002", 1), ("u000002", 1),
+                  ("u000000", 1), ("u000001", 1), ("u000002", 1)]),
+    ("mmap", 16, [("u000000", 1), ("u000000", 1), ("u000002", 2), ("u000000", 1), ("u000001", 1), ("u000002", 1)]),
+    ("mmap", 32, [("u000000", 4), ("u000002", 2), ("u000000", 1), ("u000001", 1), ("u000002", 1)]),
+    ("pread", 0, []),
+])  # fmt: skip
+def test_rows_that_are_not_in_memory(tmp_path, monkeypatch, access, gap, expected):
     asked = []
-    monkeypatch.setattr(store_module.LocalFile, "cached", lambda self, offset: False)
-    monkeypatch.setattr(
-        store_module.LocalFile, "will_need", lambda self, offset, n: asked.append((self.name, offset, n))
-    )
+    monkeypatch.setattr(local_file.LocalFile, "cached", lambda self, offset: False)
+    monkeypatch.setattr(local_file.LocalFile, "will_need", lambda self, offset, n: asked.append((self.name, offset, n)))
     monkeypatch.setattr("tlfast.dataset.unit_files._FETCHED_ROWS", 4)
+    monkeypatch.setattr("tlfast.dataset.unit_files._GAP_BYTES", gap)
     make_dataset(tmp_path)
     ds, rows = open_dataset(tmp_path, access=access), [9, 0, 3, 10, 1, 9, 4]
     assert same_bits(ds["double"][rows], truth()["double"][rows])
-    assert len(asked) == (len(rows) if access == "mmap" else 0)
-    for start in range(0, len(asked), 4):
-        assert asked[start : start + 4] == sorted(asked[start : start + 4])
-    assert all(n == 16 for _, _, n in asked)
+    assert [(name[5:12], n // 16) for name, _, n in asked] == expected
+    assert all(n % 16 == 0 for _, _, n in asked)
 
 
 def test_a_file_says_what_is_in_memory(tmp_path):
@@ -145,6 +110,34 @@ def test_a_file_cut_while_it_is_read(tmp_path):
     for index in (slice(0, 4), [0, 3], slice(0, 11)):
         with pytest.raises(DatasetError, match=r"u000000.safetensors must have \d+ bytes, got 4100. It was cut while"):
             ds["blocks.1.attn"][index]
+
+
+@pytest.mark.parametrize("in_memory", ["all", "none", "some", "unknown"])
+def test_what_is_in_memory_needs_no_thread(tmp_path, monkeypatch, in_memory):
+    plan, threads = Plan(200, 100), set()
+    for path in (make_dataset(tmp_path, plan=plan).path / "data").iterdir():
+        path.read_bytes()  # a writer may have gone past the system's memory
+    real, n = local_file.LocalFile.read_at_once, 0
+
+    def read_at_once(self, offset, target):
+        nonlocal n
+        n += 1
+        return real(self, offset, target) if in_memory == "all" or (in_memory == "some" and n % 3) else False
+
+    def noting(self, ranges, who, real=LocalStore._fill):
+        threads.add(threading.current_thread().name.partition("_")[0])
+        real(self, ranges, who)
+
+    if in_memory == "unknown":
+        monkeypatch.setattr(local_file, "_DONT_WAIT", 0)
+    else:
+        monkeypatch.setattr(local_file.LocalFile, "read_at_once", read_at_once)
+    monkeypatch.setattr(LocalStore, "_fill", noting)
+    rows = np.random.default_rng(0).permutation(200)
+    found = open_dataset(tmp_path, access="pread")["double"][rows]
+    assert same_bits(found, truth(plan=plan)["double"][torch.from_numpy(rows)])
+    assert threads == ({"MainThread"} if in_memory == "all" else {"tlfast-reader"})
+    assert n < 40 if in_memory == "none" else True, "asking of each what none has is given up"
 
 
 def test_a_long_stretch_is_read_in_pieces(tmp_path, monkeypatch):

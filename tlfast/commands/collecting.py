@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..collect_text import collect_text
 from ..dataset.errors import extra
+from ..dataset.upload import UploadError
 from ..ops import backend
 from ..ray_engine import collect_with_ray
 from ..settings import CollectSettings, load_settings
@@ -25,17 +25,17 @@ def collect(args: list[str]) -> int:
     tyro = extra("tyro", "tlfast collect")
     settings: dict[str, Any] = {}
     if args and args[0].endswith((".yaml", ".yml")):
-        settings["default"] = load_settings(Path(args.pop(0)))
+        settings["default"] = load_settings(args.pop(0))
     wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
-    config = Path(wanted.out) / "config.yaml"
-    resume = f"To continue: tlfast collect {shlex.quote(str(config))}"
+    config = os.path.join(wanted.out, "config.yaml")
+    resume = f"To continue: tlfast collect {shlex.quote(config)}"
     try:
         run = collect_with_ray if wanted.engine == "ray" else collect_text
         report = run(wanted, f"tlfast {__version__}, {backend()}")
     except FloatingPointError as error:
         return complain(f"{error} {resume}", FAILED)
     except OSError as error:
-        if not config.exists():  # nothing was begun
+        if not (os.path.exists(config) or isinstance(error, UploadError)):  # nothing was begun
             raise
         return complain(f"tlfast collect: {error}. {resume}", FAILED)
     except Terminated as stop:

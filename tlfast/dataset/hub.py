@@ -16,7 +16,8 @@ from .description import FILE_NAME, Description
 from .durable import open_regular, read_small
 from .errors import dataset_error, extra
 from .folder import CARD, CONFIG
-from .store import LocalFile, LocalStore, Store
+from .local_file import LocalFile
+from .store import LocalStore, Store
 from .verify import Report
 
 # What a repository has of a dataset. The hub's viewer reads rows/, by the front matter of the card.

@@ -98,12 +98,9 @@ def _compare(joined: Join) -> None:
     breaks = np.flatnonzero((np.diff(left) != 1) | (np.diff(right) != 1)) + 1
     bounds = np.unique(np.concatenate([np.arange(0, len(left), _COMPARED_ROWS), breaks, [len(left)]])).tolist()
     for start, stop in pairwise(bounds):
-        tables = joined.left.ds.examples, joined.right.ds.examples
-        both = [
-            table.tokens(rows[start], rows[start] + stop - start)
-            for table, rows in zip(tables, (left, right), strict=True)
-        ]
-        for example, a, b in zip(joined.ids[start:stop].tolist(), *both, strict=True):
+        ours = joined.left.ds.examples.tokens(left[start], left[start] + stop - start)
+        theirs = joined.right.ds.examples.tokens(right[start], right[start] + stop - start)
+        for example, a, b in zip(joined.ids[start:stop].tolist(), ours, theirs, strict=True):
             if not torch.equal(a, b):
                 rule = "have the same tokens in both datasets"
                 texts = [f"{len(tokens)} tokens {tokens[:8].tolist()}" for tokens in (a, b)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from os import PathLike
@@ -20,6 +21,7 @@ from .hub import OnHub
 from .layout import DTYPE_NAMES, as_integers
 from .plan import Plan, Unit
 from .rows import ExampleTable
+from .showing import Sample, described, take_sample
 from .store import LocalStore, Store, as_store
 from .unit_files import UnitFiles
 from .verify import Report, check_unit, missing_names, verify_dataset
@@ -87,7 +89,8 @@ class GradientDataset(OnHub):
         self._commits = commits
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
-        self.examples = ExampleTable(store, [commit.unit for commit in commits], list(description.columns))
+        paths = [commit.files[1].path for commit in commits]
+        self.examples = ExampleTable(store, self.units, list(description.columns), paths)
 
     @classmethod
     def _open(cls, place: Any, partial: bool) -> GradientDataset:
@@ -188,21 +191,30 @@ class GradientDataset(OnHub):
         within = flat - np.append(firsts, 0)[k]
         absent = (k < 0) | (within >= np.append(lengths, 0)[k])
         if absent.any():
-            raise KeyError(self._absent(int(flat[absent][0])))
+            example, n = int(flat[absent][0]), self.plan.n_examples
+            rule = "be of a unit that is there" if 0 <= example < n else f"be in 0..{n - 1}"
+            raise KeyError(broken_rule("GradientDataset", "id", rule, example, "See ds.ids; complete the dataset."))
         return torch.from_numpy(np.append(starts, 0)[k] + within).reshape(wanted.shape)
-
-    def _absent(self, example: int) -> str:
-        if 0 <= example < self.plan.n_examples:
-            remedy = "Run the collection again to complete the dataset."
-            return broken_rule(
-                "GradientDataset", "id", "be of a unit that is there", f"{example}, of a missing one", remedy
-            )
-        return broken_rule("GradientDataset", "id", f"be in 0..{self.plan.n_examples - 1}", example, "See ds.ids.")
 
     def norms(self, point: str) -> torch.Tensor:
         """Return the float32 L2 norm of every row of ``point`` from the row tables: shape [rows]."""
         self[point]
         return self.examples.norms(point)
+
+    def sample(
+        self, n: int = 5, *, seed: int = 0, tokenizer: Any = None, points: Iterable[str] | None = None
+    ) -> Sample:
+        """Return ``n`` examples picked at random, with their text and the norms of their rows; it prints as a table.
+
+        Args:
+            n: how many; all where there are fewer.
+            seed: the same examples for the same seed.
+            tokenizer: anything with a method ``decode``, or the name or folder of one. By default the one that the
+                dataset names, if it is on this machine; otherwise the text is the tokens as numbers.
+            points: whose norms are shown; all by default.
+        """
+        shown = self.points if points is None else [self[point].name for point in points]
+        return take_sample(self.examples, self.header, shown, n, seed, tokenizer)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""
@@ -238,13 +250,10 @@ class GradientDataset(OnHub):
         lines += [f"  {self[name]!r}" for name in self.points[:8]]
         return "\n".join(lines + ([f"  and {len(self.points) - 8} more points"] if len(self.points) > 8 else []))
 
+    def _repr_html_(self) -> str:
+        return described(repr(self).splitlines()[0], self._description.columns)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a DataLoader open the files themselves, and see the units that are seen here.
-        what = self._store, self._description, self._commits, self._partial, self._files.mapped
-        return _restore, what
-
-
-def _restore(
-    store: Store, description: Description, commits: Sequence[Commit], partial: bool, mapped: bool
-) -> GradientDataset:
-    return GradientDataset(store, description, commits, partial=partial, mapped=mapped)
+        opened = functools.partial(GradientDataset, partial=self._partial, mapped=self._files.mapped)
+        return opened, (self._store, self._description, self._commits)

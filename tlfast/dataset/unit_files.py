@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from .commits import Commit, data_path
+from .commits import Commit
 from .errors import dataset_error
 from .layout import Column, UnitLayout, unit_layout
 from .plan import Unit
@@ -20,6 +20,7 @@ from .store import OpenFile, Range, Store
 _WHO = "GradientDataset"
 _PIECE_BYTES = 4 << 20  # a longer stretch is cut, so that its pieces are read at once
 _WINDOW_BYTES = 32 << 10  # longer rows are copied unit by unit: their windows could exceed numpy's 2**63 bytes
+_GAP_BYTES = 32 << 10  # reading so much more takes a disk less time than another request
 _FETCHED_ROWS = 16384  # asked of the disk before the first of them is copied
 
 Array = np.ndarray[Any, Any]
@@ -131,8 +132,7 @@ class UnitFiles:
             out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
             for first in range(0, len(rows), _FETCHED_ROWS):
                 part = slice(first, first + _FETCHED_ROWS)
-                for at in np.lexsort((offsets[part], unit_of[part])).tolist():  # in the order of the disk
-                    units.files[unit_of[first + at]].will_need(int(offsets[first + at]), column.row_bytes)
+                _ask_for(units, column.row_bytes, unit_of[part], offsets[part])
                 out[part] = self._copy(units, column, unit_of[part], offsets[part])
             return out
         return self._copy(units, column, unit_of, offsets)
@@ -205,7 +205,7 @@ class UnitFiles:
     def _open_unit(self, k: int) -> None:
         unit = self._commits[k].unit
         layout = unit_layout(self._columns, unit)
-        file = self._store.open(data_path(unit), _WHO)
+        file = self._store.open(self._commits[k].files[0].path, _WHO)
         check_header(file, self._store.where(file.name), layout, _WHO)
         if self.mapped:
             self._open.maps[k] = mapped = np.frombuffer(file.map(), np.uint8)
@@ -224,6 +224,17 @@ class UnitFiles:
             np.where(is_kept, old.payloads, 0),
             np.where(is_kept, old.addresses, 0),
         )
+
+
+def _ask_for(units: _OpenUnits, row_bytes: int, unit_of: Array, offsets: Array) -> None:
+    """Let the system begin to read rows, in the order of the disk; rows that lie close are asked for together."""
+    order = np.lexsort((offsets, unit_of))
+    unit_of, offsets = unit_of[order], offsets[order]
+    apart = (np.diff(unit_of) != 0) | (np.diff(offsets) > row_bytes + _GAP_BYTES)
+    firsts = np.flatnonzero(np.concatenate([[True], apart]))
+    ends = np.append(offsets[firsts[1:] - 1], offsets[-1]) + row_bytes
+    for k, start, end in zip(unit_of[firsts].tolist(), offsets[firsts].tolist(), ends.tolist(), strict=True):
+        units.files[k].will_need(start, end - start)
 
 
 def _pieces(file: OpenFile, offset: int, memory: memoryview) -> Iterator[Range]:
