@@ -57,7 +57,7 @@ class Stored:
 def rows_from(start: int, stop: int) -> np.ndarray[Any, Any]:
     """The bits of rows ``start`` to ``stop``: finite as bfloat16 and as float16, each row different."""
     generator = np.random.default_rng(start)
-    rows = generator.integers(-0x3C00, 0x3C00, (stop - start, WIDTH), dtype=np.int16)
+    rows = generator.integers(0, 0x3C00, (stop - start, WIDTH), dtype=np.int16)
     rows[:, :4] = np.arange(start, stop)[:, None] >> np.array([0, 12, 24, 36]) & 0xFFF
     return rows
 
@@ -73,6 +73,7 @@ def store(folder: Path, n_rows: int, rows_per_unit: int, hf_rows: int) -> Stored
     import lance
     import pyarrow as pa
 
+    hf_rows = min(hf_rows, n_rows)
     stored, plan = Stored(folder, n_rows, hf_rows), Plan(n_rows, rows_per_unit)
     writer = DatasetWriter(stored.ours, header={}, columns={POINT: (torch.bfloat16, (WIDTH,))}, plan=plan)
 

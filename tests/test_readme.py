@@ -77,10 +77,10 @@ def test_readme_example_runs(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["remote.md"])
-def test_example_of_a_page_runs(name, tmp_path):
-    [(_, code)] = code_blocks(text_of(ROOT / "docs" / name), "python")
-    done = run_block(code, tmp_path)
+@pytest.mark.parametrize("name", ["remote.md", "datasets.md"])
+def test_the_blocks_of_a_page_are_one_program(name, tmp_path):
+    blocks = code_blocks(text_of(ROOT / "docs" / name), "python")
+    done = run_block("\n".join(code for _, code in blocks), tmp_path)
     assert done.returncode == 0, done.stderr
 
 

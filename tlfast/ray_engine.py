@@ -16,7 +16,7 @@ from .huggingface import check_model_name
 from .progress import Progress, Report
 from .request import check_peaceful
 from .settings import CollectSettings
-from .shares import units_in
+from .shares import share_of, units_in
 
 RETRIES = 3  # of a task whose process died: Ray's own default
 _LOOK_EVERY_S = 1.0  # for the progress
@@ -64,6 +64,9 @@ def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:
     settings.check()
     check_peaceful(settings.overwrite, settings.resume)
     check_model_name(settings.model)
+    if share_of().count > 1:
+        remedy = "Start one process; Ray starts the others."
+        raise ValueError(broken_rule("collect", "engine", "be local under torchrun", "'ray'", remedy))
     if settings.device.startswith("cuda:"):
         remedy = "Ray gives each worker GPUs of its own."
         raise ValueError(broken_rule("collect", "device", "be auto, cpu or cuda under Ray", settings.device, remedy))
@@ -71,11 +74,16 @@ def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:
     ours = not ray.is_initialized()
     if ours:
         start(ray)
-    cluster = Cluster(ray, settings, made_by)
     try:
-        return cluster.run()
+        cluster = Cluster(ray, settings, made_by)
+        try:
+            return cluster.run()
+        finally:
+            if not ours:
+                cluster.close()
     finally:
-        ray.shutdown() if ours else cluster.close()  # Ray ends a program's workers with its connection
+        if ours:
+            ray.shutdown()  # which ends the workers too
 
 
 def start(ray: Any) -> None:
@@ -96,6 +104,11 @@ class Cluster:
         self._gpus = settings.ray_gpus
         if self._gpus < 0:
             self._gpus = int(settings.device != "cpu" and room.get("GPU", 0) >= 1)
+        for name, kind, wanted in (("ray_cpus", "CPU", settings.ray_cpus), ("ray_gpus", "GPU", self._gpus)):
+            there = int(room.get(kind, 0))
+            if wanted > there and not os.environ.get("RAY_ADDRESS"):  # a cluster elsewhere may grow
+                remedy = "No worker could ever start."
+                raise ValueError(broken_rule("collect", name, f"be at most {there}, what is here", wanted, remedy))
         self._room = max(1, int(room.get("CPU", 1)) // settings.ray_cpus)
         if self._gpus:
             self._room = max(1, min(self._room, int(room.get("GPU", 0)) // self._gpus))

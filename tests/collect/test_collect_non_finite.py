@@ -99,8 +99,8 @@ def test_only_the_first_rows_are_named(tmp_path):
 def test_on_the_command_line(tmp_path, capsys, monkeypatch):
     """Exit code 1, one line that says how to go on."""
 
-    def overflowing(name, dtype, device):
-        model = huggingface.load_model(name, dtype, device)
+    def overflowing(*arguments):
+        model = huggingface.load_model(*arguments)
         weight = model.transformer.h[1].mlp.c_fc.weight
         weight.data[:, 0] = torch.finfo(weight.dtype).max
         return model

@@ -51,7 +51,7 @@ def test_other_rows_are_seen(ds):
 
 
 def test_a_foreign_exception_is_seen(ds, monkeypatch):
-    monkeypatch.setattr(hostile_inputs.HostileDataset, "_read", lambda self, same: 1 / 0)
+    monkeypatch.setattr(hostile_inputs.HostileDataset, "_read", lambda self, same, whole: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check(ds, "commit", b"")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -152,14 +153,28 @@ def test_nothing_to_do():
         ({"CPU": 8.0, "GPU": 2.0}, {"device": "cpu"}, 1, 0, 8),
         ({"CPU": 8.0, "GPU": 4.0}, {"ray_gpus": 2}, 1, 2, 2),
         ({"CPU": 1.0}, {"ray_cpus": 4}, 4, 0, 1),
-        ({}, {"ray_workers": 3}, 1, 0, 3),
+        ({"node": 1.0}, {"ray_workers": 3}, 1, 0, 3),
     ],
 )
-def test_workers_ask_for_what_they_need(resources, changes, cpus, gpus, workers):
-    ray = FakeRay(20, resources or {"node": 1.0})
+def test_workers_ask_for_what_they_need(monkeypatch, resources, changes, cpus, gpus, workers):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster that may grow
+    ray = FakeRay(20, resources)
     run(ray, **changes)
     given = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": ray_engine.RETRIES}
     assert (ray.options_given, len(ray.workers)) == (given, workers)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"ray_cpus": 5}, "ray_cpus must be at most 4, what is here, got 5. No worker could ever start."),
+        ({"ray_gpus": 1}, "ray_gpus must be at most 0, what is here, got 1. No worker could ever start."),
+    ],
+)
+def test_a_worker_that_can_never_start_is_refused(monkeypatch, changes, text):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        run(FakeRay(20), **changes)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +236,13 @@ def test_bad_settings_start_no_cluster(undisturbed, tmp_path, capsys, monkeypatc
     words = collect_words(undisturbed, **{"engine": "ray", "out": str(tmp_path / "out")} | change)
     assert text in complaint_of(capsys, ["collect", *words])
     assert main(["collect", *words, "--overwrite"]) == 2
+
+
+def test_ranks_start_no_cluster(undisturbed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["collect", *collect_words(undisturbed, engine="ray", out=str(tmp_path / "out"))]) == 2
+    assert "engine must be local under torchrun, got 'ray'. Start one process; Ray" in capsys.readouterr().err
 
 
 def test_where_ray_is_found(monkeypatch):

@@ -188,12 +188,6 @@ class RemoteWriter:
         self.done.add(unit.name)
         return True
 
-    def committed(self) -> set[str]:
-        """Look up the names of all units that have a commit at the URL by now, whichever process made it."""
-        names = set(committed_names(self._store, _WHO))
-        self.done |= names
-        return names
-
     def still_to_do(self) -> str:
         """Return what is to be said of units that are not at the URL yet; nothing if they all are."""
         n = self._uploader.n_staged
