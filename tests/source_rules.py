@@ -33,7 +33,7 @@ FLOORS = (
     ("dataset.plan", "dataset.durable", "dataset.full_disk", "dataset.local_file", "dataset.mounts"),
     ("dataset.remote",),
     ("dataset.remote_store",),
-    ("dataset.layout", "dataset.row_limits", "dataset.store", "dataset.strict_json"),
+    ("dataset.completeness", "dataset.layout", "dataset.row_limits", "dataset.store", "dataset.strict_json"),
     ("dataset.extension",),
     ("dataset.description",),
     ("dataset.commits",),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 
 import pytest
+import torch
 from tiny_models import collect_words, complaint_of, save_model, save_text, unit_bytes
 
+import tlfast
 from tlfast.cli import main
 from tlfast.commands import bar
+from tlfast.dataset import DatasetWriter, Plan
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,40 @@ def test_the_bar_in_a_terminal(monkeypatch):
     with bar.bar("export", 100, "rows") as done:
         done(100)
     assert "100/100" in bar.sys.stderr.getvalue()
+
+
+def test_info_says_how_complete_each_part_is_and_what_was_skipped(tmp_path, capsys):
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+    examples = [[1, 2, 3]] * 5 + [[1]]
+    settings = {"points": "0", "rows_per_unit": 2, "progress": False}
+    tlfast.collect(model, examples, tmp_path / "ds", **settings)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "ds")]) == 0
+    shown = capsys.readouterr().out
+    assert "first plan" not in shown
+    assert re.search(r"^skipped       1 \S", shown, re.MULTILINE)
+    tlfast.collect(model, examples + [[4, 5]] * 3 + [[], []], tmp_path / "ds", extend=True, **settings)
+    for name in ("u000001", "u000004"):
+        (tmp_path / "ds" / "commits" / f"{name}.json").unlink()
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "ds")]) == 0
+    shown = capsys.readouterr().out
+    assert "first plan    3 of 5 rows in 2 of 3 units\n" in shown
+    assert "extension 1   2 of 3 rows in 1 of 2 units\n" in shown
+    assert re.search(r"^skipped       2 .*, 1 ", shown, re.MULTILINE)
+    assert main(["report", str(tmp_path / "ds")]) == 0
+    page = (tmp_path / "ds-report.html").read_text()
+    assert "The first plan: 3 of 5 examples, 2 of 3 units" in page
+    assert "Extension 1: 2 of 3 examples, 1 of 2 units" in page
+    assert "Not there: u000001, u000004" in page
+
+
+def test_info_shows_what_a_dataset_says_and_does_not_send_it_to_the_terminal(tmp_path, capsys):
+    header = {"model": {"name": "\x1b]0;title\x07", "\x1b[31m": "\u202e"}}
+    columns = {"\x1b[2J": (torch.float32, (2,))}
+    DatasetWriter(tmp_path / "ds", header=header, columns=columns, plan=Plan(1, 1))
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "ds")]) == 0
+    shown = capsys.readouterr().out
+    assert "name ?]0;title?, ?[31m ?" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)

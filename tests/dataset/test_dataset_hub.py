@@ -13,6 +13,7 @@ from dataset_cases import examples as examples_of
 from hub_stand_in import Hub
 from test_dataset_damage import flip
 
+import tlfast
 from tlfast.cli import main
 from tlfast.dataset import DatasetError, GradientDataset, Plan, open_dataset
 from tlfast.dataset.card import dataset_card
@@ -113,6 +114,17 @@ def test_a_partial_dataset_and_what_is_added_to_it(hub, tmp_path):
         writer.write_unit(unit, rows_of(unit, truth()), examples_of(unit))
     open_dataset(tmp_path / "part").push_to_hub("me/part", token="t")
     check_rows(GradientDataset.from_pretrained("me/part", token="t"), truth())
+
+
+def test_an_extended_dataset(hub, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+    settings = {"points": "0", "rows_per_unit": 2, "progress": False}
+    for n, extend in ((3, False), (5, True)):
+        tlfast.collect(model, [[1, 2, 3]] * n, tmp_path / "more", extend=extend, **settings)
+        open_dataset(tmp_path / "more").push_to_hub("me/more", token="t")
+        opened = GradientDataset.from_pretrained("me/more", token="t")
+        assert torch.equal(opened["0"][:], open_dataset(tmp_path / "more")["0"][:])
+    assert "plan/x000001.json" in hub.files("me/more")
 
 
 def test_a_branch_and_a_revision(hub, ds, tmp_path):

@@ -8,9 +8,11 @@ import random
 import shutil
 
 import pytest
+import torch
 from dataset_cases import check_rows, content, make_dataset, make_writer, truth, write_units
 from test_dataset_damage import flip
 
+import tlfast
 from tlfast.dataset import DatasetError, durable, open_dataset, repair, repair_dataset, verify, verify_dataset
 
 
@@ -182,6 +184,23 @@ def test_a_damaged_description_is_refused(out):
     before = content(out)
     with pytest.raises(DatasetError, match=r"repair_dataset: .*dataset\.json must "):
         repair_dataset(out)
+    assert content(out) == before
+
+
+def test_an_extended_dataset(tmp_path):
+    out = tmp_path / "d"
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+    settings = {"points": "0", "rows_per_unit": 2, "progress": False}
+    for n, extend in ((3, False), (6, True)):
+        tlfast.collect(model, [[1, 2, 3]] * n, out, extend=extend, **settings)
+    before = content(out)
+    flip(out / "data" / "u000002.safetensors", 4100, 3)
+    flip(out / "plan" / "x000001.json", 30, 1)
+    with pytest.raises(DatasetError, match=r"x000001\.json must "):
+        repair_dataset(out)
+    flip(out / "plan" / "x000001.json", 30, 1)
+    assert repair_dataset(out).dropped == ["u000002"]
+    tlfast.collect(model, [[1, 2, 3]] * 6, out, **settings)
     assert content(out) == before
 
 

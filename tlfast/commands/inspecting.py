@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
 from ..dataset.commits import file_sizes
+from ..dataset.completeness import completeness
 from ..doctor import diagnose
 from .arguments import FAILED, OK, Arguments, one_folder
 from .bar import bar
@@ -23,25 +25,47 @@ def info(args: list[str]) -> int:
     absent = info["planned_units"] - info["units"]
     print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
     print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")
+    parts = completeness(ds.plan, ds.units)
+    for number, rows, planned_rows, units, planned_units in parts if len(parts) > 1 else []:
+        name = f"extension {number}" if number else "first plan"
+        print(f"{name:<13} {rows} of {planned_rows} rows in {units} of {planned_units} units")
+    if ds.skipped:
+        print(f"skipped       {_reasons([reason for _, _, reason in ds.skipped])}")
     if absent:
         print(f"incomplete    {absent} units are missing; `tlfast collect {info['path']}/config.yaml` makes them")
     for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
         if part in header:
             print(f"{part:<13} {_line(header[part])}")
     print(f"made          {_line(info['about'])}")
-    shapes = [(name, f"{c['dtype']} {[info['rows'], *c['shape']]}") for name, c in info["points"].items()]
+    shapes = [(_plain(name), f"{c['dtype']} {[info['rows'], *c['shape']]}") for name, c in info["points"].items()]
     for name, shape in shapes:
         print(f"  {name:<{max(len(name) for name, _ in shapes)}}  {shape}")
     return OK
 
 
+def _reasons(reasons: list[str], most: int = 3) -> str:
+    counts = Counter(reasons).most_common()
+    named = [f"{n} {_short(reason)}" for reason, n in counts[:most]]
+    return ", ".join(named + ([f"{sum(n for _, n in counts[most:])} for other reasons"] if len(counts) > most else []))
+
+
+def _short(reason: str) -> str:
+    plain = _plain(reason)
+    return plain if len(plain) <= 60 else f"{plain[:59]}\u2026"
+
+
+def _plain(text: str) -> str:
+    # What a dataset says is shown; what would move the cursor or colour the terminal is not.
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _line(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_line(part)}" for key, part in value.items() if part is not None)
+        return ", ".join(f"{_plain(key)} {_line(part)}" for key, part in value.items() if part is not None)
     if isinstance(value, list):
         return " ".join(_line(part) for part in value)
     text = str(value)
-    return text[:12] if len(text) == 64 else text  # a fingerprint
+    return text[:12] if len(text) == 64 else _plain(text)  # a fingerprint
 
 
 def verify(args: list[str]) -> int:

@@ -69,7 +69,7 @@ def export_dataset(
     if not len(dataset):
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
     rows = Rows(dataset, _known(dataset, points), progress)
-    target = Path(f"{os.path.normpath(dataset.path)}{form.ending}" if out is None else out)
+    target = beside(dataset, form.ending) if out is None else Path(out)
     if os.path.lexists(target):
         raise _exists(target)
     if not target.absolute().parent.is_dir():
@@ -78,6 +78,13 @@ def export_dataset(
     with _made_whole(target, form) as folder:
         form.write(rows, folder)
     return target
+
+
+def beside(dataset: GradientDataset, ending: str) -> Path:
+    """Return a path named after the dataset: beside its folder, or in the working folder if it lies elsewhere."""
+    if isinstance(dataset.path, Path):
+        return Path(f"{os.path.abspath(dataset.path) if dataset.path.name in ('', '..') else dataset.path}{ending}")
+    return Path(dataset.path.rstrip("/").rpartition("/")[2] + ending)
 
 
 def _known(dataset: GradientDataset, points: Sequence[str] | None) -> list[str]:

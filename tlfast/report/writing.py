@@ -6,14 +6,15 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice, pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..dataset import GradientDataset, open_dataset
+from ..dataset.completeness import completeness, missing_units
 from ..dataset.durable import write_small
 from ..dataset.errors import dataset_error, extra
+from ..dataset.export import beside
 from . import charts
 from .page import render
 from .positions import norms_by_position, points_with_positions
@@ -68,7 +69,7 @@ def write_report(
     dataset = open_dataset(path, partial=True)
     if not len(dataset):
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
-    target = Path(f"{os.path.normpath(dataset.path)}-report.html" if out is None else out)
+    target = beside(dataset, "-report.html") if out is None else Path(out)
     if target.is_dir():
         raise dataset_error(_WHO, "out", "be a file", f"{target}, a folder", "Name a file.")
     decode, note = decoder(dataset, tokenizer)
@@ -83,7 +84,7 @@ def _values(dataset: GradientDataset, summary: Summary, decode: Decode, note: st
     shown = charts.some(dataset.points, _LONGEST_TABLE)
     created = info["about"].get("created", "")
     return {
-        "title": Path(str(dataset.path)).resolve().name or str(dataset.path),
+        "title": os.path.basename(str(dataset.path).rstrip("/")) or str(dataset.path),
         "subtitle": f"{_model(info['header'])}, begun {created}" if created else _model(info["header"]),
         "tiles": _tiles(info, summary),
         "made": [(key, value) for key, value in _made(info)],
@@ -154,34 +155,27 @@ def _line(value: Any) -> str:
 
 def _parts(dataset: GradientDataset) -> list[dict[str, Any]]:
     """How complete the first plan and each of its extensions are."""
-    plan = dataset.plan
-    bounds = [0, *plan.extended_at, plan.n_examples]
-    done, units, planned_units = Counter[int](), Counter[int](), Counter[int]()
-    for unit in dataset.units:
-        part = plan.extension_of(unit.start)
-        done[part] += len(unit)
-        units[part] += 1
-    parts = []
-    for k, (start, stop) in enumerate(pairwise(bounds)):
-        planned_units[k] = -(-(stop - start) // plan.rows_per_unit)
-        parts.append(
-            {
-                "label": f"Extension {k}" if k else "The plan" if len(bounds) == 2 else "The first plan",
-                "done": f"{done[k]:,}", "planned": f"{stop - start:,}",
-                "units": f"{units[k]:,}", "planned_units": f"{planned_units[k]:,}",
-                "percent": f"{100 * done[k] / (stop - start):.1f}",
-            }
-        )  # fmt: skip
-    return parts if len(parts) <= 12 else [*parts[:6], *parts[-6:]]
+    parts = completeness(dataset.plan, dataset.units)
+    first = "The plan" if len(parts) == 1 else "The first plan"
+    found = [
+        {
+            "label": f"Extension {part.number}" if part.number else first,
+            "done": f"{part.n_examples:,}",
+            "planned": f"{part.planned_examples:,}",
+            "units": f"{part.n_units:,}",
+            "planned_units": f"{part.planned_units:,}",
+            "percent": f"{100 * part.n_examples / part.planned_examples:.1f}",
+        }
+        for part in parts
+    ]
+    return found if len(found) <= 12 else [*found[:6], *found[-6:]]
 
 
 def _missing(dataset: GradientDataset) -> str:
     n_missing = dataset.plan.n_units - len(dataset.units)
     if not n_missing:
         return ""
-    there = {unit.name for unit in dataset.units}
-    planned = (dataset.plan.unit(k).name for k in range(dataset.plan.n_units))
-    names = list(islice((name for name in planned if name not in there), 5))
+    names = missing_units(dataset.plan, dataset.units, 5)
     return ", ".join(names) + (f" and {n_missing - len(names):,} more units" if n_missing > len(names) else "")
 
 
