@@ -15,7 +15,7 @@ from .clock import NoGpu, gpu_clock
 from .report import Result, save, show
 
 BENCHES = ("hooks", "kernel", "step", "collect", "dataset", "gpu")
-ON_REQUEST = ("lens", "dataset_resume")  # the first needs TransformerLens, the other minutes
+ON_REQUEST = ("lens", "dataset_read", "dataset_resume")  # needs TransformerLens; parts of dataset
 
 
 def lacks_gpu() -> str:

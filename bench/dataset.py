@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 import os
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import tlfast
 from tlfast.dataset.durable import open_regular
 
-from . import memory
+from . import dataset_read, dataset_resume, memory
 from .collect import SCRATCH, file_system
 from .measure import Measured, Sections, WrongResult, interleave
 from .report import Cell, Claim, Result, Table
@@ -124,7 +123,7 @@ def table(title: str, floor: str, measured: Measured, n_bytes: int, above: dict[
 
 
 def run(quick: bool = False) -> Result:
-    """Write a unit in every way, read it back and check it; then what `bench.dataset_read` measures, if it is there."""
+    """Write a unit in every way, read it back and check it; then what the benches of reading and going on measure."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
     n_bytes, rounds = (4 << 20, 2) if quick else (1 << 30, 5)
     result = Result(
@@ -161,9 +160,9 @@ def run(quick: bool = False) -> Result:
         result.tables.append(table(f"read every byte of it, cold ({dtype})", "raw O_DIRECT read", read, unit.n_bytes))
         share = read["raw O_DIRECT read"]["total"].ratio(read["tlfast verify"]["total"]) * 100
         result.claims.append(Claim(f"{dtype}: bytes/s, verify / raw O_DIRECT read", "at least", 95, share, " %"))
-    if importlib.util.find_spec(f"{__package__}.dataset_read") is not None:
-        other: Result = importlib.import_module(f"{__package__}.dataset_read").run(quick)
+    for part, what in ((dataset_read, "reading"), (dataset_resume, "going on")):
+        other = part.run(quick)
         result.tables += other.tables
         result.claims += other.claims
-        result.prediction += "; reading: " + other.prediction
+        result.prediction += f"; {what}: {other.prediction}"
     return result

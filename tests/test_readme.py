@@ -77,6 +77,13 @@ def test_readme_example_runs(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["remote.md", "datasets.md"])
+def test_the_blocks_of_a_page_are_one_program(name, tmp_path):
+    blocks = code_blocks(text_of(ROOT / "docs" / name), "python")
+    done = run_block("\n".join(code for _, code in blocks), tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands_and_links_of_a_page(page):
     assert page.exists(), f"{page.name} must exist"

@@ -205,7 +205,7 @@ def test_blobs_that_repositories_share(snapshot):
         shared.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(blob, shared)
         blob.symlink_to(os.path.relpath(shared, blob.parent))
-    check_rows(GradientDataset(CachedStore(snapshot)), truth())
+    check_rows(open_dataset(CachedStore(snapshot)), truth())
 
 
 @pytest.mark.parametrize("name", ["data/u000001.safetensors", "commits/u000001.json", "dataset.json"])
@@ -216,7 +216,7 @@ def test_no_link_leads_out_of_the_cache(snapshot, tmp_path, name, relative):
     (snapshot / name).unlink()
     (snapshot / name).symlink_to(os.path.relpath(outside, (snapshot / name).parent) if relative else outside)
     with pytest.raises(DatasetError, match="must be a "):
-        GradientDataset(CachedStore(snapshot))
+        open_dataset(CachedStore(snapshot))
 
 
 def test_no_blob_leads_out_of_the_cache(snapshot, tmp_path):
@@ -224,7 +224,7 @@ def test_no_blob_leads_out_of_the_cache(snapshot, tmp_path):
     shutil.move(blob, tmp_path / "secret")
     blob.symlink_to(tmp_path / "secret")
     with pytest.raises(DatasetError, match="must be a regular file"):
-        GradientDataset(CachedStore(snapshot))
+        open_dataset(CachedStore(snapshot))
 
 
 def test_a_missing_library_names_its_extra(ds, monkeypatch):

@@ -184,7 +184,10 @@ def test_more_units_than_stay_open(tmp_path, monkeypatch):
     ds = make_dataset(tmp_path / "d", plan=plan)
     check_rows(ds, truth(plan=plan))
     assert len(ds._files._open.files) <= 64
-    assert len(ds.examples._tables) == ds.examples.KEPT
+    monkeypatch.setattr(type(ds.examples), "KEPT_BYTES", 3 * ds.examples.table(0).nbytes)
+    ds = open_dataset(tmp_path / "d")
+    assert [row["id"] for row in ds.examples] == list(range(150))
+    assert 1 < len(ds.examples._tables) <= 3
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from .columns import GradientColumn
 from .errors import DatasetError
 from .export import export_dataset
 from .folder import check_disk_space
+from .joined import Join, join_datasets
 from .layout import Column
 from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
 from .reader import GradientDataset, open_dataset
 from .repair import Repair, repair_dataset
+from .row_dataset import RowDataset
+from .shuffled_batches import ShuffledBatches
 from .verify import Problem, Report, verify_dataset
 from .writer import DatasetWriter, estimate_bytes
 
@@ -23,14 +26,18 @@ __all__ = [
     "Example",
     "GradientColumn",
     "GradientDataset",
+    "Join",
     "Plan",
     "Problem",
     "Repair",
     "Report",
+    "RowDataset",
+    "ShuffledBatches",
     "Unit",
     "check_disk_space",
     "estimate_bytes",
     "export_dataset",
+    "join_datasets",
     "open_dataset",
     "repair_dataset",
     "verify_dataset",

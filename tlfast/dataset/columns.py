@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..errors import broken_rule
 from .layout import Column, as_integers
 from .unit_files import UnitFiles
 
@@ -35,6 +37,11 @@ class GradientColumn:
         """``(rows, *shape of a row)``."""
         return (len(self), *self._row_shape)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dtype.itemsize * prod(self._row_shape)
+
     def __repr__(self) -> str:
         return f"GradientColumn({self.name!r}, {str(self.dtype).removeprefix('torch.')}, {list(self.shape)})"
 
@@ -53,6 +60,22 @@ class GradientColumn:
         out = torch.from_numpy(self._files.gather(self.name, rows.reshape(-1)))
         return out.view(self.dtype).reshape((*rows.shape, *self._row_shape))
 
+    def numpy(self, k: int) -> np.ndarray[Any, Any]:
+        """Return the rows of ``ds.units[k]`` as a read-only array, [rows of the unit, *row shape].
+
+        Nothing is copied where the files are mapped (FAISS takes such an array of float32 as it is); the mapping lives
+        as long as the array. TypeError for bfloat16, which numpy doesn't have.
+        """
+        if self.dtype == torch.bfloat16:
+            remedy = "Index the column to get a tensor, and convert that."
+            raise TypeError(broken_rule("GradientColumn", "dtype", "be one that numpy has", "bfloat16", remedy))
+        n_units = len(self._files.stops)
+        if not -n_units <= k < n_units:
+            text = broken_rule("GradientColumn", "unit", f"be in {-n_units}..{n_units - 1}", k, "See ds.units.")
+            raise IndexError(text)
+        rows = self._files.view(k % n_units, self.name)
+        return rows.view(rows.dtype.str.replace("i", "f"))
+
     def _stretch(self, start: int, stop: int) -> torch.Tensor:
         out = torch.empty((stop - start, *self._row_shape), dtype=self.dtype)
         self._files.read(self._files.ranges(self.name, start, stop, as_integers(out)))
@@ -64,18 +87,24 @@ def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     if isinstance(index, bool) or index is None or index is Ellipsis or isinstance(index, (tuple, str)):
         remedy = "Index the tensor that you got for more dimensions."
         raise TypeError(f"GradientColumn: index must be rows (int, slice, list, tensor), got {index!r}. {remedy}")
-    rows = np.asarray(index.detach().cpu() if isinstance(index, torch.Tensor) else index)
-    if rows.dtype == np.bool_:
-        if rows.shape != (n,):
-            raise IndexError(f"GradientColumn: mask must have shape [{n}], got {list(rows.shape)}. Give one per row.")
-        return np.flatnonzero(rows)
+    mask = np.asarray(index.detach().cpu() if isinstance(index, torch.Tensor) else index)
+    if mask.dtype == np.bool_:
+        if mask.shape != (n,):
+            raise IndexError(f"GradientColumn: mask must have shape [{n}], got {list(mask.shape)}. Give one per row.")
+        return np.flatnonzero(mask)
+    rows = integers("GradientColumn", "index", mask)
     if rows.size == 0:
-        return np.zeros(rows.shape, dtype=np.int64)
-    if rows.dtype.kind != "i":
-        raise TypeError(f"GradientColumn: index must hold ints or bools, got {rows.dtype}. Convert it first.")
-    rows = rows.astype(np.int64)
+        return rows
     lowest, highest = int(rows.min()), int(rows.max())
     if lowest < -n or highest >= n:
         row = lowest if lowest < -n else highest
         raise IndexError(f"GradientColumn: row must be in {-n}..{n - 1}, got {row}. See len(ds).")
     return rows if lowest >= 0 else np.where(rows < 0, rows + n, rows)
+
+
+def integers(who: str, argument: str, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Turn an int, a list, or an int tensor or array into an int64 array of its shape; TypeError for another dtype."""
+    array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    if array.size and array.dtype.kind != "i":
+        raise TypeError(broken_rule(who, argument, "hold ints", str(array.dtype), "Convert it first."))
+    return array.astype(np.int64)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
-from .columns import GradientColumn
-from .commits import read_commits, read_folder
-from .description import skipped_examples
+from ..errors import broken_rule
+from .columns import GradientColumn, integers, row_numbers
+from .commits import Commit, read_commits, read_folder
+from .description import Description, skipped_examples
 from .errors import dataset_error
 from .hub import OnHub
-from .layout import DTYPE_NAMES
+from .layout import DTYPE_NAMES, as_integers
 from .plan import Plan, Unit
 from .rows import ExampleTable
+from .showing import Sample, described, take_sample
 from .store import LocalStore, Store, as_store
 from .unit_files import UnitFiles
 from .verify import Report, check_unit, missing_names, verify_dataset
@@ -24,18 +29,25 @@ from .verify import Report, check_unit, missing_names, verify_dataset
 _WHO = "open_dataset"
 
 
-def open_dataset(path: str | PathLike[str] | Store, *, partial: bool = False) -> GradientDataset:
+Access = Literal["auto", "mmap", "pread"]
+
+
+def open_dataset(
+    path: str | PathLike[str] | Store, *, partial: bool = False, access: Access = "auto"
+) -> GradientDataset:
     """Open the dataset in folder ``path`` for reading.
 
     Args:
         path: the folder that tlfast wrote, or another store that holds one.
         partial: open it although units are missing; rows are then those of the committed units, in order.
+        access: how rows here and there are read. "mmap" copies them out of mapped files; "pread" reads them, 16 at
+            once, and never maps. "auto" is "pread" on network filesystems and where nothing can be mapped.
 
     Returns:
         A GradientDataset: ``ds.points``, ``len(ds)``, ``ds[point][rows]``, ``ds.examples[row]``.
 
     Raises:
-        DatasetError: where the folder is no dataset, is damaged, or lacks units.
+        DatasetError: where the folder is no dataset, is damaged, lacks units, or cannot be read by ``access``.
 
     Example:
         >>> import tempfile, torch
@@ -47,26 +59,42 @@ def open_dataset(path: str | PathLike[str] | Store, *, partial: bool = False) ->
         >>> open_dataset(out)["h"][0]
         tensor([3., 4.])
     """
-    return GradientDataset(path, partial=partial)
+    if access not in get_args(Access):
+        rule = f"be one of {', '.join(get_args(Access))}"
+        raise dataset_error(_WHO, "access", rule, repr(access), "Leave it out to let tlfast choose.")
+    store = as_store(path)
+    description, names = read_folder(store, _WHO)
+    commits = read_commits(store, description, _WHO, names)
+    absent = description.plan.n_units - len(commits)
+    if absent and not partial:
+        first = ", ".join(missing_names(description, names, 3))
+        rule = f"hold all {description.plan.n_units} units of its plan"
+        remedy = "Run the collection again to complete it, or open it with partial=True."
+        raise dataset_error(_WHO, "path", rule, f"{store.where('')} without {absent} ({first}, ...)", remedy)
+    if access == "mmap" and not store.maps:
+        remedy = 'Use access="auto".'
+        raise dataset_error(_WHO, "access", "be auto or pread for this store", "mmap", remedy)
+    mapped = access == "mmap" or (access == "auto" and store.maps and not store.network())
+    return GradientDataset(store, description, commits, partial=partial, mapped=mapped)
 
 
 class GradientDataset(OnHub):
     """A dataset of gradients; made by open_dataset."""
 
-    def __init__(self, path: str | PathLike[str] | Store, *, partial: bool = False) -> None:
-        self._store = as_store(path)
-        self._partial = partial
-        description, names = read_folder(self._store, _WHO)
+    def __init__(
+        self, store: Store, description: Description, commits: Sequence[Commit], *, partial: bool, mapped: bool
+    ) -> None:
+        self._store = store
         self._description = description
-        self._commits = read_commits(self._store, description, _WHO, names)
-        absent = description.plan.n_units - len(self._commits)
-        if absent and not partial:
-            first = ", ".join(missing_names(description, [commit.unit.name for commit in self._commits], 3))
-            rule = f"hold all {description.plan.n_units} units of its plan"
-            remedy = "Run the collection again to complete it, or open it with partial=True."
-            raise dataset_error(_WHO, "path", rule, f"{self.path} without {absent} ({first}, ...)", remedy)
-        self._files = UnitFiles(self._store, self._commits, description.columns, mapped=self._store.maps)
-        self.examples = ExampleTable(self._store, [commit.unit for commit in self._commits], list(description.columns))
+        self._commits = commits
+        self._partial = partial
+        self._files = UnitFiles(store, commits, description.columns, mapped)
+        paths = [commit.files[1].path for commit in commits]
+        self.examples = ExampleTable(store, self.units, list(description.columns), paths)
+
+    @classmethod
+    def _open(cls, place: Any, partial: bool) -> GradientDataset:
+        return open_dataset(place, partial=partial)
 
     @property
     def path(self) -> Path | str:
@@ -84,6 +112,12 @@ class GradientDataset(OnHub):
         return self._description.header
 
     @property
+    def examples_fingerprint(self) -> tuple[str, ...] | None:
+        """SHA-256 of all planned examples, of each extension too; None where the writer didn't say."""
+        found = [part.get("sha256") for _, part in self._description.examples]
+        return tuple(map(str, found)) if all(found) else None
+
+    @property
     def plan(self) -> Plan:
         """Which examples form which unit."""
         return self._description.plan
@@ -98,8 +132,18 @@ class GradientDataset(OnHub):
         """The units that are there."""
         return [commit.unit for commit in self._commits]
 
+    @property
+    def ids(self) -> torch.Tensor:
+        """The example's id of every row: int64 [rows], rising. In a complete dataset row r is example r."""
+        return self.ids_of(np.arange(len(self)))
+
+    @property
+    def unit_bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The rows of each unit that is there: where they start, and where they stop; int64 [units] each."""
+        return self._files.starts, self._files.stops
+
     def __len__(self) -> int:
-        return sum(len(commit.unit) for commit in self._commits)
+        return len(self._files)
 
     def __contains__(self, point: object) -> bool:
         return point in self._description.columns
@@ -111,10 +155,66 @@ class GradientDataset(OnHub):
             raise KeyError(f"GradientDataset: point must be one of {known}, got {point!r}. See ds.points.")
         return GradientColumn(point, self._description.columns[point], self._files)
 
+    def rows(self, index: Any, points: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Return the indexed rows of several points (all by default): ``{point: ds[point][index]}``."""
+        return {point: self[point][index] for point in (self.points if points is None else points)}
+
+    def read_stretches(
+        self, bounds: Sequence[tuple[int, int]], points: Iterable[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the rows of several stretches ``(start, stop)`` behind each other, all of them read at once."""
+        n, out, ranges = sum(stop - start for start, stop in bounds), {}, []
+        for point in self.points if points is None else points:
+            out[point] = torch.empty((n, *self[point].shape[1:]), dtype=self[point].dtype)
+            memory, at = as_integers(out[point]), 0
+            for start, stop in bounds:
+                ranges.append(self._files.ranges(point, start, stop, memory[at : at + stop - start]))
+                at += stop - start
+        self._files.read(chain.from_iterable(ranges))
+        return out
+
+    def ids_of(self, rows: Any) -> torch.Tensor:
+        """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""
+        numbers = row_numbers(rows, len(self))
+        k = self._files.unit_of(numbers)
+        return torch.from_numpy(np.asarray(numbers + (self._files.firsts - self._files.starts)[k]))
+
+    def rows_of(self, ids: Any) -> torch.Tensor:
+        """Return in which rows the examples with these ids are: int64, of the shape of ``ids``.
+
+        ``ds[point][ds.rows_of(ids)]``, ``ds.examples[int(ds.rows_of(7))]``. KeyError where a unit with one is missing.
+        """
+        wanted = integers("GradientDataset", "ids", ids)
+        firsts, lengths, starts = self._files.firsts, self._files.lengths, self._files.starts
+        flat = wanted.reshape(-1)
+        k = np.searchsorted(firsts, flat, side="right") - 1  # -1 is before the first unit: the 0 behind the last
+        within = flat - np.append(firsts, 0)[k]
+        absent = (k < 0) | (within >= np.append(lengths, 0)[k])
+        if absent.any():
+            example, n = int(flat[absent][0]), self.plan.n_examples
+            rule = "be of a unit that is there" if 0 <= example < n else f"be in 0..{n - 1}"
+            raise KeyError(broken_rule("GradientDataset", "id", rule, example, "See ds.ids; complete the dataset."))
+        return torch.from_numpy(np.append(starts, 0)[k] + within).reshape(wanted.shape)
+
     def norms(self, point: str) -> torch.Tensor:
         """Return the float32 L2 norm of every row of ``point`` from the row tables: shape [rows]."""
         self[point]
         return self.examples.norms(point)
+
+    def sample(
+        self, n: int = 5, *, seed: int = 0, tokenizer: Any = None, points: Iterable[str] | None = None
+    ) -> Sample:
+        """Return ``n`` examples picked at random, with their text and the norms of their rows; it prints as a table.
+
+        Args:
+            n: how many; all where there are fewer.
+            seed: the same examples for the same seed.
+            tokenizer: anything with a method ``decode``, or the name or folder of one. By default the one that the
+                dataset names, if it is on this machine; otherwise the text is the tokens as numbers.
+            points: whose norms are shown; all by default.
+        """
+        shown = self.points if points is None else [self[point].name for point in points]
+        return take_sample(self.examples, self.header, shown, n, seed, tokenizer)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""
@@ -150,10 +250,10 @@ class GradientDataset(OnHub):
         lines += [f"  {self[name]!r}" for name in self.points[:8]]
         return "\n".join(lines + ([f"  and {len(self.points) - 8} more points"] if len(self.points) > 8 else []))
 
+    def _repr_html_(self) -> str:
+        return described(repr(self).splitlines()[0], self._description.columns)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers of a DataLoader open the files themselves.
-        return _reopen, (self._store, self._partial)
-
-
-def _reopen(store: Store, partial: bool) -> GradientDataset:
-    return GradientDataset(store, partial=partial)
+        # Workers of a DataLoader open the files themselves, and see the units that are seen here.
+        opened = functools.partial(GradientDataset, partial=self._partial, mapped=self._files.mapped)
+        return opened, (self._store, self._description, self._commits)

@@ -5,23 +5,18 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from .durable import open_regular, read_small
 from .errors import dataset_error
+from .local_file import IN_FLIGHT, LocalFile, threads
 from .mounts import on_network
-
-IN_FLIGHT = 16  # reads at once: what fills the queue of an SSD or the latency of a network, measured
-# A mapping that keeps no descriptor lets a process map more units than it may open files.
-_DONT_WAIT = getattr(os, "RWF_NOWAIT", 0)
-_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+from .remote import local_path, url_of
+from .remote_store import RemoteStore
 
 
 class OpenFile(Protocol):
@@ -97,54 +92,10 @@ class Store(Protocol):
 
 def as_store(place: str | PathLike[str] | Store) -> Store:
     """Return the store of a folder's path; a store is returned as it is."""
-    return LocalStore(Path(place)) if isinstance(place, (str, PathLike)) else place
-
-
-class LocalFile:
-    """A regular file in a folder of this machine."""
-
-    def __init__(self, name: str, fd: int, size: int) -> None:
-        self.name = name
-        self.size = size
-        self._fd = fd
-
-    def read(self, offset: int, n_bytes: int) -> bytes:
-        """Return up to ``n_bytes`` bytes from ``offset`` on."""
-        return os.pread(self._fd, n_bytes, offset)
-
-    def read_into(self, offset: int, target: memoryview) -> int:
-        """Fill ``target`` from ``offset`` on; return how many bytes there were."""
-        done = 0
-        while done < len(target):
-            n = os.preadv(self._fd, [target[done:]], offset + done)
-            if n == 0:
-                break
-            done += n
-        return done
-
-    def map(self) -> mmap.mmap:
-        """Map the whole file for reading."""
-        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ, **_NO_DESCRIPTOR)
-
-    def cached(self, offset: int) -> bool:
-        """Whether the byte at ``offset`` is in memory."""
-        # Not by mincore, which says yes of every file that the caller may not write.
-        try:
-            os.preadv(self._fd, [bytearray(1)], offset, _DONT_WAIT)
-        except BlockingIOError:
-            return False
-        except OSError:  # a filesystem that cannot say
-            return True
-        return True
-
-    def will_need(self, offset: int, n_bytes: int) -> None:
-        """Let the system begin to read a range into memory."""
-        os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
-
-    def __del__(self) -> None:
-        # Not by a close() that someone has to call: another thread may be reading when the file leaves a cache.
-        with suppress(AttributeError, OSError):
-            os.close(self._fd)
+    if not isinstance(place, (str, PathLike)):
+        return place
+    url = url_of(place)
+    return RemoteStore(url) if url else LocalStore(Path(local_path(place)))
 
 
 @dataclass(frozen=True)
@@ -195,22 +146,34 @@ class LocalStore:
 
     def fill(self, ranges: Sequence[Range], who: str) -> None:
         """Read the ranges by pread, ``IN_FLIGHT`` of them at once."""
-        few = 1 if self.network() else IN_FLIGHT  # so few reads of a disk take no longer than starting the threads
-        if len(ranges) <= few:
-            self._fill(ranges, who)
+        waiting = list(_not_at_once(ranges))
+        parts = [waiting[k::IN_FLIGHT] for k in range(min(IN_FLIGHT, len(waiting)))]
+        if len(parts) <= 1:
+            self._fill(waiting, who)
             return
-        parts = [ranges[k::IN_FLIGHT] for k in range(IN_FLIGHT)]
-        for _ in _threads().map(lambda part: self._fill(part, who), parts):
+        for _ in threads().map(lambda part: self._fill(part, who), parts):
             pass
 
     def _fill(self, ranges: Iterable[Range], who: str) -> None:
         for file, offset, target in ranges:
             assert isinstance(file, LocalFile)
-            n_bytes = file.read_into(offset, target)
-            if n_bytes < len(target):
+            if file.read_into(offset, target) < len(target):
                 rule = f"have {offset + len(target)} bytes"
                 remedy = "It was cut while it was being read; run `tlfast verify`."
-                raise dataset_error(who, self.where(file.name), rule, offset + n_bytes, remedy)
+                raise dataset_error(who, self.where(file.name), rule, os.fstat(file.fileno()).st_size, remedy)
+
+
+def _not_at_once(ranges: Sequence[Range]) -> Iterator[Range]:
+    """Read what is in memory, and yield the ranges that aren't: for what needs no waiting, threads are a burden."""
+    misses = 0
+    for tried, (file, offset, target) in enumerate(ranges):
+        if misses > 16 + tried // 4:  # most would be asked for twice
+            yield from ranges[tried:]
+            return
+        assert isinstance(file, LocalFile)
+        if not file.read_at_once(offset, target):
+            misses += 1
+            yield file, offset, target
 
 
 def _size(name: str, folder: int) -> int | None:
@@ -229,21 +192,3 @@ def open_folder(path: Path, who: str) -> int:
         got = "a link" if path.is_symlink() else "no folder" if not path.is_dir() else os.strerror(error.errno or 0)
         remedy = "Restore the dataset, or start a new one."
         raise dataset_error(who, str(path), "be a folder", got, remedy) from error
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(IN_FLIGHT, "tlfast-reader")
-    return _pool
-
-
-def _forget_threads() -> None:
-    global _pool
-    _pool = None  # a forked child (a worker of a DataLoader) has none of its parent's threads
-
-
-os.register_at_fork(after_in_child=_forget_threads)

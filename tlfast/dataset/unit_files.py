@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from .commits import Commit, data_path
+from .commits import Commit
 from .errors import dataset_error
 from .layout import Column, UnitLayout, unit_layout
 from .plan import Unit
@@ -20,6 +20,7 @@ from .store import OpenFile, Range, Store
 _WHO = "GradientDataset"
 _PIECE_BYTES = 4 << 20  # a longer stretch is cut, so that its pieces are read at once
 _WINDOW_BYTES = 32 << 10  # longer rows are copied unit by unit: their windows could exceed numpy's 2**63 bytes
+_GAP_BYTES = 32 << 10  # reading so much more takes a disk less time than another request
 _FETCHED_ROWS = 16384  # asked of the disk before the first of them is copied
 
 Array = np.ndarray[Any, Any]
@@ -66,13 +67,13 @@ class UnitFiles:
         self._kept = most_open()
         self._lock = threading.Lock()
         n_units = len(commits)
-        self._lengths = np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units)
-        self.stops = np.cumsum(self._lengths)
-        self.starts = self.stops - self._lengths
+        self.lengths = np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units)
+        self.stops = np.cumsum(self.lengths)
+        self.starts = self.stops - self.lengths
         self.firsts = np.fromiter((commit.unit.start for commit in commits), np.int64, n_units)  # ids
         # Rows per unit where all but the last have as many: dividing is far faster than searching.
-        longest = int(self._lengths.max(initial=0))
-        self._every = longest if (self._lengths[:-1] == longest).all() else 0
+        longest = int(self.lengths.max(initial=0))
+        self._every = longest if (self.lengths[:-1] == longest).all() else 0
         self._used = np.zeros(n_units, np.int64)  # when, counted in requests
         self._now = 0
         self._open = _OpenUnits({}, {}, np.zeros(n_units, np.int64), np.zeros(n_units, np.int64))
@@ -88,9 +89,14 @@ class UnitFiles:
         return rows // self._every if self._every else np.searchsorted(self.stops, rows, side="right")
 
     def view(self, k: int, name: str) -> Array:
-        """Return the rows of column ``name`` in committed unit ``k``: a read-only view of the file, as integers."""
+        """Return the rows of column ``name`` in unit ``k``, as integers: read-only, a view of the file if mapped."""
+        column, n_rows = self._columns[name], int(self.lengths[k])
+        if not self.mapped:
+            rows = np.empty((n_rows, *column.row_shape), f"<i{column.dtype.itemsize}")
+            self.read(self.ranges(name, int(self.starts[k]), int(self.stops[k]), rows))
+            rows.setflags(write=False)
+            return rows
         units = self._use(np.array([k]))
-        column, n_rows = self._columns[name], int(self._lengths[k])
         start = int(units.payloads[k]) + n_rows * self._before[name]
         block = units.maps[k][start : start + n_rows * column.row_bytes]
         return block.view(f"<i{column.dtype.itemsize}").reshape(n_rows, *column.row_shape)
@@ -116,7 +122,7 @@ class UnitFiles:
 
     def _gather(self, name: str, rows: Array, unit_of: Array) -> Array:
         column, units = self._columns[name], self._use(unit_of)
-        within = (rows - self.starts[unit_of]) * column.row_bytes + self._lengths[unit_of] * self._before[name]
+        within = (rows - self.starts[unit_of]) * column.row_bytes + self.lengths[unit_of] * self._before[name]
         offsets = units.payloads[unit_of] + within
         if not self.mapped:
             out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
@@ -126,8 +132,7 @@ class UnitFiles:
             out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
             for first in range(0, len(rows), _FETCHED_ROWS):
                 part = slice(first, first + _FETCHED_ROWS)
-                for at in np.lexsort((offsets[part], unit_of[part])).tolist():  # in the order of the disk
-                    units.files[unit_of[first + at]].will_need(int(offsets[first + at]), column.row_bytes)
+                _ask_for(units, column.row_bytes, unit_of[part], offsets[part])
                 out[part] = self._copy(units, column, unit_of[part], offsets[part])
             return out
         return self._copy(units, column, unit_of, offsets)
@@ -173,7 +178,7 @@ class UnitFiles:
             k = int(self.unit_of(np.array(at)))
             end = min(stop, int(self.stops[k]))
             units = self._use(np.array([k]))
-            block = int(units.payloads[k] + self._lengths[k] * self._before[name])
+            block = int(units.payloads[k] + self.lengths[k] * self._before[name])
             part = memory[(at - start) * row_bytes : (end - start) * row_bytes]
             yield from _pieces(units.files[k], block + (at - int(self.starts[k])) * row_bytes, part)
             at = end
@@ -200,7 +205,7 @@ class UnitFiles:
     def _open_unit(self, k: int) -> None:
         unit = self._commits[k].unit
         layout = unit_layout(self._columns, unit)
-        file = self._store.open(data_path(unit), _WHO)
+        file = self._store.open(self._commits[k].files[0].path, _WHO)
         check_header(file, self._store.where(file.name), layout, _WHO)
         if self.mapped:
             self._open.maps[k] = mapped = np.frombuffer(file.map(), np.uint8)
@@ -219,6 +224,17 @@ class UnitFiles:
             np.where(is_kept, old.payloads, 0),
             np.where(is_kept, old.addresses, 0),
         )
+
+
+def _ask_for(units: _OpenUnits, row_bytes: int, unit_of: Array, offsets: Array) -> None:
+    """Let the system begin to read rows, in the order of the disk; rows that lie close are asked for together."""
+    order = np.lexsort((offsets, unit_of))
+    unit_of, offsets = unit_of[order], offsets[order]
+    apart = (np.diff(unit_of) != 0) | (np.diff(offsets) > row_bytes + _GAP_BYTES)
+    firsts = np.flatnonzero(np.concatenate([[True], apart]))
+    ends = np.append(offsets[firsts[1:] - 1], offsets[-1]) + row_bytes
+    for k, start, end in zip(unit_of[firsts].tolist(), offsets[firsts].tolist(), ends.tolist(), strict=True):
+        units.files[k].will_need(start, end - start)
 
 
 def _pieces(file: OpenFile, offset: int, memory: memoryview) -> Iterator[Range]:
