@@ -39,8 +39,8 @@ def write_report(
     grow with the rows.
 
     Args:
-        path: the dataset's folder.
-        out: the page; an older one of this name is replaced. None: ``<path>-report.html``.
+        path: the dataset's folder, or its URL.
+        out: the page; an older one of this name is replaced. None: ``<path>-report.html``; of a URL, in this folder.
         tokenizer: an object with ``decode``, or the name of a tokenizer, for the texts of the largest rows; None: that
             of the model in config.yaml if it is a folder of this machine, else tokens are shown.
         progress: called with the number of rows just read.
@@ -68,7 +68,8 @@ def write_report(
     dataset = open_dataset(path, partial=True)
     if not len(dataset):
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
-    target = Path(f"{os.path.normpath(dataset.path)}-report.html" if out is None else out)
+    beside = os.path.normpath(dataset.path) if isinstance(dataset.path, Path) else os.path.basename(dataset.path)
+    target = Path(f"{beside}-report.html" if out is None else out)
     if target.is_dir():
         raise dataset_error(_WHO, "out", "be a file", f"{target}, a folder", "Name a file.")
     decode, note = decoder(dataset, tokenizer)
