@@ -39,7 +39,7 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-lens lint format bench sanitize simt cuda-compile clean distclean
+.PHONY: help setup demo test test-lens lint format bench sanitize simt fuzz soak cuda-compile clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -108,6 +108,14 @@ sanitize: $(STAMPS)/install ## the native tests under AddressSanitizer and UBSan
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -q -s -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m sanitize $(CURDIR)/tests $(TEST_ARGS)
 
+fuzz: $(STAMPS)/install ## hostile files for the reader of datasets, by atheris (SECONDS=60 for each kind of file)
+	@$(PY) -c 'import atheris' 2> /dev/null || $(PIP) install -q atheris
+	PYTHON=$(PY) tools/fuzz.sh $(or $(SECONDS),60)
+
+soak: $(STAMPS)/install ## a million small rows: memory and open files must stay flat
+	$(PY) tools/soak.py
+	$(PY) tools/soak.py --through collect
+
 # The module of this build has the CUDA kernels compiled for the CPU, by tests/simt, in place of the CPU's own.
 simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
 	@echo "simt: building into $(SIMT)"
@@ -156,7 +164,7 @@ $(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py tools/cuda_build.py $
 	@echo "set-up: installing what is missing into $(BIN)"
 	@$(PIP) install -q -c $< "setuptools>=77" wheel ninja
 	@echo "set-up: building tlfast against $$(head -n 1 $<)"
-	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,hub,lance,plot,ray,s3,dev]' > build/install.log 2>&1 \
+	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,device-map,hub,lance,plot,ray,s3,dev]' > build/install.log 2>&1 \
 	  || { grep -E 'error|ERROR' build/install.log | head -n 20 || true; tail -n 40 build/install.log; exit 1; }
 	@grep -hoE 'tlfast: building .*' build/install.log | head -n 1 || true
 	@grep -hE 'warning: .*\[-W' build/install.log | sort -u || true

@@ -1,4 +1,4 @@
-"""`python -m bench [hooks kernel step collect gpu lens] [--quick] [--rehearse] [--out FILE]`."""
+"""`python -m bench [hooks kernel step collect dataset gpu lens] [--quick] [--rehearse] [--out FILE]`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tlfast.errors import broken_rule
 from .clock import NoGpu, gpu_clock
 from .report import Result, save, show
 
-BENCHES = ("hooks", "kernel", "step", "collect", "gpu")
-ON_REQUEST = ("lens", "dataset_read", "dataset_resume")  # the first needs TransformerLens, the others minutes
+BENCHES = ("hooks", "kernel", "step", "collect", "dataset", "gpu")
+ON_REQUEST = ("lens", "dataset_read", "dataset_resume")  # needs TransformerLens; parts of dataset
 
 
 def lacks_gpu() -> str:

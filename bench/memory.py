@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,12 +16,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measure(arguments: dict[str, object], variant: str, folder: Path) -> int:
-    """The peak resident bytes of a process while it runs the variant.
+def measure(arguments: dict[str, object], variant: str, folder: Path, program: str = "bench.memory") -> int:
+    """What a process of its own prints that runs the variant: by `main` below its peak resident bytes.
 
     Not getrusage's ru_maxrss: that is inherited from the process that started this one.
     """
-    command = [sys.executable, "-m", "bench.memory", json.dumps([arguments, variant, str(folder)])]
+    command = [sys.executable, "-m", program, json.dumps([arguments, variant, str(folder)])]
     # A fixed threshold: glibc raises it with use and then keeps what was freed, differently in every run.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     environment = os.environ | malloc | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -43,11 +44,27 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             VARIANTS[name].run(first, Path(out))
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak until now: proc(5)
+    _forget_peak()
     with tempfile.TemporaryDirectory(dir=folder) as out:
         VARIANTS[variant].run(work, Path(out))
+    print(_status("VmHWM"))
+
+
+def peak_above(call: Callable[[], object]) -> int:
+    """How far the resident bytes of this process rise above what they are, while ``call`` runs."""
+    _forget_peak()
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5)
+
+
+def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 if __name__ == "__main__":

@@ -84,9 +84,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, int64_t, uint32_t, int64_t, py::object>())
       .def("append", &PyPayloadStream::append)
       .def("finish", &PyPayloadStream::finish)
-      .def_property_readonly("position", [](const PyPayloadStream& stream) { return stream.stream.position(); })
-      .def_property_readonly("crc", [](const PyPayloadStream& stream) { return stream.stream.crc(); })
-      .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.stream.direct(); });
+      .def("close", &PyPayloadStream::close)
+      .def_property_readonly("position", [](const PyPayloadStream& stream) { return stream.open().position(); })
+      .def_property_readonly("crc", [](const PyPayloadStream& stream) { return stream.open().crc(); })
+      .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.open().direct(); });
 
   py::class_<PyTap>(m, "Tap")
       .def(py::init(&make_tap))

@@ -42,18 +42,31 @@ uint32_t crc32c_of(const py::buffer& data, uint32_t crc) {
 }
 
 PyPayloadStream::PyPayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes, py::object path_)
-    : stream(fd, position, crc, piece_bytes), path(std::move(path_)) {}
+    : path(std::move(path_)), stream_(std::make_unique<PayloadStream>(fd, position, crc, piece_bytes)) {}
+
+const PayloadStream& PyPayloadStream::open() const {
+  if (!stream_)
+    throw py::value_error(broken_rule("PayloadStream", "stream", "be open", "a closed one", "Start another."));
+  return *stream_;
+}
 
 void PyPayloadStream::append(const std::vector<Block>& blocks) {
   std::vector<Rows> rows;
   for (const auto& [data, n_rows, n_values, dtype, norms, odd] : blocks)
     rows.push_back({reinterpret_cast<const void*>(data), n_rows, n_values, parse_dtype(dtype),
                     reinterpret_cast<float*>(norms), reinterpret_cast<uint8_t*>(odd)});
-  at_the_disk(path, [&] { stream.append(rows); });
+  open();
+  at_the_disk(path, [&] { stream_->append(rows); });
 }
 
 void PyPayloadStream::finish() {
-  at_the_disk(path, [&] { stream.finish(); });
+  open();
+  at_the_disk(path, [&] { stream_->finish(); });
+}
+
+void PyPayloadStream::close() {
+  const py::gil_scoped_release release;
+  stream_.reset();
 }
 
 }  // namespace tlfast

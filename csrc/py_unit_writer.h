@@ -20,9 +20,14 @@ struct PyPayloadStream {
   PyPayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes, pybind11::object path);
   void append(const std::vector<Block>& blocks);
   void finish();
+  // Waits for the pieces that are on their way: the memory is the caller's again.
+  void close();
+  const PayloadStream& open() const;
 
-  PayloadStream stream;
   const pybind11::object path;
+
+ private:
+  std::unique_ptr<PayloadStream> stream_;
 };
 
 }  // namespace tlfast

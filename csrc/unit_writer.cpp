@@ -61,9 +61,9 @@ uint32_t summarise(std::span<const Rows> blocks, uint32_t crc) {
 // What two threads write, one piece after the other, until none is left or one of them has failed.
 class PayloadStream::Pieces {
  public:
-  // n_bytes of the run, from position_ on. The run must outlive this.
-  Pieces(PayloadStream& stream, const std::vector<Segment>& run, int64_t n_bytes)
-      : stream_(stream), run_(run), n_bytes_(n_bytes) {
+  // The whole pages of a run, to `position`. `kept` are the bytes that its first segment consists of, if any were.
+  Pieces(PayloadStream& stream, std::vector<Segment> run, std::vector<char> kept, int64_t n_bytes)
+      : stream_(stream), run_(std::move(run)), kept_(std::move(kept)), n_bytes_(n_bytes), position_(stream.position_) {
     const int64_t n_pieces = (n_bytes + stream.piece_bytes_ - 1) / stream.piece_bytes_;
     try {
       while (int64_t(threads_.size()) < std::min(kThreads, n_pieces)) threads_.emplace_back([this] { take(); });
@@ -72,7 +72,10 @@ class PayloadStream::Pieces {
     }
   }
 
-  ~Pieces() { join(); }
+  ~Pieces() {
+    failed_ = true;  // if they are still at work, nobody wants the rest
+    join();
+  }
 
   void finish() {
     join();
@@ -85,7 +88,7 @@ class PayloadStream::Pieces {
       Pages block;
       for (int64_t start; !failed_ && (start = next_.fetch_add(stream_.piece_bytes_)) < n_bytes_;) {
         const int64_t stop = std::min(start + stream_.piece_bytes_, n_bytes_);
-        stream_.write_all(in_one(start, stop, block), stop - start, stream_.position_ + start);
+        stream_.write_all(in_one(start, stop, block), stop - start, position_ + start);
       }
     } catch (...) {
       const std::lock_guard lock(mutex_);
@@ -115,8 +118,9 @@ class PayloadStream::Pieces {
   }
 
   PayloadStream& stream_;
-  const std::vector<Segment>& run_;
-  const int64_t n_bytes_;
+  const std::vector<Segment> run_;
+  const std::vector<char> kept_;
+  const int64_t n_bytes_, position_;
   std::atomic<int64_t> next_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
@@ -132,8 +136,11 @@ PayloadStream::PayloadStream(int fd, int64_t position, uint32_t crc, int64_t pie
                                 ". Pad the header to whole pages.");
 }
 
+PayloadStream::~PayloadStream() = default;
+
 void PayloadStream::append(std::span<const Rows> blocks) {
-  const std::vector<char> kept(kept_, kept_ + n_kept_);
+  wait();
+  std::vector<char> kept(kept_, kept_ + n_kept_);
   std::vector<Segment> run;
   int64_t n_bytes = 0;
   const auto add = [&](const void* data, int64_t n) {
@@ -149,20 +156,24 @@ void PayloadStream::append(std::span<const Rows> blocks) {
   for (const Rows& rows : blocks) add(rows.data, rows.n_rows * rows.row_bytes());
 
   const int64_t n_whole = n_bytes / kPage * kPage;
-  Pieces pieces(*this, run, n_whole);
-  crc_ = summarise(blocks, crc_);
-  pieces.finish();
-
   for (const Segment& segment : run) {
     const int64_t from = std::max(segment.start, n_whole);
     if (from < segment.stop)
       std::memcpy(kept_ + (from - n_whole), segment.data + (from - segment.start), segment.stop - from);
   }
+  pieces_ = std::make_unique<Pieces>(*this, std::move(run), std::move(kept), n_whole);
   n_kept_ = n_bytes - n_whole;
   position_ += n_whole;
+  crc_ = summarise(blocks, crc_);
+}
+
+void PayloadStream::wait() {
+  if (pieces_) pieces_->finish();
+  pieces_.reset();
 }
 
 void PayloadStream::finish() {
+  wait();
   leave_direct();  // the rest fills no page; nor does the header that follows have to lie at one
   write_all(kept_, n_kept_, position_);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <vector>
@@ -13,18 +14,22 @@ namespace tlfast {
 constexpr int64_t kPage = 4096;  // the payload begins at a multiple of it, and O_DIRECT takes multiples of it
 
 // Bytes behind a header of whole pages, through O_DIRECT where the filesystem takes it. Two threads write pieces while
-// the caller computes checksum and norms. Memory that lies at a page boundary is written where it is; any other
-// goes through one block of piece_bytes for each of the threads.
+// the caller computes checksum and norms, and does what it likes after that. Memory that lies at a page boundary is
+// written where it is; any other goes through one block of piece_bytes for each of the threads.
 class PayloadStream {
  public:
   // Goes on at `position`, a multiple of kPage, of a file whose bytes before that have the checksum `crc`.
   PayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes);
 
+  // Waits for the disk only, and no longer than for the piece that it is at.
+  ~PayloadStream();
+
   // Write blocks of rows, one behind the other; the last bytes that fill no page are kept for the next call.
-  // std::system_error where the disk fails. Memory that goes on from block to block is one run.
+  // Returns when the norms are there: the memory belongs to the stream until the next call has returned. Memory that
+  // goes on from block to block is one run. std::system_error where the disk fails, here or in the next call.
   void append(std::span<const Rows> blocks);
 
-  // Write what is left. The content isn't durable before fdatasync.
+  // Wait for the disk, and write what is left. The content isn't durable before fdatasync.
   void finish();
 
   int64_t position() const { return position_ + n_kept_; }
@@ -38,6 +43,7 @@ class PayloadStream {
   };
   class Pieces;
 
+  void wait();
   void write_all(const char* data, int64_t n, int64_t at);
   void leave_direct();
 
@@ -49,6 +55,7 @@ class PayloadStream {
   std::mutex leaving_;
   int64_t n_kept_ = 0;
   char kept_[kPage];
+  std::unique_ptr<Pieces> pieces_;  // the last: it is at work on the others
 };
 
 }  // namespace tlfast

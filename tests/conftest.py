@@ -19,8 +19,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 settings.register_profile("tlfast", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("tlfast")
 
-# The tests of the command line need a library that a machine without a network may lack.
-NEEDS = {"tyro": ("test_cli.py", "test_cli_refusals.py", "test_collect_killed.py", "test_demo.py")}
+# These tests need a library that a machine without a network may lack.
+NEEDS = {
+    "tyro": (
+        "test_cli.py", "test_cli_refusals.py", "test_collect_killed.py", "test_demo.py", "test_device_map.py",
+        "test_ray.py", "test_torchrun.py", "test_unit_ranges.py",
+    ),
+    "accelerate": ("test_device_map.py",),
+    "ray": ("test_ray.py",),
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

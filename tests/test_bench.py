@@ -34,12 +34,12 @@ def test_quick_runs_all_benches_and_keeps_machine_floor_and_ratios(tmp_path):
     # A process of its own: one thread, and the warning of a pure-Python install is none of this test's business.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "hooks", "kernel", "step", "collect", "--quick", "--out", str(out)],
+        [sys.executable, "-m", "bench", "hooks", "kernel", "step", "collect", "dataset", "--quick", "--out", str(out)],
         capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text(encoding="utf-8"))
-    assert list(results) == ["hooks", "kernel", "step", "collect"]
+    assert list(results) == ["hooks", "kernel", "step", "collect", "dataset"]
     for name, result in results.items():
         assert {"cpu", "cores", "torch", "backend", "load"} <= result["machine"].keys()
         assert result["machine"]["threads"] == 1

@@ -97,8 +97,8 @@ def test_a_full_disk_is_found_before_the_run(folder, tmp_path, capsys, monkeypat
 
 
 def test_a_model_without_gradients_is_found_before_the_run(folder, tmp_path, capsys, monkeypatch):
-    def without_gradients(name, dtype, device):
-        model = huggingface.load_model(name, dtype, device)
+    def without_gradients(*arguments):
+        model = huggingface.load_model(*arguments)
         model.forward = torch.no_grad()(model.forward)
         return model
 
@@ -154,7 +154,10 @@ def test_a_wrong_flag_is_exit_code_2(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["train"], "tlfast: command must be one of collect, info, verify, export, push, pull, doctor, got 'train'"),
+        (
+            ["train"],
+            "tlfast: command must be one of collect, info, verify, export, report, push, pull, doctor, got 'train'",
+        ),
         (["info"], "tlfast info: the argument must be one dataset folder, got nothing"),
         (["verify", "a", "b"], "tlfast verify: the argument must be one dataset folder, got a b"),
         (["info", "/nowhere"], "/nowhere/dataset.json"),

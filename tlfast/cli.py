@@ -18,6 +18,7 @@ USAGE = """usage: tlfast COMMAND ...
   info DIR                                                     what is inside a dataset
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
+  report DIR [--out PAGE]                                      a page of figures and charts, for a browser
   push DIR USER/NAME [--private]                               to the Hugging Face hub
   pull USER/NAME DIR                                           from the Hugging Face hub
   doctor                                                       what runs here, and what is missing
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": inspecting.info,
     "verify": inspecting.verify,
     "export": handing_on.export,
+    "report": handing_on.report,
     "push": handing_on.push,
     "pull": handing_on.pull,
     "doctor": inspecting.doctor,
@@ -68,7 +70,7 @@ def _run(args: list[str]) -> int:
         return complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         raise
-    except (OSError, FloatingPointError) as error:
+    except OSError as error:
         return complain(f"tlfast {args[0]}: {error}", FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +16,7 @@ from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_ro
 from .continuation import Resume, add_the_rest, check_folder, own_part
 from .dataset.background import BackgroundWriter
 from .dataset.plan import Plan
-from .dataset.writer import DatasetWriter
+from .dataset.remote_writer import open_writer
 from .determinism import Deterministic, as_begun, describe_machine
 from .determinism import deterministic as only_deterministic
 from .drain import Drain, streams_for
@@ -29,7 +28,9 @@ from .loss import next_token_loss
 from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
-from .request import check_numbers, positions_of, wanted_specs, width_of
+from .request import check_numbers, check_peaceful, positions_of, wanted_specs, width_of
+from .sharded import Lockstep, agreed, is_sharded, share_of_group
+from .shares import Share, Todo, share_of, units_in
 from .spec import Over, Points, Reduction, Spec, one_of
 from .stopping import Terminated, stopping
 from .unit_loop import at_work, run_units
@@ -61,9 +62,12 @@ def collect(
     missing: str = "raise",
     cuda_graph: CudaGraph = "auto",
     lens: bool = False,
+    units: str = "",
+    share: tuple[int, int] | None = None,
     resume: Resume = "auto",
     extend: bool = False,
     overwrite: bool = False,
+    staging: str | os.PathLike[str] | None = None,
     bad_examples: BadPolicy = "skip",
     skipped: Iterable[tuple[str, int, str]] = (),
     non_finite: NonFinitePolicy = "flag",
@@ -84,7 +88,7 @@ def collect(
         model: any module; with the default loss, one that returns logits, such as a Hugging Face causal LM.
         batches: token sequences, tensors [P] or [B, P], mappings with ``input_ids``, or lists of these. They are
             rearranged: only the order of the examples counts.
-        out: the folder; new, empty, or with a part of this dataset.
+        out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
         loss: (model, batch) -> scalar that is a sum over examples; batch is a `tlfast.batches.Batch`.
         batch_tokens: positions B x P in a batch, at most (but at least one example).
@@ -98,9 +102,13 @@ def collect(
             dataset's identity: "auto" (where the native code runs on CUDA; a model that can't be run so is warned of
             and runs without), "on" (or an error) or "off".
         lens: the model is one of TransformerLens, and points are hook points by its names.
+        units: "A:B": only these units of the plan, as a Python slice would count them; "": all.
+        share: (index, count) of this process where several collect into the same ``out``, each for itself: it does its
+            own units first, then whatever is left; None: by RANK and WORLD_SIZE, which torchrun sets, else (0, 1).
         resume: "auto" continues the dataset in ``out``, or begins one; "must" continues, "never" begins, or raises.
         extend: append the examples that the dataset in ``out`` lacks. Those that it has come first, the same as then.
         overwrite: remove a dataset that lies in ``out`` first.
+        staging: where units lie until they are uploaded, if ``out`` is a URL; None: in the user's cache folder.
         bad_examples: those of less than 2 tokens, or of more than ``seq_len`` (without it: than a Hugging Face model
             has positions): "skip" leaves them out and records them with the reason, "stop" raises.
         skipped: (source, start, reason) of examples that were left out before, to be recorded too.
@@ -140,11 +148,18 @@ def collect(
         ("deterministic", deterministic, get_args(Deterministic)),
     ):  # fmt: skip
         one_of("collect", name, value, known)
-    check_folder(Path(out), resume, overwrite)
+    check_folder(out, resume, overwrite)
     specs = wanted_specs(model, points, reduce, over, dtype, output, lens)
     check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
+    together = is_sharded(model, cuda_graph)
+    if together and share is not None:
+        raise ValueError(broken_rule("collect", "share", "be None for a sharded model", share, "Its ranks are known."))
+    mine = share_of_group() if together else share_of() if share is None else Share(*share)
+    units_in(units, 0)
+    if units or mine.count > 1:
+        check_peaceful(overwrite, resume)
     if not 0 <= disk_wait_s < math.inf:
         raise ValueError(broken_rule("collect", "disk_wait_s", "be 0 or more", disk_wait_s, "Give seconds."))
     bad = BadExamples(bad_examples, skipped)
@@ -162,49 +177,58 @@ def collect(
         return entered
 
     model_devices = {p.device for p in model.parameters()}
-    with_graphs = graphs_wanted(cuda_graph, model_devices, lambda: enter(1).backend)
+    with_graphs = graphs_wanted("off" if together else cuda_graph, model_devices, lambda: enter(1).backend)
     buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
     with stopping() as stop_if_asked, at_work(model), only_deterministic(deterministic, model_devices):
         columns, devices = probe_columns(model, enter, batching, loss, examples[0])
-        n_own, n_own_skipped = own_part(Path(out), examples, bad.skipped, overwrite)
+        n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite)
         identity = describe_collection(
             model, specs, loss, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,
             grad_scale=grad_scale, calls=calls, missing=missing,
         )  # fmt: skip
         plan = Plan(n_own, rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
         here = describe_machine(model)
-        writer = DatasetWriter(
-            out, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite, about=here,
-            backend=backend,
+        writer = open_writer(
+            out, staging=staging, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite,
+            about=here, backend=backend,
         )  # fmt: skip
         add_the_rest(writer, examples, bad.skipped, extend, config)
         plan = writer.plan
-        n_before = sum(len(plan.unit_named(name)) for name in writer.done)
-        todo = [unit for unit in plan.units if unit.name not in writer.done]
-        shown = Progress(plan.n_examples, n_before, progress)
-        oddities, waited_s = Oddities(non_finite == "stop"), 0.0
+        asked = [plan.unit(k) for k in units_in(units, plan.n_units)]
+        left = [unit for unit in asked if unit.name not in writer.done]
+        left = agreed(left) if together else left
+        n_before = sum(map(len, asked)) - sum(map(len, left))
+        bar = progress and mine.index == 0
+        shown = Progress(sum(map(len, asked)), n_before, bar, waits_for=writer.waits_for)
+        oddities, todo, waited_s = Oddities(non_finite == "stop"), Todo(left, mine, writer.committed), 0.0
         if len(bad):
             shown.say(str(bad))
         try:
-            if todo:
-                say = partial(shown.say, always=True)
-                background = BackgroundWriter(writer, 2, disk_wait_s, say)
-                with as_begun(writer.description.about, here), background, enter(max(map(len, todo))) as cap, shown:
-                    replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
-                    runner = Runner(model, cap, batching, loss, grad_scale, replays)
-                    drain = Drain(streams_for(devices), columns, cap.capacity)
-                    run_units(
-                        runner, drain, todo, examples, background, shown, oddities, missing == "nan", stop_if_asked
-                    )
-                    waited_s = background.waited_s
+            with writer:
+                if left:
+                    say = partial(shown.say, always=True)
+                    background = BackgroundWriter(writer, 2, disk_wait_s, say)
+                    with as_begun(writer.description.about, here), background, enter(max(map(len, left))) as cap, shown:
+                        replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
+                        runner = Runner(model, cap, batching, loss, grad_scale, replays)
+                        drain = Drain(streams_for(devices), columns, cap.capacity)
+                        if together:
+                            todo = Lockstep(left, mine, examples, runner)
+                        run_units(
+                            runner, drain, todo, examples, background, writer, shown, oddities, missing == "nan",
+                            stop_if_asked,
+                        )  # fmt: skip
+                        waited_s = background.waited_s
         except (KeyboardInterrupt, Terminated) as stop:
-            kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}"
+            kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}{writer.still_to_do()}"
             raise type(stop)(kept) from None
     if oddities.first and non_finite == "flag":
         named = ", ".join(map(str, oddities.first))
-        shown.say(f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}")
+        line = f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}"
+        shown.say(line, always=progress)  # of every process: each knows its own rows
     return Report(
-        writer.out, plan.n_examples - n_before, n_before, len(todo), shown.n_tokens, writer.bytes_written,
-        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s, len(bad), tuple(oddities.first),
+        writer.out, sum(map(len, todo.taken)), n_before, len(todo.taken), shown.n_tokens, writer.bytes_written,
+        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s + writer.waited_s,
+        todo.n_rows_elsewhere, len(bad), tuple(oddities.first), writer.waits_for,
     )  # fmt: skip

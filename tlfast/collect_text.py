@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from .bad_examples import BadExamples
@@ -37,73 +35,89 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         ValueError: for bad settings, before the model runs.
         KeyboardInterrupt, Terminated: as `collect`.
     """
-    settings.check()
-    check_folder(Path(settings.out), settings.resume, settings.overwrite)  # type: ignore[arg-type]
-    check_model_name(settings.model)
-    device = pick_device(settings.device)
-    files = find_text_files(settings.text, settings.pattern)
-    if not any(file.path.stat().st_size for file in files):
-        got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
-        raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
-    if device.type == "cuda":
-        prepare_cuda()
-    tokenizer = load_tokenizer(settings.model)
-    model = load_model(settings.model, stored_as(settings.model_dtype), device)
-    if settings.lens:
-        from .transformer_lens.loading import as_bridge
-        from .transformer_lens.names import find_names
+    return Collection(settings).collect(settings, made_by)
 
-        check_fits(model, settings.seq_len)
-        model = as_bridge(model)
-        find_names("collect", model, settings.points)
-    else:
-        find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
-        check_fits(model, settings.seq_len)
-    bad = BadExamples(settings.bad_examples)  # type: ignore[arg-type]
-    examples = cut_texts(
-        files,
-        encoder(tokenizer),
-        settings.seq_len,
-        max_examples=settings.max_examples or None,
-        first=beginning_of_text(tokenizer, settings.bos),
-        bad=bad,
-    )
-    return collect(
-        model,
-        examples,
-        settings.out,
-        points=settings.points,
-        reduce=settings.reduce,  # type: ignore[arg-type]
-        over=settings.dims,
-        dtype=stored_as(settings.dtype),
-        output=settings.which_output,
-        batch_tokens=settings.batch_tokens,
-        seq_len=settings.seq_len,
-        rows_per_unit=settings.rows_per_unit or None,
-        padding_side=settings.padding_side,  # type: ignore[arg-type]
-        pad_id=tokenizer.pad_token_id or 0,
-        grad_scale=settings.grad_scale,
-        attach=settings.attach,
-        backend=settings.backend,
-        calls="sum" if settings.lens and settings.calls == "raise" else settings.calls,
-        missing=settings.missing,
-        lens=settings.lens,
-        cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
-        extend=settings.extend,
-        resume=settings.resume,  # type: ignore[arg-type]
-        overwrite=settings.overwrite,
-        bad_examples=settings.bad_examples,  # type: ignore[arg-type]
-        skipped=bad.skipped,  # type: ignore[arg-type]
-        non_finite=settings.non_finite,  # type: ignore[arg-type]
-        disk_wait_s=settings.disk_wait_s,
-        deterministic=settings.deterministic,  # type: ignore[arg-type]
-        header={
-            "model": {"name": portable_name(settings.model)},
-            "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
-            "text": {"seq_len": settings.seq_len, "bos": settings.bos},
-        },
-        config=settings.to_yaml(f"{made_by}, {device}"),
-    )
+
+class Collection:
+    """The model and the examples of a run, loaded once: `collect` takes them through as often as it is called."""
+
+    def __init__(self, settings: CollectSettings) -> None:
+        """Cheap checks first, the model last."""
+        settings.check()
+        check_folder(settings.out, settings.resume, settings.overwrite)  # type: ignore[arg-type]
+        check_model_name(settings.model)
+        self.device = device = pick_device(settings.device)
+        files = find_text_files(settings.text, settings.pattern)
+        if not any(file.path.stat().st_size for file in files):
+            got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
+            raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
+        if device.type == "cuda":
+            prepare_cuda()
+        self.tokenizer = tokenizer = load_tokenizer(settings.model)
+        model = load_model(settings.model, stored_as(settings.model_dtype), device, settings.device_map)
+        if settings.lens:
+            from .transformer_lens.loading import as_bridge
+            from .transformer_lens.names import find_names
+
+            check_fits(model, settings.seq_len)
+            model = as_bridge(model)
+            find_names("collect", model, settings.points)
+        else:
+            find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
+            check_fits(model, settings.seq_len)
+        self.bad = bad = BadExamples(settings.bad_examples)  # type: ignore[arg-type]
+        self.model: nn.Module = model
+        self.examples = cut_texts(
+            files,
+            encoder(tokenizer),
+            settings.seq_len,
+            max_examples=settings.max_examples or None,
+            first=beginning_of_text(tokenizer, settings.bos),
+            bad=bad,
+        )
+
+    def collect(self, settings: CollectSettings, made_by: str, progress: bool = True) -> Report:
+        """`tlfast.collect` with these settings, which differ from those loaded in units, out or the like at most."""
+        tokenizer = self.tokenizer
+        return collect(
+            self.model,
+            self.examples,
+            settings.out,
+            points=settings.points,
+            reduce=settings.reduce,  # type: ignore[arg-type]
+            over=settings.dims,
+            dtype=stored_as(settings.dtype),
+            output=settings.which_output,
+            batch_tokens=settings.batch_tokens,
+            seq_len=settings.seq_len,
+            rows_per_unit=settings.rows_per_unit or None,
+            padding_side=settings.padding_side,  # type: ignore[arg-type]
+            pad_id=tokenizer.pad_token_id or 0,
+            grad_scale=settings.grad_scale,
+            attach=settings.attach,
+            backend=settings.backend,
+            calls="sum" if settings.lens and settings.calls == "raise" else settings.calls,
+            missing=settings.missing,
+            lens=settings.lens,
+            cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
+            units=settings.units,
+            extend=settings.extend,
+            resume=settings.resume,  # type: ignore[arg-type]
+            overwrite=settings.overwrite,
+            staging=settings.staging or None,
+            bad_examples=settings.bad_examples,  # type: ignore[arg-type]
+            skipped=self.bad.skipped,  # type: ignore[arg-type]
+            non_finite=settings.non_finite,  # type: ignore[arg-type]
+            disk_wait_s=settings.disk_wait_s,
+            progress=progress,
+            deterministic=settings.deterministic,  # type: ignore[arg-type]
+            header={
+                "model": {"name": portable_name(settings.model)},
+                "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
+                "text": {"seq_len": settings.seq_len, "bos": settings.bos},
+            },
+            config=settings.to_yaml(f"{made_by}, {settings.device_map or self.device}"),
+        )
 
 
 def check_fits(model: nn.Module, seq_len: int) -> None:

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from .dataset.description import read_description
+from .dataset.destination import holds_dataset, refuse_foreign
 from .dataset.errors import dataset_error
-from .dataset.folder import is_dataset, refuse_stranger
 from .dataset.plan import Example
-from .dataset.writer import DatasetWriter
+from .dataset.remote_writer import LocalWriter, RemoteWriter
 from .identity import describe_examples
 
 Resume = Literal["auto", "must", "never"]
+Place = str | os.PathLike[str]
 Skipped = Sequence[Sequence[Any]]
 
 
-def check_folder(out: Path, resume: Resume, overwrite: bool) -> None:
+def check_folder(out: Place, resume: Resume, overwrite: bool) -> None:
     """DatasetError where ``out`` is a stranger's, or not there or there against ``resume``."""
-    refuse_stranger(out, "collect")
-    if resume == "must" and not is_dataset(out):
+    refuse_foreign(out, "collect")
+    if resume == "must" and not holds_dataset(out, "collect"):
         remedy = 'resume="auto" begins one.'
         raise dataset_error("collect", "out", 'be a dataset with resume="must"', f"none at {out}", remedy)
-    if resume == "never" and is_dataset(out) and not overwrite:
+    if resume == "never" and not overwrite and holds_dataset(out, "collect"):
         remedy = 'resume="auto" continues it, overwrite removes it.'
         raise dataset_error("collect", "out", 'be a new folder with resume="never"', f"a dataset at {out}", remedy)
 
 
-def own_part(out: Path, examples: Sequence[Example], skipped: Skipped, overwrite: bool) -> tuple[int, int]:
+def own_part(out: Place, examples: Sequence[Example], skipped: Skipped, overwrite: bool) -> tuple[int, int]:
     """How many of the examples, and of the skipped ones, belong to dataset.json itself and not to an extension.
 
     All of them, unless a dataset is there that begins with the same ones.
     """
-    if is_dataset(out) and not overwrite:
+    if not overwrite and holds_dataset(out, "collect"):
         n, said = read_description(out, "collect").examples[0]
         n_skipped = _n_skipped(said)
         if n <= len(examples) and _agree(said, examples[:n], skipped[:n_skipped]):
@@ -42,7 +43,7 @@ def own_part(out: Path, examples: Sequence[Example], skipped: Skipped, overwrite
 
 
 def add_the_rest(
-    writer: DatasetWriter,
+    writer: LocalWriter | RemoteWriter,
     examples: Sequence[Example],
     skipped: Skipped,
     extend: bool,

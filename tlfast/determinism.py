@@ -66,7 +66,8 @@ def _multiplies(device: torch.device) -> bool:
 
 def describe_machine(model: nn.Module) -> dict[str, Any]:
     """What the last bits of the rows depend on beside the data: the kind of device, and the threads of the CPU."""
-    kinds = {_kind(device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
+    devices = {p.device for p in model.parameters() if not p.is_meta}  # meta: kept elsewhere till it is used
+    kinds = {_kind(device) for device in devices or {torch.device("cpu")}}
     return {"device": ", ".join(sorted(kinds)), "threads": torch.get_num_threads()}
 
 

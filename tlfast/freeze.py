@@ -79,6 +79,7 @@ def freeze(model: nn.Module, embedding: nn.Module | None = None) -> Iterator[nn.
     """
     start = find_embedding(model) if embedding is None else embedding
     before = [(p, p.requires_grad) for p in model.parameters()]
+    by_name = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     handle = start.register_forward_hook(_StartGraph())
     try:
         for p, _ in before:
@@ -88,3 +89,6 @@ def freeze(model: nn.Module, embedding: nn.Module | None = None) -> Iterator[nn.
         handle.remove()
         for p, required in before:
             p.requires_grad_(required)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if p.is_meta and name in by_name:  # accelerate, which keeps it elsewhere, makes a new one at each use
+                p.requires_grad_(by_name[name])

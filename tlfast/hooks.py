@@ -51,7 +51,7 @@ class Capture:
         one_of(who, "backend", backend, ("auto", "native", "python"))
         one_of(who, "calls", calls, ("raise", "sum", "last", "stack"))
         one_of(who, "missing", missing, ("raise", "nan"))
-        devices = {p.device.type for p in model.parameters()}
+        devices = {p.device.type for p in model.parameters() if not p.is_meta}  # meta: kept elsewhere till it is used
         module = pick_native(who, backend, devices)
         self._native = module
         self.backend = "python" if module is None else "native"

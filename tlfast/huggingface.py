@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,8 @@ from torch import nn
 
 from .dataset.errors import extra
 from .errors import broken_rule
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # What the hub accepts as a name: one part, or two with a slash.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -43,10 +46,41 @@ def load_tokenizer(name: str) -> Any:
     return _load("AutoTokenizer", name)
 
 
-def load_model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """Load a causal language model onto a device; ``dtype`` None is the checkpoint's own. ValueError if it fails."""
-    model: nn.Module = _load("AutoModelForCausalLM", name, dtype="auto" if dtype is None else dtype)
-    return model.to(device)
+def load_model(name: str, dtype: torch.dtype | None, device: torch.device, device_map: str = "") -> nn.Module:
+    """Load a causal language model; ``dtype`` None is the checkpoint's own. ValueError if it fails.
+
+    It is put onto ``device``, or spread over several as ``device_map`` says.
+    """
+    settings: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    if not device_map:
+        model: nn.Module = _load("AutoModelForCausalLM", name, **settings)
+        return model.to(device)
+    extra("accelerate", "collect", "device-map")
+    spread: nn.Module = _load("AutoModelForCausalLM", name, device_map=as_device_map(device_map), **settings)
+    return spread
+
+
+def as_device_map(text: str) -> str | dict[str, Any]:
+    """What `from_pretrained` takes as ``device_map``: a word, or a mapping given as JSON. ValueError for other text."""
+    if text in DEVICE_MAPS:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and value and all(map(_is_place, value.values())):
+        return value
+    rule = f"be one of {', '.join(DEVICE_MAPS)}, or JSON that maps modules to devices"
+    raise ValueError(broken_rule("collect", "device_map", rule, repr(text), "Or leave it out: one device."))
+
+
+def _is_place(place: Any) -> bool:
+    if type(place) is int or place == "disk":  # a GPU's number, and accelerate's word
+        return True
+    try:
+        return isinstance(place, str) and torch.device(place).type != "meta"
+    except RuntimeError:
+        return False
 
 
 def _load(kind: str, name: str, **settings: Any) -> Any:
@@ -56,7 +90,7 @@ def _load(kind: str, name: str, **settings: Any) -> Any:
     folder = Path(name).expanduser()
     try:
         return getattr(transformers, kind).from_pretrained(str(folder) if folder.is_dir() else name, **settings)
-    except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises, several lines long
+    except (OSError, ValueError, KeyError, AssertionError) as error:  # what from_pretrained raises, several lines long
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         got = f"{name!r}: {' '.join(lines)[:300]}"
         remedy = "Check the folder, or the name and the connection to the hub."
@@ -92,9 +126,21 @@ def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the first GPU, or the CPU. ValueError where it isn't there."""
+    """The device called ``name``; ValueError where it isn't there.
+
+    "auto" is the GPU of this process's LOCAL_RANK, which torchrun sets, else the first one, or the CPU without any.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank, n_gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+        if not rank:
+            return torch.device("cuda")
+        if not rank.isdecimal() or int(rank) >= n_gpus:
+            remedy = "Start as many processes on a machine as it has GPUs, or give --device."
+            raise ValueError(broken_rule("collect", "LOCAL_RANK", f"be below {n_gpus}, the GPUs here", rank, remedy))
+        torch.cuda.set_device(int(rank))  # else each process would keep a context on the first GPU as well
+        return torch.device("cuda", int(rank))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -35,6 +35,17 @@ def wanted_specs(
     return specs
 
 
+def check_peaceful(overwrite: bool, resume: str) -> None:
+    """ValueError for what one of several processes would do to the work of the others."""
+    if overwrite:
+        remedy = "Remove the dataset before they start."
+        raise ValueError(broken_rule("collect", "overwrite", "be off where several processes collect", "on", remedy))
+    if resume == "never":
+        rule = 'be "auto" or "must" where several processes collect'
+        remedy = "All but the first find a dataset there."
+        raise ValueError(broken_rule("collect", "resume", rule, '"never"', remedy))
+
+
 def check_numbers(**numbers: Any) -> None:
     for name, value in numbers.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -10,10 +10,16 @@ from typing import Any, get_args
 
 import torch
 
-from .dataset.errors import extra
+from .dataset.errors import DatasetError, extra
+from .dataset.remote import url_of
+from .dataset.store import as_store
 from .errors import broken_rule
+from .huggingface import as_device_map
+from .shares import units_in
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
+_MAX_BYTES = 1 << 20  # of a config.yaml at a URL
+_RAY = ("ray_workers", "ray_cpus", "ray_gpus")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 
 
@@ -28,7 +34,7 @@ class CollectSettings:
     points: tuple[str, ...]
     """names of modules, or globs: * stays within one part of a dotted name, ** crosses dots"""
     out: str
-    """folder of the dataset: new, empty, or with a part of the same dataset, which is completed"""
+    """folder of the dataset, or a URL such as s3://bucket/folder: new, empty, or with a part of the same dataset"""
     reduce: str = "mean"
     """none, sum, mean, last, norm or absmax"""
     over: str = "pos"
@@ -53,6 +59,8 @@ class CollectSettings:
     """right or left"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    device_map: str = ""
+    """spread the model over devices: auto, balanced, balanced_low_0, sequential, or JSON, {"module": device, ...}"""
     model_dtype: str = "auto"
     """what the model runs in: auto (the checkpoint's), float32, bfloat16, float16 or float64"""
     grad_scale: float = 1.0
@@ -69,8 +77,20 @@ class CollectSettings:
     """run the steps as CUDA graphs, with batches padded to a few lengths: auto (if the model is on a GPU), on or off"""
     lens: bool = False
     """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
+    units: str = ""
+    """A:B: only these units of the plan, as a Python slice counts them, for jobs that know nothing of each other"""
+    engine: str = "local"
+    """local (this process, or the ranks of torchrun), or ray: one task per unit, on all nodes of a Ray cluster"""
+    ray_workers: int = 0
+    """processes that take units under Ray; 0: as many as the cluster has room for now"""
+    ray_cpus: int = 1
+    """CPU cores, and threads, of each of them"""
+    ray_gpus: int = -1
+    """GPUs of each of them; -1: one if the cluster has any and --device isn't cpu"""
     overwrite: bool = False
     """remove the dataset in OUT first"""
+    staging: str = ""
+    """where units lie until they are uploaded, if OUT is a URL; empty: in the user's cache folder"""
     extend: bool = False
     """append the examples that the dataset in OUT lacks; those that it has must come first, the same as then"""
     resume: str = "auto"
@@ -106,6 +126,7 @@ class CollectSettings:
         one_of(who, "model_dtype", self.model_dtype, (*_DTYPES, "auto"))
         one_of(who, "bos", self.bos, ("auto", "always", "never"))
         one_of(who, "padding_side", self.padding_side, ("right", "left"))
+        one_of(who, "engine", self.engine, ("local", "ray"))
         one_of(who, "cuda_graph", self.cuda_graph, ("auto", "on", "off"))
         one_of(who, "resume", self.resume, ("auto", "must", "never"))
         one_of(who, "bad_examples", self.bad_examples, ("skip", "stop"))
@@ -119,10 +140,19 @@ class CollectSettings:
             ("max_examples", 0),
             ("rows_per_unit", 0),
             ("disk_wait_s", 0),
+            ("ray_workers", 0),
+            ("ray_cpus", 1),
+            ("ray_gpus", -1),
         ):
             if getattr(self, argument) < least:
                 got = getattr(self, argument)
                 raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
+        units_in(self.units, 0)
+        if self.device_map and self.device != "auto":
+            got = f"{self.device!r} with device_map {self.device_map!r}"
+            raise ValueError(broken_rule(who, "device", "be auto where device_map is given", got, "Leave one out."))
+        if self.device_map:
+            as_device_map(self.device_map)
         for argument in ("text", "points"):
             if not getattr(self, argument):
                 raise ValueError(broken_rule(who, argument, "name one at least", "nothing", f"Give --{argument}."))
@@ -130,8 +160,9 @@ class CollectSettings:
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
 
-        Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``, ``extend``
-        and ``resume``, so that a replay continues.
+        Paths are absolute. ``out`` is left out, since that is where the file lies, and so are ``overwrite``,
+        ``extend``, ``resume``, ``units`` and what engine it was, so that a replay continues and completes the dataset,
+        and ``staging``, which belongs to one machine.
         """
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
@@ -139,7 +170,7 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        for name in ("out", "overwrite", "extend", "resume"):
+        for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *_RAY):
             del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
@@ -150,8 +181,8 @@ def stored_as(name: str) -> torch.dtype | None:
     return _DTYPES.get(name)
 
 
-def load_settings(path: Path) -> CollectSettings:
-    """Read a config.yaml; without ``out`` the dataset is the folder it lies in.
+def load_settings(path: str | os.PathLike[str]) -> CollectSettings:
+    """Read a config.yaml, a path or a URL; without ``out`` the dataset is the folder it lies in.
 
     Raises:
         ValueError: for a file that is missing, no YAML, or has other keys or types than the settings.
@@ -159,8 +190,8 @@ def load_settings(path: Path) -> CollectSettings:
     yaml = extra("yaml", "tlfast collect")
     who = "collect"
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(_text(path))
+    except (OSError, DatasetError, UnicodeDecodeError, yaml.YAMLError) as error:
         got = f"{str(path)!r}: {error}"
         raise ValueError(broken_rule(who, "config", "be a readable YAML file", got, "Check the path.")) from error
     if not isinstance(values, Mapping):
@@ -173,13 +204,18 @@ def load_settings(path: Path) -> CollectSettings:
         rule = "hold model, text, points and other settings of `tlfast collect`"
         raise ValueError(broken_rule(who, "config", rule, f"{got} in {str(path)!r}", "See tlfast collect --help."))
     plain = CollectSettings("", (), (), "")
-    given: dict[str, Any] = {"out": str(path.parent)}
+    given: dict[str, Any] = {"out": os.path.dirname(path) or "."}
     for name, value in values.items():
         given[name] = _typed(name, value, type(getattr(plain, name)), path)
     return replace(plain, **given)
 
 
-def _typed(name: str, value: Any, kind: type, path: Path) -> Any:
+def _text(path: str | os.PathLike[str]) -> str:
+    folder, name = os.path.split(path)
+    return as_store(folder).read(name, "collect", _MAX_BYTES).decode() if url_of(path) else Path(path).read_text()
+
+
+def _typed(name: str, value: Any, kind: type, path: str | os.PathLike[str]) -> Any:
     if kind is tuple:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):

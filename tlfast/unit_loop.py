@@ -11,25 +11,32 @@ from torch import nn
 
 from .dataset.background import BackgroundWriter, Contents
 from .dataset.plan import Example, Unit
+from .dataset.remote_writer import LocalWriter, RemoteWriter
 from .drain import Arrived, Drain
 from .freeze import freeze
 from .progress import Progress
+from .shares import Todo
 from .stopping import LeaveAtOnce
 from .units import Oddities, Runner
+
+
+class _Overtaken(Exception):
+    """Another process has committed the unit at hand: the rest of it would be work for nothing."""
 
 
 def run_units(
     runner: Runner,
     drain: Drain,
-    todo: Sequence[Unit],
+    todo: Todo,
     examples: Sequence[Example],
     background: BackgroundWriter,
+    writer: LocalWriter | RemoteWriter,
     shown: Progress,
     oddities: Oddities,
     with_missing: bool,
     stop_if_asked: Callable[[], None],
 ) -> None:
-    """Take the units ``todo`` through; returns when the last is durable.
+    """Take the units ``todo`` through; returns when the last is durable where it belongs.
 
     Between two batches, and while it waits, ``stop_if_asked`` may raise, and so does a write that has failed.
     """
@@ -37,11 +44,17 @@ def run_units(
 
     def step_done(n_examples: int, n_tokens: int) -> None:
         shown.full_s = background.full_s
-        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s
+        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s + writer.waited_s
         shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
+        shown.n_elsewhere = todo.n_rows_elsewhere
         shown.step(n_examples, n_tokens)
         background.check()
         stop_if_asked()
+
+    def batch_done(n_examples: int, n_tokens: int) -> None:
+        step_done(n_examples, n_tokens)
+        if todo.overtaken():
+            raise _Overtaken
 
     def wait_for_room() -> None:
         while not background.wait_for_room(1.0):
@@ -54,15 +67,21 @@ def run_units(
     try:
         for unit in todo:
             part = examples[unit.start : unit.stop]
-            places = runner.fill_ring(part, step_done)
+            n_done = shown.n_done
+            try:
+                places = runner.fill_ring(part, batch_done)
+            except _Overtaken:
+                shown.n_done = n_done
+                continue
             missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
             rings = {name: cap[name] for name in cap.names}
             arrived = drain.drain(rings, cap.counters, places, wait_for_room)
             background.submit_unfinished(unit, partial(finish, unit, arrived, missing, cap.n_writes), part)
-        while not background.flush(1.0):
+        while not (background.flush(1.0) and writer.flush(1.0)):
             step_done(0, 0)
     except LeaveAtOnce:
         background.abandon()
+        writer.abandon()
         raise
 
 

@@ -37,13 +37,25 @@ class Runner:
     ):
         self.model, self.cap, self.batching, self.loss, self.grad_scale = model, cap, batching, loss, grad_scale
         self.replays = replays
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def step(self, batch: Batch) -> None:
         """One forward and one backward: a row for each example of the batch, on the device."""
         with self.cap.batch(batch.mask, range(len(batch.input_ids)), self.grad_scale):
             loss = self.loss(self.model, batch)
             (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
+
+    def n_steps(self, examples: Sequence[Example]) -> int:
+        """How many batches `fill_ring` makes of these examples."""
+        return len(self.batching.parts(examples, self.batching.order(examples)))
+
+    def idle(self, n_steps: int, example: Example) -> None:
+        """Take an example through so many times and forget the rows: for ranks that wait for this one in each step."""
+        tokens = example.input_ids[:_PROBE_TOKENS]
+        short = Example(example.id, tokens, "", 0, len(tokens))
+        for _ in range(n_steps):
+            self.cap.clear()
+            self.step(self.batching.batch([short], self.batching.n_positions(len(tokens))).to(self.device))
 
     def fill_ring(self, examples: Sequence[Example], step_done: Callable[[int, int], None]) -> torch.Tensor:
         """Fill the ring; return where the row of each example lies in it, int64 [examples], on the host.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,31 @@ def running(folder, out, n_units):
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+KILLS = int(os.environ.get("TLFAST_KILLS", "5"))  # a longer run is asked for by hand
+
+
+def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp_path):
+    words = arguments(undisturbed, tmp_path)[1:-2]
+    program = [sys.executable, str(Path(__file__).parent / "collect_farm.py"), str(tmp_path), str(KILLS), "0", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    runs = [tuple(map(int, line[1:])) for line in lines if line[0] == "run"]
+    assert len(runs) == KILLS
+    assert {resumed for _, _, resumed in runs} == {0}, done.stderr
+    assert sum(killed == -signal.SIGKILL for _, killed, _ in runs) > KILLS // 2, "most runs ended before their kill"
+    assert any(0 < n_units < N_UNITS for n_units, _, _ in runs), "no kill came in the middle of a run"
+    expected = unit_bytes(undisturbed / "out")
+    for k in range(KILLS):
+        assert unit_bytes(tmp_path / str(k)) == expected, runs[k]
+        assert tlfast.open_dataset(tmp_path / str(k)).verify().ok
+
+
+STOPPED = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+
+
+@pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
 def test_what_was_interrupted_goes_on_to_the_same_bytes(undisturbed, tmp_path, capsys, number):
     out = tmp_path / "out"
     with running(undisturbed, out, 3) as process:
@@ -68,16 +93,25 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(undisturbed, tmp_path, c
     kept = tlfast.open_dataset(out, partial=True)
     assert 3 <= len(kept.units) < N_UNITS, "the signal came too late to prove anything"
     assert kept.verify().ok
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        expected = (
-            f"interrupted: {len(kept.units)} of {N_UNITS} units are kept in {out}. To continue: tlfast collect {out}"
-        )
-        assert complaint.strip().splitlines()[-1] == f"{expected}/config.yaml"
-        assert shown == f"{tlfast.backend()}\n"
-    else:
-        assert process.returncode == -signal.SIGKILL
+    word, code = STOPPED[number]
+    assert process.returncode == code
+    expected = f"{word}: {len(kept.units)} of {N_UNITS} units are kept in {out}. To continue: tlfast collect {out}"
+    assert complaint.strip().splitlines()[-1] == f"{expected}/config.yaml"
+    assert shown == f"{tlfast.backend()}\n"
     assert main(["collect", str(out / "config.yaml")]) == 0
     assert f"beside {len(kept)} that were there" in capsys.readouterr().out
     assert unit_bytes(out) == unit_bytes(undisturbed / "out")
     assert tlfast.open_dataset(out).verify().ok
+
+
+def test_ctrl_c_twice_leaves_at_once_and_what_is_committed_is_whole(undisturbed, tmp_path):
+    out = tmp_path / "out"
+    with running(undisturbed, out, 3) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130
+    assert complaint.strip().splitlines()[-1].startswith("interrupted: ")
+    assert tlfast.open_dataset(out, partial=True).verify().ok
+    assert main(["collect", str(out / "config.yaml")]) == 0
+    assert unit_bytes(out) == unit_bytes(undisturbed / "out")

@@ -108,7 +108,10 @@ def content(out: Path) -> dict[str, bytes]:
 def run_python(*arguments, preload=None, **options):
     """Start python on a program of this folder, with tlfast and this folder importable."""
     root = str(HERE.parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(HERE)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([root, str(HERE.parent), str(HERE)]),
+        "OMP_NUM_THREADS": "1",
+    }
     if preload is not None:
         environment["LD_PRELOAD"] = str(preload)
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, **options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import shutil
@@ -117,6 +118,8 @@ def main(folder: Path, run: str, backend: str, modes: list[str]) -> None:
     torch.set_num_threads(1)
     pa.array([1])  # imports what pyarrow imports late (pandas, where it is installed): once, not in every child
     streaming.PIECE_BYTES = PIECE_BYTES
+    gc.collect()
+    gc.freeze()
     folder.mkdir(parents=True)
     if run == "extend":
         write_units(make_writer(folder / "whole", columns=COLUMNS, plan=PLAN, backend=backend))

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import threading
 from types import SimpleNamespace
 
 import google_crc32c
@@ -53,7 +54,8 @@ def write(folder, tensors, writer):
     n_bytes = len(HEADER) + sum(tensor.nbytes for tensor in tensors.values())
     with PendingFile(folder / "unit", n_bytes) as file:
         file.start_with(HEADER)
-        norms, odd = streaming.write_rows(file, tensors, writer)
+        with streaming.writing(file, tensors, writer) as (norms, odd):
+            pass
         file.seal()
         file.rename()
     return (folder / "unit").read_bytes(), file.crc, norms, odd
@@ -196,8 +198,9 @@ def stand_in(fd, position=PAGE_BYTES):
 def test_a_full_disk_is_told_with_the_name_of_the_file(writer, width):
     fd = os.open("/dev/full", os.O_RDWR)
     try:
-        with pytest.raises(OSError, match=r"No space left on device: 'out/data/u000000\.safetensors'") as caught:
-            streaming.write_rows(stand_in(fd), {"x": torch.zeros(1, width)}, writer)
+        full = pytest.raises(OSError, match=r"No space left on device: 'out/data/u000000\.safetensors'")
+        with full as caught, streaming.writing(stand_in(fd), {"x": torch.zeros(1, width)}, writer):
+            pass
         assert caught.value.errno == errno.ENOSPC
     finally:
         os.close(fd)
@@ -207,11 +210,32 @@ def test_other_errors_keep_their_number(tmp_path, writer):
     (tmp_path / "read only").touch()
     fd = os.open(tmp_path / "read only", os.O_RDONLY)
     try:
-        with pytest.raises(OSError, match="Bad file descriptor: 'out") as caught:
-            streaming.write_rows(stand_in(fd), {"x": torch.zeros(1, 5 * PAGE_BYTES)}, writer)
+        bad = pytest.raises(OSError, match="Bad file descriptor: 'out")
+        with bad as caught, streaming.writing(stand_in(fd), {"x": torch.zeros(1, 5 * PAGE_BYTES)}, writer):
+            pass
         assert caught.value.errno == errno.EBADF
     finally:
         os.close(fd)
+
+
+def test_an_error_of_the_block_wins_and_nothing_goes_on(tmp_path, writer):
+    tensor = torch.zeros(100, PAGE_BYTES)
+    with PendingFile(tmp_path / "unit", len(HEADER) + tensor.nbytes) as file:
+        file.start_with(HEADER)
+        with pytest.raises(LookupError, match="no table"), streaming.writing(file, {"x": tensor}, writer):
+            raise LookupError("no table")
+        assert file.position == len(HEADER)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("tlfast-disk")]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_closed_stream_says_so(tmp_path, native):
+    stream = ops.loaded().PayloadStream(0, 0, 0, PAGE_BYTES, "x")
+    stream.close()
+    stream.close()
+    for call in (stream.finish, lambda: stream.append([]), lambda: stream.crc):
+        with pytest.raises(ValueError, match=r"PayloadStream: stream must be open, got a closed one\. Start another\."):
+            call()
 
 
 def test_arguments_of_the_native_stream(native):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import broken_rule
+from ..shares import share_of
 
 # 128 + the number of the signal, as shells say it: SIGINT, SIGPIPE.
 OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
@@ -15,8 +16,16 @@ OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 def complain(text: str, code: int) -> int:
     """Say what is wrong in one line on stderr; return the exit code."""
-    print(" ".join(text.split()), file=sys.stderr)
+    print(rank() + " ".join(text.split()), file=sys.stderr)
     return code
+
+
+def rank() -> str:
+    """What a line begins with where several processes print theirs into one output."""
+    try:
+        return str(share_of())
+    except ValueError:  # `collect` complains of it
+        return ""
 
 
 class Arguments(argparse.ArgumentParser):

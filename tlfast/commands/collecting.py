@@ -5,33 +5,37 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..collect_text import collect_text
 from ..dataset.errors import extra
+from ..dataset.upload import UploadError
 from ..ops import backend
+from ..ray_engine import collect_with_ray
 from ..settings import CollectSettings, load_settings
 from ..stopping import LeaveAtOnce, Terminated
-from .arguments import FAILED, INTERRUPTED, OK, complain
+from .arguments import FAILED, INTERRUPTED, OK, complain, rank
 
 
 def collect(args: list[str]) -> int:
     """Make, or complete, a dataset of a model's gradients on text."""
-    print(backend(), flush=True)
+    print(f"{rank()}{backend()}", flush=True)
     warnings.filterwarnings("ignore", message="tlfast runs in pure Python")  # the line above has said it
     tyro = extra("tyro", "tlfast collect")
     settings: dict[str, Any] = {}
     if args and args[0].endswith((".yaml", ".yml")):
-        settings["default"] = load_settings(Path(args.pop(0)))
+        settings["default"] = load_settings(args.pop(0))
     wanted = tyro.cli(tyro.conf.FlagCreatePairsOff[CollectSettings], args=args, prog="tlfast collect", **settings)
-    config = Path(wanted.out) / "config.yaml"
-    resume = f"To continue: tlfast collect {shlex.quote(str(config))}"
+    config = os.path.join(wanted.out, "config.yaml")
+    resume = f"To continue: tlfast collect {shlex.quote(config)}"
     try:
-        report = collect_text(wanted, f"tlfast {__version__}, {backend()}")
-    except (OSError, FloatingPointError) as error:
-        if not config.exists():
+        run = collect_with_ray if wanted.engine == "ray" else collect_text
+        report = run(wanted, f"tlfast {__version__}, {backend()}")
+    except FloatingPointError as error:
+        return complain(f"{error} {resume}", FAILED)
+    except OSError as error:
+        if not (os.path.exists(config) or isinstance(error, UploadError)):  # nothing was begun
             raise
         return complain(f"tlfast collect: {error}. {resume}", FAILED)
     except Terminated as stop:
@@ -43,5 +47,5 @@ def collect(args: list[str]) -> int:
         if isinstance(interrupt, LeaveAtOnce):
             os._exit(INTERRUPTED)  # no end of the interpreter under a thread that writes
         return INTERRUPTED
-    print(f"{report}: {report.out}")
+    print(f"{rank()}{report}: {report.out}", flush=True)
     return OK

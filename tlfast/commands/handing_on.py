@@ -1,4 +1,4 @@
-"""`tlfast export`, `tlfast push` and `tlfast pull`: a dataset in the form, or at the place, where others read it."""
+"""`tlfast export`, `push`, `pull` and `report`: a dataset in the form, or at the place, where others read it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from ..dataset import export_dataset, open_dataset
 from ..dataset.export_formats import FORMATS
 from ..dataset.hub import download
 from ..points import match_names
+from ..report import write_report
 from .arguments import OK, Arguments
 from .bar import bar
 
@@ -58,4 +59,18 @@ def pull(args: list[str]) -> int:
     dataset = open_dataset(wanted.dir, partial=True)
     missing = dataset.plan.n_units - len(dataset.units)
     print(f"{len(dataset)} rows{f', {missing} units are missing' if missing else ''}: {wanted.dir}")
+    return OK
+
+
+def report(args: list[str]) -> int:
+    """Write a page about a dataset."""
+    arguments = Arguments("report", "Write an HTML page about a dataset, complete or not.")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("--out", metavar="PAGE", help="the page; without it, DIR-report.html")
+    arguments.add_argument("--tokenizer", metavar="NAME", help="a folder or a name on the hub; to decode texts")
+    wanted = arguments.read(args)
+    n_rows = len(open_dataset(wanted.dir, partial=True))
+    with bar("report", n_rows, "rows") as progress:
+        made = write_report(wanted.dir, wanted.out, tokenizer=wanted.tokenizer, progress=progress)
+    print(f"{n_rows} rows: {made}")
     return OK

@@ -37,6 +37,12 @@ def rows_path(unit: Unit) -> str:
     return f"rows/{unit.name}.parquet"
 
 
+def path_with_crc(path: str, crc: int) -> str:
+    """Return the name of a unit's file on an object store that has other bytes under ``path``, uncommitted."""
+    stem, dot, kind = path.rpartition(".")
+    return f"{stem}-{crc:08x}{dot}{kind}"
+
+
 def commit_path(unit: Unit) -> str:
     """Return the name of the unit's commit within the dataset."""
     return f"commits/{unit.name}.json"
@@ -75,13 +81,17 @@ class Commit(NamedTuple):
             "files": [{"path": f.path, "bytes": f.n_bytes, "crc32c": f"{f.crc32c:08x}"} for f in self.files],
         }
 
+    def to_bytes(self) -> bytes:
+        """Return the content of its file."""
+        return (json.dumps(self.to_json(), indent=1) + "\n").encode()
+
 
 def publish(folder: Path, commit: Commit, files: Sequence[PendingFile]) -> bool:
     """Give the sealed ``files`` their names, then the commit its own; False where the unit was committed before.
 
     The lock keeps a second writer of the same unit from replacing files that a first one has just committed.
     """
-    data = (json.dumps(commit.to_json(), indent=1) + "\n").encode()
+    data = commit.to_bytes()
     final = folder / commit_path(commit.unit)
     with ExitStack() as stack:
         pending = stack.enter_context(PendingFile(final, len(data)))
@@ -183,7 +193,10 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
         files = tuple(_read_file(entry) for entry in value["files"])
         commit = Commit(unit, description.hash_of(unit), files, value["non_finite_rows"])  # type: ignore[arg-type]
         # The paths are compared with the only possible ones, so no commit can point anywhere else.
-        paths_agree = [file.path for file in files] == [data_path(unit), rows_path(unit)]
+        names = (data_path(unit), rows_path(unit))
+        paths_agree = len(files) == 2 and all(
+            file.path in (name, path_with_crc(name, file.crc32c)) for file, name in zip(files, names, strict=True)
+        )
         agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value
     except (KeyError, TypeError, ValueError) as error:
         rule = "have the keys of a commit"

@@ -14,9 +14,9 @@ from .durable import LOCK_NAME, TEMPORARY, read_small, sync_folder, write_small
 from .errors import DatasetError, dataset_error
 
 CONFIG, CARD = "config.yaml", "README.md"
-_OURS = {
-    "data": re.compile(r"u[0-9]{6,18}\.safetensors", re.ASCII),
-    "rows": re.compile(r"u[0-9]{6,18}\.parquet", re.ASCII),
+OURS = {  # which names in its folders are of a dataset; a CRC32C in a name is that of an object store
+    "data": re.compile(r"u[0-9]{6,18}(-[0-9a-f]{8})?\.safetensors", re.ASCII),
+    "rows": re.compile(r"u[0-9]{6,18}(-[0-9a-f]{8})?\.parquet", re.ASCII),
     "commits": re.compile(r"u[0-9]{6,18}\.json", re.ASCII),
     extension.FOLDER: extension.FILE,
 }
@@ -41,11 +41,12 @@ def refuse_stranger(out: Path, who: str) -> None:
     """Raise DatasetError where ``out`` is neither empty nor a dataset of tlfast."""
     if not is_empty(out) and not is_dataset(out):
         remedy = "Choose another folder; tlfast never deletes what it did not write."
-        got = "a file" if out.is_file() else f"a folder with {_some(sorted(os.listdir(out)))}"
+        got = "a file" if out.is_file() else f"a folder with {some(sorted(os.listdir(out)))}"
         raise dataset_error(who, "out", "be a new or empty folder, or a tlfast dataset", f"{out}: {got}", remedy)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Name the first of some files, for a message."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -62,18 +63,18 @@ def our_files(out: Path, who: str) -> list[Path]:
             strangers.append(name)
         elif folder.is_dir():
             for entry in sorted(os.listdir(folder), reverse=True):  # of extensions the last first
-                ours = _OURS[name].fullmatch(entry) or TEMPORARY.fullmatch(entry)
+                ours = OURS[name].fullmatch(entry) or TEMPORARY.fullmatch(entry)
                 (files.append(folder / entry) if ours else strangers.append(f"{name}/{entry}"))
     for entry in sorted(os.listdir(out)):
         if entry in (CONFIG, CARD, LOCK_NAME) or TEMPORARY.fullmatch(entry):
             files.append(out / entry)
-        elif entry not in (*_OURS, FILE_NAME):
+        elif entry not in (*OURS, FILE_NAME):
             strangers.append(entry)
     files += [out / FILE_NAME]
     strangers += [str(file.relative_to(out)) for file in files if file.is_dir() and not file.is_symlink()]
     if strangers:
         remedy = "Move these away first; tlfast never deletes what it did not write."
-        raise dataset_error(who, "out", "hold only a tlfast dataset to be overwritten", _some(strangers), remedy)
+        raise dataset_error(who, "out", "hold only a tlfast dataset to be overwritten", some(strangers), remedy)
     return files
 
 
@@ -81,7 +82,7 @@ def clear(out: Path, who: str) -> None:
     """Remove the dataset in ``out``: commits first, dataset.json last, so that a kill leaves no half-truth."""
     for file in our_files(out, who):
         file.unlink(missing_ok=True)
-    for name in _OURS:
+    for name in OURS:
         if (out / name).is_dir():
             (out / name).rmdir()
     sync_folder(out)
@@ -123,7 +124,13 @@ def publish_extension(out: Path, new: Description, config: str, cards: tuple[str
 
 def _refuse_another(out: Path, added: extension.Extension) -> None:
     path = out / added.path
-    if os.path.lexists(path) and read_small(path, "extend", extension.MAX_BYTES) != added.to_bytes():
+    if os.path.lexists(path):
+        refuse_other_extension(str(path), read_small(path, "extend", extension.MAX_BYTES), added)
+
+
+def refuse_other_extension(path: str, there: bytes, added: extension.Extension) -> None:
+    """Raise DatasetError where the file of an extension holds another one."""
+    if there != added.to_bytes():
         rule, got = "be free for this extension", f"one by other examples in {path}"
         raise dataset_error("extend", "out", rule, got, "Another run has extended it; start again to see it.")
 

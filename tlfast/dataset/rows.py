@@ -12,6 +12,7 @@ import torch
 
 from .errors import dataset_error, extra
 from .plan import Example, Unit
+from .row_limits import check_unpacked, unpack
 from .store import Store
 
 NORM = "norm:"  # a point's float32 L2 norms stand in the column "norm:<point>"
@@ -49,25 +50,24 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
         table = pa.table(values, schema=schema)
         sink = pa.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        check_unpacked(2 * table.nbytes, sink.tell())  # what couldn't be read again is not written
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         rule = "hold ints below 2**31 as input_ids, length and flags, text as source"
         raise dataset_error("DatasetWriter", "examples", rule, str(error)[:200], "Check the examples.") from error
     return bytes(sink.getvalue())
 
 
-def decode_rows(store: Store, unit: Unit, points: Sequence[str]) -> Any:
-    """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples."""
-    pa, parquet = extra("pyarrow", _READER), extra("pyarrow.parquet", _READER)
-    path = f"rows/{unit.name}.parquet"
+def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | None = None) -> Any:
+    """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples.
+
+    ``path`` is the name that its commit gives it, where that isn't the plain one.
+    """
+    path = path or f"rows/{unit.name}.parquet"
     file = store.open(path, _READER)
     schema = row_schema(points)
     try:
         data = file.read(0, file.size)
-        stored = parquet.ParquetFile(pa.BufferReader(data))
-        found = stored.schema_arrow
-        if stored.metadata.num_rows != len(unit) or found.names != schema.names or found.types != schema.types:
-            raise ValueError(f"{stored.metadata.num_rows} rows of {found.to_string()[:300]}")
-        table = stored.read(use_threads=False)
+        table = unpack(data, schema, len(unit))
         table.validate(full=True)
         if table.column("id").to_pylist() != list(range(unit.start, unit.stop)) or any(
             column.null_count for column in table.columns
@@ -84,8 +84,9 @@ class ExampleTable(Sequence[dict[str, Any]]):
 
     KEPT_BYTES = 256 << 20  # of row tables held in memory, besides the last used
 
-    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str]) -> None:
+    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str], paths: Sequence[str]) -> None:
         self._store = store
+        self._paths = paths
         self._units = units
         self._points = list(points)
         self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
@@ -132,7 +133,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
         """Return the row table of committed unit number ``k`` as a pyarrow Table."""
         with self._lock:
             if k not in self._tables:
-                self._tables[k] = decode_rows(self._store, self._units[k], self._points)
+                self._tables[k] = decode_rows(self._store, self._units[k], self._points, self._paths[k])
                 self._held += self._tables[k].nbytes
                 while len(self._tables) > 1 and self._held > self.KEPT_BYTES:
                     self._held -= self._tables.popitem(last=False)[1].nbytes

@@ -14,12 +14,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import broken_rule
+from .columns import read_stretches
 from .reader import GradientDataset
 from .row_dataset import Batch, checked_points
 from .shuffle import Blocks, Group, share
 
 BLOCK_BYTES = 768 << 10  # of one point: measured, from there on a disk reads blocks here and there as fast as a file
-_GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed: two such groups are held
+_GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed
+_AHEAD = 2  # groups that are being read: the disk has one to go on with when the other ends; one more is given out
 
 
 class ShuffledBatches(IterableDataset[Batch]):
@@ -86,6 +88,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         self._blocks = Blocks.cut(*ds.unit_bounds, self.block_rows)
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._free: deque[Batch] = deque(maxlen=_AHEAD + 1)
         self._done = 0  # rows given in this epoch, by this process
         self._resumed: dict[str, Any] | None = None
 
@@ -152,19 +155,19 @@ class ShuffledBatches(IterableDataset[Batch]):
                     self._done += n
                     yield _joined(parts)
                     parts, n = [], 0
-            del data  # before the group after the next is read
+            self._free.append(data)  # batches are copies
         if n:
             self._done += n
             yield _joined(parts)
 
     def _read_ahead(self, groups: Iterator[tuple[Group, int]]) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Yield each group's rows and their order; the next group is being read meanwhile."""
-        thread = ThreadPoolExecutor(1, "tlfast-blocks")
+        """Yield each group's rows and their order; the next groups are being read meanwhile."""
+        thread = ThreadPoolExecutor(_AHEAD, "tlfast-blocks")
         ahead: deque[Future[tuple[Batch, torch.Tensor]]] = deque()
         try:
             for group, skipped in groups:
                 ahead.append(thread.submit(self._read, group, skipped))
-                if len(ahead) > 1:
+                if len(ahead) > _AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
@@ -174,7 +177,9 @@ class ShuffledBatches(IterableDataset[Batch]):
     def _read(self, group: Group, skipped: int) -> tuple[Batch, torch.Tensor]:
         bounds = list(zip(group.starts.tolist(), group.stops.tolist(), strict=True))
         rows = np.concatenate([np.arange(start, stop) for start, stop in bounds])
-        data: Batch = {"id": self.ds.ids_of(rows)} | self.ds.read_stretches(bounds, self.points)
+        columns = [self.ds[point] for point in self.points]
+        memory = self._free.popleft() if self._free else None  # new memory costs as much as copying into it
+        data: Batch = {"id": self.ds.ids_of(rows)} | read_stretches(columns, bounds, memory)
         if self.input_ids:
             data["input_ids"] = [ids for start, stop in bounds for ids in self.ds.examples.tokens(start, stop)]
         return data, torch.from_numpy(group.order[skipped:])

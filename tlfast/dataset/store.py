@@ -15,6 +15,8 @@ from .durable import open_regular, read_small
 from .errors import dataset_error
 from .local_file import IN_FLIGHT, LocalFile, threads
 from .mounts import on_network
+from .remote import local_path, url_of
+from .remote_store import RemoteStore
 
 
 class OpenFile(Protocol):
@@ -90,7 +92,10 @@ class Store(Protocol):
 
 def as_store(place: str | PathLike[str] | Store) -> Store:
     """Return the store of a folder's path; a store is returned as it is."""
-    return LocalStore(Path(place)) if isinstance(place, (str, PathLike)) else place
+    if not isinstance(place, (str, PathLike)):
+        return place
+    url = url_of(place)
+    return RemoteStore(url) if url else LocalStore(Path(local_path(place)))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -39,42 +40,53 @@ class PayloadStream(Protocol):
     """Writes rows behind a header of whole pages; whole pages go to the disk at once, the rest at the end."""
 
     def append(self, blocks: Sequence[Rows]) -> None:
-        """Write blocks one behind the other, and find their norms."""
+        """Write blocks one behind the other; returns when their norms are there, while the disk may be at work."""
         ...
 
     def finish(self) -> tuple[int, int]:
         """Write what is left; return where the file ends, and the CRC32C of all before that."""
         ...
 
+    def close(self) -> None:
+        """Leave the memory alone from now on, whatever is written by then."""
+        ...
 
-def write_rows(
+
+@contextmanager
+def writing(
     file: PendingFile, tensors: Mapping[str, torch.Tensor], native: ModuleType | None
-) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """Write the rows of a unit behind the header; return their norms by name, and which rows are not finite.
+) -> Iterator[tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]]:
+    """Write the rows of a unit behind the header; inside the block their norms are there, after it the bytes too.
 
     Args:
         file: its header is there, nothing else is.
         tensors: in the order of the file, [rows, *row shape] on any device.
         native: the native module, or None for Python: the same bytes.
+
+    Yields:
+        The norms by name, float32 [rows], and which rows hold a NaN or an infinity, bool [rows].
     """
     n_rows = len(next(iter(tensors.values())))
     norms = {name: np.zeros(n_rows, dtype=np.float32) for name in tensors}
     odd = {name: np.zeros(n_rows, dtype=bool) for name in tensors}
     stream: PayloadStream = PythonStream(file) if native is None else NativeStream(file, native)
-    at_hand: list[Rows] = []
-    for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(n_rows, -1) if tensor.numel() else tensor.new_empty(n_rows, 0)
-        if flat.device.type == "cpu" and flat.is_contiguous():
-            at_hand.append(Rows(flat, norms[name], odd[name]))  # together: what lies together is written together
-            continue
+    try:
+        at_hand: list[Rows] = []
+        for name, tensor in tensors.items():
+            flat = tensor.detach().reshape(n_rows, -1) if tensor.numel() else tensor.new_empty(n_rows, 0)
+            if flat.device.type == "cpu" and flat.is_contiguous():
+                at_hand.append(Rows(flat, norms[name], odd[name]))  # together: what lies together is written together
+                continue
+            stream.append(at_hand)
+            at_hand = []
+            step = max(1, PIECE_BYTES // max(1, flat.shape[1] * flat.dtype.itemsize))
+            for part in (slice(start, start + step) for start in range(0, n_rows, step)):
+                stream.append([Rows(flat[part].to("cpu").contiguous(), norms[name][part], odd[name][part])])
         stream.append(at_hand)
-        at_hand = []
-        step = max(1, PIECE_BYTES // max(1, flat.shape[1] * flat.dtype.itemsize))
-        for part in (slice(start, start + step) for start in range(0, n_rows, step)):
-            stream.append([Rows(flat[part].to("cpu").contiguous(), norms[name][part], odd[name][part])])
-    stream.append(at_hand)
-    file.position, file.crc = stream.finish()
-    return norms, np.any(list(odd.values()), axis=0)
+        yield norms, np.any(list(odd.values()), axis=0)
+        file.position, file.crc = stream.finish()
+    finally:
+        stream.close()
 
 
 class NativeStream:
@@ -82,20 +94,27 @@ class NativeStream:
 
     def __init__(self, file: PendingFile, native: ModuleType) -> None:
         self._stream = native.PayloadStream(file.fd, file.position, file.crc, PIECE_BYTES, str(file.final))
+        self._held: Sequence[Rows] = ()  # the disk may be at work on their memory
 
     def append(self, blocks: Sequence[Rows]) -> None:
-        """Hand over addresses; whoever calls keeps the memory until this returns."""
+        """Hand over addresses."""
+        before, self._held = self._held, blocks
         self._stream.append(
             [
                 (rows.data_ptr(), *rows.shape, DTYPE_NAMES[rows.dtype], norms.ctypes.data, odd.ctypes.data)
                 for rows, norms, odd in blocks
             ]
         )
+        del before
 
     def finish(self) -> tuple[int, int]:
         """Write what is left."""
         self._stream.finish()
         return self._stream.position, self._stream.crc
+
+    def close(self) -> None:
+        """Wait for the pieces that are on their way."""
+        self._stream.close()
 
 
 class _Run:
@@ -131,37 +150,46 @@ class PythonStream:
         self._kept: _Bytes = np.empty(0, np.uint8)
         self._direct = _set_direct(self._fd, True)
         self._leaving = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._errors: list[BaseException] = []
+        self._closed = False
 
     def append(self, blocks: Sequence[Rows]) -> None:
         """Write whole pages in two threads, and find checksum and norms in this one."""
+        self._wait()
         parts = [self._kept, *(as_integers(block.rows).reshape(-1).view(np.uint8) for block in blocks)]
         run = _Run([part for part in parts if len(part)])
         n_whole = run.n_bytes // PAGE_BYTES * PAGE_BYTES
-        errors: list[BaseException] = []
         starts = iter(range(0, n_whole, PIECE_BYTES))  # gives each piece to one thread alone
-        work = (run, starts, n_whole, errors)
-        n_threads = min(_THREADS, -(-n_whole // PIECE_BYTES))
-        threads = [threading.Thread(target=self._write_pieces, args=work) for _ in range(n_threads)]
-        try:
-            for thread in threads:
-                thread.start()
-            self._crc = _summarise(blocks, self._crc)
-        finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if errors:
-            raise errors[0]
+        work = (run, self._position, starts, n_whole)
+        for _ in range(min(_THREADS, -(-n_whole // PIECE_BYTES))):
+            thread = threading.Thread(target=self._write_pieces, args=work, name="tlfast-disk")
+            thread.start()
+            self._threads.append(thread)
         self._kept = run.gather(n_whole, np.empty(run.n_bytes - n_whole, np.uint8))
         self._position += n_whole
+        self._crc = _summarise(blocks, self._crc)
 
     def finish(self) -> tuple[int, int]:
-        """Write what fills no page, through the cache."""
+        """Wait for the disk, and write what fills no page, through the cache."""
+        self._wait()
         self._leave_direct()
         self._write_all(self._kept, self._position)
         return self._position + len(self._kept), self._crc
 
-    def _write_pieces(self, run: _Run, starts: Iterator[int], n_whole: int, errors: list[BaseException]) -> None:
+    def close(self) -> None:
+        """Wait for the pieces that are on their way."""
+        self._closed = True
+        while self._threads:
+            self._threads.pop().join()
+
+    def _wait(self) -> None:
+        while self._threads:
+            self._threads.pop().join()
+        if self._errors:
+            raise self._errors[0]
+
+    def _write_pieces(self, run: _Run, position: int, starts: Iterator[int], n_whole: int) -> None:
         block: _Bytes | None = None
         try:
             for start in starts:
@@ -171,11 +199,11 @@ class PythonStream:
                     if block is None:  # anonymous memory begins at a page
                         block = np.frombuffer(mmap.mmap(-1, PIECE_BYTES), np.uint8)
                     piece = run.gather(start, block[:n])
-                self._write_all(piece, self._position + start)
-                if errors:
+                self._write_all(piece, position + start)
+                if self._errors or self._closed:
                     return
         except BaseException as error:  # whatever it was, the caller must hear of it
-            errors.append(error)
+            self._errors.append(error)
 
     def _write_all(self, data: _Bytes, at: int) -> None:
         while len(data):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from .commits import Commit, data_path
+from .commits import Commit
 from .errors import dataset_error
 from .layout import Column, UnitLayout, unit_layout
 from .plan import Unit
@@ -205,7 +205,7 @@ class UnitFiles:
     def _open_unit(self, k: int) -> None:
         unit = self._commits[k].unit
         layout = unit_layout(self._columns, unit)
-        file = self._store.open(data_path(unit), _WHO)
+        file = self._store.open(self._commits[k].files[0].path, _WHO)
         check_header(file, self._store.where(file.name), layout, _WHO)
         if self.mapped:
             self._open.maps[k] = mapped = np.frombuffer(file.map(), np.uint8)

@@ -125,13 +125,13 @@ def _check_unit(
         report.problems.append(Problem(name, str(error)))
         return {f"commits/{name}.json"}
     try:
-        check_unit(store, unit, description, files, count)
+        commit = check_unit(store, unit, description, files, count)
     except (DatasetError, OSError) as error:
         report.problems.append(Problem(name, str(error), is_damage(error)))
-    else:
-        report.n_units += 1
-        report.n_rows += len(unit)
-    return {commit_path(unit), data_path(unit), rows_path(unit)}
+        return {commit_path(unit), data_path(unit), rows_path(unit)}
+    report.n_units += 1
+    report.n_rows += len(unit)
+    return {commit_path(unit), *(file.path for file in commit.files)}
 
 
 def check_unit(
@@ -140,8 +140,8 @@ def check_unit(
     description: Description,
     files: Mapping[str, int | None] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Re-read every byte of a committed unit; DatasetError or OSError where something is wrong.
+) -> Commit:
+    """Re-read every byte of a committed unit, and return its commit; DatasetError or OSError where something is wrong.
 
     ``files`` is a listing (see file_sizes), where there is one: it saves reading a file of another size.
     """
@@ -151,6 +151,7 @@ def check_unit(
     for file in commit.files:
         _check_bytes(store, file, progress)
     _check_content(store, commit, description)
+    return commit
 
 
 # What a file that is gone, replaced or on a bad sector says. Anything else (no permission, too many open files) says
@@ -194,7 +195,7 @@ def _check_content(store: Store, commit: Commit, description: Description) -> No
     unit_file, row_table = (file.path for file in commit.files)
     layout = unit_layout(description.columns, commit.unit)
     check_header(store.open(unit_file, _WHO), store.where(unit_file), layout, _WHO)
-    table = decode_rows(store, commit.unit, list(description.columns))
+    table = decode_rows(store, commit.unit, list(description.columns), row_table)
     flagged = sum(flags & FLAG_NON_FINITE != 0 for flags in table.column("flags").to_pylist())
     if flagged != commit.non_finite:
         rule = f"flag {commit.non_finite} rows as non-finite, as its commit says"

@@ -20,6 +20,7 @@ from .commits import (
     CommittedFile,
     check_folders,
     commit_path,
+    committed_names,
     data_path,
     publish,
     read_commits,
@@ -32,8 +33,9 @@ from .extension import FOLDER as EXTENSIONS
 from .folder import check_disk_space, clear, create, is_dataset, our_files, publish_extension, refuse_stranger
 from .layout import Column, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
+from .remote import url_of
 from .rows import encode_rows
-from .streaming import write_rows
+from .streaming import writing
 
 __all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
 
@@ -58,6 +60,7 @@ class DatasetWriter:
         overwrite: remove the dataset that lies in ``out`` first.
         about: what else to say of this run, JSON; not part of the identity, and kept from the run that began.
         backend: what writes the rows: "auto", "native" or "python". The bytes are the same.
+        max_units: how many of its units the disk must have room for, where they are moved away; None: all.
 
     Raises:
         DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full.
@@ -82,22 +85,26 @@ class DatasetWriter:
         overwrite: bool = False,
         about: Mapping[str, Any] | None = None,
         backend: str = "auto",
+        max_units: int | None = None,
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
         self._native = pick_native(_WHO, backend, {"cpu"})
+        if url_of(out):
+            raise dataset_error(_WHO, "out", "be a folder", repr(out), "Use collect, or open_writer, for a URL.")
         self.out = Path(out)
         self.bytes_written = 0
         description = describe(_WHO, header, columns, plan, about)
+        self._max_rows = None if max_units is None else max_units * plan.rows_per_unit
         refuse_stranger(self.out, _WHO)
         exists = is_dataset(self.out)
         if exists and overwrite:
             freed = sum(file.lstat().st_size for file in our_files(self.out, _WHO) if file.exists())
-            check_disk_space(self.out, estimate_bytes(description.columns, plan.n_examples), _WHO, freed)
+            check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO, freed)
             clear(self.out, _WHO)
         elif not exists:
-            check_disk_space(self.out, estimate_bytes(description.columns, plan.n_examples), _WHO)
-        create(self.out, description, _yaml(config), dataset_card(description))
+            check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO)
+        create(self.out, description, as_yaml(config), dataset_card(description))
         self.description = self._same(description)
         self.columns = self.description.columns
         self.plan = self.description.plan
@@ -107,7 +114,10 @@ class DatasetWriter:
 
     def _check_disk_space(self) -> None:
         remaining = self.plan.n_examples - sum(len(self.plan.unit_named(name)) for name in self.done)
-        check_disk_space(self.out, estimate_bytes(self.columns, remaining), _WHO)
+        check_disk_space(self.out, self._space(self.columns, remaining), _WHO)
+
+    def _space(self, columns: Mapping[str, Any], n_rows: int) -> int:
+        return estimate_bytes(columns, n_rows if self._max_rows is None else min(n_rows, self._max_rows))
 
     def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
         """Add ``n_examples`` examples to the plan for good, in units behind those that are there.
@@ -121,9 +131,9 @@ class DatasetWriter:
             DatasetError: where another process has extended the dataset by other examples, or the disk is too full.
         """
         new = self.description.extended(n_examples, examples)
-        check_disk_space(self.out, estimate_bytes(self.columns, n_examples), _WHO)
+        check_disk_space(self.out, self._space(self.columns, n_examples), _WHO)
         cards = (dataset_card(self.description), dataset_card(new))
-        publish_extension(self.out, new, _yaml(config), cards)
+        publish_extension(self.out, new, as_yaml(config), cards)
         self.description, self.plan = new, new.plan
 
     def _same(self, description: Description) -> Description:
@@ -142,6 +152,12 @@ class DatasetWriter:
 
     def _committed(self) -> set[str]:
         return {commit.unit.name for commit in read_commits(self.out, self.description, _WHO)}
+
+    def committed(self) -> set[str]:
+        """Look up the names of all units that have a commit by now, whichever process made it."""
+        names = set(committed_names(self.out, _WHO))
+        self.done |= names
+        return names
 
     def write_unit(
         self,
@@ -172,11 +188,12 @@ class DatasetWriter:
         layout = unit_layout(self.columns, unit)
         with PendingFile(self.out / data_path(unit), layout.n_bytes) as data:
             data.start_with(layout.header)
-            norms, bad = write_rows(data, {name: tensors[name] for name in layout.blocks}, self._native)
+            in_order = {name: tensors[name] for name in layout.blocks}
+            with writing(data, in_order, self._native) as (norms, bad):  # the table is made while the disk is at work
+                flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
+                table = encode_rows(examples, flag_bits.tolist(), {name: norms[name] for name in self.columns})
             self.bytes_written += layout.n_bytes - len(layout.header)
             data.seal()
-            flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
-            table = encode_rows(examples, flag_bits.tolist(), {name: norms[name] for name in self.columns})
             with PendingFile(self.out / rows_path(unit), len(table)) as rows:
                 rows.append(table)
                 rows.seal()
@@ -214,7 +231,7 @@ class DatasetWriter:
             raise dataset_error(_WHO, "flags", f"have {len(unit)} values", len(flags), "Give one per row, or None.")
 
 
-def _yaml(config: str | Mapping[str, Any]) -> str:
+def as_yaml(config: str | Mapping[str, Any]) -> str:
     if isinstance(config, str):
         return config
     return str(extra("yaml", _WHO).safe_dump(dict(config), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,60 @@
+"""Run as a program: ``python collect_farm.py FOLDER N SEED ARGUMENT ...`` collects N times, each killed with SIGKILL.
+
+Run k is ``tlfast collect ARGUMENT ... --out FOLDER/<k>`` in a process of its own, killed at a random instant of the
+time that a run takes; then it is started again and left alone. Prints a line per run: units there when it was killed,
+exit code of the kill, exit code of the run that continued it. Forking from one process, which has collected once,
+saves importing everything N times.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tlfast.cli import main as tlfast
+
+
+def start(words: list[str], out: Path) -> int:
+    """Fork a process that collects into ``out``; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        status = tlfast(["collect", *words, "--out", str(out)])
+    finally:
+        os._exit(status)
+
+
+def ended(child: int) -> int:
+    """Wait for a process and return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(folder: Path, n: int, seed: int, words: list[str]) -> None:
+    torch.set_num_threads(1)  # a thread of torch would be missing in the children
+    instants = random.Random(seed)
+    for name in ("first", "undisturbed"):
+        begun = time.monotonic()
+        if tlfast(["collect", *words, "--out", str(folder / name)]):
+            sys.exit("the undisturbed run failed")
+        takes_s = time.monotonic() - begun
+    for k in range(n):
+        child = start(words, folder / str(k))
+        time.sleep(instants.uniform(0.2, 1.0) * takes_s)
+        os.kill(child, signal.SIGKILL)
+        killed = ended(child)
+        n_units = len(list((folder / str(k)).glob("commits/*.json")))
+        print("run", n_units, killed, ended(start(words, folder / str(k))), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

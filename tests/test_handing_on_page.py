@@ -1,0 +1,14 @@
+"""The examples of docs/handing_on.md run one after the other."""
+
+from __future__ import annotations
+
+from test_readme import ROOT, code_blocks, run_block
+
+
+def test_the_examples_of_the_page_run(tmp_path):
+    blocks = [code for _, code in code_blocks((ROOT / "docs" / "handing_on.md").read_text(encoding="utf-8"), "python")]
+    assert len(blocks) == 4
+    done = run_block("\n".join(blocks), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "True ['u000001']" in done.stdout
+    assert (tmp_path / "gradients-report.html").exists()

@@ -1,0 +1,248 @@
+"""Write the report of a dataset: gather its figures, draw them, put them on the page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice, pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..dataset import GradientDataset, open_dataset
+from ..dataset.durable import write_small
+from ..dataset.errors import dataset_error, extra
+from . import charts
+from .page import render
+from .positions import norms_by_position, points_with_positions
+from .summary import Summary, summarize
+from .texts import Decode, decoder
+from .timeline import Timeline, commit_times, timeline
+
+_WHO = "write_report"
+_LONGEST_TABLE = 200  # points
+_LONGEST_VALUE = 300  # characters of a setting
+
+
+def write_report(
+    path: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write one HTML page about the dataset in folder ``path``, complete or not: a file that needs no other.
+
+    It reads the row tables once, and the gradients of at most 2048 rows where they keep positions; memory doesn't
+    grow with the rows.
+
+    Args:
+        path: the dataset's folder.
+        out: the page; an older one of this name is replaced. None: ``<path>-report.html``.
+        tokenizer: an object with ``decode``, or the name of a tokenizer, for the texts of the largest rows; None: that
+            of the model in config.yaml if it is a folder of this machine, else tokens are shown.
+        progress: called with the number of rows just read.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DatasetError: where the folder is no dataset, is damaged or is empty.
+        ImportError: naming the extra where matplotlib or Jinja is missing.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import DatasetWriter, Example, Plan
+        >>> from tlfast.report import write_report
+        >>> out, plan = tempfile.mkdtemp(), Plan(1, 1)
+        >>> writer = DatasetWriter(out, header={}, columns={"h": (torch.float32, (2,))}, plan=plan)
+        >>> writer.write_unit(plan.unit(0), {"h": torch.tensor([[3.0, 4.0]])}, [Example(0, [1], "a", 0, 1)])
+        True
+        >>> write_report(out).read_text().startswith("<!doctype html>")
+        True
+    """
+    for library in ("matplotlib.figure", "jinja2"):
+        extra(library, _WHO, "plot")
+    dataset = open_dataset(path, partial=True)
+    if not len(dataset):
+        raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
+    target = Path(f"{os.path.normpath(dataset.path)}-report.html" if out is None else out)
+    if target.is_dir():
+        raise dataset_error(_WHO, "out", "be a file", f"{target}, a folder", "Name a file.")
+    decode, note = decoder(dataset, tokenizer)
+    summary = summarize(dataset, progress)
+    page = render(**_values(dataset, summary, decode, note))
+    write_small(target, page.encode("utf-8", errors="replace"), replace=True)
+    return target
+
+
+def _values(dataset: GradientDataset, summary: Summary, decode: Decode, note: str) -> dict[str, Any]:
+    info = dataset.info()
+    shown = charts.some(dataset.points, _LONGEST_TABLE)
+    created = info["about"].get("created", "")
+    return {
+        "title": Path(str(dataset.path)).resolve().name or str(dataset.path),
+        "subtitle": f"{_model(info['header'])}, begun {created}" if created else _model(info["header"]),
+        "tiles": _tiles(info, summary),
+        "made": [(key, value) for key, value in _made(info)],
+        "parts": _parts(dataset),
+        "missing": _missing(dataset),
+        "skipped": _skipped(dataset),
+        "charts": _charts(dataset, summary, created),
+        "points": [_point(name, info["points"][name], summary) for name in shown],
+        "points_left_out": len(dataset.points) - len(shown),
+        "bad": [row | {"points": ", ".join(map(charts.short, row["points"][:6]))} for row in summary.bad],
+        "largest": [
+            row.example
+            | {
+                "norm": _number(row.norm),
+                "point": charts.short(row.point, 80),
+                "text": decode(row.example["input_ids"]),
+            }
+            for row in summary.largest
+        ],
+        "largest_note": note,
+        "footer": f"config hash {info['config_hash']}; made by tlfast report",
+    }
+
+
+def _model(header: dict[str, Any]) -> str:
+    model = header.get("model")
+    model = model if isinstance(model, dict) else {}
+    name = model.get("name") or model.get("class") or "gradients"
+    return f"{name} ({model['parameters']:,} parameters)" if isinstance(model.get("parameters"), int) else str(name)
+
+
+def _tiles(info: dict[str, Any], summary: Summary) -> list[dict[str, Any]]:
+    n_bytes = info["bytes"]
+    size = f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    counts = [
+        ("rows", summary.n_rows, False),
+        ("tokens", summary.n_tokens, False),
+        ("points", len(info["points"]), False),
+        ("on disk", size, False),
+        ("rows not finite", summary.flags["non-finite"], True),
+        ("rows saturated", summary.flags["saturated"], True),
+    ]
+    if summary.flags["missing"]:
+        counts.append(("rows missing a point", summary.flags["missing"], True))
+    return [
+        {"label": label, "value": f"{value:,}" if isinstance(value, int) else value, "warn": bad and value != 0}
+        for label, value, bad in counts
+    ]
+
+
+def _made(info: dict[str, Any]) -> list[tuple[str, str]]:
+    header = info["header"]
+    known = ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale")
+    keys = [key for key in known if key in header] + [key for key in header if key not in known]
+    return [(str(key), _line(header[key])) for key in keys[:40]] + [("made", _line(info["about"]))]
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        text = ", ".join(f"{key} {_line(part)}" for key, part in value.items() if part is not None and key != "skipped")
+    elif isinstance(value, list):
+        text = " ".join(_line(part) for part in value[:50]) or "none"
+    else:
+        text = str(value)
+        text = text[:12] if len(text) == 64 else text  # a fingerprint
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}\u2026"
+
+
+def _parts(dataset: GradientDataset) -> list[dict[str, Any]]:
+    """How complete the first plan and each of its extensions are."""
+    plan = dataset.plan
+    bounds = [0, *plan.extended_at, plan.n_examples]
+    done, units, planned_units = Counter[int](), Counter[int](), Counter[int]()
+    for unit in dataset.units:
+        part = plan.extension_of(unit.start)
+        done[part] += len(unit)
+        units[part] += 1
+    parts = []
+    for k, (start, stop) in enumerate(pairwise(bounds)):
+        planned_units[k] = -(-(stop - start) // plan.rows_per_unit)
+        parts.append(
+            {
+                "label": f"Extension {k}" if k else "The plan" if len(bounds) == 2 else "The first plan",
+                "done": f"{done[k]:,}", "planned": f"{stop - start:,}",
+                "units": f"{units[k]:,}", "planned_units": f"{planned_units[k]:,}",
+                "percent": f"{100 * done[k] / (stop - start):.1f}",
+            }
+        )  # fmt: skip
+    return parts if len(parts) <= 12 else [*parts[:6], *parts[-6:]]
+
+
+def _missing(dataset: GradientDataset) -> str:
+    n_missing = dataset.plan.n_units - len(dataset.units)
+    if not n_missing:
+        return ""
+    there = {unit.name for unit in dataset.units}
+    planned = (dataset.plan.unit(k).name for k in range(dataset.plan.n_units))
+    names = list(islice((name for name in planned if name not in there), 5))
+    return ", ".join(names) + (f" and {n_missing - len(names):,} more units" if n_missing > len(names) else "")
+
+
+def _skipped(dataset: GradientDataset) -> dict[str, Any]:
+    skipped = dataset.skipped
+    reasons = Counter(reason for _, _, reason in skipped)
+    first = {reason: f"{source} from {start}" for source, start, reason in reversed(skipped)}
+    return {
+        "total": len(skipped),
+        "reasons": [(reason, n, first[reason]) for reason, n in reasons.most_common(10)],
+    }
+
+
+def _point(name: str, stored: dict[str, Any], summary: Summary) -> dict[str, Any]:
+    norms = summary.norms[name]
+    return {
+        "name": charts.short(name, 80),
+        "stored": f"{stored['dtype']} {stored['shape']}",
+        "norms": [_number(norms.percentile(percent)) for percent in (5, 50, 95)] + [_number(norms.largest)],
+        "zero": f"{norms.n_zero:,}",
+        "non_finite": norms.n_non_finite and f"{norms.n_non_finite:,}",
+    }
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "\u2013"
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
+
+
+def _charts(dataset: GradientDataset, summary: Summary, created: object) -> list[dict[str, str]]:
+    with_positions = charts.some(points_with_positions(dataset), charts.LINES)
+    line = timeline(commit_times(dataset), created)
+    found = [
+        (
+            "Norm by point",
+            "Median (dot), the middle half and the middle 90 % of the rows.",
+            charts.percentiles(summary.norms),
+        ),
+        ("Distribution of row norms", _chosen(dataset), charts.distributions(summary.norms)),
+    ]
+    if with_positions:
+        means = norms_by_position(dataset, with_positions, summary.sample, summary.sample_lengths)
+        caption = f"Mean over the real tokens of {len(summary.sample):,} rows, evenly chosen."
+        found.append(("Norm by position", caption, charts.positions(means)))
+    else:
+        caption = 'The rows don\'t keep positions: they are reduced over them. Collect with reduce="none", or over=-1.'
+        found.append(("Norm by position", caption, ""))
+    found.append(("Throughput", _speed(line), charts.throughput(line) if line else ""))
+    return [{"title": title, "caption": caption, "svg": svg} for title, caption, svg in found]
+
+
+def _chosen(dataset: GradientDataset) -> str:
+    n = len(dataset.points)
+    return "Share of the rows with each norm" + (f", {charts.LINES} of {n} points." if n > charts.LINES else ".")
+
+
+def _speed(line: Timeline | None) -> str:
+    if line is None:
+        return "The times of the commits don't tell: too few units, or a copy that bears the time of copying."
+    pauses = f" Paused {len(line.pauses)} times (dashed)." if line.pauses else ""
+    rate = line.n_rows / line.work_s
+    took = f"{line.work_s / 60:,.1f} min" if line.work_s >= 60 else f"{line.work_s:.1f} s"
+    return f"By the times of the commits: {rate:,.1f} rows per second on average, for {took}.{pauses}"
