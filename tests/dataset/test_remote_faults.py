@@ -24,6 +24,16 @@ def test_a_store_that_stutters(url, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("upload: u000000 is tried again in 0.001 s: [Errno 5] the store stutters") == 3
 
 
+@pytest.mark.parametrize("call", ["exists", "pipe", "ls"])
+def test_any_request_that_stutters(url, monkeypatch, tmp_path, call):
+    with remote_writer(url) as writer:
+        fault(monkeypatch, failing(call, 3))
+        write_units(writer)
+        assert writer.committed() == {unit.name for unit in PLAN.units}
+    fault(monkeypatch, lambda call, path: None)
+    assert objects(url) == local_content(tmp_path / "local")
+
+
 @pytest.mark.parametrize("times, error, tries", [(99, None, 4), (1, PermissionError(13, "expired token"), 1)])
 def test_a_store_that_fails_for_good(url, monkeypatch, tmp_path, times, error, tries):
     seen = []

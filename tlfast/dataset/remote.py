@@ -209,7 +209,9 @@ class RemoteFolder:
             if type(error).__name__ in _NO_CREDENTIALS:
                 number = EACCES
             text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-            raise OSError(number, text, f"{self.url}/{name}") from error  # of the kind that belongs to the number
+            raise OSError(
+                number, text, f"{self.url}/{name}".rstrip("/")
+            ) from error  # of the kind that belongs to the number
 
 
 def _batches(ranges: Sequence[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -145,9 +146,9 @@ class RemoteWriter:
 
     def committed(self) -> set[str]:
         """Look up the names of all units that have a commit at the URL by now, whichever process made it."""
-        names = set(committed_names(self._store, _WHO))
-        self.done |= names
-        return names
+        with suppress(OSError):  # a store that stutters: then it is not known, which costs work and nothing else
+            self.done |= set(committed_names(self._store, _WHO))
+        return set(self.done)
 
     def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
         """Add examples to the plan for good, as DatasetWriter.extend."""
@@ -179,9 +180,10 @@ class RemoteWriter:
             UploadError: where the upload of an earlier unit has failed.
         """
         self._uploader.wait_for(self._max_staged - 1)
-        if self._store.folder.exists(commit_path(unit)):
-            self.done.add(unit.name)
-            return False
+        with suppress(OSError):  # the upload looks again, patiently
+            if self._store.folder.exists(commit_path(unit)):
+                self.done.add(unit.name)
+                return False
         slot = self._slots[0]
         self._local.write_unit(unit, tensors, examples, flags)
         self._uploader.add(slot, read_commit(slot.folder, unit.name, self.description, _WHO))
