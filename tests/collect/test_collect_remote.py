@@ -67,7 +67,7 @@ def test_a_strangers_place_is_refused_before_anything_runs(url, tmp_path):
         collect(tiny_model(), url, EXAMPLES)
 
 
-def test_the_command_line_with_a_url(url, tmp_path, capsys):
+def test_the_command_line_with_a_url(url, tmp_path, capsys, monkeypatch):
     save_model(tmp_path / "model")
     save_text(tmp_path / "text")
     staging = str(tmp_path / "here")
@@ -76,6 +76,10 @@ def test_the_command_line_with_a_url(url, tmp_path, capsys):
     assert main(["info", url]) == 0
     assert capsys.readouterr().out.startswith(f"{url}: 24 of 24 rows in 3 units")
     assert main(["verify", url]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", url]) == 0
+    assert (tmp_path / "store-report.html").stat().st_size
+    assert main(["export", url, "--to", "npy", "--out", "exported"]) == 0
     (tmp_path / "store/commits/u000001.json").unlink()
     assert main(["collect", f"{url}/config.yaml"]) == 0
     assert "10 rows beside 14 that were there in 1 units" in capsys.readouterr().out

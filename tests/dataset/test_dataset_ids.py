@@ -11,6 +11,7 @@ import torch
 from dataset_cases import COLUMNS, PLAN, examples, make_dataset, make_writer, rows_of, same_bits, truth, write_units
 
 from tlfast.dataset import DatasetError, Example, Plan, join_datasets, open_dataset
+from tlfast.dataset.columns import read_stretches
 
 THERE = [4, 5, 6, 7, 8, 9, 10]  # units 1 and 2 of three
 
@@ -84,8 +85,11 @@ def test_several_points_at_once(tmp_path):
         assert list(everything) == list(COLUMNS)
         assert all(same_bits(rows, tensors[name][index]) for name, rows in everything.items())
     assert list(ds.rows([0], points=["loss"])) == ["loss"]
-    parts = ds.read_stretches([(9, 11), (2, 7), (3, 3)], ["double", "loss"])
-    assert all(same_bits(rows, tensors[name][[9, 10, 2, 3, 4, 5, 6]]) for name, rows in parts.items())
+    columns, memory = [ds["double"], ds["loss"]], None
+    for bounds in ([(9, 11), (2, 7), (3, 3)], [(0, 3)], [(0, 11)], []):
+        memory = read_stretches(columns, bounds, memory)
+        there = [row for start, stop in bounds for row in range(start, stop)]
+        assert all(same_bits(rows, tensors[name][there]) for name, rows in memory.items())
     with pytest.raises(KeyError, match="point must be one of"):
         ds.rows(0, points=["nope"])
 

@@ -6,7 +6,7 @@ import time
 
 from dataset_cases import PLAN, check_rows, run_python, same_bits, truth
 
-from tlfast.dataset import open_dataset
+from tlfast.dataset import Plan, open_dataset
 
 SECONDS = 120  # far above what any of this takes: only a hang takes longer
 
@@ -119,3 +119,33 @@ def test_four_processes_on_the_same_units(tmp_path):
         for unit in PLAN.units:
             rows = ds["blocks.1.attn"][unit.start : unit.stop]
             assert any(same_bits(rows, truth(seed=s)["blocks.1.attn"][unit.start : unit.stop]) for s in range(4))
+
+
+WRITING = """
+import sys
+from dataset_cases import *
+plan = Plan(n_examples=120, rows_per_unit=3)
+writer = make_writer(sys.argv[1], plan=plan)
+print("made", flush=True)
+write_units(writer, truth(plan=plan))
+"""
+
+
+def test_a_reader_beside_a_writer_sees_whole_units_alone(tmp_path):
+    plan = Plan(n_examples=120, rows_per_unit=3)
+    tensors = truth(plan=plan)
+    process = run_python("-c", WRITING, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "made\n"
+    early, seen = open_dataset(tmp_path, partial=True), [0]
+    n_early = len(early)
+    while process.poll() is None:
+        ds = open_dataset(tmp_path, partial=True)
+        check_rows(ds, tensors)
+        assert len(ds) >= seen[-1], "a unit that was there is gone"
+        seen.append(len(ds))
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    check_rows(early, tensors)
+    assert len(early) == n_early, "an open dataset must stay as it was"
+    assert any(0 < n < plan.n_examples for n in seen), "the reader was never beside the writer"
+    check_rows(open_dataset(tmp_path), tensors)

@@ -8,13 +8,12 @@ import torch
 from dataset_cases import COLUMNS, PLAN, examples, make_dataset, make_writer, rows_of, same_bits, truth, write_units
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from tlfast.dataset import DatasetError, Plan, RowDataset, ShuffledBatches, open_dataset
 
 N = 103
 POINTS = ["blocks.0.hook_resid_post", "loss"]
-IDS_OF_5 = [5, 2**31 - 1]
 
 # Another test may have imported lance, whose warning at any fork is about its own use in the child.
 pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
@@ -116,6 +115,7 @@ def test_going_on_gives_exactly_the_rest(ds, taken, batch_size, block_rows, mixe
     iterator.close()
     resumed = make()
     resumed.load_state_dict(state)
+    resumed.set_epoch(2)
     rest = list(resumed)
     assert [b["id"].tolist() for b in first + rest] == [b["id"].tolist() for b in everything]
     check_batches(first + rest)
@@ -166,34 +166,27 @@ def test_a_state_of_another_order_is_refused(ds, change, key):
         iter(other)
 
 
+def test_a_state_of_something_else(ds):
+    rows = ShuffledBatches(ds, 8)
+    for state in ({}, {"epoch": 0, "done": 3}, None):
+        with pytest.raises(ValueError, match="ShuffledBatches: state must be what state_dict returned, got"):
+            rows.load_state_dict(state)
+
+
+def test_another_epoch_begins_at_its_start(ds):
+    rows = ShuffledBatches(ds, 8, points=POINTS)
+    iterator = iter(rows)
+    next(iterator)
+    rows.load_state_dict(rows.state_dict())
+    rows.set_epoch(1)
+    check_batches(list(rows))
+
+
 def test_tokens_come_with_their_rows(ds):
     for batch in ShuffledBatches(ds, 10, points=["loss"], input_ids=True, block_rows=4):
         for i, tokens in zip(batch["id"].tolist(), batch["input_ids"], strict=True):
             assert tokens.tolist() == [i, *range(i % 5), 2**31 - 1]
             assert tokens.dtype == torch.int64
-
-
-def test_rows_by_number(ds):
-    rows, tensors = RowDataset(ds, POINTS, input_ids=True), truth(plan=Plan(N, 10))
-    assert len(rows) == N
-    assert rows[5]["id"] == 5
-    assert rows[-98]["input_ids"].tolist() == IDS_OF_5
-    assert same_bits(rows[5]["loss"], tensors["loss"][5])
-    assert same_bits(rows[2:9]["loss"], tensors["loss"][2:9])
-    many = RowDataset(ds, POINTS).__getitems__([7, 0, 7])
-    assert [item["id"] for item in many] == [7, 0, 7]
-    assert all(same_bits(item[p], tensors[p][item["id"]]) for item in many for p in POINTS)
-    with pytest.raises(IndexError, match=r"row must be in -103\.\.102, got 103"):
-        rows[103]
-    assert set(RowDataset(ds)[0]) == {"id", *COLUMNS}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_rows_in_a_loader(ds, workers):
-    rows = RowDataset(ds, POINTS)
-    check_batches(list(DataLoader(rows, batch_size=16, shuffle=True, num_workers=workers)))
-    sampler = BatchSampler(RandomSampler(rows), 16, drop_last=False)
-    check_batches(list(DataLoader(rows, sampler=sampler, batch_size=None, num_workers=workers)))
 
 
 def test_missing_units_are_never_filled(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from math import prod
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from ..errors import broken_rule
 from .layout import Column, as_integers
+from .store import Range
 from .unit_files import UnitFiles
 
 
@@ -76,10 +79,39 @@ class GradientColumn:
         rows = self._files.view(k % n_units, self.name)
         return rows.view(rows.dtype.str.replace("i", "f"))
 
+    def ranges(self, start: int, stop: int, memory: torch.Tensor) -> Iterator[Range]:
+        """Yield what to read to fill ``memory`` with the rows from ``start`` to ``stop``."""
+        return self._files.ranges(self.name, start, stop, as_integers(memory))
+
+    def read(self, ranges: Iterable[Range]) -> None:
+        """Read ranges, of whatever columns of the dataset, many at once."""
+        self._files.read(ranges)
+
     def _stretch(self, start: int, stop: int) -> torch.Tensor:
         out = torch.empty((stop - start, *self._row_shape), dtype=self.dtype)
-        self._files.read(self._files.ranges(self.name, start, stop, as_integers(out)))
+        self.read(self.ranges(start, stop, out))
         return out
+
+
+def read_stretches(
+    columns: Sequence[GradientColumn], bounds: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the rows of several stretches ``(start, stop)`` behind each other, all columns' read at once.
+
+    ``into`` is memory of an earlier call, which may have more rows: what is returned is the beginning of it.
+    """
+    n, out, ranges = sum(stop - start for start, stop in bounds), {}, []
+    for column in columns:
+        memory = (into or {}).get(column.name)
+        if memory is None or len(memory) < n:
+            memory = torch.empty((n, *column.shape[1:]), dtype=column.dtype)
+        out[column.name] = memory[:n]
+        ends = accumulate(stop - start for start, stop in bounds)
+        for (start, stop), end in zip(bounds, ends, strict=True):
+            ranges.append(column.ranges(start, stop, memory[end - (stop - start) : end]))
+    if columns:
+        columns[0].read(chain.from_iterable(ranges))
+    return out
 
 
 def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +17,7 @@ from .commits import Commit, read_commits, read_folder
 from .description import Description, skipped_examples
 from .errors import dataset_error
 from .hub import OnHub
-from .layout import DTYPE_NAMES, as_integers
+from .layout import DTYPE_NAMES
 from .plan import Plan, Unit
 from .rows import ExampleTable
 from .showing import Sample, described, take_sample
@@ -158,20 +157,6 @@ class GradientDataset(OnHub):
     def rows(self, index: Any, points: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Return the indexed rows of several points (all by default): ``{point: ds[point][index]}``."""
         return {point: self[point][index] for point in (self.points if points is None else points)}
-
-    def read_stretches(
-        self, bounds: Sequence[tuple[int, int]], points: Iterable[str] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return the rows of several stretches ``(start, stop)`` behind each other, all of them read at once."""
-        n, out, ranges = sum(stop - start for start, stop in bounds), {}, []
-        for point in self.points if points is None else points:
-            out[point] = torch.empty((n, *self[point].shape[1:]), dtype=self[point].dtype)
-            memory, at = as_integers(out[point]), 0
-            for start, stop in bounds:
-                ranges.append(self._files.ranges(point, start, stop, memory[at : at + stop - start]))
-                at += stop - start
-        self._files.read(chain.from_iterable(ranges))
-        return out
 
     def ids_of(self, rows: Any) -> torch.Tensor:
         """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""

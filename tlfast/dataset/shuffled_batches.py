@@ -6,7 +6,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import broken_rule
+from .columns import read_stretches
 from .reader import GradientDataset
 from .row_dataset import Batch, checked_points
 from .shuffle import Blocks, Group, share
 
 BLOCK_BYTES = 768 << 10  # of one point: measured, from there on a disk reads blocks here and there as fast as a file
-_GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed: two such groups are held
+_GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed
+_AHEAD = 2  # groups that are being read: the disk has one to go on with when the other ends; one more is given out
 
 
 class ShuffledBatches(IterableDataset[Batch]):
@@ -96,8 +100,9 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; without it every epoch has the same."""
-        self._epoch[0] = epoch
-        self._done, self._resumed = 0, None
+        if epoch != int(self._epoch[0]):  # else a state that was loaded stays: a loop sets its epoch then, too
+            self._epoch[0] = epoch
+            self._done, self._resumed = 0, None
 
     def _order(self) -> dict[str, Any]:
         """What the order of this process's rows depends on."""
@@ -113,8 +118,11 @@ class ShuffledBatches(IterableDataset[Batch]):
         """Return where the iteration of this process is, as plain values."""
         return {"epoch": int(self._epoch[0]), "done": self._done, "order": self._order()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Let the next iteration go on where ``state`` was taken."""
+        if not isinstance(state, dict) or set(state) != {"epoch", "done", "order"}:
+            rule, remedy = "be what state_dict returned", "Save and load it whole."
+            raise ValueError(broken_rule("ShuffledBatches", "state", rule, repr(state)[:80], remedy))
         self._epoch[0] = state["epoch"]
         self._done, self._resumed = state["done"], state["order"]
 
@@ -143,8 +151,8 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def _batches(self, groups: Iterator[Group], skipped: int) -> Iterator[Batch]:
         parts: list[Batch] = []
-        n = 0
-        for data, order in self._read_ahead(_behind(groups, skipped)):
+        n, free = 0, SimpleQueue[Batch]()
+        for data, order in self._read_ahead(_behind(groups, skipped), free):
             for at in _cuts(len(order), self.batch_size, n):
                 parts.append({name: _pick(values, order[at]) for name, values in data.items()})
                 n += at.stop - at.start
@@ -152,29 +160,35 @@ class ShuffledBatches(IterableDataset[Batch]):
                     self._done += n
                     yield _joined(parts)
                     parts, n = [], 0
-            del data  # before the group after the next is read
+            free.put(data)  # batches are copies: the memory is read into again
         if n:
             self._done += n
             yield _joined(parts)
 
-    def _read_ahead(self, groups: Iterator[tuple[Group, int]]) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Yield each group's rows and their order; the next group is being read meanwhile."""
-        thread = ThreadPoolExecutor(1, "tlfast-blocks")
+    def _read_ahead(
+        self, groups: Iterator[tuple[Group, int]], free: SimpleQueue[Batch]
+    ) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Yield each group's rows and their order; the next groups are being read meanwhile."""
+        thread = ThreadPoolExecutor(_AHEAD, "tlfast-blocks")
         ahead: deque[Future[tuple[Batch, torch.Tensor]]] = deque()
         try:
             for group, skipped in groups:
-                ahead.append(thread.submit(self._read, group, skipped))
-                if len(ahead) > 1:
+                ahead.append(thread.submit(self._read, group, skipped, free))
+                if len(ahead) > _AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
             thread.shutdown(cancel_futures=True)
 
-    def _read(self, group: Group, skipped: int) -> tuple[Batch, torch.Tensor]:
+    def _read(self, group: Group, skipped: int, free: SimpleQueue[Batch]) -> tuple[Batch, torch.Tensor]:
         bounds = list(zip(group.starts.tolist(), group.stops.tolist(), strict=True))
         rows = np.concatenate([np.arange(start, stop) for start, stop in bounds])
-        data: Batch = {"id": self.ds.ids_of(rows)} | self.ds.read_stretches(bounds, self.points)
+        columns = [self.ds[point] for point in self.points]
+        memory = None
+        with suppress(Empty):  # new memory costs as much as copying into it
+            memory = free.get_nowait()
+        data: Batch = {"id": self.ds.ids_of(rows)} | read_stretches(columns, bounds, memory)
         if self.input_ids:
             data["input_ids"] = [ids for start, stop in bounds for ids in self.ds.examples.tokens(start, stop)]
         return data, torch.from_numpy(group.order[skipped:])
