@@ -22,6 +22,10 @@ _LIBRARIES = {
     "tqdm": "collect",
     "transformers": "collect",
     "tyro": "collect",
+    "datasets": "hub",
+    "huggingface-hub": "hub",
+    "pylance": "lance",
+    "jinja2": "plot",
     "matplotlib": "plot",
     "transformer-lens": "transformer-lens",
 }

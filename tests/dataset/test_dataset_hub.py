@@ -169,6 +169,18 @@ def test_the_commands(hub, ds, tmp_path, capsys, monkeypatch):
     assert open_dataset(tmp_path / "mine").verify().ok
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line(hub, ds, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise type("ConnectError", (Exception,), {"__module__": "httpx"})("Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    assert main(["push", str(ds.path), "me/gradients"]) == 1
+    assert capsys.readouterr().err == "tlfast push: the hub can't be reached: Connection refused\n"
+    hub.refuse = lambda method, path: 401
+    assert main(["pull", "me/gradients", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("tlfast pull: ")
+
+
 # ----------------------------------------------------------------------------------------------------------- the card
 
 

@@ -100,7 +100,7 @@ def test_random_damage_of_several_files(tmp_path):
     make_dataset(tmp_path / "whole")
     before = content(tmp_path / "whole")
     draw = random.Random(0)
-    for k in range(30):
+    for k in range(12):
         out = tmp_path / str(k)
         shutil.copytree(tmp_path / "whole", out)
         for name in draw.sample([name for name in before if "/" in name], draw.randrange(1, 4)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ..dataset import export_dataset, open_dataset
 from ..dataset.export_formats import FORMATS
 from ..dataset.hub import download
@@ -9,6 +12,8 @@ from ..points import match_names
 from ..report import write_report
 from .arguments import OK, Arguments
 from .bar import bar
+
+_HTTP_LIBRARIES = {"httpcore", "httpx", "httpx2", "requests"}  # of the versions of huggingface_hub
 
 
 def export(args: list[str]) -> int:
@@ -43,7 +48,8 @@ def push(args: list[str]) -> int:
     arguments.add_argument("--partial", action="store_true", help="the units that are there, although some are missing")
     wanted = arguments.read(args)
     dataset = open_dataset(wanted.dir, partial=wanted.partial)
-    url = dataset.push_to_hub(wanted.repo, private=wanted.private, revision=wanted.revision)
+    with _connected():
+        url = dataset.push_to_hub(wanted.repo, private=wanted.private, revision=wanted.revision)
     print(f"{len(dataset)} rows: {url}")
     return OK
 
@@ -55,11 +61,23 @@ def pull(args: list[str]) -> int:
     arguments.add_argument("dir", metavar="DIR", help="the folder; one from a pull that was cut short is continued")
     arguments.add_argument("--revision", metavar="REVISION", help="a branch, a tag or a commit; without it, main")
     wanted = arguments.read(args)
-    download(wanted.repo, wanted.revision, to=wanted.dir)
+    with _connected():
+        download(wanted.repo, wanted.revision, to=wanted.dir)
     dataset = open_dataset(wanted.dir, partial=True)
     missing = dataset.plan.n_units - len(dataset.units)
     print(f"{len(dataset)} rows{f', {missing} units are missing' if missing else ''}: {wanted.dir}")
     return OK
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Make an OSError, which ends a command in one line, of what the hub's HTTP library raises without a network."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES and not isinstance(error, OSError):
+            raise ConnectionError(f"the hub can't be reached: {error}") from error
+        raise
 
 
 def report(args: list[str]) -> int:

@@ -89,7 +89,9 @@ class OnHub:
         who = "push_to_hub"
         hub = extra("huggingface_hub", who, "hub")
         if not isinstance(self._store, LocalStore):
-            raise dataset_error(who, "dataset", "lie in a folder of this machine", self._store, "Copy it here first.")
+            raise dataset_error(
+                who, "dataset", "lie in a folder of this machine", self._store.where(""), "Copy it here first."
+            )
         report = self.verify()
         if not report.ok:
             remedy = "Run `tlfast verify --repair`, then resume."

@@ -137,7 +137,7 @@ def _logarithmic(axes: Any, name: str, values: Any) -> None:
     getattr(axes, f"set_{name}scale")("log")
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (1.0, 10.0)
     # Less than two decades have hardly a power of ten in them: 2 and 5 are named too.
-    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 3 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=9))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
