@@ -56,6 +56,12 @@ def test_a_foreign_exception_is_seen(ds, monkeypatch):
         check(ds, "commit", b"")
 
 
+def test_much_memory_is_seen(ds, monkeypatch):
+    monkeypatch.setattr(hostile_inputs.HostileDataset, "_read", lambda self, same, whole: b"x" * (400 << 20))
+    with pytest.raises(AssertionError, match=r"reading a dataset took \d+ MB"):
+        check(ds, "commit", b"")
+
+
 @pytest.mark.parametrize(
     "work",
     [

@@ -127,6 +127,7 @@ def test_processes_killed_at_random_instants(url, tmp_path):
     assert objects(url) == local_content(tmp_path / "local", plan=MANY)
 
 
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")  # it says so once another test has imported it
 def test_workers_of_a_loader_read_it_too(url):
     """They are forked, and connections and threads don't survive that."""
     make_remote(url)
