@@ -3,9 +3,11 @@
 import pytest
 import torch
 from dataset_cases import COLUMNS, HEADER, Plan, make_dataset, make_writer
+from tiny_models import byte_tokenizer
 
 from tlfast.dataset import DatasetError, DatasetWriter, Example, decoding, open_dataset
 from tlfast.dataset.decoding import recorded_tokenizer, tokenizer_fingerprint
+from tlfast.dataset.store import LocalStore
 
 
 class Letters:
@@ -76,7 +78,7 @@ def test_a_bad_tokenizer(tmp_path):
         make_dataset(tmp_path).sample(tokenizer=7)
 
 
-def test_the_recorded_tokenizer_must_be_the_same(monkeypatch):
+def test_the_recorded_tokenizer_must_be_the_same(tmp_path, monkeypatch):
     asked = []
 
     class Transformers:
@@ -92,7 +94,8 @@ def test_the_recorded_tokenizer_must_be_the_same(monkeypatch):
     right = tokenizer_fingerprint(Letters())
 
     def found(name, fingerprint):
-        return recorded_tokenizer({"model": {"name": name}, "tokenizer": {"class": "L", "fingerprint": fingerprint}})
+        header = {"model": {"name": name}, "tokenizer": {"class": "L", "fingerprint": fingerprint}}
+        return recorded_tokenizer(LocalStore(tmp_path), header)
 
     assert isinstance(found("letters", right), Letters)
     assert asked == [("letters", {"local_files_only": True, "trust_remote_code": False})]
@@ -100,7 +103,18 @@ def test_the_recorded_tokenizer_must_be_the_same(monkeypatch):
     assert found("gone", right) is None
     assert found(7, right) is None
     for header in ({}, {"model": "letters", "tokenizer": []}, {"model": {"name": "letters"}}):
-        assert recorded_tokenizer(header) is None
+        assert recorded_tokenizer(LocalStore(tmp_path), header) is None
+
+
+def test_the_tokenizer_in_the_folder_of_the_model(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    header = {"tokenizer": {"fingerprint": tokenizer_fingerprint(byte_tokenizer())}, "model": {"name": "model"}}
+    ds = open_dataset(make_writer(tmp_path / "ds", header=header).out, partial=True)
+    for config in ("", "model: [\n", "model: model\n", f"model: {tmp_path}\n"):
+        (tmp_path / "ds" / "config.yaml").write_text(config)
+        assert ds.tokenizer() is None
+    (tmp_path / "ds" / "config.yaml").write_text(f"model: {tmp_path / 'model'}\n")
+    assert ds.tokenizer().decode(byte_tokenizer()("a\tb").input_ids) == "a\tb"
 
 
 def test_a_name_is_loaded(monkeypatch):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .errors import dataset_error, extra
+from .store import Store
 
 _WHO = "GradientDataset"
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -19,28 +22,47 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def recorded_tokenizer(header: Mapping[str, Any]) -> Any:
-    """Return the tokenizer that the header names; None where it isn't on this machine, or is another one by now.
+def recorded_tokenizer(store: Store, header: Mapping[str, Any]) -> Any:
+    """Return the tokenizer that a dataset names; None where it isn't on this machine, or is another one by now.
 
-    Nothing is downloaded, and no code of a model is run.
+    config.yaml has the folder of a model, dataset.json its name. Nothing is downloaded, and no code of a model is run.
     """
     model, tokenizer = header.get("model"), header.get("tokenizer")
     name = model.get("name") if isinstance(model, dict) else None
     wanted = tokenizer.get("fingerprint") if isinstance(tokenizer, dict) else None
-    if not isinstance(name, str) or not isinstance(wanted, str):
+    if not isinstance(wanted, str):
         return None
+    for place in (_model_folder(store), name):
+        if isinstance(place, str):
+            try:
+                loader = import_module("transformers").AutoTokenizer
+                found = loader.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+                if tokenizer_fingerprint(found) == wanted:
+                    return found
+            except Exception:  # text is a courtesy; the tokens are there without it
+                continue
+    return None
+
+
+def _model_folder(store: Store) -> str | None:
     try:
-        loader = import_module("transformers").AutoTokenizer
-        found = loader.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-        return found if tokenizer_fingerprint(found) == wanted else None
-    except Exception:  # text is a courtesy; the tokens are there without it
+        config = import_module("yaml").safe_load(store.read("config.yaml", _WHO, _MAX_CONFIG_BYTES))
+    except Exception:  # whatever a file that says anything makes of a parser: there is then no name in it
         return None
+    name = config.get("model") if isinstance(config, dict) else None
+    return name if isinstance(name, str) and Path(name).expanduser().is_dir() else None
 
 
 def given_tokenizer(tokenizer: Any) -> Any:
     """Return what was given, or load it where it is the name or the folder of one."""
     if isinstance(tokenizer, str):
-        return extra("transformers", _WHO).AutoTokenizer.from_pretrained(tokenizer)
+        loader = extra("transformers", _WHO).AutoTokenizer
+        try:
+            return loader.from_pretrained(tokenizer)
+        except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises, several lines long
+            got = f"{tokenizer!r}: {' '.join(str(error).split())[:300]}"
+            remedy = "Check the folder, or the name and the connection to the hub."
+            raise dataset_error(_WHO, "tokenizer", "be loadable as AutoTokenizer", got, remedy) from error
     if not hasattr(tokenizer, "decode"):
         remedy = "Give a tokenizer, or the name or folder of one."
         raise dataset_error(_WHO, "tokenizer", "have a method decode", repr(tokenizer)[:80], remedy)

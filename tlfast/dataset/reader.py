@@ -14,6 +14,7 @@ import torch
 from ..errors import broken_rule
 from .columns import GradientColumn, integers, row_numbers
 from .commits import Commit, read_commits, read_folder
+from .decoding import given_tokenizer, recorded_tokenizer
 from .description import Description, skipped_examples
 from .errors import dataset_error
 from .hub import OnHub
@@ -199,7 +200,12 @@ class GradientDataset(OnHub):
             points: whose norms are shown; all by default.
         """
         shown = self.points if points is None else [self[point].name for point in points]
-        return take_sample(self.examples, self.header, shown, n, seed, tokenizer)
+        used = self.tokenizer() if tokenizer is None else given_tokenizer(tokenizer)
+        return take_sample(self.examples, shown, n, seed, used)
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that the examples were cut with; None where it isn't here. Asks no network."""
+        return recorded_tokenizer(self._store, self.header)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> Report:
         """Re-read every byte against its checksum; see verify_dataset."""

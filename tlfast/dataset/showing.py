@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .decoding import given_tokenizer, recorded_tokenizer, text_of
+from .decoding import text_of
 from .layout import Column
 
 _TEXT_WIDTH = 60  # characters of a text that are shown
@@ -59,14 +59,11 @@ def _short(text: str, width: int) -> str:
     return plain if len(plain) <= width else plain[: width - 1] + "\u2026"
 
 
-def take_sample(
-    examples: Sequence[dict[str, Any]], header: Mapping[str, Any], points: list[str], n: int, seed: int, tokenizer: Any
-) -> Sample:
+def take_sample(examples: Sequence[dict[str, Any]], points: list[str], n: int, seed: int, tokenizer: Any) -> Sample:
     """Pick ``n`` examples at random and decode them; see GradientDataset.sample."""
-    decoder = recorded_tokenizer(header) if tokenizer is None else given_tokenizer(tokenizer)
     rows = np.random.default_rng(seed).choice(len(examples), min(max(0, n), len(examples)), replace=False)
     chosen = [examples[row] for row in sorted(rows.tolist())]
-    return Sample([example | {"text": text_of(decoder, example["input_ids"])} for example in chosen], points)
+    return Sample([example | {"text": text_of(tokenizer, example["input_ids"])} for example in chosen], points)
 
 
 def described(title: str, columns: Mapping[str, Column]) -> str:

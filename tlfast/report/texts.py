@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..dataset import GradientDataset
-from ..dataset.decoding import tokenizer_fingerprint
-from ..dataset.errors import extra
-from ..huggingface import load_tokenizer
+from ..dataset.decoding import given_tokenizer, text_of, tokenizer_fingerprint
 
 _LONGEST = 600  # characters
 
@@ -20,36 +17,17 @@ def decoder(dataset: GradientDataset, tokenizer: Any = None) -> tuple[Decode, st
     """Return how to show the tokens of an example, and why they are shown as numbers, if they are.
 
     Args:
-        dataset: whose config.yaml names the model, if that is a folder of this machine.
+        dataset: asked for its own tokenizer, if none is given.
         tokenizer: an object with ``decode``, or the name of one.
     """
-    if tokenizer is None:
-        name = _model_folder(dataset)
-        if name is None:
-            return tokens_only, "No tokenizer at hand (--tokenizer names one): these are token numbers."
-        try:
-            tokenizer = load_tokenizer(name)
-        except (ImportError, ValueError) as error:
-            return tokens_only, f"The tokenizer could not be loaded ({error}): these are token numbers."
-    elif isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
+    used = dataset.tokenizer() if tokenizer is None else given_tokenizer(tokenizer)
+    if used is None:
+        return tokens_only, "No tokenizer at hand (--tokenizer names one): these are token numbers."
     said = dataset.header.get("tokenizer")
     fingerprint = said.get("fingerprint") if isinstance(said, dict) else None
-    if fingerprint is not None and hasattr(tokenizer, "get_vocab") and tokenizer_fingerprint(tokenizer) != fingerprint:
+    if fingerprint is not None and hasattr(used, "get_vocab") and tokenizer_fingerprint(used) != fingerprint:
         return tokens_only, "The tokenizer at hand is another than the dataset's: these are token numbers."
-    return lambda tokens: _cut(str(tokenizer.decode(list(tokens)))), ""
-
-
-def _model_folder(dataset: GradientDataset) -> str | None:
-    """The model in config.yaml, if it is a folder here: a report asks no network."""
-    if not isinstance(dataset.path, Path):
-        return None
-    try:
-        config = extra("yaml", "tlfast report").safe_load((dataset.path / "config.yaml").read_text(encoding="utf-8"))
-    except Exception:  # whatever a file that says anything makes of a parser: there is then no name in it
-        return None
-    name = config.get("model") if isinstance(config, dict) else None
-    return name if isinstance(name, str) and Path(name).is_dir() else None
+    return lambda tokens: _cut(text_of(used, tokens)), ""
 
 
 def tokens_only(tokens: Sequence[int]) -> str:

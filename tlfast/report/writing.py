@@ -43,7 +43,7 @@ def write_report(
         path: the dataset's folder, or its URL.
         out: the page; an older one of this name is replaced. None: ``<path>-report.html``; of a URL, in this folder.
         tokenizer: an object with ``decode``, or the name of a tokenizer, for the texts of the largest rows; None: that
-            of the model in config.yaml if it is a folder of this machine, else tokens are shown.
+            of the dataset if it is on this machine, else tokens are shown.
         progress: called with the number of rows just read.
 
     Returns:
