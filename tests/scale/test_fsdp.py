@@ -22,7 +22,7 @@ def test_two_ranks_capture_and_collect_on_a_sharded_model(tmp_path):
     with started(*command) as process:
         shown, errors = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, errors
-    assert sorted(re.findall(r"rank \d is done", shown)) == ["rank 0 is done", "rank 1 is done"]  # lines may run together
+    assert sorted(re.findall(r"rank \d is done", shown)) == ["rank 0 is done", "rank 1 is done"], shown
     header = tlfast.open_dataset(tmp_path / "plain").header
     assert tlfast.open_dataset(tmp_path / "sharded").header == header
     assert unit_bytes(tmp_path / "sharded") == unit_bytes(tmp_path / "plain")
