@@ -18,12 +18,13 @@ def test_any_order(rerun):
     torch.manual_seed(0)
     model = Model()
     tokens = [torch.randint(11, (B, P)) for _ in range(4)]
-    one_by_one = []
+    one_by_one = {"whole": [], "short": []}  # a matrix product may round otherwise in a batch of one
     with tlfast.freeze(model), tlfast.capture(model, "first", reduce="mean", rows=ROWS, backend="native") as cap:
         for batch in tokens:
-            cap.clear()
-            step_of(model)(batch)
-            one_by_one.append(cap["first"].clone())
+            for length, part in (("whole", batch), ("short", batch[:1])):
+                cap.clear()
+                step_of(model)(part)
+                one_by_one[length].append(cap["first"].clone())
 
     @settings(max_examples=150)
     @given(st.lists(st.tuples(st.sampled_from(DO), st.integers(0, 3)), max_size=14))
@@ -41,7 +42,7 @@ def run(cap, order, model, tokens, one_by_one, rerun):
     steps["short"] = rerun(cap, step_of(model), tokens[0][:1], warmup=1)
     expected, n_writes = [], 0
     for what, which in order:
-        batch, rows = tokens[which], one_by_one[which]
+        batch, rows = tokens[which], one_by_one["short" if what == "short" else "whole"][which]
         if what == "clear":
             cap.clear()
             expected.clear()
@@ -52,7 +53,7 @@ def run(cap, order, model, tokens, one_by_one, rerun):
         elif what == "record again" and sum(map(len, expected)) + B <= ROWS:
             steps["graph"] = rerun(cap, step_of(model), batch, warmup=1)
         elif what in steps:
-            batch, rows = (batch[:1], rows[:1]) if what == "short" else (batch, rows)
+            batch = batch[:1] if what == "short" else batch
             if sum(map(len, expected)) + len(rows) > ROWS:
                 with pytest.raises(RuntimeError, match="rows must hold"):
                     steps[what][0](batch)
