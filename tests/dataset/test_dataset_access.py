@@ -1,6 +1,7 @@
 """Mapping and pread read the same; which of them is chosen; opening asks the system for each thing once."""
 
 import json
+import mmap
 import os
 import pickle
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from dataset_cases import COLUMNS, PLAN, check_rows, make_dataset, make_writer, same_bits, truth, write_units
 
 from tlfast.dataset import DatasetError, DatasetWriter, Example, Plan, local_file, open_dataset
+from tlfast.dataset.local_file import LocalFile
 from tlfast.dataset.store import LocalStore
 
 
@@ -228,3 +230,27 @@ def test_a_pickled_dataset_keeps_its_units(tmp_path):
     write_units(writer)
     assert len(pickle.loads(kept)) == 8
     assert len(open_dataset(tmp_path)) == 11
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_reading_past_the_cache(tmp_path, monkeypatch, taken):
+    if not taken:
+        monkeypatch.setattr(local_file, "set_direct", lambda fd, wanted: not wanted)
+    content = os.urandom(3 * 4096 + 5)
+    (tmp_path / "f").write_bytes(content)
+    file = LocalFile("f", os.open(tmp_path / "f", os.O_RDONLY), len(content))
+    file.past_cache()
+    assert file._direct is (taken and local_file.set_direct(file.fileno(), True))
+    memory = mmap.mmap(-1, 4 * 4096)
+    assert file.read_into(4096, memoryview(memory)[:4096]) == 4096
+    assert file.read_into(2 * 4096, memoryview(memory)[4096 : 4096 + 4101]) == 4101, "the end is no whole page"
+    assert file.read_into(0, memoryview(memory)[9000:9010]) == 10
+    assert memory[: 4096 + 4101] == content[4096:]
+    assert memory[9000:9010] == content[:10]
+
+
+def test_other_errors_of_the_disk_are_raised(tmp_path):
+    file = LocalFile("f", os.open(tmp_path, os.O_RDONLY), 0)
+    file.past_cache()
+    with pytest.raises(IsADirectoryError):
+        file.read_into(0, memoryview(bytearray(4096)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dataset_cases import PLAN, check_rows, make_dataset, make_writer, truth, write_units
 
-from tlfast.dataset import DatasetError, open_dataset, verify_dataset
+from tlfast.dataset import DatasetError, open_dataset, verify, verify_dataset
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def flip(path, position, bit):
 
 
 @pytest.mark.parametrize("name", ["data/u000001.safetensors", "rows/u000000.parquet", "data/u000002.safetensors"])
-def test_every_flipped_bit_is_found(out, name):
+@pytest.mark.parametrize("block_bytes", [verify._BLOCK_BYTES, 4096], ids=["one block", "several"])
+def test_every_flipped_bit_is_found(out, monkeypatch, name, block_bytes):
+    monkeypatch.setattr(verify, "_BLOCK_BYTES", block_bytes)
     size = (out / name).stat().st_size
     choose = random.Random(name)
     for position in [0, 8, 4095, 4096, size - 1, *(choose.randrange(size) for _ in range(20))]:

@@ -1,7 +1,9 @@
-"""A file of this machine that is read: at an offset, at once if it is in memory, mapped; and the threads that wait."""
+"""A file of this machine that is read: at an offset, past the page cache, mapped; and the threads that wait."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import sys
@@ -22,6 +24,7 @@ class LocalFile:
         self.name = name
         self.size = size
         self._fd = fd
+        self._direct = False
 
     def fileno(self) -> int:
         """Return the descriptor, which belongs to this object."""
@@ -35,7 +38,13 @@ class LocalFile:
         """Fill ``target`` from ``offset`` on; return how many bytes there were."""
         done = 0
         while done < len(target):
-            n = os.preadv(self._fd, [target[done:]], offset + done)
+            try:
+                n = os.preadv(self._fd, [target[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = not set_direct(self._fd, False)  # the end of a file is no whole page
+                continue
             if n == 0:
                 break
             done += n
@@ -47,6 +56,10 @@ class LocalFile:
             return bool(_DONT_WAIT) and os.preadv(self._fd, [target], offset, _DONT_WAIT) == len(target)
         except OSError:
             return False
+
+    def past_cache(self) -> None:
+        """Read from the disk itself from now on, where the filesystem can: whole pages, into whole pages."""
+        self._direct = set_direct(self._fd, True)
 
     def map(self) -> mmap.mmap:
         """Map the whole file for reading."""
@@ -71,6 +84,17 @@ class LocalFile:
         # Not by a close() that someone has to call: another thread may be reading when the file leaves a cache.
         with suppress(AttributeError, OSError):
             os.close(self._fd)
+
+
+def set_direct(fd: int, wanted: bool) -> bool:
+    """Ask for O_DIRECT on an open file, or give it up; whether the file is now as asked."""
+    flag = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
+    except OSError:
+        return not wanted
+    return bool(flag) if wanted else True
 
 
 _pool: ThreadPoolExecutor | None = None

@@ -30,6 +30,9 @@ class RemoteFile:
         """Return up to ``n_bytes`` bytes from ``offset`` on."""
         return self._folder.read(self.name, offset, min(self.size, offset + n_bytes)) if offset < self.size else b""
 
+    def past_cache(self) -> None:
+        """There is no cache."""
+
     def map(self) -> mmap.mmap:
         """Objects can't be mapped: RemoteStore.maps is False."""
         raise NotImplementedError(f"{self._folder.url}/{self.name} can't be mapped")

@@ -29,6 +29,10 @@ class OpenFile(Protocol):
         """Return up to ``n_bytes`` bytes from ``offset`` on; fewer only at the end of the file."""
         ...
 
+    def past_cache(self) -> None:
+        """Read from the disk itself from now on, where that can be; ranges are then best whole pages."""
+        ...
+
     def map(self) -> mmap.mmap:
         """Map the whole file for reading; only where the store ``maps``, as the next two."""
         ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import threading
@@ -19,6 +18,7 @@ import torch
 
 from .durable import PendingFile, crc32c
 from .layout import DTYPE_NAMES, PAGE_BYTES, as_integers
+from .local_file import set_direct
 from .norms import row_norms
 
 # Large enough for the disk to reach its rate, small enough for two blocks of it to be little beside a unit.
@@ -148,7 +148,7 @@ class PythonStream:
         self._fd, self._path = file.fd, str(file.final)
         self._position, self._crc = file.position, file.crc
         self._kept: _Bytes = np.empty(0, np.uint8)
-        self._direct = _set_direct(self._fd, True)
+        self._direct = set_direct(self._fd, True)
         self._leaving = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
@@ -224,19 +224,8 @@ class PythonStream:
     def _leave_direct(self) -> None:
         with self._leaving:
             if self._direct:
-                _set_direct(self._fd, False)
+                set_direct(self._fd, False)
             self._direct = False  # after the flag is gone: who reads this writes from any address
-
-
-def _set_direct(fd: int, wanted: bool) -> bool:
-    """Ask for O_DIRECT on an open file, or give it up; whether the file is now as asked."""
-    flag = getattr(os, "O_DIRECT", 0)
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
-    except OSError:
-        return not wanted
-    return bool(flag) if wanted else True
 
 
 def _summarise(blocks: Sequence[Rows], crc: int) -> int:

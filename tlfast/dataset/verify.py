@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +30,13 @@ from .errors import DatasetError, dataset_error
 from .layout import unit_layout
 from .plan import FLAG_NON_FINITE, Unit
 from .rows import decode_rows
-from .store import Store, as_store
+from .store import OpenFile, Store, as_store
 from .unit_files import check_header
 
 _WHO = "verify"
-_BLOCK_BYTES = 4 << 20
+
+Array = np.ndarray[Any, Any]
+_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -148,9 +153,11 @@ def check_unit(
     commit = read_commit(store, unit.name, description, _WHO)
     if files is not None:
         check_sizes(store, commit, description, files, _WHO)
-    for file in commit.files:
-        _check_bytes(store, file, progress)
-    _check_content(store, commit, description)
+    with ThreadPoolExecutor(1, "tlfast-verify") as thread:
+        content = thread.submit(_check_content, store, commit, description)
+        for file in commit.files:
+            _check_bytes(store, file, progress)
+        content.result()  # what is wrong with the content of wrong bytes says nothing
     return commit
 
 
@@ -175,20 +182,42 @@ def missing_names(description: Description, names: list[str], most: int) -> list
 
 
 def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], None] | None) -> None:
-    opened = store.open(file.path, _WHO)
-    block = np.empty(min(_BLOCK_BYTES, max(1, opened.size)), dtype=np.uint8)
     crc, n_bytes = 0, 0
-    while n_bytes < opened.size:
-        n = min(len(block), opened.size - n_bytes)
-        store.fill([(opened, n_bytes, block[:n].data)], _WHO)
-        crc = crc32c(block[:n], crc)
-        n_bytes += n
+    for block in _blocks(store, store.open(file.path, _WHO)):
+        crc = crc32c(block, crc)
+        n_bytes += len(block)
         if progress is not None:
-            progress(n)
+            progress(len(block))
     if crc != file.crc32c or n_bytes != file.n_bytes:
         rule = f"have the CRC32C {file.crc32c:08x} of its commit"
         remedy = "Its bytes changed after it was written. Run `tlfast verify --repair`, then resume."
         raise dataset_error(_WHO, store.where(file.path), rule, f"{crc:08x} over {n_bytes} bytes", remedy)
+
+
+def _blocks(store: Store, file: OpenFile) -> Iterator[Array]:
+    """Yield a file's bytes, each block valid until the next is asked for, which is being read meanwhile.
+
+    A file of several blocks is read from the disk itself: what the page cache holds of it may be better than that.
+    """
+    n = -(-file.size // _BLOCK_BYTES)
+    memory = [np.frombuffer(mmap.mmap(-1, min(_BLOCK_BYTES, file.size)), np.uint8) for _ in range(min(2, n))]
+
+    def fetch(k: int) -> Array:
+        start = k * _BLOCK_BYTES
+        block = memory[k % 2][: file.size - start]
+        store.fill([(file, start, block.data)], _WHO)
+        return block
+
+    if n < 2:
+        yield from map(fetch, range(n))
+        return
+    file.past_cache()
+    with ThreadPoolExecutor(1, "tlfast-verify") as thread:
+        ahead = thread.submit(fetch, 0)
+        for k in range(1, n):
+            block, ahead = ahead.result(), thread.submit(fetch, k)
+            yield block
+        yield ahead.result()
 
 
 def _check_content(store: Store, commit: Commit, description: Description) -> None:
