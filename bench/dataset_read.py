@@ -163,7 +163,7 @@ def _check_streams(stored: Stored, batch_size: int) -> None:
 def run(quick: bool = False) -> Result:
     """Write the rows in every form, check them, and time reading them."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    n_rows, hf_rows, streamed, rounds = (2 * UNIT, 1024, UNIT, 2) if quick else (256 * UNIT, 20_000, 400_000, 7)
+    n_rows, hf_rows, streamed, rounds = (2 * UNIT, 1024, UNIT, 2) if quick else (256 * UNIT, 20_000, 1_000_000, 7)
     batch_size = 256
     settings = {
         "rows": n_rows, "row_bytes": ROW_BYTES, "rows_per_unit": UNIT, "rounds": rounds, "disk": file_system(SCRATCH),

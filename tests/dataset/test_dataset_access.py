@@ -1,7 +1,6 @@
 """Mapping and pread read the same; which of them is chosen; opening asks the system for each thing once."""
 
 import json
-import mmap
 import os
 import pickle
 import subprocess
@@ -15,7 +14,6 @@ import torch
 from dataset_cases import COLUMNS, PLAN, check_rows, make_dataset, make_writer, same_bits, truth, write_units
 
 from tlfast.dataset import DatasetError, DatasetWriter, Example, Plan, local_file, open_dataset
-from tlfast.dataset.local_file import LocalFile
 from tlfast.dataset.store import LocalStore
 
 
@@ -68,7 +66,8 @@ def test_both_ways_read_what_was_written(tmp_path, monkeypatch, access, kept):
                   ("u000000", 1), ("u000001", 1), ("u000002", 1)]),
     ("mmap", 16, [("u000000", 1), ("u000000", 1), ("u000002", 2), ("u000000", 1), ("u000001", 1), ("u000002", 1)]),
     ("mmap", 32, [("u000000", 4), ("u000002", 2), ("u000000", 1), ("u000001", 1), ("u000002", 1)]),
-    ("pread", 0, []),
+    ("pread", 0, [("u000002", 1), ("u000000", 1), ("u000000", 1), ("u000002", 1), ("u000000", 1), ("u000002", 1),
+                  ("u000001", 1)]),
 ])  # fmt: skip
 def test_rows_that_are_not_in_memory(tmp_path, monkeypatch, access, gap, expected):
     asked = []
@@ -83,27 +82,6 @@ def test_rows_that_are_not_in_memory(tmp_path, monkeypatch, access, gap, expecte
     assert all(n % 16 == 0 for _, _, n in asked)
 
 
-def test_a_file_says_what_is_in_memory(tmp_path):
-    (tmp_path / "f").write_bytes(bytes(8192))
-    file = LocalStore(tmp_path).open("f", "test")
-    file.read(0, 8192)
-    assert file.cached(0)
-    assert file.cached(8000)
-    file.will_need(0, 4096)
-
-
-def test_a_filesystem_that_cannot_say(tmp_path, monkeypatch):
-    (tmp_path / "f").write_bytes(b"x")
-    file = LocalStore(tmp_path).open("f", "test")
-    for error, cached in ((OSError(95, "no"), True), (BlockingIOError(11, "no"), False)):
-
-        def refuse(*args, error=error):
-            raise error
-
-        monkeypatch.setattr(os, "preadv", refuse)
-        assert file.cached(0) is cached
-
-
 def test_a_file_cut_while_it_is_read(tmp_path):
     make_dataset(tmp_path)
     ds = open_dataset(tmp_path, access="pread")
@@ -115,7 +93,7 @@ def test_a_file_cut_while_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("in_memory", ["all", "none", "some", "unknown"])
-def test_what_is_in_memory_needs_no_thread(tmp_path, monkeypatch, in_memory):
+def test_over_a_network_what_is_in_memory_needs_no_thread(tmp_path, monkeypatch, in_memory):
     plan, threads = Plan(200, 100), set()
     for path in (make_dataset(tmp_path, plan=plan).path / "data").iterdir():
         path.read_bytes()  # a writer may have gone past the system's memory
@@ -135,6 +113,7 @@ def test_what_is_in_memory_needs_no_thread(tmp_path, monkeypatch, in_memory):
     else:
         monkeypatch.setattr(local_file.LocalFile, "read_at_once", read_at_once)
     monkeypatch.setattr(LocalStore, "_fill", noting)
+    monkeypatch.setattr(LocalStore, "network", lambda self: True)
     rows = np.random.default_rng(0).permutation(200)
     found = open_dataset(tmp_path, access="pread")["double"][rows]
     assert same_bits(found, truth(plan=plan)["double"][torch.from_numpy(rows)])
@@ -230,27 +209,3 @@ def test_a_pickled_dataset_keeps_its_units(tmp_path):
     write_units(writer)
     assert len(pickle.loads(kept)) == 8
     assert len(open_dataset(tmp_path)) == 11
-
-
-@pytest.mark.parametrize("taken", [True, False])
-def test_reading_past_the_cache(tmp_path, monkeypatch, taken):
-    if not taken:
-        monkeypatch.setattr(local_file, "set_direct", lambda fd, wanted: not wanted)
-    content = os.urandom(3 * 4096 + 5)
-    (tmp_path / "f").write_bytes(content)
-    file = LocalFile("f", os.open(tmp_path / "f", os.O_RDONLY), len(content))
-    file.past_cache()
-    assert file._direct is (taken and local_file.set_direct(file.fileno(), True))
-    memory = mmap.mmap(-1, 4 * 4096)
-    assert file.read_into(4096, memoryview(memory)[:4096]) == 4096
-    assert file.read_into(2 * 4096, memoryview(memory)[4096 : 4096 + 4101]) == 4101, "the end is no whole page"
-    assert file.read_into(0, memoryview(memory)[9000:9010]) == 10
-    assert memory[: 4096 + 4101] == content[4096:]
-    assert memory[9000:9010] == content[:10]
-
-
-def test_other_errors_of_the_disk_are_raised(tmp_path):
-    file = LocalFile("f", os.open(tmp_path, os.O_RDONLY), 0)
-    file.past_cache()
-    with pytest.raises(IsADirectoryError):
-        file.read_into(0, memoryview(bytearray(4096)))

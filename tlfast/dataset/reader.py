@@ -40,8 +40,8 @@ def open_dataset(
     Args:
         path: the folder that tlfast wrote, or another store that holds one.
         partial: open it although units are missing; rows are then those of the committed units, in order.
-        access: how rows here and there are read. "mmap" copies them out of mapped files; "pread" reads them, 16 at
-            once, and never maps. "auto" is "pread" on network filesystems and where nothing can be mapped.
+        access: how rows here and there are read. "mmap" copies them out of mapped files; "pread" never maps, and
+            reads 16 at once over a network. "auto" is "pread" on network filesystems and where nothing can be mapped.
 
     Returns:
         A GradientDataset: ``ds.points``, ``len(ds)``, ``ds[point][rows]``, ``ds.examples[row]``.

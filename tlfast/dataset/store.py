@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,6 +18,8 @@ from .local_file import IN_FLIGHT, LocalFile, threads
 from .mounts import on_network
 from .remote import local_path, url_of
 from .remote_store import RemoteStore
+
+_ASKED_BYTES = 64 << 20  # more would push out of memory what was got for others
 
 
 class OpenFile(Protocol):
@@ -149,7 +152,10 @@ class LocalStore:
         return LocalFile(name, *open_regular(self.folder / name, who))
 
     def fill(self, ranges: Sequence[Range], who: str) -> None:
-        """Read the ranges by pread, ``IN_FLIGHT`` of them at once."""
+        """Read the ranges by pread: over a network ``IN_FLIGHT`` at once, else as the system gets them into memory."""
+        if not self.network():
+            self._fill(_asked_for(ranges), who)
+            return
         waiting = list(_not_at_once(ranges))
         parts = [waiting[k::IN_FLIGHT] for k in range(min(IN_FLIGHT, len(waiting)))]
         if len(parts) <= 1:
@@ -178,6 +184,22 @@ def _not_at_once(ranges: Sequence[Range]) -> Iterator[Range]:
         if not file.read_at_once(offset, target):
             misses += 1
             yield file, offset, target
+
+
+def _asked_for(ranges: Sequence[Range]) -> Iterator[Range]:
+    """Yield ranges; the system has been asked for those that follow, so that the disk has many at once to do."""
+    if len(ranges) < 2:
+        yield from ranges
+        return
+    coming, n_bytes = deque[Range](), 0
+    for file, offset, target in ranges:
+        file.will_need(offset, len(target))
+        coming.append((file, offset, target))
+        n_bytes += len(target)
+        while n_bytes > _ASKED_BYTES:
+            n_bytes -= len(coming[0][2])
+            yield coming.popleft()
+    yield from coming
 
 
 def _size(name: str, folder: int) -> int | None:
