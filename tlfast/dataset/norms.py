@@ -16,21 +16,23 @@ def row_norms(rows: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     In float64, where the squares of float32 can neither overflow nor vanish.
     """
     n_rows, n_values = rows.shape
-    values = rows.to(torch.float64).numpy()
+    n_whole, rest = divmod(n_values, LANES)
+    # Values that are added to the same lane lie one above the other: numpy then adds whole vectors, in this order.
+    squares = torch.empty(n_whole + (rest > 0), n_rows, LANES, dtype=torch.float64)
+    squares[:n_whole].copy_(rows[:, : n_values - rest].reshape(n_rows, n_whole, LANES).transpose(0, 1))
+    if rest:
+        squares[n_whole] = 0.0  # changes no sum
+        squares[n_whole, :, :rest].copy_(rows[:, n_values - rest :])
     with np.errstate(all="ignore"):
-        if n_values % LANES:
-            squares = np.zeros((n_rows, -(-n_values // LANES) * LANES))  # zeros change no sum
-            np.multiply(values, values, out=squares[:, :n_values])
-        else:
-            squares = values * values
-        # Not along the axis that is contiguous in memory, where numpy would add in pairs: one after the other.
-        lanes = np.add.reduce(squares.reshape(n_rows, -1, LANES), axis=1)
+        squares.mul_(squares)
+        lanes = np.add.reduce(squares.numpy(), axis=0)
         while lanes.shape[1] > 1:
             half = lanes.shape[1] // 2
             lanes = lanes[:, :half] + lanes[:, half:]
         sums = lanes[:, 0]
         odd = ~np.isfinite(sums)
-        odd[odd] = ~np.isfinite(values[odd]).all(axis=1)  # the square of a float64 can still overflow
+        if odd.any():  # the square of a float64 can still overflow
+            odd[odd] = (~rows[torch.from_numpy(odd)].isfinite()).any(1).numpy()
         norms = np.sqrt(sums).astype(np.float32)
     norms[np.isnan(norms)] = np.nan  # one NaN, whatever the CPU made of it
     return norms, odd
