@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -195,16 +196,17 @@ def _check_bytes(store: Store, file: CommittedFile, progress: Callable[[int], No
 
 
 def _blocks(store: Store, file: OpenFile) -> Iterator[Array]:
-    """Yield a file's bytes, each block valid until the next is asked for, which is being read meanwhile.
+    """Yield a file's bytes, each block valid until the next is asked for; the next two are being read meanwhile.
 
     A file of several blocks is read from the disk itself: what the page cache holds of it may be better than that.
     """
     n = -(-file.size // _BLOCK_BYTES)
-    memory = [np.frombuffer(mmap.mmap(-1, min(_BLOCK_BYTES, file.size)), np.uint8) for _ in range(min(2, n))]
+    n_kept = min(n, 3)
+    memory = [np.frombuffer(mmap.mmap(-1, min(_BLOCK_BYTES, file.size)), np.uint8) for _ in range(n_kept)]
 
     def fetch(k: int) -> Array:
         start = k * _BLOCK_BYTES
-        block = memory[k % 2][: file.size - start]
+        block = memory[k % n_kept][: file.size - start]
         store.fill([(file, start, block.data)], _WHO)
         return block
 
@@ -212,12 +214,14 @@ def _blocks(store: Store, file: OpenFile) -> Iterator[Array]:
         yield from map(fetch, range(n))
         return
     file.past_cache()
-    with ThreadPoolExecutor(1, "tlfast-verify") as thread:
-        ahead = thread.submit(fetch, 0)
-        for k in range(1, n):
-            block, ahead = ahead.result(), thread.submit(fetch, k)
+    with ThreadPoolExecutor(1, "tlfast-verify") as thread:  # one: a disk reads in order faster than here and there
+        ahead = deque(thread.submit(fetch, k) for k in range(n_kept - 1))
+        for k in range(n_kept - 1, n):
+            block = ahead.popleft().result()
+            ahead.append(thread.submit(fetch, k))
             yield block
-        yield ahead.result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _check_content(store: Store, commit: Commit, description: Description) -> None:
