@@ -125,7 +125,7 @@ def table(title: str, floor: str, measured: Measured, n_bytes: int, above: dict[
 def run(quick: bool = False) -> Result:
     """Write a unit in every way, read it back and check it; then what the benches of reading and going on measure."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    n_bytes, rounds = (4 << 20, 2) if quick else (1 << 30, 5)
+    n_bytes, rounds = (4 << 20, 2) if quick else (1 << 30, 7)
     result = Result(
         "dataset", PREDICTION,
         {"rows": "768 values at 24 points", "unit_bytes": n_bytes, "rounds": rounds, "disk": file_system(SCRATCH),
