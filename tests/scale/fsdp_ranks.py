@@ -116,5 +116,5 @@ if __name__ == "__main__":
     check_capture(dist.get_rank())
     check_collect(dist.get_rank(), Path(sys.argv[1]))
     check_refusals(Path(sys.argv[1]))
-    print(f"rank {dist.get_rank()} is done", flush=True)
+    print(f"rank {dist.get_rank()} is done\n", end="", flush=True)
     dist.destroy_process_group()

@@ -20,7 +20,8 @@ from .arguments import FAILED, INTERRUPTED, OK, complain, rank
 
 def collect(args: list[str]) -> int:
     """Make, or complete, a dataset of a model's gradients on text."""
-    print(f"{rank()}{backend()}", flush=True)
+    # One write each, end of line included: the ranks of torchrun share an unbuffered output, where lines run together.
+    print(f"{rank()}{backend()}\n", end="", flush=True)
     warnings.filterwarnings("ignore", message="tlfast runs in pure Python")  # the line above has said it
     tyro = extra("tyro", "tlfast collect")
     settings: dict[str, Any] = {}
@@ -47,5 +48,5 @@ def collect(args: list[str]) -> int:
         if isinstance(interrupt, LeaveAtOnce):
             os._exit(INTERRUPTED)  # no end of the interpreter under a thread that writes
         return INTERRUPTED
-    print(f"{rank()}{report}: {report.out}", flush=True)
+    print(f"{rank()}{report}: {report.out}\n", end="", flush=True)
     return OK
