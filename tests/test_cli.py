@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -44,6 +45,27 @@ def test_collect_makes_a_dataset(folder, tmp_path, capsys):
     text = (folder / example["source"]).read_bytes()
     tokenizer = huggingface.load_tokenizer(str(folder / "model"))
     assert tokenizer.decode(example["input_ids"]).encode() == text[example["start"] : example["start"] + 32]
+
+
+def test_ranks_write_whole_lines(folder, tmp_path, monkeypatch):
+    """They share outputs without a buffer: what is not in one write may have another rank's line in its middle."""
+    written = []
+
+    class Unbuffered(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            return len(text)
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Unbuffered())
+    monkeypatch.setattr("tlfast.progress._LINE_EVERY_S", 0.0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["collect", *collect_words(folder, out=str(tmp_path / "out"))]) == 0
+    assert main(["collect", *collect_words(folder, out=str(tmp_path / "out"), model=str(tmp_path))]) == 2
+    assert len([text for text in written if text.startswith("rank 0 of 2: ")]) == 4
+    assert any(text.startswith("collect: ") for text in written)
+    assert [text for text in written if text.count("\n") != 1 or not text.endswith("\n")] == []
 
 
 def test_the_module_is_the_command(folder, tmp_path):

@@ -15,6 +15,15 @@ _LINE_EVERY_S = 30.0
 _SHOWN_FROM_S = 0.05  # seconds that don't round to 0.0
 
 
+def whole_line(line: str, file: TextIO) -> None:
+    """Print a line in one write, its end included.
+
+    print() makes two, and lines of torchrun's ranks, which share outputs without a buffer, would run together.
+    """
+    file.write(f"{line}\n")
+    file.flush()
+
+
 class Progress:
     """Counts examples, tokens, bytes, non-finite rows and waiting, and shows them while it is entered.
 
@@ -81,7 +90,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(f"collect: {line}", file=self._file)
         elif self._enabled or always:
-            print(f"collect: {line}", file=self._file, flush=True)
+            whole_line(f"collect: {line}", self._file)
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()

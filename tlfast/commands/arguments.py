@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import broken_rule
+from ..progress import whole_line
 from ..shares import share_of
 
 # 128 + the number of the signal, as shells say it: SIGINT, SIGPIPE.
@@ -16,7 +17,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 def complain(text: str, code: int) -> int:
     """Say what is wrong in one line on stderr; return the exit code."""
-    print(rank() + " ".join(text.split()), file=sys.stderr)
+    whole_line(rank() + " ".join(text.split()), sys.stderr)
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..collect_text import collect_text
 from ..dataset.errors import extra
 from ..dataset.upload import UploadError
 from ..ops import backend
+from ..progress import whole_line
 from ..ray_engine import collect_with_ray
 from ..settings import CollectSettings, load_settings
 from ..stopping import LeaveAtOnce, Terminated
@@ -20,8 +22,7 @@ from .arguments import FAILED, INTERRUPTED, OK, complain, rank
 
 def collect(args: list[str]) -> int:
     """Make, or complete, a dataset of a model's gradients on text."""
-    # One write each, end of line included: the ranks of torchrun share an unbuffered output, where lines run together.
-    print(f"{rank()}{backend()}\n", end="", flush=True)
+    whole_line(f"{rank()}{backend()}", sys.stdout)
     warnings.filterwarnings("ignore", message="tlfast runs in pure Python")  # the line above has said it
     tyro = extra("tyro", "tlfast collect")
     settings: dict[str, Any] = {}
@@ -48,5 +49,5 @@ def collect(args: list[str]) -> int:
         if isinstance(interrupt, LeaveAtOnce):
             os._exit(INTERRUPTED)  # no end of the interpreter under a thread that writes
         return INTERRUPTED
-    print(f"{rank()}{report}: {report.out}\n", end="", flush=True)
+    whole_line(f"{rank()}{report}: {report.out}", sys.stdout)
     return OK
