@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from .dataset.errors import extra
+from .dataset.pretrained import from_pretrained
 from .errors import broken_rule
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -84,17 +84,7 @@ def _is_place(place: Any) -> bool:
 
 
 def _load(kind: str, name: str, **settings: Any) -> Any:
-    transformers = extra("transformers", "collect")
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    folder = Path(name).expanduser()
-    try:
-        return getattr(transformers, kind).from_pretrained(str(folder) if folder.is_dir() else name, **settings)
-    except (OSError, ValueError, KeyError, AssertionError) as error:  # what from_pretrained raises, several lines long
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        got = f"{name!r}: {' '.join(lines)[:300]}"
-        remedy = "Check the folder, or the name and the connection to the hub."
-        raise ValueError(broken_rule("collect", "model", f"be loadable as {kind}", got, remedy)) from error
+    return from_pretrained(kind, name, "collect", "model", **settings)
 
 
 def beginning_of_text(tokenizer: Any, bos: str) -> list[int]:

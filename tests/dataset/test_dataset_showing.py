@@ -106,26 +106,25 @@ def test_the_recorded_tokenizer_must_be_the_same(tmp_path, monkeypatch):
         assert recorded_tokenizer(LocalStore(tmp_path), header) is None
 
 
-def test_the_tokenizer_in_the_folder_of_the_model(tmp_path):
+def test_the_tokenizer_in_the_folder_of_the_model(tmp_path, monkeypatch):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     header = {"tokenizer": {"fingerprint": tokenizer_fingerprint(byte_tokenizer())}, "model": {"name": "model"}}
     ds = open_dataset(make_writer(tmp_path / "ds", header=header).out, partial=True)
     for config in ("", "model: [\n", "model: model\n", f"model: {tmp_path}\n"):
         (tmp_path / "ds" / "config.yaml").write_text(config)
         assert ds.tokenizer() is None
-    (tmp_path / "ds" / "config.yaml").write_text(f"model: {tmp_path / 'model'}\n")
-    assert ds.tokenizer().decode(byte_tokenizer()("a\tb").input_ids) == "a\tb"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (tmp_path / "model", "~/model"):
+        (tmp_path / "ds" / "config.yaml").write_text(f"model: {place}\n")
+        assert ds.tokenizer().decode(byte_tokenizer()("a\tb").input_ids) == "a\tb"
 
 
-def test_a_name_is_loaded(monkeypatch):
-    class Transformers:
-        class AutoTokenizer:
-            @staticmethod
-            def from_pretrained(name):
-                return name.upper()
-
-    monkeypatch.setattr(decoding, "extra", lambda module, who: Transformers)
-    assert decoding.given_tokenizer("letters") == "LETTERS"
+def test_a_name_is_loaded(tmp_path, monkeypatch):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert decoding.given_tokenizer("~/model").decode(byte_tokenizer()("a\tb").input_ids) == "a\tb"
+    with pytest.raises(ValueError, match=r"^GradientDataset: tokenizer must be loadable as AutoTokenizer, got '/no"):
+        decoding.given_tokenizer("/nowhere")
 
 
 def test_the_points_as_a_table(tmp_path):

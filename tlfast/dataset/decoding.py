@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .errors import dataset_error, extra
+from .errors import dataset_error
+from .pretrained import from_pretrained
 from .store import Store
 
 _WHO = "GradientDataset"
@@ -50,19 +51,14 @@ def _model_folder(store: Store) -> str | None:
     except Exception:  # whatever a file that says anything makes of a parser: there is then no name in it
         return None
     name = config.get("model") if isinstance(config, dict) else None
-    return name if isinstance(name, str) and Path(name).expanduser().is_dir() else None
+    folder = Path(name).expanduser() if isinstance(name, str) else None
+    return str(folder) if folder is not None and folder.is_dir() else None
 
 
 def given_tokenizer(tokenizer: Any) -> Any:
     """Return what was given, or load it where it is the name or the folder of one."""
     if isinstance(tokenizer, str):
-        loader = extra("transformers", _WHO).AutoTokenizer
-        try:
-            return loader.from_pretrained(tokenizer)
-        except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises, several lines long
-            got = f"{tokenizer!r}: {' '.join(str(error).split())[:300]}"
-            remedy = "Check the folder, or the name and the connection to the hub."
-            raise dataset_error(_WHO, "tokenizer", "be loadable as AutoTokenizer", got, remedy) from error
+        return from_pretrained("AutoTokenizer", tokenizer, _WHO, "tokenizer")
     if not hasattr(tokenizer, "decode"):
         remedy = "Give a tokenizer, or the name or folder of one."
         raise dataset_error(_WHO, "tokenizer", "have a method decode", repr(tokenizer)[:80], remedy)

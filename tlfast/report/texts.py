@@ -20,9 +20,12 @@ def decoder(dataset: GradientDataset, tokenizer: Any = None) -> tuple[Decode, st
         dataset: asked for its own tokenizer, if none is given.
         tokenizer: an object with ``decode``, or the name of one.
     """
-    used = dataset.tokenizer() if tokenizer is None else given_tokenizer(tokenizer)
-    if used is None:
-        return tokens_only, "No tokenizer at hand (--tokenizer names one): these are token numbers."
+    if tokenizer is None:
+        own = dataset.tokenizer()
+        if own is None:
+            return tokens_only, "No tokenizer at hand (--tokenizer names one): these are token numbers."
+        return lambda tokens: _cut(text_of(own, tokens)), ""
+    used = given_tokenizer(tokenizer)
     said = dataset.header.get("tokenizer")
     fingerprint = said.get("fingerprint") if isinstance(said, dict) else None
     if fingerprint is not None and hasattr(used, "get_vocab") and tokenizer_fingerprint(used) != fingerprint:
