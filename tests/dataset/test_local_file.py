@@ -37,6 +37,8 @@ def test_a_local_disk_is_asked_before_it_is_waited_for(tmp_path, monkeypatch):
     file = store.open("f", "test")
     monkeypatch.setattr("tlfast.dataset.store._ASKED_BYTES", 250)
     monkeypatch.setattr(LocalFile, "will_need", lambda self, offset, n: done.append(("asked", offset // 100)))
+    monkeypatch.setattr(LocalFile, "cached", lambda self, offset: in_memory)
+    in_memory = False
     real = LocalFile.read_into
     monkeypatch.setattr(
         LocalFile, "read_into", lambda self, at, part: done.append(("read", at // 100)) or real(self, at, part)
@@ -49,7 +51,10 @@ def test_a_local_disk_is_asked_before_it_is_waited_for(tmp_path, monkeypatch):
     done.clear()
     store.fill(parts[4:5], "test")
     assert done == [("read", 4)], "a single range is waited for at once"
+    done.clear()
+    in_memory = True
     store.fill(parts[5:], "test")
+    assert done == [("read", 5), ("read", 6)], "nobody asks for what is there"
     assert memory == content
 
 

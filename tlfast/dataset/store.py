@@ -154,7 +154,7 @@ class LocalStore:
     def fill(self, ranges: Sequence[Range], who: str) -> None:
         """Read the ranges by pread: over a network ``IN_FLIGHT`` at once, else as the system gets them into memory."""
         if not self.network():
-            self._fill(_asked_for(ranges), who)
+            self._fill(_with_readahead(ranges), who)
             return
         waiting = list(_not_at_once(ranges))
         parts = [waiting[k::IN_FLIGHT] for k in range(min(IN_FLIGHT, len(waiting)))]
@@ -186,9 +186,12 @@ def _not_at_once(ranges: Sequence[Range]) -> Iterator[Range]:
             yield file, offset, target
 
 
-def _asked_for(ranges: Sequence[Range]) -> Iterator[Range]:
-    """Yield ranges; the system has been asked for those that follow, so that the disk has many at once to do."""
-    if len(ranges) < 2:
+def _with_readahead(ranges: Sequence[Range]) -> Iterator[Range]:
+    """Yield ranges; the system has been asked for those that follow, so that the disk has many at once to do.
+
+    Not if a few of them, at even distances, are all in memory: asking takes as long as a small read.
+    """
+    if len(ranges) < 2 or all(file.cached(offset) for file, offset, _ in ranges[:: max(1, len(ranges) // 16)]):
         yield from ranges
         return
     coming, n_bytes = deque[Range](), 0

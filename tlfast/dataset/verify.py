@@ -35,9 +35,9 @@ from .store import OpenFile, Store, as_store
 from .unit_files import check_header
 
 _WHO = "verify"
+_BLOCK_BYTES = 8 << 20
 
 Array = np.ndarray[Any, Any]
-_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
