@@ -15,6 +15,54 @@ __device__ __forceinline__ A* shared_partials() {
   return reinterpret_cast<A*>(tlfast_shared);
 }
 
+// The rows begin, begin + step, ... below `end` of one column, and how many they are. Loads in flight are what makes it
+// fast, and the compiler waits behind a load that lies under a condition: so none does. Where there is no row, the
+// first one is read once more, and dropped.
+template <class R, bool kWide, class A, class G, int V>
+__device__ __forceinline__ int64_t take_rows(A (&acc)[V], const G* grad, int64_t stride, int64_t begin, int64_t end,
+                                             int64_t step) {
+  if (begin >= end) return 0;
+  int64_t k = begin;
+  Pack<G, V> held[kInFlight];
+  for (; k + (kInFlight - 1) * step < end; k += kInFlight * step) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) held[i] = load<kWide, G, V>(grad + (k + i * step) * stride);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, held[i]);
+  }
+  if (k < end) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      held[i] = load<kWide, G, V>(grad + (k + i * step < end ? k + i * step : k) * stride);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      if (k + i * step < end) take_in<R>(acc, held[i]);
+  }
+  return (end - begin + step - 1) / step;
+}
+
+// The same for the rows that a mask calls real: the bytes of a turn are all asked for before the first is waited for.
+template <class R, bool kWide, class A, class G, int V>
+__device__ __forceinline__ int64_t take_masked_rows(A (&acc)[V], const G* grad, int64_t stride, const uint8_t* mask,
+                                                    int64_t of_mask, int64_t begin, int64_t end, int64_t step) {
+  int64_t n = 0;
+  for (int64_t k = begin; k < end; k += kInFlight * step) {
+    bool real[kInFlight];
+    Pack<G, V> held[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) real[i] = mask[(k + i * step < end ? k + i * step : k) * of_mask];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      real[i] &= k + i * step < end;
+      n += real[i];
+      held[i] = load<kWide, G, V>(grad + (real[i] ? k + i * step : k) * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, only_if(real[i], held[i]));
+  }
+  return n;
+}
+
 // The reduced dimension lies outside of the inner one: a block takes a tile of the inner dimension, and its threads
 // take reduced rows in turn. V elements at once, in one load if kWide.
 template <class G, class R, int V, bool kWide>
@@ -35,33 +83,24 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
     const Offsets at = offsets_of(v.outer, cut.by_outer, outer);
     const uint8_t* const mask = c.mask ? c.mask + at.mask : nullptr;
     const int64_t mine = first + across * V;
-    const bool inside = mine < v.inner.size;
-    const G* const grad = static_cast<const G*>(c.grad) + at.grad + mine * v.inner.grad;
+    // Beyond the edge a lane reads what its neighbour reads; nobody asks for its result.
+    const G* const grad =
+        static_cast<const G*>(c.grad) + at.grad + (mine < v.inner.size ? mine : first) * stride_of<V>(v.inner.grad);
     A acc[V] = {};
     int64_t n = 0;
     const int64_t begin = split * cut.per_split + warp * rows_of_warp + lane / cut.tile;
     if (v.reduced.size() <= 1) {
-      const int64_t stride = v.reduced.size() ? v.reduced[0].grad : 0,
-                    of_mask = v.reduced.size() ? v.reduced[0].mask : 0;
-      for (int64_t k = begin; k < end; k += kInFlight * n_at_once) {
-        Pack<G, V> held[kInFlight];
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          held[i] = {};  // zero changes no sum and no maximum
-          const int64_t row = k + i * n_at_once;
-          const bool real = row < end && (!mask || mask[row * of_mask]);
-          n += real;
-          if (real && inside) held[i] = load<kWide, G, V>(grad + row * stride);
-        }
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, held[i]);
-      }
+      const Dim& along = v.reduced.size() ? v.reduced[0] : Dim{1, 0, 0, 0};
+      if (mask)
+        n = take_masked_rows<R, kWide>(acc, grad, along.grad, mask, along.mask, begin, end, n_at_once);
+      else
+        n = take_rows<R, kWide>(acc, grad, along.grad, begin, end, n_at_once);
     } else {  // dimensions that can't be joined: rare, and one row at a time
       for (int64_t k = begin; k < end; k += n_at_once) {
         const Offsets from = offsets_of(v.reduced, cut.by_reduced, k);
         const bool real = !mask || mask[from.mask];
         n += real;
-        if (real && inside) take_in<R>(acc, load<kWide, G, V>(grad + from.grad));
+        if (real) take_in<R>(acc, load<kWide, G, V>(grad + from.grad));
       }
     }
     // First over the rows of a warp, then over the warps: always in this order.
@@ -116,15 +155,19 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
       const Offsets from = reduced_row(v, cut, k);
       const bool real = !c.mask || c.mask[at.mask + from.mask];
       n += real && part == 0 ? v.inner.size : 0;
-      Pack<G, V> held[kPieceLoads];
+      if (real) {  // for the whole warp
+        Pack<G, V> held[kPieceLoads];
 #pragma unroll
-      for (int i = 0; i < kPieceLoads; ++i) {
-        held[i] = {};
-        const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-        if (real && mine < v.inner.size) held[i] = load<kWide, G, V>(grad + from.grad + mine * v.inner.grad);
+        for (int i = 0; i < kPieceLoads; ++i) {
+          const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
+          held[i] = load<kWide, G, V>(grad + from.grad + (mine < v.inner.size ? mine : 0) * stride_of<V>(v.inner.grad));
+        }
+#pragma unroll
+        for (int i = 0; i < kPieceLoads; ++i) {
+          const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
+          take_in<R>(acc, only_if(mine < v.inner.size, held[i]));
+        }
       }
-#pragma unroll
-      for (int i = 0; i < kPieceLoads; ++i) take_in<R>(acc, held[i]);
       for (part += cut.warps; part >= cut.n_across; part -= cut.n_across) ++k;
     }
 #pragma unroll
@@ -179,6 +222,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
   const View& v = c.view;
   const int lane = threadIdx.x % kLanesOfWarp;
   const int64_t row_base = first_row(c), n_warps = int64_t(gridDim.x) * kPickWarps;
+  const A of_nothing = c.reduction == Reduction::last ? finish(Reduction::last, A(0), 0) : A(0), scale = A(c.scale);
   int64_t nonfinite = 0, saturated = 0;
   for (int64_t item = int64_t(blockIdx.x) * kPickWarps + threadIdx.x / kLanesOfWarp; item < cut.n_items;
        item += n_warps) {
@@ -194,30 +238,39 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
         if (votes) k = behind - __ffs(int(votes));
       }
     }
-    const int64_t n = k < 0 ? 0 : 1;
-    const G* const grad = static_cast<const G*>(c.grad) + at.grad + (n ? reduced_row(v, cut, k).grad : 0);
+    const bool found = k >= 0;
+    const G* const grad = static_cast<const G*>(c.grad) + at.grad + (found ? reduced_row(v, cut, k).grad : 0);
     O* const out = static_cast<O*>(c.out) + row_base + at.out;
     Pack<G, V> held[kPieceLoads];
+    if (found) {  // for the whole warp; nothing may be there to be read otherwise
 #pragma unroll
-    for (int i = 0; i < kPieceLoads; ++i) {
-      held[i] = {};
-      const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-      if (n && mine < v.inner.size) held[i] = load<true, G, V>(grad + mine * v.inner.grad);
+      for (int i = 0; i < kPieceLoads; ++i) {
+        const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
+        held[i] = load<true, G, V>(grad + (mine < v.inner.size ? mine : 0) * stride_of<V>(v.inner.grad));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kPieceLoads; ++i) {
       const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
       if (mine >= v.inner.size) continue;
       Pack<O, V> stored;
+      A values[V];
+      bool fine = true;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const A value = finish(c.reduction, A(widen(held[i].values[j])), n) * A(c.scale);
-        stored.values[j] = Narrow<O>::of(value);
-        const bool bad = !is_finite(widen(stored.values[j]));
-        nonfinite += bad;
-        saturated += bad && is_finite(value);
+        values[j] = (found ? A(widen(held[i].values[j])) : of_nothing) * scale;
+        stored.values[j] = Narrow<O>::of(values[j]);
+        fine &= is_finite(widen(stored.values[j]));
       }
-      *reinterpret_cast<Pack<O, V>*>(out + mine * v.inner.out) = stored;
+      if (!fine) {  // rare, so it is counted apart
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const bool bad = !is_finite(widen(stored.values[j]));
+          nonfinite += bad;
+          saturated += bad && is_finite(values[j]);
+        }
+      }
+      *reinterpret_cast<Pack<O, V>*>(out + mine * stride_of<V>(v.inner.out)) = stored;
     }
   }
   count(c, nonfinite, saturated);

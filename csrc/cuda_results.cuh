@@ -68,6 +68,12 @@ struct alignas(V * sizeof(T) < kLoadBytes ? V * sizeof(T) : kLoadBytes) Pack {
   T values[V];
 };
 
+// The stride of the inner dimension: neighbours that are taken in at once lie side by side.
+template <int V>
+TLFAST_INLINE int64_t stride_of(int64_t stride) {
+  return V > 1 ? 1 : stride;
+}
+
 // V neighbours: in one load where the address allows it (kWide), else one by one, in the same order.
 template <bool kWide, class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* from) {
@@ -80,6 +86,15 @@ __device__ __forceinline__ Pack<T, V> load(const T* from) {
     for (int j = 0; j < V; ++j) pack.values[j] = from[j];
   }
   return pack;
+}
+
+// What was loaded, or zeros, which change no sum and no maximum.
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> only_if(bool wanted, const Pack<T, V>& held) {
+  Pack<T, V> kept;
+#pragma unroll
+  for (int j = 0; j < V; ++j) kept.values[j] = wanted ? held.values[j] : T{};
+  return kept;
 }
 
 template <class R, class A, class G, int V>

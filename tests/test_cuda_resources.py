@@ -3,6 +3,7 @@
 import shutil
 
 import cuda_build
+import cuda_machine_code
 import cuda_resources
 import pytest
 
@@ -27,6 +28,7 @@ CALLED = """\
 ptxas info    : Function properties for _ZN6tlfast6calledEv
     32 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 """
+GOOD_CODE = f"\tcode for sm_90\n\t\tFunction : {CURSOR}\n        /*0000*/    EXIT ;    /* 0x0 */\n"
 needs_cxxfilt = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt (binutils) is not installed")
 
 
@@ -91,10 +93,11 @@ def test_a_spill_fails(log, status, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cuda_build, "find_toolkit", lambda archs: toolkit)
     monkeypatch.setattr(cuda_build, "compile_kernels", lambda *a: (tmp_path / "capture_cuda.o", False))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(cuda_machine_code, "disassemble", lambda made: GOOD_CODE)
     assert cuda_resources.main() == status
     shown = capsys.readouterr()
     assert "csrc/capture_cuda.cu by CUDA 13.0 for sm_80, sm_90, PTX: up to date" in shown.out
-    assert f"2 kernels, {status} with spills" in shown.out
+    assert f"2 kernels, {status} with spills; 0 complaints of the machine code" in shown.out
     assert ("must not spill registers, got" in shown.err) == bool(status)
 
 
@@ -105,3 +108,26 @@ def test_without_a_toolkit_it_fails(monkeypatch, capsys):
     monkeypatch.setattr(cuda_build, "find_toolkit", absent)
     assert cuda_resources.main() == 1
     assert capsys.readouterr().err == "cuda-compile: CUDA must be there to compile, got: no nvcc on the PATH\n"
+
+
+def test_machine_code_that_breaks_a_rule_fails(monkeypatch, tmp_path, capsys):
+    (tmp_path / "capture_cuda.log").write_text(CLEAN)
+    monkeypatch.setattr(cuda_build, "find_toolkit", lambda archs: cuda_build.Toolkit("nvcc", "13.0", tmp_path, None))
+    monkeypatch.setattr(cuda_build, "compile_kernels", lambda *a: (tmp_path / "capture_cuda.o", False))
+    monkeypatch.setattr(cuda_machine_code, "disassemble", lambda made: GOOD_CODE.replace("EXIT", "LDL R1, [R2]"))
+    assert cuda_resources.main() == 1
+    shown = capsys.readouterr()
+    assert "2 kernels, 0 with spills; 1 complaints of the machine code" in shown.out
+    assert "must keep its arrays in registers, got 1 accesses of local memory." in shown.err
+
+
+def test_machine_code_that_cannot_be_read_fails(monkeypatch, tmp_path, capsys):
+    def fail(made):
+        raise cuda_machine_code.NoDisassembler("no cuobjdump")
+
+    (tmp_path / "capture_cuda.log").write_text(CLEAN)
+    monkeypatch.setattr(cuda_build, "find_toolkit", lambda archs: cuda_build.Toolkit("nvcc", "13.0", tmp_path, None))
+    monkeypatch.setattr(cuda_build, "compile_kernels", lambda *a: (tmp_path / "capture_cuda.o", False))
+    monkeypatch.setattr(cuda_machine_code, "disassemble", fail)
+    assert cuda_resources.main() == 1
+    assert capsys.readouterr().err == "cuda-compile: the machine code must be read, got: no cuobjdump\n"

@@ -1,7 +1,8 @@
 """Show what each CUDA kernel takes of a GPU (registers, shared memory, stack), and fail where registers spilled.
 
 `make cuda-compile` runs it: it compiles csrc/capture_cuda.cu, or takes the object of the last build if that is still
-right, and reads what ptxas said. A stack that is no spill (an array indexed at run time) is shown and allowed.
+right, reads what ptxas said, and then the machine code (cuda_machine_code.py). A stack that is no spill (an array
+indexed at run time) is shown and allowed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_build
+import cuda_machine_code
 
 MOST_LINES = 150  # of a table that is still read; there are about 110 kernels
 HEAD = f"{'registers':>9} {'shared':>6} {'stack':>6} {'spills':>6}"
@@ -157,8 +159,18 @@ def main() -> int:
     found = parse(Path(cuda_build.ROOT / made).with_suffix(".log").read_text())
     print(*table(found), sep="\n")
     wrong = spills(found)
+    try:
+        codes = cuda_machine_code.read(cuda_machine_code.disassemble(cuda_build.ROOT / made))
+    except cuda_machine_code.NoDisassembler as error:
+        print(f"cuda-compile: the machine code must be read, got: {error}", file=sys.stderr)
+        return 1
+    names = short_names([code.kernel for code in codes])
+    print("", "wide loads before each wait, in so many instructions a turn, by loop", sep="\n")
+    print(*cuda_machine_code.summary(codes, names), sep="\n")
+    n_spills = len(wrong)
+    wrong += cuda_machine_code.complaints(codes, names)
     print(*wrong[:MOST_LINES], sep="\n", end="\n" if wrong else "", file=sys.stderr)
-    print(f"{len(found)} kernels, {len(wrong)} with spills")
+    print(f"{len(found)} kernels, {n_spills} with spills; {len(wrong) - n_spills} complaints of the machine code")
     return 1 if wrong else 0
 
 
