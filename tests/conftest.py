@@ -11,6 +11,15 @@ from hypothesis import settings
 
 import tlfast
 
+# What a user's machine tells libraries, clusters and clouds by variables doesn't change what is tested. Libraries read
+# some of it when they are imported, which no import above does; processes that tests start don't inherit it either.
+_FOREIGN = (
+    "AWS_", "HF_", "HUGGING_FACE_", "HUGGINGFACE_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "NCCL_", "RANK",
+    "RAY_", "SLURM_", "TORCHELASTIC_", "TRANSFORMERS_", "WORLD_SIZE",
+)  # fmt: skip
+for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+    del os.environ[_name]
+
 # A shell's job in the background ignores Ctrl-C, and so would the processes that tests start to interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 
 import pytest
 import torch
-from gpu_device import CYCLES, no_wait_of_the_host
+from fake_streams import FakeStreams
+from gpu_device import Gpu, no_wait_of_the_host
 from tiny_models import collect, sequences, tiny_model
 
 import tlfast
@@ -25,18 +27,35 @@ def test_a_wait_of_the_host_is_noticed(cuda):
         torch.ones(1, device=cuda).item()
 
 
-@pytest.mark.parametrize("busy", ["compute", "side", "neither"])
-def test_units_arrive_behind_slow_work(cuda, busy):
-    streams = streams_for({cuda})
+@pytest.fixture(params=["cpu", "cuda"])
+def place(request):
+    """A device and its streams: a GPU's, or fake ones that lag behind on the CPU."""
+    if request.param == "cpu":
+        return Gpu(torch.device("cpu")), FakeStreams(Random(1))
+    device = request.getfixturevalue("cuda")
+    streams = streams_for({device})
     assert isinstance(streams, CudaStreams)
+    return Gpu(device), streams
+
+
+@pytest.mark.parametrize("busy", ["compute", "side", "neither"])
+def test_units_arrive_behind_slow_work(place, busy):
+    gpu, streams = place
     drain = Drain(streams, COLUMNS, N_ROWS)
-    rings = {name: torch.zeros(N_ROWS, *c.row_shape, dtype=c.dtype, device=cuda) for name, c in COLUMNS.items()}
-    counters = [torch.zeros(N_COUNTERS, dtype=torch.int64, device=cuda) for _ in COLUMNS]
+    rings = {name: torch.zeros(N_ROWS, *c.row_shape, dtype=c.dtype, device=gpu.device) for name, c in COLUMNS.items()}
+    counters = [torch.zeros(N_COUNTERS, dtype=torch.int64, device=gpu.device) for _ in COLUMNS]
     base = {name: torch.arange(N_ROWS).reshape(-1, *(1 for _ in c.row_shape)) for name, c in COLUMNS.items()}
-    there = {name: numbers.to(cuda) for name, numbers in base.items()}
+    there = {name: numbers.to(gpu.device) for name, numbers in base.items()}
     for slot in drain._slots:
-        assert all(tensor.is_pinned() for tensor in (*slot.host.block(N_ROWS).values(), slot.host_counters))
+        for tensor in (*slot.host.block(N_ROWS).values(), slot.host_counters):
+            assert tensor.is_pinned() == gpu.real
     random, pending = Random(0), []
+
+    def compute(unit):
+        for name, ring in rings.items():
+            ring.copy_((there[name] + unit).expand(ring.shape))
+        for counter in counters:
+            counter[:1].add_(1)
 
     def finish():
         unit, places, arrived = pending.pop(0)
@@ -44,18 +63,15 @@ def test_units_arrive_behind_slow_work(cuda, busy):
         for name, rows in block.items():
             expected = (base[name][places] + unit).expand(rows.shape).to(rows.dtype)
             assert torch.equal(rows, expected), f"unit {unit}, column {name}"
-        assert counted.tolist() == [[unit + 1, 0]] * len(COLUMNS)
+        assert counted.tolist() == [[unit + 1] + [0] * (N_COUNTERS - 1)] * len(COLUMNS)
 
-    with torch.cuda.stream(torch.cuda.Stream(cuda)):  # any stream may be the one that computes
+    with gpu.side_stream():  # any stream may be the one that computes
         for unit in range(6):
             places = torch.tensor(random.sample(range(N_ROWS), N_ROWS))
-            with no_wait_of_the_host():
+            with gpu.no_wait():
                 if busy != "neither":
-                    streams.run(busy, lambda: torch.cuda._sleep(CYCLES))
-                for name, ring in rings.items():
-                    ring.copy_((there[name] + unit).expand(ring.shape))
-                for counter in counters:
-                    counter[:1].add_(1)
+                    streams.run(busy, gpu.busy)
+                streams.run("compute", partial(compute, unit))
                 arrived = drain.drain(rings, counters, places, lambda: None if len(pending) < 2 else finish())
             pending.append((unit, places, arrived))
         while pending:
@@ -63,9 +79,10 @@ def test_units_arrive_behind_slow_work(cuda, busy):
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_a_step_does_not_wait(cuda, backend, padding_side):
+def test_a_step_does_not_wait(place, backend, padding_side):
+    gpu, _ = place
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256)).to(cuda)
+    model = torch.nn.Sequential(torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256)).to(gpu.device)
     examples = as_examples(sequences(16))
     batching = Batching(32, None, padding_side)
     with (
@@ -74,9 +91,9 @@ def test_a_step_does_not_wait(cuda, backend, padding_side):
     ):
         runner = Runner(model, cap, batching, summed_logits, 1.0)
         runner.fill_ring(examples, lambda n_examples, n_tokens: None)  # the first step allocates
-        with no_wait_of_the_host():
+        with gpu.no_wait():
             runner.fill_ring(examples, lambda n_examples, n_tokens: None)
-        assert cap.counters[0].device == cuda
+        assert cap.counters[0].device == gpu.device
         assert cap.counts["1"] == {"nonfinite": 0, "saturated": 0}
 
 
@@ -88,14 +105,14 @@ def summed_logits(model, batch):
     )
 
 
-def test_a_collection_has_the_rows_of_the_cpu(cuda, backend, tmp_path):
+def test_a_collection_has_the_rows_of_the_cpu(place, backend, tmp_path):
     examples = sequences(40)
-    for name, device in (("cpu", "cpu"), ("cuda", cuda)):
+    for name, device in (("cpu", "cpu"), ("here", place[0].device)):
         model = tiny_model(dtype=torch.float64).to(device)
         collect(
             model, tmp_path / name, examples, rows_per_unit=6, backend=backend, cuda_graph="off"
         )  # fmt: skip
-    there, here = (tlfast.open_dataset(tmp_path / name) for name in ("cpu", "cuda"))
+    there, here = (tlfast.open_dataset(tmp_path / name) for name in ("cpu", "here"))
     assert here.verify().ok
     assert here.points == there.points
     for point in there.points:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import usable
+from gpu_device import Gpu
 from torch import nn
 
 import tlfast
 
-CYCLES = 20_000_000  # for which a stream is kept busy: about 10 ms, far longer than the host needs for a small step
 B, P, D = 2, 3, 4
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def gpu(request):
+    """A GPU, or the CPU in its place: one queue for all streams."""
+    usable("native")
+    return Gpu(torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda"))
 
 
 @pytest.fixture
@@ -20,41 +28,40 @@ def two_gpus(cuda):
     return torch.device("cuda", 1), torch.device("cuda", 0)
 
 
-def test_a_stream_waits_for_rows_that_another_one_fills(cuda):
+def test_a_stream_waits_for_rows_that_another_one_fills(gpu):
     model = nn.Sequential(nn.Identity())
-    inputs = [torch.ones(B, P, D, device=cuda, requires_grad=True) for _ in range(2)]
-    torch.cuda.synchronize()
+    inputs = [torch.ones(B, P, D, device=gpu.device, requires_grad=True) for _ in range(2)]
+    gpu.finish()
     with tlfast.capture(model, "0", rows=2 * B, backend="native") as cap:
-        for x, cycles in zip(inputs, (CYCLES, 0), strict=True):
-            with torch.cuda.stream(torch.cuda.Stream(cuda)):
-                if cycles:
-                    torch.cuda._sleep(cycles)
+        for x, busy in zip(inputs, (True, False), strict=True):
+            with gpu.side_stream():
+                if busy:
+                    gpu.busy()
                 model(x).sum().backward()
-        torch.cuda.synchronize()
+        gpu.finish()
         assert cap["0"].tolist() == torch.ones(2 * B, P, D).tolist()
         assert cap.counts["0"] == {"nonfinite": 0, "saturated": 0}
 
 
-def test_a_stack_of_calls_on_a_side_stream(cuda):
+def test_a_stack_of_calls_on_a_side_stream(gpu):
     """The forward runs there, the backward is called elsewhere: what is stacked at its end was written there."""
     model = nn.Sequential(nn.Identity())
-    side = torch.cuda.Stream(cuda)
     with tlfast.capture(model, "0", rows=10 * B, calls="stack", backend="native") as cap:
         for k in range(10):
-            with torch.cuda.stream(side):
-                x = torch.full((B, P, D), float(k), device=cuda, requires_grad=True)
+            with gpu.side_stream():
+                x = torch.full((B, P, D), float(k), device=gpu.device, requires_grad=True)
                 loss = (model(model(x) * 3) * k).sum()
-            torch.cuda._sleep(CYCLES // 10)
+            gpu.busy()
             loss.backward()
-        torch.cuda.synchronize()
+        gpu.finish()
         for k in range(10):
             rows = cap["0"][k * B : k * B + B]  # [B, calls, P, D]
             assert rows.tolist() == torch.tensor([3.0 * k, k]).view(1, 2, 1, 1).expand(B, 2, P, D).tolist()
 
 
-def rows_of_steps_and_replays(device):
-    model = nn.Sequential(nn.Embedding(5, D), nn.Linear(D, D)).to(device)
-    batches = [torch.randint(5, (B, P), device=device) for _ in range(3)]
+def rows_of_steps_and_replays(gpu):
+    model = nn.Sequential(nn.Embedding(5, D), nn.Linear(D, D)).to(gpu.device)
+    batches = [torch.randint(5, (B, P), device=gpu.device) for _ in range(3)]
 
     def run(tokens):
         model(tokens).square().sum().backward()
@@ -62,15 +69,19 @@ def rows_of_steps_and_replays(device):
     with tlfast.freeze(model), tlfast.capture(model, "0", rows=6 * B, backend="native") as cap:
         for batch in batches:
             run(batch)
-        step = tlfast.graph_step(cap, run, batches[0])
+        step = gpu.graph_step(cap, run, batches[0])
         for batch in batches:
             step(batch)
         return cap["0"].cpu().split(3 * B)
 
 
+def test_replays_have_the_rows_of_steps(gpu):
+    torch.testing.assert_close(*rows_of_steps_and_replays(gpu))
+
+
 def test_a_step_recorded_on_the_second_gpu(two_gpus):
     for device in two_gpus:  # torch's own stream for recordings is of the device that it saw first
-        torch.testing.assert_close(*rows_of_steps_and_replays(device))
+        torch.testing.assert_close(*rows_of_steps_and_replays(Gpu(device)))
 
 
 def test_a_mask_for_a_model_on_two_gpus(two_gpus):
