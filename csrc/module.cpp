@@ -40,7 +40,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_status", &cuda_status);
   m.def("cuda_capability", &cuda_capability);
   m.def("call_natively", &PyTap::call_natively);
-  m.def("learn_references", &PyTap::learn_references);
 
   py::class_<Ring, std::shared_ptr<Ring>>(m, "Ring")
       .def(py::init(&make_ring))
@@ -59,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int64_t rows, const std::string& missing) { return Step::make(rows, missing == "nan"); }))
       .def("set_batch", &Step::set_batch)
       .def("committed", &Step::committed)
+      .def_property_readonly("extent", &Step::extent)
       .def("clear", &Step::clear)
       .def("start_recording",
            [](Step& step, const py::object& device) {
@@ -94,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
       .def_static("to_sink", &PyTap::to_sink)
       .def_static("to_cache", &PyTap::to_cache)
       .def("set_convert", &PyTap::set_convert)
+      .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
       .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })
       .def("check_full", &PyTap::check_full)

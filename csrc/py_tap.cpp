@@ -4,6 +4,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <atomic>
+
 #include "errors.h"
 #include "py_callable.h"
 
@@ -28,8 +30,7 @@ struct References {
     return object <= most.object && tensor <= most.tensor && storage <= most.storage && node <= most.node;
   }
 };
-References unshared;
-bool learning = false;
+std::atomic<const References*> unshared{nullptr};  // set once, and null until then: taps on nodes come after it
 
 py::object from_outputs(const char* name) { return py::module_::import("tlfast.outputs").attr(name); }
 
@@ -107,8 +108,6 @@ void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(co
 PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
     : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
 
-void PyTap::learn_references(bool learn) { learning = learn; }
-
 void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
   // The interpreter calls an object through its type's tp_call, Dynamo traces what it finds under `__call__`: so eager
   // code runs natively, and compiled code sees the Python of these classes.
@@ -157,11 +156,14 @@ py::object PyTap::forward(const py::handle& given) {
   if (THPVariable_Check(given.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(given.ptr());
     const References references = References::of(given.ptr(), tensor);
-    if (learning) {
-      unshared = references;
+    if (learning_) {
+      const References* none = nullptr;
+      auto learnt = std::make_unique<const References>(references);
+      if (unshared.compare_exchange_strong(none, learnt.get())) learnt.release();
       return py::none();
     }
-    const bool own = tensor.requires_grad() && references.within(unshared);
+    const References* const most = unshared.load();
+    const bool own = most && tensor.requires_grad() && references.within(*most);
     const at::Tensor checked_tensor = checked(given, given);
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));

@@ -38,8 +38,9 @@ class PyTap {
   // Make instances of two hook classes run natively when they are called.
   static void call_natively(const pybind11::type& pre_hook, const pybind11::type& forward_hook);
 
-  // While true, `forward` only learns how often an output is referenced that nobody but its caller holds.
-  static void learn_references(bool learn);
+  // From now on this tap attaches to nothing: `forward` learns how often an output is referenced that nobody but its
+  // caller holds, for all taps. What is learnt first stays.
+  void learn_references() { learning_ = true; }
 
   const std::shared_ptr<Tap> tap;
   const pybind11::object output;
@@ -52,6 +53,7 @@ class PyTap {
   pybind11::object forward_slowly(const pybind11::handle& given) const;
   pybind11::object forward_cached(const pybind11::handle& given);
 
+  bool learning_ = false;
   Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };
 

@@ -6,19 +6,61 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <utility>
+
 #include "device.h"
 #include "errors.h"
 
 namespace tlfast {
 namespace {
 
-int64_t current_task() { return torch::autograd::get_current_graph_task_id(); }
+namespace autograd = torch::autograd;
 
-// Held by the engine's callback: if the engine drops it without a call, the backward failed and its rows are void.
+int64_t current_task() { return autograd::get_current_graph_task_id(); }
+
+// The running graph task, or null. The engine tells the address of one of its members alone. But the type is in a
+// public header, and this module runs beside no other minor version of torch than it was compiled for: so it is known
+// how far that member is from the beginning.
+const autograd::GraphTask* current() {
+  const auto* const member = autograd::get_current_graph_task_exec_info();
+  if (!member) return nullptr;
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Winvalid-offsetof"  // without virtual bases all compilers know it
+  constexpr size_t offset = offsetof(autograd::GraphTask, exec_info_);
+#pragma GCC diagnostic pop
+  const auto* const task = reinterpret_cast<const autograd::GraphTask*>(reinterpret_cast<const char*>(member) - offset);
+  TORCH_INTERNAL_ASSERT(int64_t(task->id_) == current_task());
+  return task;
+}
+
+// How many backwards run in this thread, one inside the other: on the CPU as in the thread of a device, the engine
+// counts those that are called where one is running.
+int n_backwards() {
+  const auto* const task = current();
+  return task ? task->reentrant_depth_ + 1 : 0;
+}
+
+// Whether all of the running graph task is done by the thread that called it, this one: it lets go of it last, then.
+bool stays_here() {
+  const auto* const nodes = autograd::get_current_graph_task_nodes_in_graph();
+  return current()->reentrant_depth_ <= autograd::MAX_DEPTH &&  // deeper ones run in threads of a pool
+         std::all_of(nodes->begin(), nodes->end(), [owner = current()->owner_](autograd::Node* node) {
+           return node->device().is_cpu() || node->device().index() == owner;
+         });
+}
+
+// Held by the engine's callback. If the engine drops it without a call, the backward failed.
 struct End {
   std::shared_ptr<Step> step;
   int64_t task;
-  ~End() { step->abort(task); }
+  bool nested, called = false;
+  void call() {
+    called = true;
+    if (!nested) step->end(task);  // may raise; the end of a nested one commits nothing
+  }
+  ~End() { nested ? step->leave(task, called) : step->abort(task); }
 };
 
 }  // namespace
@@ -30,34 +72,72 @@ void Step::set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double 
   scale_ = scale;
 }
 
+void Step::look_around() {
+  n_around_ = n_backwards();
+  task_around_ = current_task();
+  if (task_around_ == -1) return;
+  struct Ended {
+    std::weak_ptr<Step> step;
+    ~Ended() {
+      if (const auto here = step.lock()) here->look_around();
+    }
+  };
+  std::shared_ptr<Ended> ended(new Ended{weak_from_this()});
+  autograd::Engine::get_default_engine().queue_callback([ended] {});
+}
+
 bool Step::enter_forward() {
   const int64_t task = current_task();
   if (task == -1 || !active) return false;
   std::lock_guard<std::mutex> lock(mutex_);
-  auto run = find(task);
-  (run ? run : open(task))->threads.insert(std::this_thread::get_id());
+  // One inside another that isn't known waits for its first gradient.
+  if (!find(task) && !nested() && task != task_around_) open(task);
   return true;
 }
 
-std::shared_ptr<Backward> Step::find(int64_t task) const {
-  const auto found = running_.find(task);
-  if (found != running_.end()) return found->second;
-  for (const auto& [id, run] : running_)
-    if (run->threads.count(std::this_thread::get_id())) return run;
-  return nullptr;
+bool Step::nested() const { return n_backwards() > n_around_ + 1; }
+
+// The backward to which the running graph task belongs, or null if that isn't known yet.
+std::shared_ptr<Backward> Step::find(int64_t task) {
+  const auto here = std::this_thread::get_id();
+  std::shared_ptr<Backward> run;
+  if (const auto found = running_.find(task); found != running_.end()) {
+    run = found->second;
+    if (met_last_ != std::pair(here, run.get())) met_[here] = run;
+  } else if (const auto around = met_.find(here); around != met_.end() && nested()) {
+    run = around->second;
+    follow(task, run);
+  } else {
+    return nullptr;
+  }
+  met_last_ = {here, run.get()};
+  return run;
 }
 
 std::shared_ptr<Backward> Step::open(int64_t task) {
   auto run = std::make_shared<Backward>();
+  run->root = task;
   run->fired.resize(points.size());
   run->pending.resize(points.size());
   run->mask = mask_;
   run->n_expected = n_expected_;
   run->scale = scale_;
-  running_[task] = run;
-  std::shared_ptr<End> end(new End{shared_from_this(), task});
-  torch::autograd::Engine::get_default_engine().queue_callback([end] { end->step->end(end->task); });
+  follow(task, run);
+  met_[std::this_thread::get_id()] = run;
   return run;
+}
+
+// Count a graph task, the running one, as a part of a backward.
+void Step::follow(int64_t task, const std::shared_ptr<Backward>& run) {
+  running_[task] = run;
+  std::shared_ptr<End> end(new End{shared_from_this(), task, nested()});
+  autograd::Engine::get_default_engine().queue_callback([end] { end->call(); });
+}
+
+void Step::forget(const std::shared_ptr<Backward>& run) {
+  std::erase_if(running_, [&](const auto& entry) { return entry.second == run; });
+  std::erase_if(met_, [&](const auto& entry) { return entry.second == run; });
+  met_last_ = {};
 }
 
 Step::Begun Step::begin(const Point& point, at::IntArrayRef shape) {
@@ -66,7 +146,13 @@ Step::Begun Step::begin(const Point& point, at::IntArrayRef shape) {
               broken_rule(point.who, "a tap", "fire inside a backward", "a call outside one", "Call backward()."));
   std::lock_guard<std::mutex> lock(mutex_);
   auto run = find(task);
-  if (!run) run = open(task);
+  if (!run) {
+    TORCH_CHECK(!nested() || stays_here(),
+                broken_rule(point.who, "a gradient", "be one of an outermost backward, or come after one of it",
+                            "the first of a backward inside another one",
+                            "Capture a point nearer to the loss, too, or leave this one out."));
+    run = open(task);
+  }
   const int n_fired = ++run->fired[point.index];
   TORCH_CHECK(n_fired == 1 || point.calls != Calls::raise,
               broken_rule(point.who, "a point", "fire once in a backward", "a second time",
@@ -106,6 +192,12 @@ void Step::end(int64_t task) {
   const auto found = running_.find(task);
   if (found == running_.end() || !found->second->block || !active) return abort_locked(task);
   const auto run = found->second;
+  if (run->spoilt) {
+    abort_locked(task);
+    TORCH_CHECK(false, broken_rule("capture", "a backward", "hold no other one that failed",
+                                   "one whose error was caught after it had reached a point",
+                                   "Let the error out, or run that one after this."));
+  }
   Block& block = *run->block;
   std::vector<int64_t> missing;
   std::string names;
@@ -125,9 +217,14 @@ void Step::end(int64_t task) {
     if (!run->pending[point->index].empty()) finish(*point, *run);
   block.missing = std::move(missing);
   if (block.cursor) launch_advance(cursor_, block.n);  // the last kernel of the step
+  commit(block);
+  forget(run);
+}
+
+void Step::commit(Block& block) {
   block.state = Block::State::committed;
+  n_rows_ += block.n;
   ++n_ended;
-  running_.erase(task);
 }
 
 // Write what had to wait for the end of the step: the sum of several calls, or their stack.
@@ -156,12 +253,40 @@ void Step::abort(int64_t task) {
 void Step::abort_locked(int64_t task) {
   const auto found = running_.find(task);
   if (found == running_.end()) return;
-  const auto block = found->second->block;
-  running_.erase(found);
-  if (block && block->state == Block::State::open) {
-    block->state = Block::State::aborted;
+  const auto run = found->second;
+  forget(run);
+  if (run->block && run->block->state == Block::State::open) {
+    run->block->state = Block::State::aborted;
     while (!blocks_.empty() && blocks_.back()->state == Block::State::aborted) blocks_.pop_back();
   }
+}
+
+void Step::leave(int64_t task, bool ended_well) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = running_.find(task);
+  if (found == running_.end()) return;
+  const auto run = found->second;
+  if (run->root != task) {
+    run->spoilt |= !ended_well;  // its gradients lie among the others
+    running_.erase(found);
+    return;
+  }
+  const int64_t around = current_task();
+  if (!ended_well || around == -1 || !active) return abort_locked(task);
+  if (const auto other = running_.find(around); other != running_.end()) {
+    other->second->spoilt = true;  // two blocks for one backward: begun in a device's thread meanwhile
+    return abort_locked(task);
+  }
+  running_.erase(found);
+  run->root = around;
+  follow(around, run);
+}
+
+std::pair<int64_t, int64_t> Step::extent() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block)
+    if ((*block)->state == Block::State::committed) return {n_rows_, (*block)->base + (*block)->n};
+  return {n_rows_, 0};
 }
 
 std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> Step::committed() const {
@@ -173,21 +298,23 @@ std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> Step::committed(
 }
 
 void Step::check_at_rest(const char* who) const {
-  for (const auto& block : blocks_)
-    TORCH_CHECK(block->state != Block::State::open, broken_rule(who, "the capture", "be at rest", "a running backward",
-                                                                "Call it after backward() returned."));
+  for (const auto& [task, run] : running_)
+    TORCH_CHECK(!run->block, broken_rule(who, "the capture", "be at rest", "a running backward",
+                                         "Call it after backward() returned."));
 }
 
 void Step::clear() {
   std::lock_guard<std::mutex> lock(mutex_);
   check_at_rest("clear");
   blocks_.clear();
+  n_rows_ = 0;
 }
 
 void Step::start_trial() {
   std::lock_guard<std::mutex> lock(mutex_);
   check_at_rest("graph_step");
   before_ = blocks_;
+  n_rows_before_ = n_rows_;
   for (const auto& point : points)
     for (const auto& ring : point->rings) ring->save_counts();
 }
@@ -195,6 +322,7 @@ void Step::start_trial() {
 void Step::stop_trial() {
   std::lock_guard<std::mutex> lock(mutex_);
   blocks_ = std::move(before_);
+  n_rows_ = n_rows_before_;
   before_.clear();
   for (const auto& point : points)
     for (const auto& ring : point->rings) ring->restore_counts();
@@ -214,6 +342,7 @@ void Step::start_recording(const at::Device& device) {
     launch_advance(cursor_, 0);  // the first launch loads the kernel, which is no work for a recording
   }
   before_.swap(blocks_);  // the recorded rows lie from the cursor on: their base is 0
+  n_rows_before_ = std::exchange(n_rows_, 0);
   recording_ = true;
 }
 
@@ -221,6 +350,7 @@ Recording Step::stop_recording() {
   std::lock_guard<std::mutex> lock(mutex_);
   TORCH_CHECK(recording_, broken_rule("graph_step", "a recording", "have been started", "none", "Start one."));
   blocks_.swap(before_);
+  n_rows_ = n_rows_before_;
   const auto recorded = std::move(before_);
   before_.clear();
   recording_ = false;
@@ -241,14 +371,17 @@ void Step::replay(const Recording& recording) {
   const int64_t base = check_room("capture", recording.n_rows);
   if (cursor_stands_ != base) launch_set_cursor(cursor_, base);
   cursor_stands_ = base + recording.n_rows;
-  blocks_.push_back(std::make_shared<Block>(Block{base, recording.n_rows, Block::State::committed, recording.missing}));
+  blocks_.push_back(std::make_shared<Block>(Block{base, recording.n_rows, Block::State::open, recording.missing}));
   for (const auto& [ring, n_writes] : recording.writes) ring->replayed(n_writes);
-  ++n_ended;
+  commit(*blocks_.back());
 }
 
 void Step::take_back(const Recording& recording) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!blocks_.empty()) blocks_.pop_back();
+  if (!blocks_.empty()) {
+    n_rows_ -= blocks_.back()->n;
+    blocks_.pop_back();
+  }
   for (const auto& [ring, n_writes] : recording.writes) ring->replayed(-n_writes);
   --n_ended;
   cursor_stands_ = -1;

@@ -7,7 +7,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -44,9 +43,10 @@ struct Recording {
   std::vector<std::pair<std::shared_ptr<Ring>, int64_t>> writes;
 };
 
-// One outermost backward: nested ones (reentrant checkpoints) are part of it.
+// One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.
 struct Backward {
-  std::set<std::thread::id> threads;  // where its checkpoints ran forward again
+  int64_t root;         // the graph task at whose end the rows are committed
+  bool spoilt = false;  // a part of it has failed, and the error was caught
   std::vector<int> fired;
   std::vector<std::vector<std::vector<at::Tensor>>> pending;  // a tap's tensors that wait for the end
   std::shared_ptr<Block> block;
@@ -69,13 +69,19 @@ struct Backward {
 class Step : public std::enable_shared_from_this<Step> {
  public:
   static std::shared_ptr<Step> make(int64_t capacity, bool missing_is_nan) {
-    return std::shared_ptr<Step>(new Step(capacity, missing_is_nan));
+    std::shared_ptr<Step> step(new Step(capacity, missing_is_nan));
+    step->look_around();
+    return step;
   }
+
+  // A capture may be made inside a backward, in a hook: that one and those around it hold its steps, and are none. This
+  // finds them, and is called again as each of them ends.
+  void look_around();
 
   // What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows.
   void set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale);
 
-  // A captured module runs forward; inside a backward (a checkpoint) that backward is the step to come.
+  // A captured module runs forward; inside a backward (of a checkpoint, a hook) that is the step to come.
   // Returns whether there is one.
   bool enter_forward();
 
@@ -92,6 +98,13 @@ class Step : public std::enable_shared_from_this<Step> {
 
   // Forget a backward that failed: its rows are void.
   void abort(int64_t task);
+
+  // A backward inside another one is gone, after it ended well or not. What it has begun goes on as a part of the one
+  // around it, which is the current one of this thread again.
+  void leave(int64_t task, bool ended_well);
+
+  // The rows of all committed backwards, and where the last of them ends: more only where others left holes.
+  std::pair<int64_t, int64_t> extent() const;
 
   // (first row, rows, points that did not fire) of every committed backward, in order.
   std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> committed() const;
@@ -122,8 +135,12 @@ class Step : public std::enable_shared_from_this<Step> {
 
  private:
   Step(int64_t capacity, bool missing_is_nan) : missing_is_nan(missing_is_nan), capacity_(capacity) {}
-  std::shared_ptr<Backward> find(int64_t task) const;
+  bool nested() const;
+  std::shared_ptr<Backward> find(int64_t task);
   std::shared_ptr<Backward> open(int64_t task);
+  void follow(int64_t task, const std::shared_ptr<Backward>& run);
+  void forget(const std::shared_ptr<Backward>& run);
+  void commit(Block& block);
   void check_rows(const Point& point, Backward& run, int64_t n);
   int64_t next_base() const { return blocks_.empty() ? 0 : blocks_.back()->base + blocks_.back()->n; }
   int64_t check_room(const std::string& who, int64_t n) const;
@@ -132,9 +149,14 @@ class Step : public std::enable_shared_from_this<Step> {
   void finish(const Point& point, Backward& run);
 
   const int64_t capacity_;
+  std::atomic<int64_t> n_around_{0}, task_around_{-1};  // the backwards around the capture, and the innermost of them
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<Block>> blocks_;
-  std::map<int64_t, std::shared_ptr<Backward>> running_;  // by the id of the engine's graph task
+  int64_t n_rows_ = 0;                                    // of the committed ones
+  std::map<int64_t, std::shared_ptr<Backward>> running_;  // by the ids of its graph tasks
+  // The backward that was last met in each thread: what runs inside another one in this thread is a part of it.
+  std::map<std::thread::id, std::shared_ptr<Backward>> met_;
+  std::pair<std::thread::id, Backward*> met_last_{};  // the same, without a search
   std::optional<at::Tensor> mask_;
   int64_t n_expected_ = -1;
   double scale_ = 1.0;
@@ -142,7 +164,8 @@ class Step : public std::enable_shared_from_this<Step> {
   at::Tensor cursor_;           // int64 [1] on the device: the row at which the next replay begins,
   int64_t cursor_stands_ = -1;  // and where it stands; -1: it must be set
   bool recording_ = false;
-  std::vector<std::shared_ptr<Block>> before_;  // the blocks that were there when the recording or the trial began
+  std::vector<std::shared_ptr<Block>> before_;  // the blocks that were there when the recording or the trial began,
+  int64_t n_rows_before_ = 0;                   // and their rows
 };
 
 }  // namespace tlfast

@@ -150,3 +150,45 @@ def test_bad_batches(backend, wrong, text):
             raise AssertionError("entered")
         setup.loss().backward()
     assert str(error.value) == text
+
+
+class NotWalked(list):
+    """Blocks that may be counted, appended and looked at from their end, but not gone through."""
+
+    def __iter__(self):
+        raise AssertionError("a step walks all steps before it")
+
+
+def test_a_step_and_its_rows_are_found_without_walking_the_steps_before(backend, attach, monkeypatch):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=40, attach=attach, backend=backend) as cap:
+
+        def committed(step):
+            raise AssertionError("a step asks for all steps before it")
+
+        monkeypatch.setattr(type(cap._step), "committed", committed)
+        if backend == "python":
+            cap._step.blocks = NotWalked()
+        for number in range(1, 11):
+            with cap.batch(ids="abc"):
+                setup.loss().backward()
+            assert cap.rows == len(cap) == 3 * number
+            assert len(cap["hook"]) == 3 * number
+        assert cap.ids == [*"abc"] * 10
+        cap.clear()
+        with cap.batch(ids="abc"):
+            setup.loss().backward()
+        assert cap.rows == 3
+
+
+def test_rows_are_counted_beside_failed_backwards_and_holes(backend):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=40, backend=backend) as cap:
+        for _ in range(3):
+            x = setup.loss()
+            x.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                x.backward()
+            setup.loss().backward()
+            assert cap.rows == sum(n for _, n, _ in cap._step.committed())
+        assert cap.rows == 9

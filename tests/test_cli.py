@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from tiny_models import collect_words, complaint_of, save_model, save_text, unit
 
 import tlfast
 from tlfast import huggingface
-from tlfast.cli import main
+from tlfast.cli import COMMANDS, main
 from tlfast.settings import load_settings
 
 N_EXAMPLES = 24
@@ -34,9 +35,10 @@ def folder(tmp_path_factory):
 def test_collect_makes_a_dataset(folder, tmp_path, capsys):
     assert main(["collect", *collect_words(folder, out=str(tmp_path / "out"))]) == 0
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[0] == tlfast.backend()
-    assert shown.out.splitlines()[-1].startswith(f"{N_EXAMPLES} rows in 3 units, ")
-    assert shown.err == ""
+    assert shown.out.startswith(f"{N_EXAMPLES} rows in 3 units, ")
+    assert shown.out.endswith(f": {tmp_path / 'out'}\n")
+    assert shown.out.count("\n") == 1
+    assert shown.err == f"{tlfast.backend()}\n"
     dataset = tlfast.open_dataset(tmp_path / "out")
     assert len(dataset) == N_EXAMPLES
     assert dataset.points == ["transformer.h.0", "transformer.h.1"]
@@ -79,8 +81,8 @@ def test_the_module_is_the_command(folder, tmp_path):
     ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[0] == tlfast.backend()
+    assert (done.returncode, done.stderr) == (0, f"{tlfast.backend()}\n")
+    assert done.stdout.startswith(f"{N_EXAMPLES} rows in 3 units, ")
     assert unit_bytes(folder / "again") == unit_bytes(folder / "out")
 
 
@@ -121,6 +123,50 @@ def test_info_says_what_is_inside(folder, capsys):
     assert f"{N_EXAMPLES} of {N_EXAMPLES} rows in 3 units" in shown
     assert "name model" in shown
     assert "transformer.h.1  BF16 [24, 16]" in shown
+
+
+def test_what_a_model_prints_is_not_the_answer(folder, tmp_path, capsys, monkeypatch):
+    def load_model(*arguments):
+        print("loading")
+        return huggingface.load_model(*arguments)
+
+    monkeypatch.setattr("tlfast.collect_text.load_model", load_model)
+    assert main(["collect", *collect_words(folder, out=str(tmp_path / "out"))]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{tlfast.backend()}\nloading\n"
+    assert shown.out.startswith(f"{N_EXAMPLES} rows in 3 units, ")
+
+
+def test_info_as_json(folder, tmp_path, capsys):
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "out" / "commits" / "u000001.json").unlink()
+    capsys.readouterr()
+    assert main(["info", "--json", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    info = json.loads(shown.out)
+    dataset = tlfast.open_dataset(tmp_path / "out", partial=True)
+    assert (info["path"], info["rows"], info["planned_rows"], info["units"]) == (str(tmp_path / "out"), 14, 24, 2)
+    assert info["points"]["transformer.h.0"] == {"dtype": "BF16", "shape": [16]}
+    assert info["header"]["model"] == dataset.header["model"]
+    assert info["examples"] == dataset.header["examples"] | {"skipped": 0} == info["header"]["examples"]
+    assert info["skipped"] == {}
+    part = {"number": 0, "n_examples": 14, "planned_examples": 24, "n_units": 2, "planned_units": 3}
+    assert info["parts"] == [part]
+
+
+def test_tokens_are_counted_over_extensions(folder, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["collect", *collect_words(folder, out=out, max_examples="10")]) == 0
+    assert main(["collect", *collect_words(folder, out=out), "--extend"]) == 0
+    dataset = tlfast.open_dataset(out)
+    n_tokens = sum(example["length"] for example in dataset.examples)
+    assert dataset.info()["examples"]["tokens"] == n_tokens > dataset.header["examples"]["tokens"]
+    assert dataset.info()["examples"]["sha256"] == list(dataset.examples_fingerprint)
+    capsys.readouterr()
+    assert main(["info", out]) == 0
+    first, second = (found[:12] for found in dataset.examples_fingerprint)
+    assert f"examples      tokens {n_tokens}, sha256 {first} {second}, skipped 0\n" in capsys.readouterr().out
 
 
 def test_info_and_verify_of_an_incomplete_dataset(folder, tmp_path, capsys):
@@ -166,12 +212,17 @@ def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
 
 def test_help_and_version(capsys):
     assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
     assert main([]) == 2
+    assert capsys.readouterr() == ("", usage)
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"tlfast {tlfast.__version__}"
-    with pytest.raises(SystemExit) as end:
-        main(["collect", "--help"])
-    assert end.value.code == 0
+    assert capsys.readouterr().out == f"tlfast {tlfast.__version__}\n"
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        shown = capsys.readouterr()
+        assert (end.value.code, shown.err) == (0, "")
+        assert shown.out.startswith(f"usage: tlfast {command}")
 
 
 def test_the_token_that_begins_a_text():

@@ -75,7 +75,7 @@ def test_export_lies_beside_the_dataset_or_where_it_is_told(folder, tmp_path, ca
         ),
         (["export", "DS", "--to", "csv"], "export_dataset: to must be one of parquet, .*, got 'csv'"),
         (["export", "DS", "--to", "npy", "--points", "h"], "tlfast export: points must match a module, got 'h'"),
-        (["export", "/nowhere", "--to", "npy"], r"/nowhere/dataset\.json must"),
+        (["export", "/nowhere", "--to", "npy"], r"got /nowhere, no such folder"),
         (["verify", "DS", "--fix"], "tlfast verify: the argument must be one dataset folder, got .* --fix"),
     ],
 )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from comparison import assert_rows, assert_same_bits
+from fresh_python import run
 from models import Setup, activation_gradients, chain, hooks_left, inputs, uneven
 
 import tlfast
@@ -177,3 +178,63 @@ def test_a_failed_backward_beside_a_good_one_leaves_a_hole_that_is_not_counted(b
     assert cap.rows == 5
     for name in points:
         assert_same_bits(cap[name], torch.cat([right_other[name][0], right[name][0]]))
+
+
+FIRST_CAPTURES = """
+import sys, threading, torch, tlfast
+sys.setswitchinterval(1e-6)
+line, forms, rows = threading.Barrier(8), [], []
+
+def work():
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.ones(2, 4)
+    line.wait(60)
+    for _ in range(3):
+        with tlfast.capture(model, "0", rows=2, backend="native") as cap:
+            y = model(x)
+            forms.append(type(y.grad_fn).__name__)
+            y.sum().backward()
+        rows.append(cap["0"].tolist())
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert rows == [[[1.0] * 4] * 2] * 24, rows
+assert set(forms) == {"AddmmBackward0"}, forms
+"""
+
+FORWARD_IN_THE_PROBE = """
+import sys, threading, torch, tlfast
+from torch.nn.modules.module import register_module_forward_hook
+model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.ones(2, 4)
+held, held_by_others = [], register_module_forward_hook(lambda *_: None)
+first = tlfast.capture(model, "0", rows=4, backend="native").__enter__()  # with a global hook there, nothing is learnt
+held_by_others.remove()
+
+def forward():
+    held.append(model(x))  # an output that others hold, while a probe runs
+    held[0].sum().backward()
+
+def in_the_probe(*args, **kwargs):
+    if sys._getframe(1).f_code.co_name == "_learn_references" and not held:
+        thread = threading.Thread(target=forward)
+        thread.start()
+        thread.join()
+    return zeros(*args, **kwargs)
+
+zeros, torch.zeros = torch.zeros, in_the_probe
+other = torch.nn.Sequential(torch.nn.Linear(4, 4))
+with tlfast.capture(other, "0", rows=4, backend="native") as second:
+    y = other(x)
+    assert type(y.grad_fn).__name__ == "AddmmBackward0", y.grad_fn
+    y.sum().backward()
+    assert len(held) == 1
+assert first.rows == 2 and (first["0"] == 1).all(), first.rows
+assert second.rows == 2
+first.__exit__(None, None, None)
+"""
+
+
+@pytest.mark.parametrize("code", [FIRST_CAPTURES, FORWARD_IN_THE_PROBE], ids=["at once", "in the probe"])
+def test_trap_27_what_a_probe_learns_is_no_matter_of_other_threads(native, code):
+    done = run("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr

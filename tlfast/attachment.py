@@ -142,14 +142,10 @@ def _learn_references(native: ModuleType) -> None:
 
     probe = Doubled()
     tap = native.Tap(native.Step(1, "raise"), "probe", [], None, "raise")
-    handle = probe.register_forward_hook(_NativeForwardHook(tap))
-    native.learn_references(True)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            probe(torch.zeros(1, requires_grad=True))
-    finally:
-        native.learn_references(False)
-        handle.remove()
+    tap.learn_references()
+    probe.register_forward_hook(_NativeForwardHook(tap))
+    with torch.inference_mode(False), torch.enable_grad():
+        probe(torch.zeros(1, requires_grad=True))
 
 
 def _prepare(native: ModuleType) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 from . import __version__
 from .commands import collecting, handing_on, inspecting
-from .commands.arguments import BAD_INPUT, FAILED, INTERRUPTED, NO_READER, OK, complain
+from .commands.arguments import BAD_INPUT, FAILED, INTERRUPTED, NO_READER, OK, complain, nearest
 from .errors import broken_rule
 
 USAGE = """usage: tlfast COMMAND ...
 
   collect --model M --text T ... --points GLOB ... --out DIR   gradients of a model on text, into a dataset
   collect DIR/config.yaml [...]                                complete a dataset, or replay it with --out
-  info DIR                                                     what is inside a dataset
+  info DIR [--json]                                            what is inside a dataset
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
   report DIR [--out PAGE]                                      a page of figures and charts, for a browser
@@ -56,14 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE, file=sys.stdout if args else sys.stderr)
         return OK if args else BAD_INPUT
     if args[0] == "--version":
         print(f"tlfast {__version__}")
         return OK
     if args[0] not in COMMANDS:
         rule = f"be one of {', '.join(COMMANDS)}"
-        return complain(broken_rule("tlfast", "command", rule, repr(args[0]), "See tlfast --help."), BAD_INPUT)
+        remedy = nearest(args[0], [*COMMANDS, "--help", "--version"], "See tlfast --help.")
+        return complain(broken_rule("tlfast", "command", rule, repr(args[0]), remedy), BAD_INPUT)
     try:
         return COMMANDS[args[0]](args[1:])
     except (ValueError, TypeError, ImportError) as error:

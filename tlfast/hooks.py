@@ -132,7 +132,8 @@ class Capture:
     @property
     def rows(self) -> int:
         """The number of committed rows, the same at every point."""
-        return sum(n for _, n, _ in self._step.committed())
+        n_rows: int = self._step.extent[0]
+        return n_rows
 
     def __len__(self) -> int:
         return self.rows
@@ -153,12 +154,9 @@ class Capture:
             raise RuntimeError(
                 broken_rule("capture", f"the column {name}", "have been written", "no row", "Run a backward first.")
             )
-        blocks = [(base, base + n) for base, n, _ in self._step.committed()]
-        end = 0
-        for start, stop in blocks:
-            if start != end:  # a failed backward left a hole between two others that ran beside it
-                return torch.cat([rows[a:b] for a, b in blocks])
-            end = stop
+        n_rows, end = self._step.extent
+        if n_rows < end:  # a failed backward left a hole between two others that ran beside it
+            return torch.cat([rows[base : base + n] for base, n, _ in self._step.committed()])
         view: torch.Tensor = rows[:end]
         return view
 

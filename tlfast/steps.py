@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
+from types import FrameType
 from typing import Protocol
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 
 from .errors import broken_rule
 from .ring import Ring
@@ -37,10 +40,11 @@ class Block:
 
 
 class Backward:
-    """One outermost backward: nested ones (reentrant checkpoints) are part of it."""
+    """One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it."""
 
-    def __init__(self, n_taps: int, mask: torch.Tensor | None, n_expected: int, scale: float):
-        self.threads: set[int] = set()
+    def __init__(self, root: int, n_taps: int, mask: torch.Tensor | None, n_expected: int, scale: float):
+        self.root = root  # the graph task at whose end the rows are committed
+        self.spoilt = False  # a part of it has failed, and the error was caught
         self.fired = [0] * n_taps
         self.pending: dict[int, list[list[torch.Tensor]]] = {}  # tap -> what waits for the end of the step
         self.block: Block | None = None
@@ -65,21 +69,56 @@ def refuse_compiled_autograd() -> None:
         )
 
 
+_CPU = torch.device("cpu")
+_OF_THE_CALLER = ("cpu", "meta", "lazy")  # the devices whose nodes run in the thread that called backward
+
+
+def _n_backwards(device: torch.device) -> int:
+    """How many backwards run in this thread, one inside the other, where a gradient is on ``device``.
+
+    They are counted by the frames of the one function by which Python enters the engine. The frame of the outermost one
+    is in the thread that called it: for the CPU that is this thread, and another device has a thread of its own.
+    """
+    n = int(device.type not in _OF_THE_CALLER)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        n += frame.f_code is _engine_run_backward.__code__
+        frame = frame.f_back
+    return n
+
+
 class _End:
-    """Runs when a backward ends; if the engine drops it without a call, the backward failed and its rows are void."""
+    """Runs when a backward ends. If the engine drops it without a call, the backward failed."""
 
     step: Step | None = None  # for one that was dropped before it was made
 
-    def __init__(self, step: Step, task: int):
-        self.step, self.task = step, task
+    def __init__(self, step: Step, task: int, nested: bool):
+        self.step, self.task, self.nested, self.called = step, task, nested, False
 
     def __call__(self) -> None:
-        if self.step is not None:
-            self.step.end(self.task)
+        self.called = True
+        if self.step is not None and not self.nested:
+            self.step.end(self.task)  # may raise; the end of a nested one commits nothing
 
     def __del__(self) -> None:
         if self.step is not None:
-            self.step.abort(self.task)
+            if self.nested:
+                self.step.leave(self.task, self.called)
+            else:
+                self.step.abort(self.task)
+
+
+class _Ended:
+    """Runs when a backward around a capture ends, or fails."""
+
+    def __init__(self, step: Step):
+        self._step = weakref.ref(step)
+
+    def __call__(self) -> None: ...
+
+    def __del__(self) -> None:
+        if (step := self._step()) is not None:
+            step.look_around(n_leaving=1)
 
 
 class Step:
@@ -90,37 +129,70 @@ class Step:
         self.active = True
         self.taps: list[Point] = []
         self.blocks: list[Block] = []
-        self.running: dict[int, Backward] = {}
+        self.n_rows = 0  # of the committed ones
+        self.running: dict[int, Backward] = {}  # by the ids of its graph tasks
+        # The backward that was last met in each thread: what runs inside another one in this thread is a part of it.
+        self._met: dict[int, Backward] = {}
         self.n_ended = 0
         self.n_calls = 0
         self._batch: tuple[torch.Tensor | None, int, float] = (None, -1, 1.0)
         self._lock = threading.RLock()
+        self.look_around(n_leaving=0)
+
+    def look_around(self, n_leaving: int) -> None:
+        """A capture may be made inside a backward, in a hook: that one and those around it hold its steps, and are
+        none. This finds them, and is called again as each of them ends.
+        """
+        self._task_around = torch._C._current_graph_task_id()
+        self._n_around = 0 if self._task_around == -1 else _n_backwards(_CPU) - n_leaving
+        if self._task_around != -1:
+            torch.autograd.Variable._execution_engine.queue_callback(_Ended(self))
 
     def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float) -> None:
         """What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows."""
         self._batch = (mask, n_expected, scale)
 
     def enter_forward(self) -> None:
-        """A captured module runs forward; inside a backward (a checkpoint) that backward is the step to come."""
+        """A captured module runs forward; inside a backward (of a checkpoint, a hook) that is the step to come."""
         task = torch._C._current_graph_task_id()
         if task != -1 and self.active:
             with self._lock:
-                (self._find(task) or self._open(task)).threads.add(threading.get_ident())
+                # One inside another that isn't known waits for its first gradient.
+                if self._find(task, _CPU) is None and not self._nested(_CPU) and task != self._task_around:
+                    self._open(task, _CPU)
 
-    def _find(self, task: int) -> Backward | None:
-        found = self.running.get(task)
-        if found is None:
-            here = threading.get_ident()
-            found = next((b for b in self.running.values() if here in b.threads), None)
-        return found
+    def _nested(self, device: torch.device, n_leaving: int = 0) -> bool:
+        """Whether another backward of this capture is around; the frame of one that is just gone is still there."""
+        return _n_backwards(device) - n_leaving > self._n_around + 1
 
-    def _open(self, task: int) -> Backward:
+    def _find(self, task: int, device: torch.device) -> Backward | None:
+        """The backward to which the running graph task belongs, or None if that isn't known yet."""
+        here = threading.get_ident()
+        run = self.running.get(task)
+        if run is not None:
+            self._met[here] = run
+        elif here in self._met and self._nested(device):
+            run = self._met[here]
+            self._follow(task, run, nested=True)
+        return run
+
+    def _open(self, task: int, device: torch.device) -> Backward:
         refuse_compiled_autograd()
-        self.running[task] = opened = Backward(len(self.taps), *self._batch)
-        torch.autograd.Variable._execution_engine.queue_callback(_End(self, task))
+        opened = Backward(task, len(self.taps), *self._batch)
+        self._follow(task, opened, self._nested(device))
+        self._met[threading.get_ident()] = opened
         return opened
 
-    def begin(self, tap: Point, shape: torch.Size) -> tuple[Backward, Block]:
+    def _follow(self, task: int, run: Backward, nested: bool) -> None:
+        """Count a graph task, the running one, as a part of a backward."""
+        self.running[task] = run
+        torch.autograd.Variable._execution_engine.queue_callback(_End(self, task, nested))
+
+    def _forget(self, run: Backward) -> None:
+        self.running = {task: other for task, other in self.running.items() if other is not run}
+        self._met = {thread: other for thread, other in self._met.items() if other is not run}
+
+    def begin(self, tap: Point, shape: torch.Size, device: torch.device) -> tuple[Backward, Block]:
         """Find the running backward and its rows; every check that needs no gradient values is made here."""
         task = torch._C._current_graph_task_id()
         if task == -1:
@@ -128,7 +200,20 @@ class Step:
                 broken_rule(tap.who, "a tap", "fire inside a backward", "a call outside one", "Call backward().")
             )
         with self._lock:
-            run = self._find(task) or self._open(task)
+            run = self._find(task, device)
+            if run is None:
+                # What may end in another thread can't be handed on there. Nor are there frames in a thread of the
+                # pool, to which the engine goes over where more than 60 backwards lie inside each other.
+                elsewhere = self._nested(device) and device.type not in _OF_THE_CALLER
+                if elsewhere or _n_backwards(device) == 0:
+                    raise RuntimeError(
+                        broken_rule(
+                            tap.who, "a gradient", "be one of an outermost backward, or come after one of it",
+                            "the first of a backward inside another one",
+                            "Capture a point nearer to the loss, too, or leave this one out.",
+                        )
+                    )  # fmt: skip
+                run = self._open(task, device)
             run.fired[tap.index] += 1
             if run.fired[tap.index] > 1 and tap.calls == "raise":
                 raise RuntimeError(
@@ -180,6 +265,15 @@ class Step:
             if run is None or run.block is None or not self.active:
                 self.abort(task)
                 return
+            if run.spoilt:
+                self.abort(task)
+                raise RuntimeError(
+                    broken_rule(
+                        "capture", "a backward", "hold no other one that failed",
+                        "one whose error was caught after it had reached a point",
+                        "Let the error out, or run that one after this.",
+                    )
+                )  # fmt: skip
             absent = [tap for tap in self.taps if not run.fired[tap.index]]
             if absent and self.missing == "raise":
                 self.abort(task)
@@ -197,17 +291,51 @@ class Step:
                 self.taps[index].finish(held, run)
             run.block.missing = [tap.index for tap in absent]
             run.block.state = "committed"
+            self.n_rows += run.block.n
             self.n_ended += 1
-            del self.running[task]
+            self._forget(run)
 
     def abort(self, task: int) -> None:
         """Forget a backward that failed: its rows are void."""
         with self._lock:
-            run = self.running.pop(task, None)
-            if run is not None and run.block is not None and run.block.state == "open":
+            run = self.running.get(task)
+            if run is None:
+                return
+            self._forget(run)
+            if run.block is not None and run.block.state == "open":
                 run.block.state = "aborted"
                 while self.blocks and self.blocks[-1].state == "aborted":
                     self.blocks.pop()
+
+    def leave(self, task: int, ended_well: bool) -> None:
+        """A backward inside another one is gone, after it ended well or not. What it has begun goes on as a part of the
+        one around it, which is the current one of this thread again.
+        """
+        with self._lock:
+            run = self.running.get(task)
+            if run is None:
+                return
+            if run.root != task:
+                run.spoilt |= not ended_well  # its gradients lie among the others
+                del self.running[task]
+                return
+            around = torch._C._current_graph_task_id()
+            if not ended_well or around == -1 or not self.active:
+                self.abort(task)
+            elif around in self.running:
+                self.running[around].spoilt = True  # two blocks for one backward: begun in a device's thread meanwhile
+                self.abort(task)
+            else:
+                del self.running[task]
+                run.root = around
+                self._follow(around, run, self._nested(_CPU, n_leaving=1))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The rows of all committed backwards, and where the last of them ends: more only where others left holes."""
+        with self._lock:
+            last = next((block for block in reversed(self.blocks) if block.state == "committed"), None)
+            return self.n_rows, 0 if last is None else last.base + last.n
 
     def committed(self) -> list[tuple[int, int, list[int]]]:
         """(first row, rows, taps that did not fire) of every committed backward, in order."""
@@ -217,13 +345,14 @@ class Step:
     def clear(self) -> None:
         """Forget all rows; RuntimeError while a backward is running."""
         with self._lock:
-            if any(b.state == "open" for b in self.blocks):
+            if any(run.block is not None for run in self.running.values()):
                 raise RuntimeError(
                     broken_rule(
                         "clear", "the capture", "be at rest", "a running backward", "Call it after backward() returned."
                     )
                 )
             self.blocks.clear()
+            self.n_rows = 0
 
     def close(self) -> None:
         """From now on a firing tap does nothing."""

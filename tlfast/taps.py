@@ -160,7 +160,7 @@ class Tap:
         if not self.step.active:
             return
         grad = self.converted(grad.detach())
-        run, block = self.step.begin(self, grad.shape)
+        run, block = self.step.begin(self, grad.shape, grad.device)
         mask = run.mask_on(grad.device)
         held = run.pending.setdefault(self.index, []) if self.calls == "stack" or self.sums() else []
         if self.calls == "stack":

@@ -138,7 +138,7 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main(["collect", *collect_words(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1].partition(": ")[0].endswith("0 non-finite rows, 3 bad examples skipped")
-    assert shown.err.startswith("collect: 3 bad examples skipped (text/b.bin at 0: no UTF-8 text; ")
+    assert shown.err.splitlines()[1].startswith("collect: 3 bad examples skipped (text/b.bin at 0: no UTF-8 text; ")
     assert len(tlfast.open_dataset(tmp_path / "out").skipped) == 3
     assert main(["info", str(tmp_path / "out")]) == 0
     assert ", skipped 3\n" in capsys.readouterr().out

@@ -202,10 +202,23 @@ def test_the_estimate_is_near(tmp_path):
     assert 0.95 < estimate_bytes(columns, 64, tokens=4) / real < 1.05
 
 
-def test_verify_of_no_dataset(tmp_path):
-    assert "dataset.json must be a readable file" in str(verify_dataset(tmp_path))
-    with pytest.raises(DatasetError, match="No such file"):
-        open_dataset(tmp_path / "nowhere")
+def test_where_no_dataset_is(tmp_path):
+    def said_of(folder):
+        with pytest.raises(DatasetError) as error:
+            open_dataset(folder)
+        assert str(error.value).removeprefix("open_dataset") in str(verify_dataset(folder))
+        return str(error.value).removeprefix("open_dataset: path must be the folder of a dataset, got ")
+
+    near = tmp_path / "gradients"
+    assert said_of(tmp_path) == f"{tmp_path} without dataset.json. Check the path."
+    assert said_of(near) == f"{near}, no such folder. Check the path."
+    make_dataset(near)
+    assert said_of(tmp_path) == f"{tmp_path} without dataset.json. Datasets in it: gradients."
+    assert said_of(tmp_path / "gradeints") == f"{tmp_path / 'gradeints'}, no such folder. Nearest: {near}."
+    assert said_of(near / "dataset.json") == f"{near / 'dataset.json'}, a file. Check the path."
+    (near / "dataset.json").unlink()
+    text = "Restore that file: it is written once, and never changed."
+    assert said_of(near) == f"{near} without dataset.json. {text}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

@@ -105,8 +105,15 @@ def test_arrays_of_a_unit(tmp_path, access):
             with pytest.raises(ValueError, match="read-only"):
                 array[...] = 0
         assert (ds[name].numpy(-1) == ds[name].numpy(2)).all()
-    with pytest.raises(TypeError, match="GradientColumn: dtype must be one that numpy has, got bfloat16"):
-        ds["blocks.0.hook_resid_post"].numpy(0)
+    name = "blocks.0.hook_resid_post"
+    with pytest.raises(TypeError) as error:
+        ds[name].numpy(-1)
+    copy = f"ds['{name}'][{ds.units[-1].start}:{ds.units[-1].stop}].float().numpy()"
+    assert str(error.value) == (
+        f"GradientColumn: dtype must be one that numpy has, got bfloat16. Convert a copy: {copy}."
+    )
+    unit = ds.units[-1]
+    assert same_bits(torch.from_numpy(eval(copy)), tensors[name][unit.start : unit.stop].float())
     with pytest.raises(IndexError, match=r"GradientColumn: unit must be in -3\.\.2, got 3. See ds.units"):
         ds["loss"].numpy(3)
 

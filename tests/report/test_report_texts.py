@@ -6,13 +6,14 @@ import os
 
 import numpy as np
 import pytest
-from test_report import make
+import torch
+from test_report import PLAN, make, page_of
 from tiny_models import byte_tokenizer
 
-from tlfast.dataset import open_dataset
+from tlfast.dataset import DatasetWriter, open_dataset
 from tlfast.dataset.decoding import tokenizer_fingerprint
 from tlfast.report.texts import decoder
-from tlfast.report.timeline import commit_times, timeline
+from tlfast.report.timeline import commit_times, extension_times, timeline
 
 
 def test_the_tokenizer_of_the_model_in_the_config(tmp_path):
@@ -69,6 +70,39 @@ def test_a_night_between_two_runs_is_a_pause():
     assert line.work_s == 190.0
     assert line.pauses == [(90.0, 39910.0)]
     assert np.allclose(line.rows_per_s, 1.0)
+
+
+def test_time_between_two_short_runs_is_left_out():
+    line = timeline([(0.0, 4), (1.0, 4), (90_000.0, 4)])
+    assert (line.work_s, line.n_rows, line.pauses) == (2.0, 8, [(1.0, 89_999.0)])
+    line = timeline([(0.0, 4), (90_000.0, 4), (90_001.0, 4), (90_002.0, 4)])
+    assert (line.work_s, line.pauses) == (3.0, [(0.0, 90_000.0)])
+    line = timeline([(1.0 * k, 10) for k in range(4)] + [(23.0 + k, 10) for k in range(4)])
+    assert (line.work_s, line.pauses) == (7.0, [(3.0, 20.0)])
+
+
+def test_large_and_slow_units_are_no_pauses():
+    line = timeline([(0.0, 1), (1.0, 1), (2.0, 1), (102.0, 100), (122.0, 4)])
+    assert (line.work_s, line.pauses) == (122.0, [])
+
+
+def test_the_time_before_an_extension_is_left_out_however_short():
+    commits = [(10.0, 10), (20.0, 10), (27.0, 10), (37.0, 10)]
+    line = timeline(commits, begun=[17.0, 25.0, 99.0])
+    assert (line.work_s, line.pauses) == (15.0, [(0.0, 7.0), (3.0, 5.0)])
+
+
+def test_an_extension_tells_when_its_run_began(tmp_path):
+    folder = make(tmp_path / "ds", header={"examples": {"tokens": 20}})
+    assert extension_times(open_dataset(folder)) == []
+    columns = dict.fromkeys(("h.0", "h.1"), (torch.float32, (3,)))
+    writer = DatasetWriter(folder, header={"examples": {"tokens": 20}}, columns=columns, plan=PLAN)
+    writer.extend(2, {"tokens": 7})
+    os.utime(folder / "plan" / "x000001.json", (0, 1234))
+    dataset = open_dataset(folder, partial=True)
+    assert extension_times(dataset) == [1234.0]
+    assert dataset.info()["examples"]["tokens"] == 27
+    assert "tokens 27" in page_of(folder).text
 
 
 def test_times_of_commits(tmp_path):

@@ -40,8 +40,8 @@ def test_a_rank_is_killed_and_all_go_on_after_the_restart(undisturbed, tmp_path,
         assert n_commits(out) < N_UNITS, "the signal came too late to prove anything"
         shown, errors = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, errors
-    starts = re.findall(rf"^rank (\d) of {n_ranks}: {re.escape(tlfast.backend())}$", shown, flags=re.MULTILINE)
-    assert sorted(starts) == sorted(list(map(str, range(n_ranks))) * 2), shown
+    starts = re.findall(rf"^rank (\d) of {n_ranks}: {re.escape(tlfast.backend())}$", errors, flags=re.MULTILINE)
+    assert sorted(starts) == sorted(list(map(str, range(n_ranks))) * 2), errors
     reports = re.findall(r"^rank (\d) of \d: .* beside (\d+) that were there", shown, flags=re.MULTILINE)
     assert sorted(rank for rank, _ in reports) == list(map(str, range(n_ranks))), shown
     assert all(int(n_rows) >= 5 * ROWS_PER_UNIT for _, n_rows in reports), "what was there is not done again"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ..errors import broken_rule
@@ -19,6 +20,14 @@ def complain(text: str, code: int) -> int:
     """Say what is wrong in one line on stderr; return the exit code."""
     whole_line(rank() + " ".join(text.split()), sys.stderr)
     return code
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about a word that is none of those known: the nearest one, or else ``otherwise``."""
+    # Without the dashes, which all flags have in common.
+    plain = {name.strip("-").replace("_", "-"): name for name in known}
+    near = difflib.get_close_matches(word.partition("=")[0].strip("-").replace("_", "-"), plain, n=1, cutoff=0.5)
+    return f"Nearest: {plain[near[0]]}." if near else otherwise
 
 
 def rank() -> str:
@@ -43,11 +52,9 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
-        raise ValueError(broken_rule(self.prog, "the argument", self._rule, self._got, f"{message.capitalize()}."))
-
-
-def one_folder(command: str, description: str, args: Sequence[str]) -> str:
-    """Return the only argument of a command that takes a dataset's folder and nothing else."""
-    arguments = Arguments(command, description)
-    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
-    return str(arguments.read(args).dir)
+        remedy = f"{message.capitalize()}."
+        if message.startswith("unrecognized arguments"):
+            flag = next((word for word in message.split(": ", 1)[1].split() if word.startswith("-")), "")
+            flags = [name for name in self._option_string_actions if name.startswith("--")]
+            remedy = nearest(flag, flags, remedy) if flag else remedy
+        raise ValueError(broken_rule(self.prog, "the argument", self._rule, self._got, remedy))

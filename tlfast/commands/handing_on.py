@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from ..dataset import export_dataset, open_dataset
 from ..dataset.export_formats import FORMATS
@@ -73,7 +74,8 @@ def pull(args: list[str]) -> int:
 def _connected() -> Iterator[None]:
     """Make an OSError, which ends a command in one line, of what the hub's HTTP library raises without a network."""
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # nothing but the answer goes to stdout
+            yield
     except Exception as error:
         if type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES and not isinstance(error, OSError):
             raise ConnectionError(f"the hub can't be reached: {error}") from error

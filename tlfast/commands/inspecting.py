@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -9,28 +10,43 @@ from typing import Any
 
 from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
 from ..dataset.commits import file_sizes
-from ..dataset.completeness import completeness
+from ..dataset.completeness import Part, completeness
+from ..dataset.description import read_description
+from ..dataset.errors import NoDataset
 from ..doctor import diagnose
-from .arguments import FAILED, OK, Arguments, one_folder
+from .arguments import FAILED, OK, Arguments
 from .bar import bar
 
 
 def info(args: list[str]) -> int:
     """Print what is inside a dataset."""
-    ds = open_dataset(one_folder("info", "What is inside a dataset.", args), partial=True)
+    arguments = Arguments("info", "What is inside a dataset.")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder, or its URL")
+    arguments.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    wanted = arguments.read(args)
+    ds = open_dataset(wanted.dir, partial=True)
     info = ds.info()
-    header = dict(info["header"])
-    if isinstance(header.get("examples"), dict) and "skipped" in header["examples"]:
-        header["examples"] = header["examples"] | {"skipped": len(ds.skipped)}
-    absent = info["planned_units"] - info["units"]
+    # The list of those left out can be long; they are counted below.
+    info["header"] = info["header"] | ({"examples": info["examples"]} if info["examples"] else {})
+    reasons = Counter(reason for _, _, reason in ds.skipped)
+    parts = completeness(ds.plan, ds.units)
+    if wanted.json:
+        info |= {"skipped": dict(reasons), "parts": [part._asdict() for part in parts]}
+        print(json.dumps(info, indent=1, allow_nan=False))
+    else:
+        _show(info, reasons, parts)
+    return OK
+
+
+def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> None:
+    header, absent = info["header"], info["planned_units"] - info["units"]
     print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
     print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")
-    parts = completeness(ds.plan, ds.units)
     for number, rows, planned_rows, units, planned_units in parts if len(parts) > 1 else []:
         name = f"extension {number}" if number else "first plan"
         print(f"{name:<13} {rows} of {planned_rows} rows in {units} of {planned_units} units")
-    if ds.skipped:
-        print(f"skipped       {_reasons([reason for _, _, reason in ds.skipped])}")
+    if reasons:
+        print(f"skipped       {_reasons(reasons)}")
     if absent:
         print(f"incomplete    {absent} units are missing; `tlfast collect {info['path']}/config.yaml` makes them")
     for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
@@ -40,11 +56,10 @@ def info(args: list[str]) -> int:
     shapes = [(_plain(name), f"{c['dtype']} {[info['rows'], *c['shape']]}") for name, c in info["points"].items()]
     for name, shape in shapes:
         print(f"  {name:<{max(len(name) for name, _ in shapes)}}  {shape}")
-    return OK
 
 
-def _reasons(reasons: list[str], most: int = 3) -> str:
-    counts = Counter(reasons).most_common()
+def _reasons(reasons: Counter[str], most: int = 3) -> str:
+    counts = reasons.most_common()
     named = [f"{n} {_short(reason)}" for reason, n in counts[:most]]
     return ", ".join(named + ([f"{sum(n for _, n in counts[most:])} for other reasons"] if len(counts) > most else []))
 
@@ -74,6 +89,12 @@ def verify(args: list[str]) -> int:
     arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
     arguments.add_argument("--repair", action="store_true", help="drop damaged units, so that the next run makes them")
     wanted = arguments.read(args)
+    try:
+        read_description(wanted.dir, "tlfast verify")
+    except NoDataset:
+        raise
+    except DatasetError:
+        pass  # which is what verify is for
     with bar("verify", _n_bytes(wanted.dir), "B") as progress:
         report = (repair_dataset if wanted.repair else verify_dataset)(wanted.dir, progress=progress)
     print(report)
@@ -92,6 +113,7 @@ def _n_bytes(place: str) -> int:
 
 def doctor(args: list[str]) -> int:
     """Print what runs on this machine."""
+    Arguments("doctor", "What runs here, and what is missing.", "left out").read(args)
     for line in diagnose():
         print(line)
     return OK

@@ -69,13 +69,14 @@ class GradientColumn:
         Nothing is copied where the files are mapped (FAISS takes such an array of float32 as it is); the mapping lives
         as long as the array. TypeError for bfloat16, which numpy doesn't have.
         """
-        if self.dtype == torch.bfloat16:
-            remedy = "Index the column to get a tensor, and convert that."
-            raise TypeError(broken_rule("GradientColumn", "dtype", "be one that numpy has", "bfloat16", remedy))
         n_units = len(self._files.stops)
         if not -n_units <= k < n_units:
             text = broken_rule("GradientColumn", "unit", f"be in {-n_units}..{n_units - 1}", k, "See ds.units.")
             raise IndexError(text)
+        if self.dtype == torch.bfloat16:
+            rows_of_unit = f"{self._files.starts[k]}:{self._files.stops[k]}"
+            remedy = f"Convert a copy: ds[{self.name!r}][{rows_of_unit}].float().numpy()."
+            raise TypeError(broken_rule("GradientColumn", "dtype", "be one that numpy has", "bfloat16", remedy))
         rows = self._files.view(k % n_units, self.name)
         return rows.view(rows.dtype.str.replace("i", "f"))
 

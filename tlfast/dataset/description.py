@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import platform
 from collections.abc import Mapping
@@ -9,15 +10,17 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import dataset_error
+from ..errors import broken_rule
+from .errors import DatasetError, NoDataset, dataset_error
 from .extension import Extension, read_extensions
 from .layout import DTYPE_NAMES, DTYPES, Column, check_columns
 from .plan import Plan, Unit
-from .store import Store, as_store
+from .store import LocalStore, Store, as_store
 from .strict_json import checksum_of, parse_json, sha256_of, to_file
 
 FORMAT = "tlfast-dataset"
@@ -79,6 +82,21 @@ class Description:
         parts = [(self.plan.to_json()["n_examples"], own if isinstance(own, dict) else {})]
         return parts + [(extension.n_examples, extension.examples) for extension in self.extensions]
 
+    def all_examples(self) -> dict[str, Any]:
+        """Return what is said of all planned examples together.
+
+        Of a dataset that was extended the tokens are added up, and ``sha256`` lists that of each part; ``skipped`` is a
+        number.
+        """
+        parts = [said for _, said in self.examples]
+        found = dict(parts[0])
+        if len(parts) > 1:
+            tokens = [n for said in parts if type(n := said.get("tokens")) is int]
+            found["tokens"] = sum(tokens) if len(tokens) == len(parts) else None
+            found["sha256"] = [str(said.get("sha256")) for said in parts]
+        lists = [said["skipped"] for said in parts if isinstance(said.get("skipped"), list)]
+        return found | ({"skipped": sum(map(len, lists))} if lists else {})
+
     def to_bytes(self) -> bytes:
         """Return the content of dataset.json."""
         return to_file(self.identity() | {"config_hash": self.config_hash, "about": self.about})
@@ -107,7 +125,13 @@ def read_description(place: str | PathLike[str] | Store, who: str) -> Descriptio
     """Read and check dataset.json in a folder or store; DatasetError where it is missing, newer, changed or damaged."""
     store = as_store(place)
     path = store.where(FILE_NAME)
-    value = parse_json(store.read(FILE_NAME, who, MAX_BYTES), who, path)
+    try:
+        content = store.read(FILE_NAME, who, MAX_BYTES)
+    except DatasetError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise _no_dataset(store, who) from error
+        raise
+    value = parse_json(content, who, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise dataset_error(who, path, f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
     if value.get("version") != VERSION:
@@ -127,6 +151,33 @@ def read_description(place: str | PathLike[str] | Store, who: str) -> Descriptio
     for extension in extensions:
         plan = plan.extended(extension.n_examples)
     return replace(description, plan=plan, extensions=extensions)
+
+
+def _no_dataset(store: Store, who: str) -> DatasetError:
+    """What to say where there is no dataset.json: where one is, if that can be seen."""
+    rule, place = "be the folder of a dataset", store.where("").rstrip("/")
+    if not isinstance(store, LocalStore):
+        return NoDataset(broken_rule(who, "path", rule, f"{place} without dataset.json", "Check the URL."))
+    folder = store.folder
+    if not folder.is_dir():
+        near = difflib.get_close_matches(folder.name, _datasets_in(folder.parent), n=1)
+        got = f"{place}, {'a file' if folder.exists() else 'no such folder'}"
+        remedy = f"Nearest: {folder.parent / near[0]}." if near else "Check the path."
+        return NoDataset(broken_rule(who, "path", rule, got, remedy))
+    got = f"{place} without dataset.json"
+    if (folder / "commits").exists():
+        remedy = "Restore that file: it is written once, and never changed."
+        return dataset_error(who, "path", rule, got, remedy)
+    inside = _datasets_in(folder)
+    remedy = f"Datasets in it: {', '.join(inside[:5])}{', ...' * (len(inside) > 5)}." if inside else "Check the path."
+    return NoDataset(broken_rule(who, "path", rule, got, remedy))
+
+
+def _datasets_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir() if (path / FILE_NAME).is_file())
+    except OSError:
+        return []
 
 
 def _read_columns(value: Any, who: str, path: str) -> dict[str, Column]:

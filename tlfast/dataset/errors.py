@@ -12,6 +12,10 @@ class DatasetError(ValueError):
     """A dataset folder, or what was to be written to it, is not as format version 1 says."""
 
 
+class NoDataset(DatasetError):
+    """There is none at the place that was named."""
+
+
 def dataset_error(who: str, argument: str, rule: str, got: object, remedy: str) -> DatasetError:
     """Return a DatasetError with the text ``<who>: <argument> must <rule>, got <value>. <what to do>``."""
     return DatasetError(broken_rule(who, argument, rule, got, remedy))

@@ -230,6 +230,7 @@ class GradientDataset(OnHub):
                 name: {"dtype": DTYPE_NAMES[c.dtype], "shape": list(c.row_shape)} for name, c in columns.items()
             },
             "header": self.header,
+            "examples": self._description.all_examples(),
             "about": self._description.about,
             "config_hash": self._description.config_hash,
         }

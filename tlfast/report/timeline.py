@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..dataset import GradientDataset
+from ..dataset import GradientDataset, extension
 
 _BINS = 48
-_PAUSE = 10  # a gap so many times the median one, and longer than a minute, is a pause and not slow work
-_PAUSE_S = 60.0
+# A gap so many times the usual one for its rows, and longer than a process takes to start, is a pause, not slow work.
+_PAUSE = 10
+_PAUSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,23 @@ def commit_times(dataset: GradientDataset) -> list[tuple[float, int]]:
     return sorted(((folder / f"{unit.name}.json").stat().st_mtime, len(unit)) for unit in dataset.units)
 
 
-def timeline(commits: list[tuple[float, int]], created: object = None) -> Timeline | None:
+def extension_times(dataset: GradientDataset) -> list[float]:
+    """Return when the dataset was extended, each time at the beginning of a run; empty for a remote dataset."""
+    if not isinstance(dataset.path, Path):
+        return []
+    return sorted(path.stat().st_mtime for path in (dataset.path / extension.FOLDER).glob("x*.json"))
+
+
+def timeline(commits: list[tuple[float, int]], created: object = None, begun: Sequence[float] = ()) -> Timeline | None:
     """Return the rates; None where there are too few commits to tell.
+
+    Where a run began is known of extensions. Of one that goes on with what another has left, it shows in a gap: what is
+    usual is then what the quickest quarter of the units took for a row, so that it shows also where units are few.
 
     Args:
         commits: what commit_times returns.
         created: when dataset.json was written, as it says itself.
+        begun: when further runs began.
     """
     start = _seconds(created)
     times = np.array([time for time, _ in commits])
@@ -56,10 +69,17 @@ def timeline(commits: list[tuple[float, int]], created: object = None) -> Timeli
     gaps = np.diff(times)
     if len(gaps) < 2 or times[-1] - times[0] < 1e-3 * len(gaps):  # copied files bear the time of the copy
         return None
-    longest = max(_PAUSE * float(np.median(gaps)), _PAUSE_S)
-    worked = np.where(gaps > longest, np.median(gaps), gaps)
+    idle = np.zeros_like(gaps)
+    for time in begun:
+        k = int(np.searchsorted(times, time)) - 1
+        if 0 <= k < len(gaps):
+            idle[k] = max(idle[k], time - times[k])
+    usual = rows * np.quantile((gaps - idle) / rows, 0.25, method="lower")
+    paused = gaps - idle > np.maximum(_PAUSE * usual, _PAUSE_S)
+    idle[paused] = gaps[paused]
+    worked = np.where(paused, usual, gaps - idle)
     ends = np.cumsum(worked)
-    pauses = [(float(ends[k] - worked[k]), float(gaps[k])) for k in np.flatnonzero(gaps > longest)]
+    pauses = [(float(ends[k] - worked[k]), float(idle[k])) for k in np.flatnonzero(idle)]
     edges = np.linspace(0.0, ends[-1], min(_BINS, len(gaps)) + 1)
     done = np.interp(edges, np.concatenate([[0.0], ends]), np.concatenate([[0.0], np.cumsum(rows)]))
     return Timeline(edges, np.diff(done) / np.diff(edges), pauses, int(rows.sum()))

@@ -20,7 +20,7 @@ from .page import render
 from .positions import norms_by_position, points_with_positions
 from .summary import Summary, summarize
 from .texts import Decode, decoder
-from .timeline import Timeline, commit_times, timeline
+from .timeline import Timeline, commit_times, extension_times, timeline
 
 _WHO = "write_report"
 _LONGEST_TABLE = 200  # points
@@ -136,7 +136,7 @@ def _tiles(info: dict[str, Any], summary: Summary) -> list[dict[str, Any]]:
 
 
 def _made(info: dict[str, Any]) -> list[tuple[str, str]]:
-    header = info["header"]
+    header = info["header"] | ({"examples": info["examples"]} if info["examples"] else {})
     known = ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale")
     keys = [key for key in known if key in header] + [key for key in header if key not in known]
     return [(str(key), _line(header[key])) for key in keys[:40]] + [("made", _line(info["about"]))]
@@ -208,7 +208,7 @@ def _number(value: float) -> str:
 
 def _charts(dataset: GradientDataset, summary: Summary, created: object) -> list[dict[str, str]]:
     with_positions = charts.some(points_with_positions(dataset), charts.LINES)
-    line = timeline(commit_times(dataset), created)
+    line = timeline(commit_times(dataset), created, extension_times(dataset))
     found = [
         (
             "Norm by point",
