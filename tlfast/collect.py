@@ -24,7 +24,7 @@ from .errors import broken_rule
 from .graphs import graph_step
 from .hooks import Capture
 from .identity import describe_collection, describe_examples
-from .loss import next_token_loss
+from .loss import check_causal, next_token_loss
 from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
@@ -182,6 +182,8 @@ def collect(
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
     with stopping() as stop_if_asked, at_work(model), only_deterministic(deterministic, model_devices):
         columns, devices = probe_columns(model, enter, batching, loss, examples[0])
+        if loss is next_token_loss:
+            check_causal(model, batching, examples)
         n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite)
         identity = describe_collection(
             model, specs, loss, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,
