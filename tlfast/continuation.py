@@ -11,6 +11,7 @@ from .dataset.destination import holds_dataset, refuse_foreign
 from .dataset.errors import dataset_error
 from .dataset.plan import Example
 from .dataset.remote_writer import LocalWriter, RemoteWriter
+from .dataset.store import as_store
 from .identity import describe_examples
 
 Resume = Literal["auto", "must", "never"]
@@ -27,6 +28,11 @@ def check_folder(out: Place, resume: Resume, overwrite: bool) -> None:
     if resume == "never" and not overwrite and holds_dataset(out, "collect"):
         remedy = 'resume="auto" continues it, overwrite removes it.'
         raise dataset_error("collect", "out", 'be a new folder with resume="never"', f"a dataset at {out}", remedy)
+
+
+def has_units(out: Place) -> bool:
+    """Whether a dataset with a unit at least lies in ``out``."""
+    return holds_dataset(out, "collect") and bool(as_store(out).sizes("commits", "collect", optional=True))
 
 
 def own_part(out: Place, examples: Sequence[Example], skipped: Skipped, overwrite: bool) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class CollectSettings:
     rows_per_unit: int = 0
     """examples per unit, the piece that is written and resumed whole; 0: those that fill 256 MiB, at most 2048"""
     pattern: str = "*"
-    """which file names to read in folders"""
+    """which file names to read in folders; one with an ending, *.jsonl, takes such files as the text that they are"""
     bos: str = "auto"
     """put the beginning-of-text token before each example: auto (if the tokenizer does so), always or never"""
     padding_side: str = "right"
