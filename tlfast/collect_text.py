@@ -44,7 +44,8 @@ class Collection:
     def __init__(self, settings: CollectSettings) -> None:
         """Cheap checks first, the model last."""
         settings.check()
-        check_folder(settings.out, settings.resume, settings.overwrite)  # type: ignore[arg-type]
+        staging = settings.staging or None
+        check_folder(settings.out, settings.resume, settings.overwrite, staging)  # type: ignore[arg-type]
         check_model_name(settings.model)
         self.device = device = pick_device(settings.device)
         files = find_text_files(settings.text, settings.pattern)
