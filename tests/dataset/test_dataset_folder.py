@@ -127,6 +127,19 @@ def test_what_a_living_writer_is_at_is_not_replaced(tmp_path):
     make_writer(tmp_path, replace_unused=True)
 
 
+def test_a_writer_whose_dataset_was_replaced_commits_nothing(tmp_path):
+    """As by --overwrite, or on a mount where machines don't see each other's locks."""
+    writer = make_writer(tmp_path)
+    make_writer(tmp_path, header=OTHER, overwrite=True)
+    with pytest.raises(DatasetError, match=r"be the same dataset to continue it, got .*header\.model: 'another' there"):
+        write_units(writer)
+    assert not list((tmp_path / "commits").iterdir())
+    shutil.copy(tmp_path / "dataset.json", tmp_path / "copy")
+    writer = make_writer(tmp_path, header=OTHER)
+    os.replace(tmp_path / "copy", tmp_path / "dataset.json")  # restored as it was
+    write_units(writer)
+
+
 def test_where_files_cannot_be_locked_nothing_is_replaced(tmp_path, monkeypatch):
     unused(tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -130,13 +131,23 @@ class DatasetWriter:
 
     def _begin_work(self) -> None:
         """Let other processes see that this one may write units, until `end_work`, or until it is gone."""
-        held = hold(self.out / FILE_NAME)
-        self._work = finalize(self, os.close, held) if held is not None else None
+        self._held = hold(self.out / FILE_NAME)
+        self._work = finalize(self, os.close, self._held) if self._held is not None else None
 
     def end_work(self) -> None:
         """Say that nothing will be written any more."""
+        self._held = None
         if self._work is not None:
             self._work()
+
+    def _check_still_there(self) -> None:
+        """DatasetError where another process has put another dataset in the place of this one."""
+        if self._held is None:
+            return
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._held), os.stat(self.out / FILE_NAME)):
+                return
+        self._same(self.description)
 
     def _check_disk_space(self) -> None:
         remaining = self.plan.n_examples - sum(len(self.plan.unit_named(name)) for name in self.done)
@@ -228,6 +239,7 @@ class DatasetWriter:
                     CommittedFile(f"{f.final.parent.name}/{f.final.name}", f.n_bytes, f.crc) for f in (data, rows)
                 )
                 commit = Commit(unit, self.description.hash_of(unit), (files[0], files[1]), int(bad.sum()))
+                self._check_still_there()
                 won = publish(self.out, commit, (data, rows))
         self.done.add(unit.name)
         return won
