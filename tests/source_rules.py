@@ -67,7 +67,7 @@ FLOORS = (
     ("bad_examples", "determinism", "progress", "stopping"),
     ("batches", "fingerprint", "huggingface", "request", "shares", "text"),
     ("settings",),
-    ("drain", "loss", "replay"),
+    ("drain", "function_identity", "loss", "replay"),
     ("identity", "units"),
     ("continuation", "sharded", "unit_loop"),
     ("collect",),

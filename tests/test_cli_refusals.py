@@ -30,6 +30,14 @@ def folder(tmp_path_factory):
             "collect: model must be a folder or a name on the hub, got '/nowhere/model', no such",
         ),
         (
+            {"ray_workers": "2"},
+            "collect: ray_workers must be left out without Ray, got 2 with engine 'local'. Or --engine ray.",
+        ),
+        (
+            {"staging": "FOLDER/staging"},
+            "collect: staging must be left out unless out is a URL, got .*staging'. A folder needs none.",
+        ),
+        (
             {"model": "FOLDER/modle"},
             "collect: model must be a folder or a name on the hub, got .*modle', no such folder",
         ),

@@ -17,6 +17,7 @@ from .dataset.plan import Example
 from .errors import broken_rule
 
 PaddingSide = Literal["right", "left"]
+_KEYS = ("input_ids", "attention_mask", "source", "start")  # of a mapping
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,23 @@ class Batch:
     padding_side: PaddingSide = "right"
 
     @property
-    def labels(self) -> torch.Tensor:
-        """The next token of each position, -100 where there is none: int64 [B, P]."""
-        labels = torch.full_like(self.input_ids, -100)
-        labels[:, :-1] = self.input_ids[:, 1:]
+    def next_tokens(self) -> torch.Tensor:
+        """The token after each position, -100 where there is none: int64 [B, P].
+
+        They are shifted already. A loss that shifts, as that of a Hugging Face model with ``labels=`` does, would ask
+        for the token after the next one.
+        """
+        next_tokens = torch.full_like(self.input_ids, -100)
+        next_tokens[:, :-1] = self.input_ids[:, 1:]
         if self.mask is not None:
-            labels[:, :-1].masked_fill_(~(self.mask[:, :-1] & self.mask[:, 1:]), -100)
-        return labels
+            next_tokens[:, :-1].masked_fill_(~(self.mask[:, :-1] & self.mask[:, 1:]), -100)
+        return next_tokens
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """What `next_tokens` was called before: an AttributeError that says so."""
+        remedy = "They are shifted already, so a loss that shifts its labels must not get them."
+        raise AttributeError(broken_rule("Batch", "labels", "be asked for as next_tokens", "labels", remedy))
 
     @property
     def position_ids(self) -> torch.Tensor | None:
@@ -143,7 +154,7 @@ def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest:
     """Turn token sequences, examples, or batches of them into a list of examples, numbered from 0.
 
     An item is one sequence of tokens, a tensor or array [P] or [B, P], an `Example`, a mapping with ``input_ids`` (and
-    ``attention_mask``, ``source``, ``start`` if there are any), or a list of such items.
+    ``attention_mask``, ``source``, ``start`` if there are any, and nothing else), or a list of such items.
 
     Args:
         batches: the items.
@@ -152,7 +163,8 @@ def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest:
         longest: the most tokens of an example; None: any number.
 
     Raises:
-        ValueError, TypeError: for an item that is none of these, or tokens that are none.
+        ValueError, TypeError: for an item that is none of these, or tokens that are none; for a mapping with other
+            keys, which nobody would use; for a list whose parts may be the fields of a batch and not its examples.
 
     Example:
         >>> from tlfast.batches import as_examples
@@ -160,8 +172,12 @@ def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest:
         [3, 2, 2]
     """
     bad = BadExamples("stop") if bad is None else bad
+    if isinstance(batches, Mapping):
+        got = f"a mapping with {_named(batches)}"
+        raise TypeError(broken_rule("collect", "batches", "be an iterable of batches", got, "Put it into a list."))
     examples: list[Example] = []
-    for number, (ids, source, start) in enumerate(given for item in batches for given in _sequences(item)):
+    items = (given for k, item in enumerate(batches) for given in _sequences(item, f"batches[{k}]"))
+    for number, (ids, source, start) in enumerate(items):
         tokens = _checked(ids)
         n, got = len(tokens), f"{len(tokens)} in example {number}"
         if n < 2:
@@ -181,14 +197,19 @@ def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest:
     return examples
 
 
-def _sequences(item: Any) -> Iterator[tuple[Sequence[int], str, int]]:
+def _sequences(item: Any, place: str) -> Iterator[tuple[Sequence[int], str, int]]:
+    """Yield tokens, source and start of each example in an item; ``place`` is where it stands."""
     if isinstance(item, Example):
+        if item.length != len(item.input_ids):
+            got, remedy = f"{item.length} for {len(item.input_ids)} tokens", "An example holds its real tokens alone."
+            raise ValueError(broken_rule("collect", f"length of {place}", "count its tokens", got, remedy))
         yield item.input_ids, item.source, item.start
     elif isinstance(item, Mapping) and "input_ids" in item:
-        yield from _of_mapping(item)
+        yield from _of_mapping(item, place)
     elif isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim in (1, 2):
-        for ids in item.tolist() if item.ndim == 2 else [item.tolist()]:
-            yield ids, "", 0
+        ids = _as_list(item)
+        for row in ids if item.ndim == 2 else [ids]:
+            yield row, "", 0
     elif (
         isinstance(item, array)
         or (isinstance(item, (list, tuple)) and not item)  # an example without tokens
@@ -196,25 +217,110 @@ def _sequences(item: Any) -> Iterator[tuple[Sequence[int], str, int]]:
     ):
         yield item, "", 0
     elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
-        for part in item:
-            yield from _sequences(part)
+        _check_parts(item, place)
+        for k, part in enumerate(item):
+            yield from _sequences(part, f"{place}[{k}]")
     else:
         rule = "hold token sequences, tensors [P] or [B, P], or mappings with input_ids"
-        got = type(item).__name__
+        got = f"{type(item).__name__}{f' with {_named(item)}' if isinstance(item, Mapping) else ''} in {place}"
         raise TypeError(broken_rule("collect", "batches", rule, got, "Tokenize the text first."))
 
 
-def _of_mapping(item: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], str, int]]:
-    ids, mask = _as_list(item["input_ids"]), _as_list(item.get("attention_mask"))
-    nested = bool(ids) and not isinstance(ids[0], int)
-    rows, masks = (ids, mask) if nested else ([ids], None if mask is None else [mask])
-    sources, starts = item.get("source", ""), _as_list(item.get("start", 0))
-    for i, row in enumerate(rows):
-        real = _as_list(row)
-        if masks is not None:
-            real = [token for token, keep in zip(real, masks[i], strict=True) if keep]
-        source = sources if isinstance(sources, str) else sources[i]
-        yield real, source, int(starts if isinstance(starts, int) else starts[i])
+def _check_parts(parts: Sequence[Any], place: str) -> None:
+    """ValueError where the parts of a list may be fields of a batch, or its positions, and not its examples."""
+    fields = getattr(parts, "_fields", None)
+    sizes = [list(part.shape) for part in parts if isinstance(part, (torch.Tensor, np.ndarray))]
+    if fields is not None:
+        got = f"{type(parts).__name__}({', '.join(fields)})"
+    elif len(parts) > 1 and any(len(size) > 1 for size in sizes):  # a DataLoader of a TensorDataset
+        got = f"{len(parts)} parts with sizes {', '.join(map(str, sizes[:3]))}"
+    elif len(parts) == 2 and _is_mask(parts[1], parts[0]):
+        got = "tokens, and as many 0s and 1s"
+    else:
+        _check_examples_first(parts, place)
+        return
+    rule, remedy = "name the fields of a batch", "Give mappings with input_ids and attention_mask."
+    raise ValueError(broken_rule("collect", place, rule, got, remedy))
+
+
+def _is_mask(part: Any, tokens: Any) -> bool:
+    part, tokens = _as_list(part), _as_list(tokens)
+    return (
+        isinstance(part, Sequence) and isinstance(tokens, Sequence) and not isinstance(part, (str, bytes))
+        and len(part) == len(tokens) > 0
+        and all(isinstance(value, int) for value in (*part, *tokens))
+        and set(part) <= {0, 1} and not set(tokens) <= {0, 1}
+    )  # fmt: skip
+
+
+def _check_examples_first(rows: Any, place: str) -> None:
+    """ValueError for a list of equally long tensors: a DataLoader makes lists of ints so, the positions first."""
+    several = isinstance(rows, (list, tuple)) and len(rows) > 1
+    sizes = {tuple(row.shape) if isinstance(row, torch.Tensor) else () for row in rows} if several else ()
+    if len(sizes) == 1 and all(map(len, sizes)):
+        rule, got = "hold one example after the other", f"a list of {len(rows)} tensors {list(*sizes)}"
+        remedy = "Stack them, [B, P]; a DataLoader that makes such lists, positions first, needs collate_fn=list."
+        raise ValueError(broken_rule("collect", place, rule, got, remedy))
+
+
+def _of_mapping(item: Mapping[str, Any], place: str) -> Iterator[tuple[Sequence[int], str, int]]:
+    unused = [str(key) for key, value in item.items() if key not in _KEYS and value is not None]
+    if unused:
+        raise ValueError(
+            broken_rule(
+                "collect", f"keys of {place}", f"be among {', '.join(_KEYS)}", ", ".join(unused),
+                "Drop what is too much: neither model nor loss would see it. Labels that are the input_ids are what "
+                "the default loss predicts; others aren't supported yet.",
+            )
+        )  # fmt: skip
+    given = item["input_ids"]
+    _check_examples_first(given, f"input_ids of {place}")
+    ids = _as_list(given)
+    if not isinstance(ids, Sequence) or (isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim > 2):
+        got = f"a tensor {list(given.shape)}" if isinstance(given, (torch.Tensor, np.ndarray)) else repr(ids)
+        rule = "be tokens, [P] or [B, P]"
+        raise ValueError(broken_rule("collect", f"input_ids of {place}", rule, got, "Give mappings of one batch each."))
+    nested = bool(ids) and (isinstance(ids[0], Sequence) or hasattr(ids[0], "ndim"))
+    rows = [_as_list(row) for row in ids] if nested else [ids]
+    mask, source, start = item.get("attention_mask"), item.get("source"), _as_list(item.get("start"))
+    masks = [None] * len(rows) if mask is None else _for_each(mask, nested, len(rows), f"attention_mask of {place}")
+    sources = _for_each(source, not isinstance(source, str), len(rows), f"source of {place}", "")
+    starts = _for_each(start, not isinstance(start, int), len(rows), f"start of {place}", 0)
+    for row, mask, source, start in zip(rows, masks, sources, starts, strict=True):
+        if not isinstance(source, str) or not isinstance(start, (int, np.integer)):
+            rule, got = "be a text and a whole number", f"{source!r} and {start!r}"
+            raise ValueError(broken_rule("collect", f"source and start of {place}", rule, got, "Or leave them out."))
+        yield row if mask is None else _real(row, _as_list(mask), place), source, int(start)
+
+
+def _for_each(value: Any, nested: bool, n: int, name: str, default: Any = None) -> Sequence[Any]:
+    """The values of ``n`` examples, of which one that isn't nested is for all of them."""
+    values = _as_list(value)
+    if values is None or not nested:
+        return [default if values is None else values] * n
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != n:
+        got = f"{len(values)} values" if isinstance(values, Sequence) else repr(values)
+        raise ValueError(broken_rule("collect", name, f"have one for each of {n} examples", got, "See input_ids."))
+    return values
+
+
+def _real(tokens: Sequence[Any], mask: Any, place: str) -> Sequence[Any]:
+    """The tokens of an example that its mask keeps: one run of them, since padding lies at the ends."""
+    rule, remedy = f"be 0 or 1 at each of the {len(tokens)} tokens", "Leave it out where nothing is padded."
+    name = f"attention_mask of {place}"
+    if not isinstance(mask, Sequence) or len(mask) != len(tokens) or any(value not in (0, 1) for value in mask):
+        got = repr(mask)
+        raise ValueError(broken_rule("collect", name, rule, got if len(got) < 60 else f"{got[:57]}...", remedy))
+    n = sum(map(bool, mask))
+    first = next((k for k, keep in enumerate(mask) if keep), 0)
+    if not all(mask[first : first + n]):
+        rule, got = "keep one run of tokens", "a gap among them"
+        raise ValueError(broken_rule("collect", name, rule, got, "Give packed sequences one by one."))
+    return tokens[first : first + n]
+
+
+def _named(item: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, item)) or "no keys"
 
 
 def _as_list(value: Any) -> Any:
@@ -223,12 +329,16 @@ def _as_list(value: Any) -> Any:
 
 def _checked(ids: Sequence[Any]) -> array[int]:
     try:
-        tokens = ids if isinstance(ids, array) else array("i", ids)
-        if not tokens or min(tokens) >= 0:
+        # What an array makes of bytes are the numbers that lie in them.
+        given = list(ids) if isinstance(ids, (bytes, bytearray)) else ids
+        tokens = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", given)
+        if not tokens or (min(tokens) >= 0 and not isinstance(ids[0], bool)):
             return tokens
     except (TypeError, OverflowError):
         pass
-    odd = next((token for token in ids if not isinstance(token, int) or not 0 <= token < 2**31), ids)
+    odd = next(
+        (token for token in ids if type(token) is bool or not isinstance(token, int) or not 0 <= token < 2**31), ids
+    )
     raise ValueError(broken_rule("collect", "tokens", "be ints from 0 on", repr(odd), "Check the input_ids."))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .bad_examples import BadExamples, BadPolicy
 from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
-from .continuation import Resume, add_the_rest, check_folder, own_part
+from .continuation import Resume, add_the_rest, check_folder, loss_as_begun, own_part
 from .dataset.background import BackgroundWriter
 from .dataset.plan import Plan
 from .dataset.remote_writer import open_writer
@@ -23,8 +23,8 @@ from .drain import Drain, streams_for
 from .errors import broken_rule
 from .graphs import graph_step
 from .hooks import Capture
-from .identity import describe_collection, describe_examples
-from .loss import next_token_loss
+from .identity import describe_collection, describe_examples, describe_loss
+from .loss import check_causal, next_token_loss
 from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
@@ -50,6 +50,7 @@ def collect(
     dtype: torch.dtype | None = None,
     output: int | str | None = None,
     loss: Loss = next_token_loss,
+    identity: str = "",
     batch_tokens: int = 2048,
     seq_len: int | None = None,
     rows_per_unit: int | None = None,
@@ -91,6 +92,8 @@ def collect(
         out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
         loss: (model, batch) -> scalar that is a sum over examples; batch is a `tlfast.batches.Batch`.
+        identity: a text that stands for a loss of your own in the dataset's identity, in place of its code: you vouch
+            for it being the same in each run.
         batch_tokens: positions B x P in a batch, at most (but at least one example).
         seq_len: positions of rows that keep the position dimension, zero at padding; None: of the longest example.
         rows_per_unit: examples per unit, the piece that is written and resumed whole; None: those that fill 256 MiB,
@@ -148,7 +151,7 @@ def collect(
         ("deterministic", deterministic, get_args(Deterministic)),
     ):  # fmt: skip
         one_of("collect", name, value, known)
-    check_folder(out, resume, overwrite)
+    check_folder(out, resume, overwrite, staging)
     specs = wanted_specs(model, points, reduce, over, dtype, output, lens)
     check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     if not 0 < grad_scale < math.inf:
@@ -162,6 +165,7 @@ def collect(
         check_peaceful(overwrite, resume)
     if not 0 <= disk_wait_s < math.inf:
         raise ValueError(broken_rule("collect", "disk_wait_s", "be 0 or more", disk_wait_s, "Give seconds."))
+    said = loss_as_begun(out, *describe_loss(loss, identity, header), overwrite)  # before the loss is called
     bad = BadExamples(bad_examples, skipped)
     examples = as_examples(batches, bad, seq_len or positions_of(model))
     longest = max(example.length for example in examples)
@@ -182,16 +186,18 @@ def collect(
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
     with stopping() as stop_if_asked, at_work(model), only_deterministic(deterministic, model_devices):
         columns, devices = probe_columns(model, enter, batching, loss, examples[0])
-        n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite)
-        identity = describe_collection(
-            model, specs, loss, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,
+        if loss is next_token_loss:
+            check_causal(model, batching, examples)
+        n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite, extend)
+        described = describe_collection(
+            model, specs, said, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,
             grad_scale=grad_scale, calls=calls, missing=missing,
         )  # fmt: skip
         plan = Plan(n_own, rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
         here = describe_machine(model)
         writer = open_writer(
-            out, staging=staging, header=identity, columns=columns, plan=plan, config=config, overwrite=overwrite,
-            about=here, backend=backend,
+            out, staging=staging, header=described, columns=columns, plan=plan, config=config, overwrite=overwrite,
+            about=here, backend=backend, replace_unused=resume == "auto" and not extend,
         )  # fmt: skip
         add_the_rest(writer, examples, bad.skipped, extend, config)
         plan = writer.plan

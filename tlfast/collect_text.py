@@ -6,7 +6,7 @@ from torch import nn
 
 from .bad_examples import BadExamples
 from .collect import collect
-from .continuation import check_folder
+from .continuation import check_folder, has_units
 from .dataset.decoding import tokenizer_fingerprint
 from .determinism import prepare_cuda
 from .errors import broken_rule
@@ -23,7 +23,7 @@ from .points import find_points
 from .progress import Report
 from .request import positions_of
 from .settings import CollectSettings, stored_as
-from .text import cut_texts, find_text_files
+from .text import check_plain, cut_texts, find_text_files
 
 
 def collect_text(settings: CollectSettings, made_by: str) -> Report:
@@ -44,13 +44,16 @@ class Collection:
     def __init__(self, settings: CollectSettings) -> None:
         """Cheap checks first, the model last."""
         settings.check()
-        check_folder(settings.out, settings.resume, settings.overwrite)  # type: ignore[arg-type]
+        staging = settings.staging or None
+        check_folder(settings.out, settings.resume, settings.overwrite, staging)  # type: ignore[arg-type]
         check_model_name(settings.model)
         self.device = device = pick_device(settings.device)
         files = find_text_files(settings.text, settings.pattern)
         if not any(file.path.stat().st_size for file in files):
             got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
             raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
+        if settings.overwrite or settings.extend or not has_units(settings.out):  # what was begun goes on for ever
+            check_plain(files, settings.pattern)
         if device.type == "cuda":
             prepare_cuda()
         self.tokenizer = tokenizer = load_tokenizer(settings.model)

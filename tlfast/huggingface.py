@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .dataset.errors import extra
+from .dataset.folder import some
 from .dataset.pretrained import from_pretrained
 from .errors import broken_rule
 
@@ -47,17 +48,42 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, dtype: torch.dtype | None, device: torch.device, device_map: str = "") -> nn.Module:
-    """Load a causal language model; ``dtype`` None is the checkpoint's own. ValueError if it fails.
+    """Load a causal language model; ``dtype`` None is the checkpoint's own.
 
     It is put onto ``device``, or spread over several as ``device_map`` says.
+
+    Raises:
+        ValueError: if it fails, or if the checkpoint and the model don't have the same weights.
     """
     settings: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
-    if not device_map:
-        model: nn.Module = _load("AutoModelForCausalLM", name, **settings)
-        return model.to(device)
-    extra("accelerate", "collect", "device-map")
-    spread: nn.Module = _load("AutoModelForCausalLM", name, device_map=as_device_map(device_map), **settings)
-    return spread
+    if device_map:
+        extra("accelerate", "collect", "device-map")
+        settings["device_map"] = as_device_map(device_map)
+    # Sizes that differ are then told by name, and not by an error that says where to look for them.
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model: nn.Module
+    model, loaded = _load("AutoModelForCausalLM", name, **settings)
+    _check_loaded(name, model, loaded)
+    return model if device_map else model.to(device)
+
+
+def _check_loaded(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """ValueError for a weight that the checkpoint lacks, since a random one stands in for it; or for a layer too many.
+
+    Other weights that the model has no place for are left out in silence: a head for another task, a pooler.
+    """
+    class_name, numbers = type(model).__name__, re.compile(r"\d+")
+    missing = sorted({*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])})
+    if missing:
+        got = f"{name!r} without {some(missing)}, or of other sizes"
+        remedy = "A random weight would stand in for each; give a model that was trained with them."
+        raise ValueError(broken_rule("collect", "model", f"have all weights of {class_name}", got, remedy))
+    kinds = {numbers.sub("0", key) for key in model.state_dict()}
+    layers = sorted(key for key in loaded["unexpected_keys"] if numbers.sub("0", key) in kinds)
+    if layers:
+        got = f"{name!r} with {some(layers)} too"
+        remedy = "Its config.json asks for fewer layers than are saved."
+        raise ValueError(broken_rule("collect", "model", f"have the layers of {class_name}", got, remedy))
 
 
 def as_device_map(text: str) -> str | dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import Batch
+from .batches import Batch, Batching
+from .dataset.plan import Example
 from .errors import broken_rule
+
+_TRIAL_TOKENS = 32  # enough for every token to have some before it and some behind
+_ROUNDINGS = 2  # the same sums in another order, either time
 
 
 @lru_cache(maxsize=64)
@@ -57,6 +61,13 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         >>> next_token_loss(model, Batch(torch.tensor([[0, 1, 2]]), None)).shape
         torch.Size([])
     """
+    logits = _logits(model, batch)
+    # The tokens are shifted, not the logits: a slice of those would be copied.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, 1), batch.next_tokens.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     output = model(batch.input_ids, **model_inputs(model, batch))
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple):
@@ -64,6 +75,39 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor):
         remedy = "Pass loss=, a function of model and batch."
         raise ValueError(broken_rule("collect", "model", "return logits", type(output).__name__, remedy))
-    # The labels are shifted, not the logits: a slice of those would be copied.
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum")
+    return logits
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Example]) -> None:
+    """Take an example through, and again with another last token, which `next_token_loss` asks a model to predict.
+
+    Where the model doesn't see it, the logits before it are the same up to rounding: a mixture of experts may compute
+    them in another order, as it may for two examples in a batch. The model is called three times, whatever comes out,
+    since the ranks of a sharded one must agree on that.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    ids = list(examples[0].input_ids[:_TRIAL_TOKENS])
+    n, tokens = len(ids), (token for part in (ids, *(e.input_ids for e in examples)) for token in part)
+    other = next((token for token in tokens if token != ids[-1]), None)
+    if other is None:  # there is one token in all examples
+        return
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def take(*rows: list[int]) -> torch.Tensor:
+        batch = batching.batch([Example(k, row, "", 0, n) for k, row in enumerate(rows)], batching.n_positions(n))
+        logits = _logits(model, batch.to(device))[0]
+        start = len(logits) - n if batching.padding_side == "left" else 0
+        return logits[start : start + n - 1].flatten(1).double()
+
+    before, twice, after = take(ids), take(ids, ids), take([*ids[:-1], other])
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo().eps)
+    rounding, change = (float(((x - before).norm(dim=1) / before.norm(dim=1)).max()) for x in (twice, after))
+    if change > _ROUNDINGS * (rounding + eps):
+        rule = "not see the token that it is to predict"
+        got = f"{type(model).__name__}, whose logits change by {change:.1e} with the token behind them"
+        remedy = "Give a causal model; or loss=, a function of model and batch, which `tlfast collect` doesn't take."
+        raise ValueError(broken_rule("collect", "model", rule, got, remedy))

@@ -15,7 +15,7 @@ from .errors import broken_rule
 from .huggingface import check_model_name
 from .progress import Progress, Report
 from .request import check_peaceful
-from .settings import CollectSettings
+from .settings import RAY, CollectSettings
 from .shares import share_of, units_in
 
 RETRIES = 3  # of a task whose process died: Ray's own default
@@ -30,7 +30,7 @@ class Worker:
     """
 
     def __init__(self, settings: CollectSettings, made_by: str) -> None:
-        self._settings, self._made_by = replace(settings, engine="local"), made_by
+        self._settings, self._made_by = replace(settings, engine="local", **RAY), made_by
         self._loaded: Collection | None = None
 
     def prepare(self) -> tuple[int, dict[int, int]]:

@@ -19,7 +19,7 @@ from .shares import units_in
 from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
-_RAY = ("ray_workers", "ray_cpus", "ray_gpus")
+RAY: dict[str, Any] = {"ray_workers": 0, "ray_cpus": 1, "ray_gpus": -1}  # what Ray alone reads; unless given
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 
 
@@ -52,7 +52,7 @@ class CollectSettings:
     rows_per_unit: int = 0
     """examples per unit, the piece that is written and resumed whole; 0: those that fill 256 MiB, at most 2048"""
     pattern: str = "*"
-    """which file names to read in folders"""
+    """which file names to read in folders; one with an ending, *.jsonl, takes such files as the text that they are"""
     bos: str = "auto"
     """put the beginning-of-text token before each example: auto (if the tokenizer does so), always or never"""
     padding_side: str = "right"
@@ -147,6 +147,10 @@ class CollectSettings:
             if getattr(self, argument) < least:
                 got = getattr(self, argument)
                 raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
+        for argument, default in RAY.items():
+            if self.engine != "ray" and getattr(self, argument) != default:
+                got, remedy = f"{getattr(self, argument)} with engine {self.engine!r}", "Or --engine ray."
+                raise ValueError(broken_rule(who, argument, "be left out without Ray", got, remedy))
         units_in(self.units, 0)
         if self.device_map and self.device != "auto":
             got = f"{self.device!r} with device_map {self.device_map!r}"
@@ -170,7 +174,7 @@ class CollectSettings:
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *_RAY):
+        for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *RAY):
             del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -12,6 +15,16 @@ from typing import NamedTuple
 from .bad_examples import BadExamples
 from .dataset.plan import Example
 from .errors import broken_rule
+
+# Endings of files that hold text among other things, and what parts the columns of those that are tables of text.
+_DATA = {
+    ".json": "", ".jsonl": "", ".ndjson": "", ".csv": ",", ".tsv": "\t", ".parquet": "", ".arrow": "", ".feather": "",
+}  # fmt: skip
+# The first bytes of Parquet, and of the two forms of Arrow: its file, and its stream, which save_to_disk writes.
+_MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow"}
+_JSON = "JSON"
+_RECORDS = re.compile(r'\[\s*\{\s*"|\{.*?"\s*:\s*\[\s*\{\s*"', re.DOTALL)
+_HEAD_BYTES = 1 << 20  # a record is seldom longer
 
 
 class TextFile(NamedTuple):
@@ -67,6 +80,88 @@ def _walk(root: Path, pattern: str) -> Iterator[Path]:
             path = Path(folder, name)
             if not name.startswith(".") and fnmatch(name, pattern) and path.is_file():
                 yield path
+
+
+def check_plain(files: Sequence[TextFile], pattern: str = "*") -> None:
+    """Refuse files that hold text among other things: tables and records, of which the keys would be cut up too.
+
+    What is called so, or was given by name, is looked at. JSON that is no list of records is taken where it lies in a
+    folder beside text, as settings lie among source code. A ``pattern`` with the ending, such as ``*.jsonl``, takes
+    every file of that ending as the text that it is.
+
+    Raises:
+        ValueError: for the first such file; it says what the file looks like.
+    """
+    beside_text: bool | None = None
+    for file in files:
+        suffix = file.path.suffix.lower()
+        if (suffix not in _DATA and not file.named) or _names(pattern, suffix):
+            continue
+        looks = _looks_like(file.path, suffix)
+        if looks == _JSON and not file.named:
+            if beside_text is None:
+                beside_text = any(f.path.suffix.lower() not in _DATA and _begins_with_text(f.path) for f in files)
+            if beside_text:
+                continue
+        if looks:
+            saved = (file.path.parent / "dataset_info.json").is_file() and (file.path.parent / "state.json").is_file()
+            got = f"{str(file.path)!r}, {'part of what save_to_disk wrote' if saved else f'which looks like {looks}'}"
+            remedy = "Write the texts into files, or pass their tokens to tlfast.collect"
+            if looks not in _MAGIC.values():
+                remedy += f"; --pattern '*{suffix}' takes it as it is" if suffix else ""
+            raise ValueError(broken_rule("collect", "text", "be plain text", got, f"{remedy}."))
+
+
+def _names(pattern: str, suffix: str) -> bool:
+    """Whether a pattern was written with an ending that is this one: ``*.json*``, and not ``*`` or ``*.*``."""
+    _, dot, ending = pattern.lower().rpartition(".")
+    return bool(dot) and bool(ending.strip("*")) and fnmatch(suffix, f".{ending}")
+
+
+def _looks_like(path: Path, suffix: str) -> str:
+    """What a file holds in place of text; "" for text, and for what can't be told from it."""
+    head = _head(path)
+    for magic, looks in _MAGIC.items():
+        if head.startswith(magic):
+            return looks
+    text = head.decode("utf-8-sig", errors="replace").lstrip()
+    lines = [line for line in text.splitlines()[:3] if line.strip()]
+    if suffix in (".csv", ".tsv"):
+        return "a table" if lines and _DATA[suffix] in lines[0] else ""
+    if not text.startswith(("{", "[")):
+        return ""
+    if suffix in (".jsonl", ".ndjson") or (len(lines) > 1 and all(_is_record(line) for line in lines[:2])):
+        return "JSON lines"
+    if _RECORDS.match(text) and (suffix == ".json" or _is_json(text)):
+        return "JSON with a list of records"
+    return _JSON if suffix == ".json" or _is_json(text) else ""
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return bool(line.startswith("{") and json.loads(line))
+    except ValueError:
+        return False
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return bool(json.loads(text))
+    except ValueError:
+        return False
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _begins_with_text(path: Path) -> bool:
+    head = _head(path)
+    try:
+        return bool(head) and b"\0" not in head and bool(codecs.getincrementaldecoder("utf-8")().decode(head))
+    except UnicodeDecodeError:
+        return False
 
 
 def read_text(path: Path) -> str | None:

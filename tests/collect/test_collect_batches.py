@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import sequences
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
 
 from tlfast.batches import Batch, Batching, as_examples, unit_rows
 from tlfast.dataset.plan import Example
@@ -47,14 +52,14 @@ def test_neighbours_are_of_like_length():
 
 
 @given(LENGTHS, st.sampled_from(["right", "left"]))
-def test_labels_are_the_next_real_tokens(lengths, side):
+def test_next_tokens_are_the_next_real_ones(lengths, side):
     examples = of_lengths(lengths)
     batch = Batching(1, None, side).batch(examples, max(lengths))
-    for example, row in zip(examples, batch.labels, strict=True):
+    for example, row in zip(examples, batch.next_tokens, strict=True):
         assert row[row != -100].tolist() == list(example.input_ids)[1:]
-    # A label stands where the token before it stands.
-    at = (batch.labels != -100).nonzero()
-    assert torch.equal(batch.labels[at[:, 0], at[:, 1]], batch.input_ids[at[:, 0], at[:, 1]] + 1)
+    # A token stands where the token before it stands.
+    at = (batch.next_tokens != -100).nonzero()
+    assert torch.equal(batch.next_tokens[at[:, 0], at[:, 1]], batch.input_ids[at[:, 0], at[:, 1]] + 1)
 
 
 def test_positions_of_left_padding_count_from_the_first_real_token():
@@ -100,14 +105,104 @@ def test_source_and_start_are_kept():
         ([[1, 2], torch.zeros(3, 0, dtype=torch.long)], ValueError, "got 0 in example 1"),
         ([[1, 2, -1]], ValueError, "tokens must be ints from 0 on, got -1"),
         ([torch.tensor([0.5, 1.0])], ValueError, r"tokens must be ints from 0 on, got 0\.5"),
-        (["some text"], TypeError, "batches must hold token sequences, .* got str. Tokenize the text first"),
-        ([{"text": "a"}], TypeError, "got dict"),
+        (["some text"], TypeError, r"batches must hold token sequences, .* got str in batches.0.\. Tokenize the text"),
+        ([{"text": "a"}], TypeError, r"got dict with text in batches\[0\]"),
         ([None], TypeError, "got NoneType"),
     ],
 )
 def test_what_holds_no_tokens_is_refused(batches, error, text):
     with pytest.raises(error, match=text):
         as_examples(batches)
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 9]])
+Fields = namedtuple("Fields", "input_ids labels")
+
+
+@pytest.mark.parametrize(
+    "batch, error, text",
+    [
+        (
+            {"input_ids": IDS, "labels": IDS},
+            ValueError,
+            r"keys of batches\[0\] must be among .*, got labels\. Drop what",
+        ),
+        (
+            {"input_ids": IDS, "position_ids": IDS, "token_type_ids": IDS},
+            ValueError,
+            "got position_ids, token_type_ids",
+        ),
+        ({"input_ids": IDS, "attention_masks": IDS}, ValueError, "got attention_masks"),
+        (BatchEncoding({"input_ids": [[1, 2]], "labels": [[1, 2]]}), ValueError, "got labels"),
+        (
+            Fields(IDS, IDS),
+            ValueError,
+            r"must name the fields of a batch, got Fields\(input_ids, labels\)\. Give mappings",
+        ),
+        ([IDS, IDS], ValueError, r"got 2 parts with sizes \[2, 3\], \[2, 3\]"),
+        ([IDS, torch.tensor([0, 1])], ValueError, "must name the fields of a batch"),
+        ((IDS.numpy(), IDS.numpy()), ValueError, "must name the fields of a batch"),
+        (([1, 2, 3], [1, 1, 0]), ValueError, "must name the fields of a batch, got tokens, and as many 0s and 1s"),
+        (
+            [IDS[:, 0], IDS[:, 1]],
+            ValueError,
+            r"one example after the other, got a list of 2 tensors \[2\]\. Stack them",
+        ),
+        ({"input_ids": [IDS[:, 0], IDS[:, 1]]}, ValueError, r"input_ids of batches\[0\] must hold one example after"),
+        ({"input_ids": IDS[None]}, ValueError, r"must be tokens, \[P\] or \[B, P\], got a tensor \[1, 2, 3\]"),
+        ({"input_ids": 5}, ValueError, r"must be tokens, \[P\] or \[B, P\], got 5"),
+        ({"input_ids": IDS.float()}, ValueError, r"tokens must be ints from 0 on, got 1\.0"),
+        ({"input_ids": IDS > 3}, ValueError, "tokens must be ints from 0 on, got False"),
+        ([True, False], ValueError, "tokens must be ints from 0 on, got True"),
+        (array("f", [1.5, 2.0]), ValueError, r"tokens must be ints from 0 on, got 1\.5"),
+        ({"input_ids": IDS, "attention_mask": IDS}, ValueError, "must be 0 or 1 at each of the 3 tokens, got"),
+        ({"input_ids": IDS, "attention_mask": (IDS > 1).float().log()}, ValueError, "must be 0 or 1 at each"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 3, 3)}, ValueError, "must be 0 or 1 at each"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 2)}, ValueError, "must be 0 or 1 at each of the 3 tokens"),
+        ({"input_ids": IDS, "attention_mask": [1, 1, 1]}, ValueError, "have one for each of 2 examples, got 3 values"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, ValueError, "keep one run of tokens, got a gap"),
+        ({"input_ids": IDS, "source": ["a"]}, ValueError, "source of .* have one for each of 2 examples, got 1 values"),
+        ({"input_ids": IDS, "source": [1, 2]}, ValueError, "must be a text and a whole number, got 1 and 0"),
+        ({"input_ids": IDS, "start": 1.5}, ValueError, r"start of .* have one for each of 2 examples, got 1\.5"),
+        (Example(0, [1, 2, 0, 0], "", 0, 2), ValueError, r"length of batches\[0\] must count its tokens, got 2 for 4"),
+    ],
+)
+def test_what_would_be_dropped_or_taken_for_something_else_is_refused(batch, error, text):
+    with pytest.raises(error, match=text):
+        as_examples([batch])
+
+
+def test_what_a_data_loader_makes_of_lists_is_refused_and_its_remedy_works():
+    rows = [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(ValueError, match="needs collate_fn=list"):
+        as_examples(DataLoader(rows, batch_size=2))
+    found = as_examples(DataLoader(rows, batch_size=2, collate_fn=list))
+    assert [list(example.input_ids) for example in found] == rows
+    with pytest.raises(ValueError, match="name the fields of a batch"):
+        as_examples(DataLoader(TensorDataset(IDS, IDS > 2), batch_size=2))
+
+
+def test_a_mapping_is_one_batch():
+    with pytest.raises(
+        TypeError, match=r"be an iterable of batches, got a mapping with input_ids\. Put it into a list"
+    ):
+        as_examples({"input_ids": IDS})
+
+
+def test_none_is_nothing_and_bytes_are_tokens():
+    batch = {
+        "input_ids": IDS,
+        "labels": None,
+        "attention_mask": torch.tensor([[True, True, False], [True, True, True]]),
+    }
+    assert [list(e.input_ids) for e in as_examples([batch, b"abcd"])] == [[1, 2], [4, 5, 9], [97, 98, 99, 100]]
+
+
+def test_what_next_tokens_were_called_is_an_error_that_says_so():
+    batch = Batching(1).batch(of_lengths([3]), 3)
+    assert batch.next_tokens.tolist() == [[101, 102, -100]]
+    with pytest.raises(AttributeError, match=r"labels must be asked for as next_tokens.* shifted already"):
+        batch.labels  # noqa: B018
 
 
 def test_rows_of_a_unit_fit_the_ring():

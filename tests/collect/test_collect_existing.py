@@ -164,3 +164,73 @@ def test_ctrl_c_keeps_whole_units_and_says_how_many(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="2 of 5 units are kept in"):
         collect(tiny_model(), tmp_path, EXAMPLES, loss=interrupted, rows_per_unit=4, batch_tokens=1)
     assert len(tlfast.open_dataset(tmp_path, partial=True)) == 8
+
+
+def failing(out):
+    """A loss that fails in the first unit, when the dataset is begun."""
+
+    def loss(model, batch):
+        if (out / "dataset.json").exists():
+            raise ZeroDivisionError("no such separator")
+        return next_token_loss(model, batch)
+
+    return loss
+
+
+def fail(out, **settings):
+    with pytest.raises(ZeroDivisionError):
+        collect(tiny_model(), out, EXAMPLES, **{"loss": failing(out), "rows_per_unit": 8} | settings)
+    assert (out / "dataset.json").exists()
+    assert not list(out.glob("commits/*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"reduce": "sum"}, {"rows_per_unit": 5}, {"examples": [*EXAMPLES, [7, 8, 9]]}, {"examples": EXAMPLES[1:]}],
+    ids=["loss", "settings", "plan", "more-examples", "others"],
+)
+def test_what_failed_before_its_first_unit_is_begun_anew(tmp_path, change):
+    out = tmp_path / "out"
+    fail(out, config="failed: 1")
+    (out / "data" / "u000000.safetensors").write_bytes(b"named, and never committed")
+    settings = {"examples": EXAMPLES, "rows_per_unit": 8, "config": "corrected: 1"} | change
+    collect(tiny_model(), out, **settings)
+    collect(tiny_model(), tmp_path / "undisturbed", **settings)
+    assert unit_bytes(out) == unit_bytes(tmp_path / "undisturbed")
+    assert tlfast.open_dataset(out).verify().ok
+    assert (out / "config.yaml").read_text() == "corrected: 1"
+    assert (out / "README.md").read_text() == (tmp_path / "undisturbed" / "README.md").read_text()
+
+
+def test_a_unit_is_no_remains(tmp_path):
+    fail(tmp_path)
+    collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=8, units="1:2")
+    before = unit_bytes(tmp_path)
+    with pytest.raises(DatasetError, match=r"header\.specs"):
+        collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=8, reduce="sum")
+    assert list(unit_bytes(tmp_path)) == ["data/u000001.safetensors"]
+    assert unit_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("settings", [{"resume": "must"}, {"extend": True}, {"resume": "never"}])
+def test_remains_are_not_replaced_by_whoever_wants_to_go_on(tmp_path, settings):
+    fail(tmp_path)
+    before = (tmp_path / "dataset.json").read_bytes()
+    with pytest.raises(DatasetError):
+        collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=8, reduce="sum", **settings)
+    assert (tmp_path / "dataset.json").read_bytes() == before
+
+
+def test_what_another_is_at_is_not_removed(tmp_path):
+    refused = []
+
+    def loss(model, batch):
+        if (tmp_path / "dataset.json").exists() and not refused:
+            with pytest.raises(DatasetError, match=r"header\.specs"):
+                collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=8, reduce="sum")
+            refused.append(True)
+        return next_token_loss(model, batch)
+
+    collect(tiny_model(), tmp_path, EXAMPLES, loss=loss, identity="mine", rows_per_unit=8)
+    assert refused
+    assert tlfast.open_dataset(tmp_path).verify().ok

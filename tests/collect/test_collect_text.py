@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import shutil
 
-from tlfast.text import cut_texts, find_text_files
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_models import collect_words, complaint_of, save_model, save_text, unit_bytes
+
+from tlfast.cli import main
+from tlfast.text import check_plain, cut_texts, find_text_files
 
 
 def encode(text):
@@ -105,3 +113,123 @@ def test_text_without_two_tokens_is_refused(tmp_path):
 def test_a_length_without_room_for_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="seq_len must hold 2 tokens of text or more, got 2 with 1 tokens"):
         cut_texts([], encode, 2, first=[0])
+
+
+RECORDS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}]
+LINES = "\n".join(map(json.dumps, RECORDS))
+# What lies in a file, and what it looks like.
+NO_TEXT = {
+    "a.jsonl": (LINES, "JSON lines"),
+    "one.ndjson": (LINES.splitlines()[0], "JSON lines"),
+    "lines.json": (LINES, "JSON lines"),
+    "list.json": (json.dumps(RECORDS, indent=1), "JSON with a list of records"),
+    "squad.json": (json.dumps({"version": "2", "data": RECORDS}), "JSON with a list of records"),
+    "b.csv": ("text,n\none,1\n", "a table"),
+    "c.TSV": ("text\tn\none\t1\n", "a table"),
+}
+TEXT = {
+    "a.py": 'x = {"text": [1]}\n', "b.md": "# Title\n\n[1] a {b}", "c.txt": "{text}\n[1]\n", "d.html": "<p>a, b</p>",
+    "e.tex": "{\\bf a}\n[b]", "f.ini": "[section]\na = 1", "g.csv": "no columns at all", "h.json": "",
+    "i": "plain text", "j.js": "[1, 2]\n", "k.ipynb": json.dumps({"cells": RECORDS}),
+    "package.json": json.dumps({"name": "a", "scripts": {"b": "c"}, "files": ["d"]}, indent=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "in-a-folder"])
+def test_what_holds_text_among_other_things_is_refused_unless_the_pattern_names_it(tmp_path, name, named):
+    content, looks = NO_TEXT[name]
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / name).write_text(content)
+    files = find_text_files([tmp_path / name if named else tmp_path])
+    suffix = (tmp_path / name).suffix.lower()
+    with pytest.raises(
+        ValueError, match=rf"collect: text must be plain text, got '.*{name}', which looks like {looks}\."
+    ) as e:
+        check_plain(files)
+    assert str(e.value).endswith(f"; --pattern '*{suffix}' takes it as it is.")
+    for pattern in ("*.*", "*a*", "*.txt"):
+        with pytest.raises(ValueError, match=looks):
+            check_plain(files, pattern)
+    check_plain(files, f"*{suffix}")
+    assert check_plain(find_text_files([tmp_path / name], f"*{suffix}"), f"*{suffix}") is None
+
+
+def test_source_code_and_plain_text_stay_text(tmp_path):
+    for name, content in TEXT.items():
+        (tmp_path / name).write_text(content)
+    check_plain(find_text_files([tmp_path]))
+    check_plain(find_text_files([tmp_path / name for name in TEXT if name not in ("j.js", "k.ipynb", "package.json")]))
+
+
+def test_json_is_text_beside_text_alone(tmp_path):
+    (tmp_path / "package.json").write_text(TEXT["package.json"])
+    (tmp_path / "model.bin").write_bytes(b"\0\1")
+    (tmp_path / "empty.txt").write_text("")
+    files = find_text_files([tmp_path])
+    with pytest.raises(ValueError, match=r"got '.*package\.json', which looks like JSON\. Write the texts into files"):
+        check_plain(files)
+    check_plain(files, "*.json")
+    (tmp_path / "a.py").write_text("a = 1")
+    check_plain(find_text_files([tmp_path]))
+    with pytest.raises(ValueError, match="looks like JSON"):
+        check_plain(find_text_files([tmp_path / "package.json"]))  # given by name
+    (tmp_path / "notes.txt").write_text(json.dumps({"a": 1}, indent=1))
+    with pytest.raises(ValueError, match=r"notes\.txt', which looks like JSON"):
+        check_plain(find_text_files([tmp_path / "notes.txt"]))
+
+
+def test_binary_tables_are_named_for_what_they_are(tmp_path):
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text("A dataset.")
+    with pytest.raises(
+        ValueError, match=r"a\.parquet', which looks like Parquet\. .* pass their tokens to tlfast\.collect\.$"
+    ):
+        check_plain(find_text_files([tmp_path]))
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int8())])):
+        pass
+    with pytest.raises(ValueError, match=r"b\.arrow', which looks like Arrow"):
+        check_plain(find_text_files([tmp_path / "b.arrow"]))
+
+
+def test_a_folder_of_save_to_disk_is_named_for_what_it_is(tmp_path):
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / "notes.md").write_text("A dataset.")
+    with pytest.raises(
+        ValueError, match=r"data-00000-of-00001\.arrow', part of what save_to_disk wrote\. Write the texts"
+    ):
+        check_plain(find_text_files([tmp_path / "data"]))
+    (tmp_path / "data" / "data-00000-of-00001.arrow").unlink()
+    (tmp_path / "data" / "notes.md").unlink()
+    with pytest.raises(ValueError, match=r"dataset_info\.json', part of what save_to_disk wrote"):
+        check_plain(find_text_files([tmp_path / "data"]))
+
+
+def test_the_command_line_refuses_it_and_takes_it_by_a_pattern(tmp_path, capsys):
+    save_model(tmp_path / "model")
+    save_text(tmp_path / "text", 3)
+    (tmp_path / "text" / "a.jsonl").write_text(LINES)
+    words = collect_words(tmp_path)
+    assert "a.jsonl', which looks like JSON lines" in complaint_of(capsys, ["collect", *words])
+    assert not (tmp_path / "out").exists()
+    assert main(["collect", *words, "--pattern", "*.jsonl"]) == 0
+    table = pq.read_table(tmp_path / "out" / "rows" / "u000000.parquet")
+    assert set(table["source"].to_pylist()) == {"text/a.jsonl"}
+
+
+def test_what_was_begun_with_such_files_goes_on(tmp_path, capsys, monkeypatch):
+    """As with a dataset that was begun before such files were refused."""
+    save_model(tmp_path / "model")
+    save_text(tmp_path / "text", 3)
+    (tmp_path / "text" / "a.jsonl").write_text(LINES)
+    words = collect_words(tmp_path, rows_per_unit="4")
+    monkeypatch.setattr("tlfast.collect_text.check_plain", lambda files, pattern: None)
+    assert main(["collect", *words]) == 0
+    monkeypatch.undo()
+    before = unit_bytes(tmp_path / "out")
+    (tmp_path / "out" / "commits" / "u000001.json").unlink()
+    assert main(["collect", *words]) == 0
+    assert unit_bytes(tmp_path / "out") == before
+    assert "JSON lines" in complaint_of(capsys, ["collect", *words, "--overwrite"])
+    shutil.rmtree(tmp_path / "out")
+    assert "JSON lines" in complaint_of(capsys, ["collect", *words])

@@ -5,7 +5,10 @@ import fcntl
 import os
 import shutil
 import sys
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +91,108 @@ def test_another_run_is_refused_and_named(tmp_path, change, named):
     with pytest.raises(DatasetError, match=named):
         make_writer(tmp_path, **change)
     assert content(tmp_path) == before
+
+
+OTHER = {"model": "another"}
+
+
+def unused(out):
+    """The remains of a run that failed before its first unit, with what others have left beside them."""
+    writer = make_writer(out, header=OTHER, config="failed: 1")
+    writer.extend(2, {"tokens": 1})
+    writer.end_work()
+    (out / "data" / ".tlfast-0123456789abcdef.tmp").write_text("left behind")
+    (out / "rows" / "u000000.parquet").write_text("named, and never committed")
+
+
+def test_what_has_no_unit_is_replaced_where_that_is_asked_for(tmp_path):
+    unused(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(DatasetError, match=r"header\.model"):
+        make_writer(tmp_path)
+    assert content(tmp_path) == before
+    write_units(make_writer(tmp_path, replace_unused=True))
+    make_dataset(tmp_path / "undisturbed")
+    assert content(tmp_path / "undisturbed").items() <= content(tmp_path).items()
+    assert not (tmp_path / "plan").exists()
+    with pytest.raises(DatasetError, match=r"header\.model"):  # units are no remains
+        make_writer(tmp_path, header=OTHER, replace_unused=True)
+
+
+def test_what_a_living_writer_is_at_is_not_replaced(tmp_path):
+    writer = make_writer(tmp_path, header=OTHER)
+    with pytest.raises(DatasetError, match=r"header\.model"):
+        make_writer(tmp_path, replace_unused=True)
+    writer.end_work()
+    make_writer(tmp_path, replace_unused=True)
+
+
+def test_a_writer_whose_dataset_was_replaced_commits_nothing(tmp_path):
+    """As by --overwrite, or on a mount where machines don't see each other's locks."""
+    writer = make_writer(tmp_path)
+    make_writer(tmp_path, header=OTHER, overwrite=True)
+    with pytest.raises(DatasetError, match=r"be the same dataset to continue it, got .*header\.model: 'another' there"):
+        write_units(writer)
+    assert not list((tmp_path / "commits").iterdir())
+    shutil.copy(tmp_path / "dataset.json", tmp_path / "copy")
+    writer = make_writer(tmp_path, header=OTHER)
+    os.replace(tmp_path / "copy", tmp_path / "dataset.json")  # restored as it was
+    write_units(writer)
+
+
+def test_where_files_cannot_be_locked_nothing_is_replaced(tmp_path, monkeypatch):
+    unused(tmp_path)
+
+    def no_locks(fd, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(DatasetError, match=r"header\.model"):
+        make_writer(tmp_path, replace_unused=True)
+
+
+def test_several_who_find_remains_begin_one_dataset(tmp_path):
+    unused(tmp_path)
+    start = threading.Barrier(4)
+
+    def begin(k):
+        start.wait()
+        writer = make_writer(tmp_path, replace_unused=True)
+        writer.write_unit(PLAN.unit(k), rows_of(PLAN.unit(k), truth()), examples(PLAN.unit(k)))
+        return writer
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = list(pool.map(begin, [k % PLAN.n_units for k in range(4)]))
+    assert {writer.description.config_hash for writer in writers} == {make_writer(tmp_path).description.config_hash}
+    check_rows(open_dataset(tmp_path), truth())
+
+
+def test_a_kill_while_remains_are_removed_leaves_remains(tmp_path, monkeypatch):
+    done, k = False, 0
+    while not done:
+        out = tmp_path / str(k)
+        unused(out)
+        left = iter(range(k))
+
+        def killed(call, left=left):
+            def step(path, *arguments, **more):
+                if path.parent.name != "data" or "tmp" not in path.name:
+                    next(left)
+                return call(path, *arguments, **more)
+
+            return step
+
+        with monkeypatch.context() as patched:
+            for name in ("unlink", "rmdir"):
+                patched.setattr(Path, name, killed(getattr(Path, name)))
+            try:
+                make_writer(out, replace_unused=True)
+                done = True
+            except StopIteration:
+                k += 1
+        write_units(make_writer(out, replace_unused=True))
+        check_rows(open_dataset(out), truth())
+    assert k > 5
 
 
 def test_overwrite(tmp_path):

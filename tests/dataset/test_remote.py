@@ -137,6 +137,13 @@ def test_another_dataset_is_refused_and_overwritten_when_asked(url, tmp_path):
     assert objects(url) == local_content(tmp_path / "local")
 
 
+def test_what_has_no_unit_is_said_to_have_none(url):
+    remote_writer(url, header={"reduce": "sum"}).close()
+    with pytest.raises(DatasetError, match=r"'sum' there, .*; it has no unit\. Use the same .* or overwrite it\."):
+        remote_writer(url)
+    remote_writer(url, overwrite=True).close()
+
+
 @pytest.mark.parametrize(
     "url, message",
     [

@@ -60,6 +60,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def hold(path: Path, *, alone: bool = False) -> int | None:
+    """Open a file and hold a lock on it: with all others who hold it, or ``alone``.
+
+    Returns the descriptor, which holds it until it is closed; None where others hold it, or files can't be locked.
+    """
+    fd = os.open(path, (os.O_RDWR if alone else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
 class PendingFile:
     """A file of known size, written under a temporary name beside its final one.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from . import extension
 from .commits import FOLDERS
-from .description import FILE_NAME, FORMAT, MAX_BYTES, Description
-from .durable import LOCK_NAME, TEMPORARY, read_small, sync_folder, write_small
+from .description import FILE_NAME, FORMAT, MAX_BYTES, Description, read_description
+from .durable import LOCK_NAME, TEMPORARY, hold, locked, read_small, sync_folder, write_small
 from .errors import DatasetError, dataset_error
 
 CONFIG, CARD = "config.yaml", "README.md"
@@ -86,6 +86,36 @@ def clear(out: Path, who: str) -> None:
         if (out / name).is_dir():
             (out / name).rmdir()
     sync_folder(out)
+
+
+def remove_unused(out: Path, description: Description, who: str) -> None:
+    """Remove a dataset other than this one that was begun and has no unit, unless a writer of it is alive.
+
+    Of several who find it one removes it; the others wait, and then find what the first has made in its place.
+    """
+    if read_description(out, who).config_hash == description.config_hash:
+        return
+    with locked(out):  # whose file stays: others wait for it
+        if not is_dataset(out) or read_description(out, who).config_hash == description.config_hash:
+            return
+        commits = os.listdir(out / "commits") if (out / "commits").is_dir() else []
+        if any(map(OURS["commits"].fullmatch, commits)):
+            return
+        alone = hold(out / FILE_NAME, alone=True)
+        if alone is None:
+            return
+        try:
+            for file in our_files(out, who)[:-1]:
+                if file.name != LOCK_NAME:
+                    file.unlink(missing_ok=True)
+            for name in OURS:
+                if (out / name).is_dir():
+                    (out / name).rmdir()
+            sync_folder(out)
+            (out / FILE_NAME).unlink()
+            sync_folder(out)
+        finally:
+            os.close(alone)
 
 
 def create(out: Path, description: Description, config: str, card: str) -> None:

@@ -11,7 +11,7 @@ from .errors import extra
 
 
 def from_pretrained(kind: str, name: str, who: str, argument: str, **settings: Any) -> Any:
-    """Return ``transformers.<kind>.from_pretrained(name)``; ValueError where there is no such thing."""
+    """Return ``transformers.<kind>.from_pretrained(name, **settings)``; ValueError where there is no such thing."""
     transformers = extra("transformers", who)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

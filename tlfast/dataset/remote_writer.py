@@ -50,6 +50,7 @@ class LocalWriter(DatasetWriter):
 
     def __exit__(self, *error: object) -> None:
         """Nothing is left to do."""
+        self.end_work()
 
 
 class RemoteWriter:
@@ -123,6 +124,7 @@ class RemoteWriter:
         there = read_description(self._store, _WHO)
         if there.config_hash != description.config_hash:
             what = "; ".join(differences(there, description))
+            what += "" if committed_names(self._store, _WHO) else "; it has no unit"
             remedy = "Use the same settings to continue it, another URL, or overwrite it."
             raise dataset_error(_WHO, "out", "be the same dataset to continue it", f"{self.out}: {what}", remedy)
         return there
@@ -232,10 +234,17 @@ class RemoteWriter:
 
 
 def open_writer(
-    out: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None, **arguments: Any
+    out: str | os.PathLike[str],
+    *,
+    staging: str | os.PathLike[str] | None = None,
+    replace_unused: bool = False,
+    **arguments: Any,
 ) -> LocalWriter | RemoteWriter:
-    """Return what writes the dataset at ``out``, a path or a URL, with the arguments of DatasetWriter."""
+    """Return what writes the dataset at ``out``, a path or a URL, with the arguments of DatasetWriter.
+
+    At a URL nothing is replaced but by ``overwrite``: nobody can see there whether others are at work.
+    """
     place = local_path(out)
     if url := url_of(place):
         return RemoteWriter(url, staging=staging, **arguments)
-    return LocalWriter(place, **arguments)
+    return LocalWriter(place, replace_unused=replace_unused, **arguments)

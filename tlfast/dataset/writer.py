@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -26,11 +28,20 @@ from .commits import (
     read_commits,
     rows_path,
 )
-from .description import Description, describe, differences, read_description
-from .durable import PendingFile, remove_stale
+from .description import FILE_NAME, Description, describe, differences, read_description
+from .durable import PendingFile, hold, remove_stale
 from .errors import dataset_error, extra
 from .extension import FOLDER as EXTENSIONS
-from .folder import check_disk_space, clear, create, is_dataset, our_files, publish_extension, refuse_stranger
+from .folder import (
+    check_disk_space,
+    clear,
+    create,
+    is_dataset,
+    our_files,
+    publish_extension,
+    refuse_stranger,
+    remove_unused,
+)
 from .layout import Column, unit_layout
 from .plan import FLAG_NON_FINITE, Example, Plan, Unit
 from .remote import url_of
@@ -61,6 +72,8 @@ class DatasetWriter:
         about: what else to say of this run, JSON; not part of the identity, and kept from the run that began.
         backend: what writes the rows: "auto", "native" or "python". The bytes are the same.
         max_units: how many of its units the disk must have room for, where they are moved away; None: all.
+        replace_unused: remove another dataset that lies in ``out`` too, if it has no unit and nobody writes to it: the
+            remains of a run that failed before its first one.
 
     Raises:
         DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full.
@@ -86,6 +99,7 @@ class DatasetWriter:
         about: Mapping[str, Any] | None = None,
         backend: str = "auto",
         max_units: int | None = None,
+        replace_unused: bool = False,
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
@@ -104,13 +118,36 @@ class DatasetWriter:
             clear(self.out, _WHO)
         elif not exists:
             check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO)
+        if exists and replace_unused and not overwrite:
+            remove_unused(self.out, description, _WHO)
         create(self.out, description, as_yaml(config), dataset_card(description))
+        self._begin_work()
         self.description = self._same(description)
         self.columns = self.description.columns
         self.plan = self.description.plan
         self._remove_stale()
         self.done = self._committed()
         self._check_disk_space()
+
+    def _begin_work(self) -> None:
+        """Let other processes see that this one may write units, until `end_work`, or until it is gone."""
+        self._held = hold(self.out / FILE_NAME)
+        self._work = finalize(self, os.close, self._held) if self._held is not None else None
+
+    def end_work(self) -> None:
+        """Say that nothing will be written any more."""
+        self._held = None
+        if self._work is not None:
+            self._work()
+
+    def _check_still_there(self) -> None:
+        """DatasetError where another process has put another dataset in the place of this one."""
+        if self._held is None:
+            return
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._held), os.stat(self.out / FILE_NAME)):
+                return
+        self._same(self.description)
 
     def _check_disk_space(self) -> None:
         remaining = self.plan.n_examples - sum(len(self.plan.unit_named(name)) for name in self.done)
@@ -202,6 +239,7 @@ class DatasetWriter:
                     CommittedFile(f"{f.final.parent.name}/{f.final.name}", f.n_bytes, f.crc) for f in (data, rows)
                 )
                 commit = Commit(unit, self.description.hash_of(unit), (files[0], files[1]), int(bad.sum()))
+                self._check_still_there()
                 won = publish(self.out, commit, (data, rows))
         self.done.add(unit.name)
         return won
