@@ -153,7 +153,7 @@ def test_a_repository_that_is_not_there_or_no_dataset(hub, ds):
         GradientDataset.from_pretrained("me/nothing", token="t")
     ds.push_to_hub("me/gradients", token="t")
     hub.files("me/gradients").pop("dataset.json")
-    with pytest.raises(DatasetError, match=r"dataset\.json must"):
+    with pytest.raises(DatasetError, match=r"without dataset\.json"):
         GradientDataset.from_pretrained("me/gradients", token="t")
 
 
