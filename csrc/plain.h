@@ -7,12 +7,11 @@
 
 namespace tlfast {
 
-// The keys that a dense tensor with memory of its own may have, on any device but meta. A list of what is plain, not of
-// what isn't: a kind of tensor that nobody thought of is refused.
+// The keys that a dense tensor with memory of its own may have, on any device. A list of what is plain, not of what
+// isn't: a kind of tensor that nobody thought of is refused.
 inline const uint64_t kPlainKeys =
     (c10::DispatchKeySet(c10::DispatchKey::Dense) | c10::autograd_dispatch_keyset_with_ADInplaceOrView |
      c10::autocast_dispatch_keyset | c10::backend_bitset_mask)
-        .remove_backend(c10::BackendComponent::MetaBit)
         .raw_repr();
 
 inline bool is_plain(const at::Tensor& tensor) { return !(tensor.key_set().raw_repr() & ~kPlainKeys); }

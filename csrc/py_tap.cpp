@@ -24,7 +24,7 @@ struct References {
 
   static References of(PyObject* object, const at::Tensor& tensor) {
     const auto& node = tensor.grad_fn();
-    const size_t storage = is_plain(tensor) ? tensor.storage().use_count() : ~size_t(0);
+    const size_t storage = is_plain(tensor) && tensor.has_storage() ? tensor.storage().use_count() : ~size_t(0);
     return {Py_REFCNT(object), size_t(tensor.use_count()), storage, node ? size_t(node.use_count()) : 0};
   }
   bool within(const References& most) const {

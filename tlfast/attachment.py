@@ -112,7 +112,8 @@ class _CheckInputsHook(_Hook):
     """Before a full hook wraps the inputs: can it?"""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        check_full_hook(f"capture at {self.tap.name}", "an input", args)
+        if not torch.compiler.is_compiling():
+            check_full_hook(f"capture at {self.tap.name}", "an input", args)
 
 
 class _CheckHook(_Hook):
@@ -121,6 +122,7 @@ class _CheckHook(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             self.tap.check_full(output)
+        if not torch.compiler.is_compiling():
             outputs = output if isinstance(output, tuple) else (output,)
             check_full_hook(f"capture at {self.tap.name}", "the output", outputs)
 

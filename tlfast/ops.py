@@ -193,7 +193,7 @@ def reduce_into(
     # Before the op is called: a tensor of another class would take the call over.
     grad, memory = plain(who, "grad", grad), destination(who, "out", out)
     mask = None if mask is None else plain(who, "mask", mask)
-    where = memory.device.type
+    where = out.device.type
     module = native() if where == "cpu" else pick_native(who, "auto", {where}) if where == "cuda" else None
     if module is None:
         reference.capture(memory, grad, reduce, dims, mask, scale)

@@ -17,12 +17,12 @@ _NO_CLASS = (torch.Tensor, nn.Parameter)
 
 
 def _keys_of_plain_memory() -> int:
-    """The dispatch keys that a dense tensor with memory of its own may have, on any device but meta."""
+    """The dispatch keys that a dense tensor with memory of its own may have, on any device."""
     keys = torch._C.DispatchKey
     names = ["Dense", "ADInplaceOrView", "AutogradFunctionality", "AutogradOther"]
     names += [name for name in dir(keys) if name.startswith("Autocast")]
     devices = [name.removeprefix("Quantized") for name in dir(keys) if name.startswith("Quantized")]
-    names += [name for name in devices if name not in ("", "Meta")]
+    names += [name for name in devices if name]
     bits = 0
     for name in names:
         bits |= torch._C.DispatchKeySet(getattr(keys, name)).raw_repr()
@@ -53,15 +53,15 @@ def plain(who: str, argument: str, given: torch.Tensor) -> torch.Tensor:
         return as_it_is
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         local = _local_tensor(who, argument, given)
+        if local is None and type(given) not in _NO_CLASS and _has_memory(given):
+            local = _without_class(given)
         if local is not None:
             return plain(who, argument, local)
         if given._is_zerotensor():
             return torch.zeros(given.shape, dtype=given.dtype, device=given.device)
         if given.is_neg() or given.is_conj():
             return given.resolve_conj().resolve_neg()
-        if _has_memory(given):
-            return _without_class(given)
-    got = "one on the meta device" if given.is_meta else f"a {type(given).__name__}, which wraps others"
+    got = f"a {type(given).__name__}, which wraps others"
     at_point = argument in (OUTPUT, GRADIENT)
     remedy = "Capture a point whose output is a plain tensor." if at_point else "Pass a plain tensor."
     raise RuntimeError(_no_memory(who, argument, got, remedy))
@@ -75,9 +75,10 @@ def destination(who: str, argument: str, given: torch.Tensor) -> torch.Tensor:
     as_it_is = _if_plain(who, argument, given)
     if as_it_is is not None:
         return as_it_is
-    lazy = {"a ZeroTensor": given._is_zerotensor(), "a lazy view": given.is_neg() or given.is_conj()}
+    with torch._C.DisableTorchFunctionSubclass():
+        is_lazy = given.is_neg() or given.is_conj()
+        lazy = {"a ZeroTensor": given._is_zerotensor(), "a lazy view": is_lazy}
     got = next((kind for kind, is_it in lazy.items() if is_it), f"a {type(given).__name__}")
-    got = "one on the meta device" if given.is_meta else got
     raise RuntimeError(_no_memory(who, argument, got, "Pass a plain tensor."))
 
 
@@ -110,6 +111,8 @@ def _is_transformed(tensor: torch.Tensor) -> bool:
 
 def _if_plain(who: str, argument: str, given: torch.Tensor) -> torch.Tensor | None:
     """``given``, as `torch.Tensor`, if it is plain; None where it may be made so, an error where it can't."""
+    if torch.compiler.is_compiling():  # Dynamo knows no keys; what it compiles calls the op, which looks for itself
+        return given
     if type(given) in _NO_CLASS and not _has_other_keys(given):
         return given
     if not isinstance(given, torch.Tensor):
@@ -126,6 +129,11 @@ def _no_memory(who: str, argument: str, got: str, remedy: str) -> str:
 
 def _check_dense(who: str, argument: str, given: torch.Tensor) -> None:
     """An error for tensors of transforms, and for layouts that have no strides."""
+    with torch._C.DisableTorchFunctionSubclass():
+        _refuse_layout(who, argument, given)
+
+
+def _refuse_layout(who: str, argument: str, given: torch.Tensor) -> None:
     if _is_transformed(given):
         got, remedy = "one inside a torch.func transform", "Use loss.backward() or torch.autograd.grad instead."
         if argument == GRADIENT:

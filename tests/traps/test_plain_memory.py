@@ -202,7 +202,6 @@ MEMORY = "{who}: {what} must be a tensor with memory of its own, got {got}. {rem
 ANOTHER = "Capture a point whose output is a plain tensor."
 REFUSED = {
     "wrapper": (lambda: Wrapped(values()), RuntimeError, MEMORY, "a Wrapped, which wraps others", ANOTHER),
-    "meta": (lambda: values().to("meta"), RuntimeError, MEMORY, "one on the meta device", ANOTHER),
     "sparse": (
         lambda: values().to_sparse(), ValueError, "{who}: {what} must be dense, got {got}. {remedy}",
         "torch.sparse_coo", "Turn sparse=True off in the embedding.",
@@ -407,6 +406,19 @@ def test_nested_tensors_are_refused(backend, attach, layout):
             "capture at 0: an input must be dense, got a nested tensor of layout torch.strided. "
             "Pad it (to_padded_tensor)."
         )
+
+
+@pytest.mark.filterwarnings(NO_ROWS)
+def test_gradients_without_values_are_not_read(backend, attach):
+    model = nn.Sequential(nn.Linear(6, 4, device="meta"))
+    x = torch.ones(2, 6, device="meta", requires_grad=True)
+    with tlfast.capture(model, "0", rows=4, attach=attach, backend=backend) as cap:
+        if backend == "python":
+            model(x).sum().backward()
+            assert cap["0"].is_meta
+            return
+        with pytest.raises(ValueError, match="capture at 0: grad must be where the native code runs, got meta"):
+            model(x).sum().backward()
 
 
 def test_what_is_plain_is_handed_on_as_it_is():
