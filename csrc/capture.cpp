@@ -9,6 +9,7 @@
 
 #include "device.h"
 #include "errors.h"
+#include "plain.h"
 
 namespace tlfast {
 namespace {
@@ -61,10 +62,6 @@ std::optional<Dtype> dtype_of(at::ScalarType dtype) {
 }
 
 void check(const std::string& who, const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) {
-  TORCH_CHECK_VALUE(
-      grad.layout() == at::kStrided && out.layout() == at::kStrided,
-      broken_rule(who, "grad", "be dense", grad.layout() == at::kStrided ? "a sparse out" : "torch.sparse_coo",
-                  "Turn sparse=True off in the embedding."));
   TORCH_CHECK_VALUE(dtype_of(grad.scalar_type()), broken_rule(who, "grad", "be float32, bfloat16, float16 or float64",
                                                               name_of(grad.scalar_type()), "Cast it first."));
   const bool stored =
@@ -110,8 +107,11 @@ View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<
   return builder.build(reduction == Reduction::last);
 }
 
-void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce, at::IntArrayRef over,
-                const std::optional<at::Tensor>& mask, double scale) {
+void capture_op(at::Tensor out, const at::Tensor& given, c10::string_view reduce, at::IntArrayRef over,
+                const std::optional<at::Tensor>& given_mask, double scale) {
+  const at::Tensor grad = plain("capture", "grad", given);
+  const auto mask = given_mask ? std::optional(plain("capture", "mask", *given_mask)) : std::nullopt;
+  check_destination("capture", "out", out);
   const Plan plan = make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask);
   run_plan("capture", plan, out, grad, mask, scale, nullptr);
 }
@@ -191,13 +191,7 @@ TORCH_LIBRARY_FRAGMENT(tlfast, library) {
               {at::Tag::pt2_compliant_tag});
 }
 
-// Sparse gradients get here to be refused in our own words.
-TORCH_LIBRARY_IMPL(tlfast, SparseCPU, library) { library.impl("capture", capture_op); }
-TORCH_LIBRARY_IMPL(tlfast, SparseCUDA, library) { library.impl("capture", capture_op); }
-
-TORCH_LIBRARY_IMPL(tlfast, CPU, library) { library.impl("capture", capture_op); }
-
-// Also where no CUDA was built: the refusal is in our own words.
-TORCH_LIBRARY_IMPL(tlfast, CUDA, library) { library.impl("capture", capture_op); }
+// For every device and layout: what can't be done is refused in our own words.
+TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) { library.impl("capture", capture_op); }
 
 }  // namespace tlfast

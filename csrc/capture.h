@@ -30,7 +30,7 @@ struct Plan {
   CudaCapture call(const void* grad, void* out, const void* mask, double scale) const;  // for a GPU
 };
 
-// Check everything, in the name of `who`. `over` is ignored by Reduction::none.
+// Check everything, in the name of `who`, of plain tensors. `over` is ignored by Reduction::none.
 Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
                at::IntArrayRef over, const std::optional<at::Tensor>& mask);
 

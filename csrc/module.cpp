@@ -1,11 +1,11 @@
 // The native module tlfast._C: a table of contents.
-#include <torch/csrc/Device.h>
-#include <torch/csrc/Dtype.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include "crc32c.h"
 #include "cuda_status.h"
+#include "errors.h"
+#include "plain.h"
 #include "py_tap.h"
 #include "py_unit_writer.h"
 
@@ -14,12 +14,29 @@ using namespace tlfast;
 
 namespace {
 
-std::shared_ptr<Ring> make_ring(const std::string& column, const std::string& reduce, std::vector<int64_t> dims,
-                                const py::object& dtype, int64_t capacity) {
-  std::optional<at::ScalarType> stored;
-  if (!dtype.is_none()) stored = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
-  return std::make_shared<Ring>(column, parse_reduction(reduce), std::move(dims), stored, capacity);
+void check_rows(int64_t rows) {
+  TORCH_CHECK_VALUE(rows > 0, broken_rule("capture", "rows", "be a positive number", rows, "Give the rows to hold."));
 }
+
+std::shared_ptr<Ring> make_ring(const std::string& column, const std::string& reduce, std::vector<int64_t> dims,
+                                const std::optional<at::ScalarType>& dtype, int64_t capacity) {
+  check_rows(capacity);
+  return std::make_shared<Ring>(column, parse_reduction(reduce), std::move(dims), dtype, capacity);
+}
+
+std::shared_ptr<Step> make_step(int64_t rows, const std::string& missing) {
+  check_rows(rows);
+  TORCH_CHECK_VALUE(missing == "raise" || missing == "nan", broken_rule("capture", "missing", "be one of raise, nan",
+                                                                        "'" + missing + "'", "Check the spelling."));
+  return Step::make(rows, missing == "nan");
+}
+
+void set_batch(Step& step, const std::optional<at::Tensor>& mask, int64_t n_expected, double scale) {
+  step.set_batch(mask ? std::optional(plain("batch", "mask", *mask)) : std::nullopt, n_expected, scale);
+}
+
+// An argument for which None doesn't stand: pybind11 would make a null pointer of it.
+py::arg needed(const char* name) { return py::arg(name).none(false); }
 
 std::optional<at::Tensor> defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
@@ -27,7 +44,12 @@ std::optional<at::Tensor> defined(const at::Tensor& tensor) {
 
 std::unique_ptr<PyTap> make_tap(std::shared_ptr<Step> step, const std::string& name, const py::list& rings,
                                 const py::object& output, const std::string& calls) {
-  const auto held = rings.cast<std::vector<std::shared_ptr<Ring>>>();
+  std::vector<std::shared_ptr<Ring>> held;
+  for (const py::handle& ring : rings) {
+    TORCH_CHECK_TYPE(py::isinstance<Ring>(ring), broken_rule("capture", "rings", "hold native rings",
+                                                             py::repr(ring).cast<std::string>(), "Make them by Ring."));
+    held.push_back(ring.cast<std::shared_ptr<Ring>>());
+  }
   return std::make_unique<PyTap>(Tap::make(std::move(step), name, held, parse_calls(calls)), output, rings);
 }
 
@@ -55,15 +77,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Recording>(m, "Recording").def_readonly("n_rows", &Recording::n_rows);
 
   py::class_<Step, std::shared_ptr<Step>>(m, "Step")
-      .def(py::init([](int64_t rows, const std::string& missing) { return Step::make(rows, missing == "nan"); }))
-      .def("set_batch", &Step::set_batch)
+      .def(py::init(&make_step))
+      .def("set_batch", &set_batch)
       .def("committed", &Step::committed)
       .def_property_readonly("extent", &Step::extent)
       .def("clear", &Step::clear)
-      .def("start_recording",
-           [](Step& step, const py::object& device) {
-             step.start_recording(reinterpret_cast<THPDevice*>(device.ptr())->device);
-           })
+      .def("start_recording", &Step::start_recording)
       .def("stop_recording", &Step::stop_recording)
       .def("start_trial", &Step::start_trial)
       .def("stop_trial", &Step::stop_trial)
@@ -90,9 +109,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.open().direct(); });
 
   py::class_<PyTap>(m, "Tap")
-      .def(py::init(&make_tap))
-      .def_static("to_sink", &PyTap::to_sink)
-      .def_static("to_cache", &PyTap::to_cache)
+      .def(py::init(&make_tap), needed("step"), py::arg("name"), py::arg("rings"), py::arg("output"), py::arg("calls"))
+      .def_static("to_sink", &PyTap::to_sink, needed("step"), py::arg("name"), needed("sink"), py::arg("reduce"),
+                  py::arg("dims"), py::arg("output"))
+      .def_static("to_cache", &PyTap::to_cache, needed("step"), py::arg("name"), needed("cache"), py::arg("select"),
+                  py::arg("calls"), py::arg("anchor"))
       .def("set_convert", &PyTap::set_convert)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })

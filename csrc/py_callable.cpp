@@ -2,10 +2,10 @@
 #include "py_callable.h"
 
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "errors.h"
+#include "python_result.h"
 
 namespace py = pybind11;
 
@@ -23,13 +23,7 @@ std::shared_ptr<py::object> held_anywhere(py::object object) {
 // Call Python with a tensor; the GIL must be held.
 py::object call(const py::object& callable, const at::Tensor& tensor) {
   const auto given = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.detach()));
-  auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(callable.ptr(), given.ptr()));
-  if (!result) {
-    python_error error;  // keeps its Python type on the way through the engine
-    error.persist();
-    throw error;
-  }
-  return result;
+  return result_of(PyObject_CallOneArg(callable.ptr(), given.ptr()));
 }
 
 }  // namespace
@@ -45,6 +39,8 @@ Sink sink_of(py::object callable) {
 
 Change change_of(py::object callable) {
   if (callable.is_none()) return {};
+  TORCH_CHECK_TYPE(PyCallable_Check(callable.ptr()), broken_rule("capture", "a conversion", "be callable",
+                                                                 type_name(callable), "Pass a function or None."));
   return [held = held_anywhere(std::move(callable))](const at::Tensor& tensor) {
     const py::gil_scoped_acquire gil;
     const at::NoGradGuard no_grad;

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "errors.h"
+#include "plain.h"
 #include "py_callable.h"
 
 namespace py = pybind11;
@@ -23,7 +24,7 @@ struct References {
 
   static References of(PyObject* object, const at::Tensor& tensor) {
     const auto& node = tensor.grad_fn();
-    const size_t storage = tensor.has_storage() ? tensor.storage().use_count() : ~size_t(0);
+    const size_t storage = is_plain(tensor) && tensor.has_storage() ? tensor.storage().use_count() : ~size_t(0);
     return {Py_REFCNT(object), size_t(tensor.use_count()), storage, node ? size_t(node.use_count()) : 0};
   }
   bool within(const References& most) const {
@@ -36,7 +37,25 @@ py::object from_outputs(const char* name) { return py::module_::import("tlfast.o
 
 PyTap& tap_of(PyObject* hook) {
   static PyObject* const name = PyUnicode_InternFromString("tap");
-  return py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name)).cast<PyTap&>();
+  const auto tap = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name));
+  if (!tap) throw py::error_already_set();
+  TORCH_CHECK_TYPE(py::isinstance<PyTap>(tap),
+                   broken_rule("capture", "a hook's tap", "be a native one", type_name(tap), "Leave it as it was."));
+  return tap.cast<PyTap&>();
+}
+
+// What a hook is called with, for the call of a hook may come from anywhere.
+void check_arguments(PyObject* args, PyObject* kwargs, Py_ssize_t n, const char* rule) {
+  const Py_ssize_t given = PyTuple_GET_SIZE(args), named = kwargs ? PyDict_GET_SIZE(kwargs) : 0;
+  TORCH_CHECK_TYPE(given == n && !named,
+                   broken_rule("capture", "a hook", rule, c10::str(given, " arguments and ", named, " by name"),
+                               "Leave the call to the module."));
+}
+
+// An output as torch.Tensor.detach() gives it, but of its own class and with its attributes.
+at::Tensor detached(const py::handle& output) {
+  if (THPVariable_CheckExact(output.ptr())) return alias_of(THPVariable_Unpack(output.ptr()));
+  return from_outputs("alias")(output).cast<at::Tensor>();
 }
 
 // How many hooks were ever registered anywhere: their ids are counted up in one place.
@@ -60,12 +79,13 @@ PyObject* guarded(Body body) {
 }
 
 // hook(module, args)
-PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject*) {
+PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
   return guarded([&] {
+    check_arguments(args, kwargs, 2, "be called with (module, args)");
     PyTap& tap = tap_of(hook);
     const long long registered = hooks_registered();
     if (tap.hooks_seen != registered) {
-      py::handle(hook).attr("move_last")(py::handle(PyTuple_GetItem(args, 0)));
+      py::handle(hook).attr("move_last")(py::handle(PyTuple_GET_ITEM(args, 0)));
       tap.hooks_seen = registered;
     }
     tap.tap->forward_pre();
@@ -74,8 +94,11 @@ PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject*) {
 }
 
 // hook(module, args, output)
-PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject*) {
-  return guarded([&] { return tap_of(hook).forward(PyTuple_GetItem(args, 2)); });
+PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    check_arguments(args, kwargs, 3, "be called with (module, args, output)");
+    return tap_of(hook).forward(PyTuple_GET_ITEM(args, 2));
+  });
 }
 
 }  // namespace
@@ -84,11 +107,14 @@ std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::str
                                       const std::string& reduce, std::vector<int64_t> dims, const py::object& output) {
   auto tap = Tap::make(std::move(step), name, {}, Calls::last);
   if (THPVariable_Check(sink.ptr())) {
+    check_destination("attach", "sink", THPVariable_Unpack(sink.ptr()));
     tap->sink = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
                  dims = std::move(dims)](const at::Tensor& grad) {
       run_plan("attach", make_plan("attach", out, grad, reduction, dims, {}), out, grad, {}, 1.0, nullptr);
     };
   } else {
+    TORCH_CHECK_TYPE(PyCallable_Check(sink.ptr()), broken_rule("attach", "sink", "be a tensor or callable",
+                                                               type_name(sink), "Pass a function of the gradient."));
     tap->sink = sink_of(sink);
   }
   return std::make_unique<PyTap>(std::move(tap), output, py::list());
@@ -109,6 +135,12 @@ PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
     : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
 
 void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
+  for (const py::type& hook : {pre_hook, forward_hook}) {
+    auto* type = reinterpret_cast<PyTypeObject*>(hook.ptr());
+    const bool ours_to_change = PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE) && type->tp_call;
+    TORCH_CHECK_TYPE(ours_to_change, broken_rule("call_natively", "a hook", "be a class with a __call__",
+                                                 py::str(hook).cast<std::string>(), "Pass one written in Python."));
+  }
   // The interpreter calls an object through its type's tp_call, Dynamo traces what it finds under `__call__`: so eager
   // code runs natively, and compiled code sees the Python of these classes.
   reinterpret_cast<PyTypeObject*>(pre_hook.ptr())->tp_call = call_pre_hook;
@@ -124,9 +156,7 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
                      broken_rule(who, "the output", rule, type_name(given), "Choose it with output=<index or key>."));
   }
   const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
-  TORCH_CHECK(!found.unsafeGetTensorImpl()->key_set().has_any(c10::functorch_transforms_ks),
-              broken_rule(who, "the output", "be a tensor with memory of its own", "one inside a torch.func transform",
-                          "Use loss.backward() or torch.autograd.grad instead."));
+  check_output(who, found);
   if (found.requires_grad()) return found;
   TORCH_CHECK(tap->step->missing_is_nan,
               broken_rule(who, "the output", "require grad", "a tensor without a graph: no gradient can reach it",
@@ -143,11 +173,18 @@ py::object PyTap::forward_cached(const py::handle& given) {
     if (given.is_none()) tap->cache_output({});
     return py::none();
   }
-  const at::Tensor& tensor = THPVariable_Unpack(found);
-  tap->cache_output(tensor);
-  if (!tap->step->active || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
-  auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
+  if (!tap->step->active) return py::none();
+  tap->cache_output(detached(found));
+  if (!at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
+  const py::object through = behind(found);
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
+}
+
+// The output behind an identity node.
+py::object PyTap::behind(const py::handle& output) const {
+  const at::Tensor through = detached(output);
+  tap->attach_behind(THPVariable_Unpack(output.ptr()), through);
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(through));
 }
 
 py::object PyTap::forward(const py::handle& given) {
@@ -166,19 +203,18 @@ py::object PyTap::forward(const py::handle& given) {
     const bool own = most && tensor.requires_grad() && references.within(*most);
     const at::Tensor checked_tensor = checked(given, given);
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
-    return py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
+    return behind(given);
   }
   if (PyTuple_CheckExact(given.ptr())) {
     const Py_ssize_t index = index_in(given);
     if (index < 0) return forward_slowly(given);
-    const at::Tensor tensor = checked(PyTuple_GET_ITEM(given.ptr(), index), given);
-    if (!tensor.defined()) return py::none();
+    if (!checked(PyTuple_GET_ITEM(given.ptr(), index), given).defined()) return py::none();
+    const py::object through = behind(PyTuple_GET_ITEM(given.ptr(), index));
     const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
     auto replaced = py::reinterpret_steal<py::object>(PyTuple_New(n));
     for (Py_ssize_t i = 0; i < n; ++i)
       PyTuple_SET_ITEM(replaced.ptr(), i,
-                       i == index ? THPVariable_Wrap(tap->attach_behind(tensor))
-                                  : py::handle(PyTuple_GET_ITEM(given.ptr(), i)).inc_ref().ptr());
+                       py::handle(i == index ? through.ptr() : PyTuple_GET_ITEM(given.ptr(), i)).inc_ref().ptr());
     return replaced;
   }
   return forward_slowly(given);
@@ -202,10 +238,8 @@ Py_ssize_t PyTap::index_in(const py::handle& given) const {
 // Outputs of any other kind: mappings, lists, named tuples.
 py::object PyTap::forward_slowly(const py::handle& given) const {
   const py::tuple found = from_outputs("select_output")(given, output);
-  const at::Tensor tensor = checked(found[0], given);
-  if (!tensor.defined()) return py::none();
-  const auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
-  return from_outputs("replace_output")(given, found[1], through);
+  if (!checked(found[0], given).defined()) return py::none();
+  return from_outputs("replace_output")(given, found[1], behind(found[0]));
 }
 
 void PyTap::check_full(const py::handle& given) {

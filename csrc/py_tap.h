@@ -50,6 +50,7 @@ class PyTap {
  private:
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
   Py_ssize_t index_in(const pybind11::handle& given) const;
+  pybind11::object behind(const pybind11::handle& output) const;
   pybind11::object forward_slowly(const pybind11::handle& given) const;
   pybind11::object forward_cached(const pybind11::handle& given);
 

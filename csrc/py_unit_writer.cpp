@@ -37,6 +37,8 @@ void at_the_disk(const py::object& path, Work work) {
 
 uint32_t crc32c_of(const py::buffer& data, uint32_t crc) {
   const py::buffer_info bytes = data.request();
+  if (!PyBuffer_IsContiguous(bytes.view(), 'C'))
+    throw py::value_error(broken_rule("crc32c", "data", "be contiguous", "a buffer with gaps", "Make bytes of it."));
   const py::gil_scoped_release release;
   return crc32c(crc, bytes.ptr, size_t(bytes.size) * size_t(bytes.itemsize));
 }
@@ -52,9 +54,14 @@ const PayloadStream& PyPayloadStream::open() const {
 
 void PyPayloadStream::append(const std::vector<Block>& blocks) {
   std::vector<Rows> rows;
-  for (const auto& [data, n_rows, n_values, dtype, norms, odd] : blocks)
+  for (const auto& [data, n_rows, n_values, dtype, norms, odd] : blocks) {
+    const bool there = n_rows == 0 || (norms && odd && (data || n_values == 0));
+    if (n_rows < 0 || n_values < 0 || !there)
+      throw py::value_error(broken_rule("PayloadStream", "a block", "have the addresses of what it holds",
+                                        c10::str(n_rows, " rows of ", n_values), "Pass what is allocated."));
     rows.push_back({reinterpret_cast<const void*>(data), n_rows, n_values, parse_dtype(dtype),
                     reinterpret_cast<float*>(norms), reinterpret_cast<uint8_t*>(odd)});
+  }
   open();
   at_the_disk(path, [&] { stream_->append(rows); });
 }

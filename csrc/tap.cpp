@@ -6,9 +6,11 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <array>
 #include <unordered_map>
 
 #include "errors.h"
+#include "plain.h"
 
 namespace tlfast {
 namespace {
@@ -63,15 +65,6 @@ Pointer make_identity(std::shared_ptr<Tap> tap) {
     return c10::make_intrusive<IdentityNode>(std::move(tap));
 }
 
-// The same memory without a history, as output.detach() gives it, at a fifth of its cost.
-at::Tensor alias_of(const at::Tensor& output) {
-  at::TensorImpl* impl = output.unsafeGetTensorImpl();
-  if (impl->key_set().has(c10::DispatchKey::Python) || impl->key_set().has_any(c10::functorch_transforms_ks) ||
-      output.layout() != at::kStrided)
-    return output.detach();
-  return at::Tensor::wrap_tensor_impl(impl->shallow_copy_and_detach(impl->version_counter(), false));
-}
-
 // Taps by number, for compiled code.
 std::mutex registry_mutex;
 std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
@@ -87,7 +80,17 @@ void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
 }  // namespace
 
 Calls parse_calls(const std::string& name) {
-  return name == "sum" ? Calls::sum : name == "last" ? Calls::last : name == "stack" ? Calls::stack : Calls::raise;
+  static constexpr std::array kNames{"raise", "sum", "last", "stack"};  // in the order of Calls
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (name == kNames[i]) return Calls(i);
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "calls", rule, "'" + name + "'", "Check the spelling."));
+}
+
+at::Tensor alias_of(const at::Tensor& output) {
+  if (!is_plain(output)) return output.detach();
+  at::TensorImpl* impl = output.unsafeGetTensorImpl();
+  return at::Tensor::wrap_tensor_impl(impl->shallow_copy_and_detach(impl->version_counter(), false));
 }
 
 Tap::Tap(std::shared_ptr<Step> step_, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
@@ -138,13 +141,14 @@ bool Tap::attach_to_node(const at::Tensor& output) {
   return true;
 }
 
-at::Tensor Tap::attach_behind(const at::Tensor& output) {
+void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
   auto node = make_identity(shared_from_this());
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
                                         : autograd::collect_next_edges(output));
-  at::Tensor through = alias_of(output);
   autograd::set_history(through, node);
-  return through;
+  // The tangent of forward-mode AD goes through, as it does through any identity.
+  const at::Tensor& tangent = output._fw_grad(/*level=*/0);
+  if (tangent.defined()) through._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
 bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 || recomputed_); }
@@ -158,15 +162,15 @@ void Tap::keep_in(std::shared_ptr<TensorCache> into, Change select) {
   };
 }
 
-void Tap::cache_output(const at::Tensor& output) {
+void Tap::cache_output(const at::Tensor& kept) {
   if (!step->active) return;
-  const at::Tensor kept = output.defined() ? alias_of(output) : output;
   cache->output(place_, convert && kept.defined() ? convert(kept) : kept);
 }
 
 void Tap::fire(const at::Tensor& given) {
   if (!step->active) return;
-  const at::Tensor grad = convert ? convert(given) : given;
+  at::Tensor grad = plain(point->who, kGradient, given);
+  if (convert) grad = plain(point->who, kGradient, convert(grad));
   if (sink) return sink(grad);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto [run, block, n_fired] = step->begin(*point, grad.sizes());

@@ -28,9 +28,10 @@ class Tap : public std::enable_shared_from_this<Tap> {
   // Hook the node that made an output, if nobody else can see that node; `output` must be held by nobody else.
   bool attach_to_node(const at::Tensor& output);
 
-  // Put an identity node behind an output, which sees the gradient through this module alone; returns its output.
-  // With an anchor, backward(inputs=[anchor]) runs whatever leads to the node, and makes no gradient of a parameter.
-  at::Tensor attach_behind(const at::Tensor& output);
+  // Put an identity node behind an output, which sees the gradient through this module alone, and let it lead to
+  // `through`, an alias of the output. With an anchor, backward(inputs=[anchor]) runs whatever leads to the node, and
+  // makes no gradient of a parameter.
+  void attach_behind(const at::Tensor& output, const at::Tensor& through);
 
   // Write one gradient into the rows of the running step, or hand it to the sink. Needs no GIL, and touches no Python
   // object but through a sink or a change made of one.
@@ -39,8 +40,8 @@ class Tap : public std::enable_shared_from_this<Tap> {
   // Make this tap keep outputs and gradients in a cache.
   void keep_in(std::shared_ptr<TensorCache> cache, Change select);
 
-  // Keep an output in the cache; undefined stands for one that is no tensor.
-  void cache_output(const at::Tensor& output);
+  // Keep the alias of an output in the cache; undefined stands for one that is no tensor.
+  void cache_output(const at::Tensor& kept);
 
   // The tap that compiled code knows by this number, or null when it is gone.
   static std::shared_ptr<Tap> by_number(int64_t number);
@@ -67,5 +68,8 @@ class Tap : public std::enable_shared_from_this<Tap> {
 };
 
 Calls parse_calls(const std::string& name);
+
+// The same memory without a history, as output.detach() gives it, at a fifth of its cost.
+at::Tensor alias_of(const at::Tensor& output);
 
 }  // namespace tlfast

@@ -130,7 +130,7 @@ class PayloadStream::Pieces {
 
 PayloadStream::PayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes)
     : fd_(fd), piece_bytes_(piece_bytes), position_(position), crc_(crc), direct_(set_direct(fd, true)) {
-  if (position % kPage || piece_bytes <= 0 || piece_bytes % kPage)
+  if (position < 0 || position % kPage || piece_bytes <= 0 || piece_bytes % kPage)
     throw std::invalid_argument("PayloadStream: position and piece_bytes must be multiples of 4096, got " +
                                 std::to_string(position) + " and " + std::to_string(piece_bytes) +
                                 ". Pad the header to whole pages.");

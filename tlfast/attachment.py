@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import broken_rule
 from .outputs import replace_output, select_output
+from .plain import check_full_hook
 from .steps import refuse_compiled_autograd
 from .taps import fire_op
 
@@ -107,12 +108,23 @@ class _NativeCacheHook(_CacheHook):
     """The same, called natively."""
 
 
+class _CheckInputsHook(_Hook):
+    """Before a full hook wraps the inputs: can it?"""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            check_full_hook(f"capture at {self.tap.name}", "an input", args)
+
+
 class _CheckHook(_Hook):
-    """Before a full hook wraps the output: can it have a gradient at all?"""
+    """Before a full hook wraps the output: can it, and can the output have a gradient at all?"""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             self.tap.check_full(output)
+        if not torch.compiler.is_compiling():
+            outputs = output if isinstance(output, tuple) else (output,)
+            check_full_hook(f"capture at {self.tap.name}", "the output", outputs)
 
 
 class _FullHook(_Hook):
@@ -124,7 +136,7 @@ class _FullHook(_Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (_ForwardPreHook, _ForwardHook, _CacheHook, _CheckHook, _FullHook):
+for _hook in (_ForwardPreHook, _ForwardHook, _CacheHook, _CheckInputsHook, _CheckHook, _FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -167,6 +179,7 @@ def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | N
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))
+        handles.append(module.register_forward_pre_hook(_CheckInputsHook(tap)))
         handles.append(module.register_full_backward_hook(_FullHook(tap)))
     else:
         handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))

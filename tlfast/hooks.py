@@ -17,6 +17,7 @@ from .attachment import anything_compiled, check_not_compiled, hook_module
 from .errors import broken_rule
 from .misuse import changed_in_place, in_place_error, tell_no_rows
 from .ops import pick_native
+from .plain import plain
 from .points import find_points
 from .spec import Points, Spec, one_of
 
@@ -214,6 +215,7 @@ class Capture:
             RuntimeError: if no backward was committed inside.
         """
         who = "batch"
+        mask = None if mask is None else plain(who, "mask", mask)
         if mask is not None and (mask.dtype != torch.bool or mask.dim() < 1):
             raise ValueError(
                 broken_rule(who, "mask", "be boolean [B, P]", f"{mask.dtype} {list(mask.shape)}", "Use mask.bool().")

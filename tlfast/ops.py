@@ -12,6 +12,7 @@ import torch
 
 from . import cuda_status, reference
 from .errors import broken_rule
+from .plain import destination, plain
 from .spec import REDUCTIONS, Over, one_of, parse_over
 
 
@@ -177,7 +178,8 @@ def reduce_into(
         ``out``. Accumulation is in float32 (float64 for float64), with one rounding to the stored dtype.
 
     Raises:
-        ValueError: for a wrong shape, dtype, dimension or mask, before anything is written.
+        ValueError: for a wrong shape, dtype, layout, dimension or mask, before anything is written.
+        RuntimeError: for a tensor whose value isn't all in its own memory, as a DTensor that is sharded.
 
     Example:
         >>> import torch, tlfast
@@ -185,14 +187,18 @@ def reduce_into(
         >>> tlfast.reduce_into(torch.empty(1, 2), grad, "mean", over="pos")
         tensor([[2., 3.]])
     """
-    one_of("reduce_into", "reduce", reduce, REDUCTIONS)
-    dims = parse_over("reduce_into", over)
+    who = "reduce_into"
+    one_of(who, "reduce", reduce, REDUCTIONS)
+    dims = parse_over(who, over)
+    # Before the op is called: a tensor of another class would take the call over.
+    grad, memory = plain(who, "grad", grad), destination(who, "out", out)
+    mask = None if mask is None else plain(who, "mask", mask)
     where = out.device.type
-    module = native() if where == "cpu" else pick_native("reduce_into", "auto", {where}) if where == "cuda" else None
+    module = native() if where == "cpu" else pick_native(who, "auto", {where}) if where == "cuda" else None
     if module is None:
-        reference.capture(out, grad, reduce, dims, mask, scale)
+        reference.capture(memory, grad, reduce, dims, mask, scale)
     else:
-        torch.ops.tlfast.capture(out, grad, reduce, dims, mask, scale)
+        torch.ops.tlfast.capture(memory, grad, reduce, dims, mask, scale)
     return out
 
 

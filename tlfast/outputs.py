@@ -6,6 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
+
+from .errors import broken_rule
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of ``tensor`` under a new tensor without a history, of its class and with its attributes.
+
+    A parameter becomes a `torch.Tensor`: it is no leaf any more.
+    """
+    kind = type(tensor)
+    if kind in (torch.Tensor, nn.Parameter):
+        return tensor.detach()
+    if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+        made = tensor.detach()  # only the class knows what it is made of
+        if made is tensor:
+            argument, rule = f"an output of class {kind.__name__}", "give a new tensor by detach()"
+            raise TypeError(broken_rule("capture", argument, rule, "itself", "Capture another point."))
+    else:
+        # Not tensor.detach(): what a class makes of that may be a view, and an in-place operation on a view passes by
+        # the node that is put behind it.
+        made = torch.Tensor._make_subclass(kind, tensor)
+    for name, value in vars(tensor).items():
+        vars(made).setdefault(name, value)
+    return made
 
 
 def select_output(output: object, which: int | str | None) -> tuple[torch.Tensor | None, int | str | None]:

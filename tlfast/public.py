@@ -12,6 +12,7 @@ from .attachment import check_not_compiled, hook_module
 from .errors import broken_rule
 from .hooks import Capture
 from .ops import pick_native
+from .plain import destination
 from .reference import capture as capture_in_python
 from .spec import REDUCTIONS, Over, Points, Reduction, Spec, as_specs, one_of, parse_over
 from .steps import Step
@@ -136,6 +137,8 @@ def attach(
         raise TypeError(
             broken_rule(who, "sink", "be a tensor or callable", type(sink).__name__, "Pass a function of the gradient.")
         )
+    if isinstance(sink, torch.Tensor):
+        sink = destination(who, "sink", sink)
     one_of(who, "attach", attach, ("auto", "tensor", "full"))
     one_of(who, "backend", backend, ("auto", "native", "python"))
     one_of(who, "reduce", reduce, REDUCTIONS)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .errors import broken_rule
+from .plain import destination, plain
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -101,8 +102,6 @@ def _last(wide: torch.Tensor, dims: tuple[int, ...], real: torch.Tensor | None) 
 
 def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[int, ...]) -> None:
     """Check dtypes, shape and memory of an op's arguments before a byte is written."""
-    if grad.layout != torch.strided or out.layout != torch.strided:
-        raise ValueError(broken_rule(who, "grad", "be dense", grad.layout, "Turn sparse=True off in the embedding."))
     if grad.dtype not in (torch.float32, *HALF_TYPES, torch.float64):
         raise ValueError(
             broken_rule(who, "grad", "be float32, bfloat16, float16 or float64", grad.dtype, "Cast it first.")
@@ -162,6 +161,9 @@ def capture(
     Accumulates in float32 (float64 for float64) and casts once, to nearest even. Saturated: finite before the cast,
     infinite after it. The counts are int64 [2] on the device of ``out``, and nothing waits for them.
     """
+    grad = plain(who, "grad", grad)
+    mask = None if mask is None else plain(who, "mask", mask)
+    out = destination(who, "out", out)
     dims = () if reduce == "none" else normal_dims(who, over, grad.dim())
     check_capture(who, out, grad, dims)
     check_memory(who, out, grad)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .errors import broken_rule
-from .outputs import replace_output, select_output
+from .outputs import alias, replace_output, select_output
+from .plain import GRADIENT, check_output, plain
 from .reference import accumulator
 from .ring import Ring
 from .steps import Backward, Step
@@ -22,12 +23,16 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.tap = tap
-        return x.detach()
+        return alias(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.tap.fire(grad)
         return grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
+        return tangent
 
 
 _NUMBERS = itertools.count()
@@ -103,7 +108,18 @@ class Tap:
         self.convert = convert
 
     def converted(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.convert is None else self.convert(tensor)
+        if self.convert is None:
+            return tensor
+        changed: object = self.convert(tensor)
+        if not isinstance(changed, torch.Tensor):
+            rule = "return a tensor"
+            raise TypeError(broken_rule("capture", "a conversion", rule, type(changed).__name__, "Check it."))
+        return changed
+
+    def taken(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient as it is kept: plain memory, and converted."""
+        grad = plain(self.who, GRADIENT, grad).detach()
+        return grad if self.convert is None else plain(self.who, GRADIENT, self.converted(grad))
 
     def checked_output(self, output: object) -> torch.Tensor | None:
         """The output tensor if it can have a gradient; an error, or None, where it can't."""
@@ -115,13 +131,7 @@ class Tap:
                     type(output).__name__, "Choose it with output=<index or key>.",
                 )
             )  # fmt: skip
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            raise RuntimeError(
-                broken_rule(
-                    self.who, "the output", "be a tensor with memory of its own", "one inside a torch.func transform",
-                    "Use loss.backward() or torch.autograd.grad instead.",
-                )
-            )  # fmt: skip
+        check_output(self.who, tensor)
         if not tensor.requires_grad:
             if self.step.missing == "nan":
                 return None
@@ -159,7 +169,7 @@ class Tap:
         """Write one gradient into the rows of the running step."""
         if not self.step.active:
             return
-        grad = self.converted(grad.detach())
+        grad = self.taken(grad)
         run, block = self.step.begin(self, grad.shape, grad.device)
         mask = run.mask_on(grad.device)
         held = run.pending.setdefault(self.index, []) if self.calls == "stack" or self.sums() else []
@@ -215,7 +225,7 @@ class SinkTap(Tap):
     @torch.no_grad()
     def fire(self, grad: torch.Tensor) -> None:
         if self.step.active:
-            self.sink(self.converted(grad.detach()))
+            self.sink(self.taken(grad))
 
 
 def fire_op(tap: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import broken_rule
-from .outputs import replace_output
+from .outputs import alias, replace_output
 from .reference import accumulator
 from .steps import Step
 from .taps import Tap
@@ -108,7 +108,7 @@ class CachingTap(Tap):
                 self.cache.output(self.place, None)
             return None
         with torch.no_grad():
-            self.cache.output(self.place, self.converted(found.detach()))
+            self.cache.output(self.place, self.converted(alias(found)))
         if not torch.is_grad_enabled() or self.checked_output(found) is None:
             return None
         through: Any = self.identity(found)
@@ -118,4 +118,4 @@ class CachingTap(Tap):
     @torch.no_grad()
     def fire(self, grad: torch.Tensor) -> None:
         if self.step.active:
-            self.cache.gradient(self.place, self.converted(grad.detach()), self.sums())
+            self.cache.gradient(self.place, self.taken(grad), self.sums())

@@ -1,0 +1,229 @@
+"""The native module raises at wrong arguments, whatever is called: no check may be left to those who call it."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from models import HookPoint, chain, inputs
+from torch import nn
+
+import tlfast
+from tlfast import attachment
+
+pytestmark = pytest.mark.sanitize
+
+STUB = ast.parse((Path(tlfast.__file__).parent / "_C.pyi").read_text())
+
+# What is wrong at an argument, by its name or else by its annotation. Every entry must raise.
+BY_NAME = {
+    "reduce": ["average", "", None, 1],
+    "calls": ["stop", "", None, 1],
+    "missing": ["zero", "", None, 1],
+    "rows": [0, -1, None, "1", 2**70],
+    "capacity": [0, -1, None, "1", 2**70],
+    "position": [1, -4096, None, 2**70],
+    "piece_bytes": [0, 1, -4096, None],
+    "crc": [-1, 2**32, None, "1"],
+    "sink": [None, 1, object(), torch.ones(2)._neg_view(), torch.ones(2, 2).to_sparse()],
+    "data": [None, 1, "text", memoryview(b"abcdef")[::2], memoryview(b"abcdef")[::-1]],
+    "pre_hook": [None, 1, int, type("Bare", (), {})],
+    "forward_hook": [None, 1, int, type("Bare", (), {})],
+    "blocks": [
+        None, 1, [None], [(1,)], [(0, 1, 1, "F32", 0, 0)], [(0, -1, 1, "F32", 0, 0)], [(0, 0, -1, "F32", 0, 0)],
+        [(0, 0, 1, "F8", 0, 0)],
+    ],
+}  # fmt: skip
+BY_ANNOTATION = {
+    "int": [None, "1", 1.5, object(), 2**70],
+    "float": [None, "1", object()],
+    "bool": ["yes", object()],
+    "str": [None, 1, object()],
+    "Sequence[int]": [None, 1, "1", ["1"], [None], [1.5]],
+    "Step": [None, 1, object()],
+    "TensorCache": [None, 1, object()],
+    "Recording": [None, 1, object()],
+    "list[Ring]": [None, 1, [None], [1], ["0"]],
+    "torch.dtype | None": ["float32", 1, float],
+    "torch.device": [None, "cpu", 0],
+    "torch.Tensor | None": [1, "mask", [True], object()],
+    "Callable[[torch.Tensor], torch.Tensor] | None": [1, "f", object()],
+    "object": [None, 1, object(), {}],
+    "tuple[torch.Tensor | None, ...]": [None, 1, [torch.ones(2)]],
+}
+UNCHECKED = {  # any value will do
+    ("Tap", "output"), ("to_sink", "output"), ("PayloadStream", "path"), ("forward", "inputs"),
+}  # fmt: skip
+
+
+def functions():
+    """(class or None, function, is static, [(argument, annotation)]) of everything in the stub."""
+    for node in STUB.body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        for function in inside:
+            if isinstance(function, ast.FunctionDef):
+                static = bool(function.decorator_list)
+                arguments = [(a.arg, ast.unparse(a.annotation)) for a in function.args.args if a.annotation]
+                yield (node.name if isinstance(node, ast.ClassDef) else None), function.name, static, arguments
+
+
+class Made:
+    """The native module, and what is right at each argument."""
+
+    def __init__(self, module, path):
+        self.module, self.step = module, module.Step(4, "raise")
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        self.ring = module.Ring("0", "sum", [1], None, 4)
+        self.hooks = [type("Hook", (), {"__call__": lambda *_: None}) for _ in range(2)]
+
+    def right(self, name, annotation):
+        by_name = {
+            "reduce": "sum", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0, "piece_bytes": 4096,
+            "sink": torch.ones(2), "data": b"abc", "blocks": [], "pre_hook": self.hooks[0],
+            "forward_hook": self.hooks[1],
+        }  # fmt: skip
+        if name in by_name:
+            return by_name[name]
+        if annotation.endswith("None"):
+            return None
+        kinds = {
+            "int": 4, "float": 1.0, "bool": False, "str": "0", "Step": self.step, "list[Ring]": [self.ring],
+            "Sequence[int]": [1], "torch.device": torch.device("cpu"), "TensorCache": self.module.TensorCache(),
+            "object": torch.ones(2, requires_grad=True) * 1, "tuple[object, ...]": (),
+        }  # fmt: skip
+        return kinds.get(annotation)
+
+    def owner(self, name):
+        if name == "PayloadStream":
+            return self.module.PayloadStream(self.fd, 0, 0, 4096, "path")
+        if name == "Tap":
+            return self.module.Tap(self.step, "0", [self.ring], None, "raise")
+        return {"Step": self.step, "Ring": self.ring, "TensorCache": self.module.TensorCache()}[name]
+
+    def call(self, owner, name, static):
+        if owner is None:
+            return getattr(self.module, name)
+        kind = getattr(self.module, owner)
+        if name == "__init__":
+            return kind
+        return getattr(kind if static else self.owner(owner), name)
+
+
+@pytest.fixture
+def made(native, tmp_path):
+    module = tlfast.ops.loaded()
+    made = Made(module, tmp_path / "file")
+    yield made
+    os.close(made.fd)
+
+
+RAISED = (TypeError, ValueError, RuntimeError, BufferError, OverflowError)
+
+
+@pytest.mark.parametrize(
+    "owner, name, static, arguments", list(functions()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_wrong_arguments_raise(made, owner, name, static, arguments):
+    right = [made.right(*argument) for argument in arguments]
+    with pytest.raises(TypeError):
+        made.call(owner, name, static)(*right, None)
+    if right:
+        with pytest.raises(TypeError):
+            made.call(owner, name, static)(*right[:-1])
+    for place, (argument, annotation) in enumerate(arguments):
+        if (name if owner is None or name != "__init__" else owner, argument) in UNCHECKED:
+            continue
+        for wrong in BY_NAME.get(argument) or BY_ANNOTATION[annotation]:
+            try:
+                made.call(owner, name, static)(*right[:place], wrong, *right[place + 1 :])
+            except RAISED:
+                continue
+            pytest.fail(f"{owner}.{name}({argument}={wrong!r}) did not raise")
+
+
+def test_nothing_is_left_out_of_the_stub(made):
+    public = {name for name in vars(made.module) if not name.startswith("_")}
+    stubbed = {node.name for node in STUB.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assert public - stubbed == {"TORCH_VERSION"}
+
+
+WORDS = {
+    "calls": (
+        lambda m: m.Tap(m.Step(1, "nan"), "0", [], None, "stop"),
+        "capture: calls must be one of raise, sum, last, stack, got 'stop'. Check the spelling.",
+    ),
+    "missing": (
+        lambda m: m.Step(1, "zero"),
+        "capture: missing must be one of raise, nan, got 'zero'. Check the spelling.",
+    ),
+    "reduce": (
+        lambda m: m.Ring("0", "average", [1], None, 4),
+        "capture: reduce must be one of none, sum, mean, last, norm, absmax, got 'average'. Check the spelling.",
+    ),
+    "rows": (lambda m: m.Step(0, "nan"), "capture: rows must be a positive number, got 0. Give the rows to hold."),
+    "data": (
+        lambda m: m.crc32c(memoryview(b"abcd")[::2], 0),
+        "crc32c: data must be contiguous, got a buffer with gaps. Make bytes of it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, text", WORDS.values(), ids=WORDS)
+def test_words_of_the_house(made, make, text):
+    with pytest.raises(ValueError, match="must be") as error:
+        make(made.module)
+    assert str(error.value) == text
+
+
+def test_a_hook_called_in_another_way_raises(native):
+    setup = chain()
+    with tlfast.capture(setup.model, "hook", rows=4, backend="native") as cap:
+        (pre,) = setup.model.hook._forward_pre_hooks.values()
+        (forward,) = setup.model.hook._forward_hooks.values()
+        x = inputs()
+        for hook, rule in ((pre, "(module, args)"), (forward, "(module, args, output)")):
+            for arguments, named in (
+                ((), {}),
+                ((setup.model,), {}),
+                ((1, 2, 3, 4), {}),
+                ((), {"module": 1, "args": 2}),
+            ):
+                with pytest.raises(TypeError) as error:
+                    hook(*arguments, **named)
+                assert str(error.value) == (
+                    f"capture: a hook must be called with {rule}, got {len(arguments)} arguments and {len(named)} by "
+                    "name. Leave the call to the module."
+                )
+        with pytest.raises((TypeError, AttributeError)):
+            pre(object(), ())
+        setup.loss().backward()
+    assert cap.rows == x.shape[0]
+
+
+def test_a_hook_without_its_tap_raises(native):
+    made = tlfast.ops.loaded()
+    attachment._prepare(made)
+    for kind, arguments in (
+        (attachment._NativePreHook, (nn.Identity(), ())),
+        (attachment._NativeForwardHook, (nn.Identity(), (), torch.ones(2))),
+    ):
+        hook = kind.__new__(kind)
+        with pytest.raises(AttributeError, match="tap"):
+            hook(*arguments)
+        hook.tap = "none of ours"
+        with pytest.raises(TypeError) as error:
+            hook(*arguments)
+        assert str(error.value) == "capture: a hook's tap must be a native one, got str. Leave it as it was."
+
+
+def test_gradients_of_a_full_hook_in_another_way_raise(native):
+    made = tlfast.ops.loaded()
+    tap = made.Tap(made.Step(1, "nan"), "0", [], None, "raise")
+    with pytest.raises(IndexError):
+        tap.full(())
+    tap.check_full((1, torch.ones(2, requires_grad=True) * 1))
+    with pytest.raises(IndexError):
+        tap.full((torch.ones(2),))
+    tap.full((None, None))
+    assert isinstance(HookPoint(), nn.Module)
