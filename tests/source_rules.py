@@ -23,7 +23,7 @@ FLOORS = (
     ("graphs", "public"),
     ("transformer_lens.library",),
     ("transformer_lens.loading", "transformer_lens.names"),
-    ("transformer_lens.handles",),
+    ("transformer_lens.handles", "transformer_lens.patches", "transformer_lens.theirs"),
     ("transformer_lens.running",),
     ("transformer_lens.caching", "transformer_lens.capturing"),
     ("transformer_lens.compatibility",),

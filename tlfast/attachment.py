@@ -88,6 +88,9 @@ class _ForwardHook(_Hook):
         return replace_output(output, key, tensor)
 
 
+ForwardHook = _ForwardHook  # for callers whose hooks look closer
+
+
 class _NativePreHook(_ForwardPreHook):
     """The same; `_C.call_natively` makes the interpreter call native code, and Dynamo still reads `__call__`."""
 
@@ -96,14 +99,14 @@ class _NativeForwardHook(_ForwardHook):
     """The same."""
 
 
-class _CacheHook(_Hook):
+class CacheHook(_Hook):
     """The forward hook of a tap that caches; it isn't for compiled code."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self.tap.forward(args, output)
 
 
-class _NativeCacheHook(_CacheHook):
+class _NativeCacheHook(CacheHook):
     """The same, called natively."""
 
 
@@ -124,7 +127,7 @@ class _FullHook(_Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (_ForwardPreHook, _ForwardHook, _CacheHook, _CheckHook, _FullHook):
+for _hook in (_ForwardPreHook, _ForwardHook, CacheHook, _CheckHook, _FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -159,8 +162,10 @@ def _prepare(native: ModuleType) -> None:
         _learn_references(native)
 
 
-def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | None) -> list[Any]:
-    """Register a tap's hooks on a module; the handles remove them.
+def hook_module(
+    module: nn.Module, tap: Any, attach: str, native: ModuleType | None, forward: ForwardHook | None = None
+) -> list[Any]:
+    """Register a tap's hooks on a module; the handles remove them. ``forward`` is a forward hook of the caller's kind.
 
     "auto" is "tensor": it is equal to "full" wherever both exist, and works where full hooks don't (in-place
     operations, mapping outputs).
@@ -173,7 +178,8 @@ def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | N
         handles.append(module.register_forward_hook(_CheckHook(tap)))
         handles.append(module.register_full_backward_hook(_FullHook(tap)))
     else:
-        handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))
+        hook = forward or (ForwardHook(tap) if native is None else _NativeForwardHook(tap))
+        handles.append(module.register_forward_hook(hook))
     pre.hook_id = handles[1].id
     return handles
 
@@ -188,12 +194,17 @@ class CachingHooks:
 
     __slots__ = ("id", "module")
 
-    def __init__(self, module: nn.Module, tap: Any, native: ModuleType | None, handle_id: int):
+    def __init__(self, module: nn.Module, hook: CacheHook, handle_id: int):
         self.module, self.id = module, handle_id
-        module._forward_hooks[handle_id] = _CacheHook(tap) if native is None else _NativeCacheHook(tap)
+        module._forward_hooks[handle_id] = hook
 
     def remove(self) -> None:
         self.module._forward_hooks.pop(self.id, None)
+
+
+def caching_hook(tap: Any, native: ModuleType | None) -> CacheHook:
+    """The forward hook of a tap that caches."""
+    return CacheHook(tap) if native is None else _NativeCacheHook(tap)
 
 
 def caching_id(native: ModuleType | None) -> int:

@@ -6,21 +6,22 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .. import steps as python_steps
 from ..errors import broken_rule
 from ..ops import pick_native
-from ..taps import SinkTap
-from .caching import run_with_cache
+from .caching import run_as_theirs, run_with_cache
 from .compatibility import warn_if_wrong
-from .handles import TapHandle
+from .handles import SinkHandle
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
+from .patches import Patch, Patches
+from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, remembering
 
 # The hooks by which TransformerLens fills its caches: they read a gradient and return None.
 _CACHING = re.compile(r"(run_with_cache|get_caching_hooks|add_caching_hooks)\.<locals>\.")
@@ -51,36 +52,41 @@ def is_caching_hook(function: Any) -> bool:
     )
 
 
+def _is_somebodys(hook: Any) -> bool:
+    """Whether a hook of a point is neither a tap's nor one of TransformerLens' own that fill a cache."""
+    return not type(hook).__module__.startswith("tlfast.") and not is_caching_hook(hook)
+
+
 def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
-    def register(point: Any, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        """Put a caching hook on a tap, which costs a tenth of a full backward hook; leave every other alone."""
-        if not is_caching_hook(hook):
-            return original(point, hook, *args, **kwargs)
-
-        def sink(grad: torch.Tensor) -> None:
-            hook(point, (), (grad,))  # TransformerLens' own wrapping: conversions, alias names
-
-        native = pick_native("transformer_lens", "auto", set())
-        name = str(point.name)
-        if native is None:
-            tap: Any = SinkTap(python_steps.Step(1, "nan"), name, sink, None)
-        else:
-            tap = native.Tap.to_sink(native.Step(1, "nan"), name, sink, "none", (), None)
-        return TapHandle(point, tap, "tensor", native)
+    @wraps(original)
+    def register(point: Any, hook: Any, prepend: bool = False) -> Any:
+        if not _in_force.concern(point) or not is_caching_hook(hook):
+            return original(point, hook, prepend=prepend)
+        # A tap costs a tenth of a full backward hook. Beside a hook of somebody's that is needed: see `any_is_a_users`.
+        beside = (point._forward_pre_hooks, point._forward_hooks, point._backward_pre_hooks, point._backward_hooks)
+        if _has_any_global_hook() or any(_is_somebodys(one) for hooks in beside for one in hooks.values()):
+            return original(point, hook, prepend=prepend)
+        return SinkHandle(point, hook, prepend, pick_native("transformer_lens", "auto", set()))
 
     return register
+
+
+@lru_cache(maxsize=64)
+def _takes_incl_bwd(function: Callable[..., Any]) -> bool:
+    return "incl_bwd" in inspect.signature(function).parameters
 
 
 def _caches_gradients(host: type) -> bool:
     """Whether a model's own `run_with_cache` knows incl_bwd; the bridges of 3.x before 3.8 drop it without a word."""
     own = [vars(cls)["run_with_cache"] for cls in host.__mro__ if "run_with_cache" in vars(cls)]
-    own = [getattr(function, "tlfast_replaced", function) for function in own]
-    return any("incl_bwd" in inspect.signature(function).parameters for function in own)
+    return any(_takes_incl_bwd(getattr(function, "tlfast_replaced", function)) for function in own)
 
 
 def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
     def cached(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("incl_bwd", False):
+        names_filter = kwargs.get("names_filter")
+        if not kwargs.get("incl_bwd", False) or isinstance(names_filter, Left) or not _in_force.concern(model):
             return original(model, *args, **kwargs)
         left = [name for name in _LEFT_TO_THEIRS if name in kwargs]
         if not _caches_gradients(type(model)):
@@ -92,14 +98,14 @@ def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
                     )
                 )  # fmt: skip
             return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
-        names_filter = kwargs.get("names_filter")
-        known = names_filter is None or callable(names_filter) or isinstance(names_filter, (str, list))
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        if isinstance(names, list):
-            known = all(name in hook_points("run_with_cache", model) for name in names)
-        if left or not known or not torch.is_grad_enabled():
+        if left or not torch.is_grad_enabled() or is_a_users(model):
             return original(model, *args, **kwargs)
-        return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
+        asked = asked_of_theirs(model, names_filter)
+        if asked is None:
+            return original(model, *args, **kwargs)
+        if any_is_a_users(list(asked.found.values())):
+            return original(model, *args, **kwargs) if names_filter is None else asked.left_to(original, *args, **kwargs)
+        return run_as_theirs(original.__get__(model), asked, args, kwargs)
 
     cached.tlfast_replaced = original  # type: ignore[attr-defined]
     return cached
@@ -121,12 +127,24 @@ def _hosts() -> list[type]:
     return list(seen)
 
 
-_installed: list[tuple[type, str, Any]] = []  # what stood in the class itself before; None: nothing
+def _replacements() -> Iterator[Patch]:
+    point, hosts = hook_point_type(), _hosts()
+    for name in _REGISTER:
+        yield point, name, _registering(getattr(point, name))
+    for host in hosts:
+        yield host, "run_with_cache", _caching(vars(host)["run_with_cache"])
+    for cls in dict.fromkeys(cls for host in hosts for cls in host.__mro__):
+        made = vars(cls).get("hook_dict")
+        if isinstance(made, property) and cls.__module__.startswith("transformer_lens."):
+            yield cls, "hook_dict", remembering(made)
+
+
+_in_force = Patches()
 
 
 def installed() -> bool:
     """Whether `install` is in force."""
-    return bool(_installed)
+    return _in_force.everywhere()
 
 
 def install() -> None:
@@ -134,40 +152,29 @@ def install() -> None:
 
     ``run_with_cache(incl_bwd=True)``, ``get_caching_hooks`` and ``add_caching_hooks`` give what they gave, to the bit;
     ``HookPoint.add_hook`` stays as it is, and so does every hook that isn't TransformerLens' own caching. Warns where
-    backward hooks of this TransformerLens are wrong.
+    backward hooks of this TransformerLens are wrong. Calls are counted: it is in force until as many calls of
+    `uninstall`.
 
     Example:
         tlfast.transformer_lens.install()
         loss, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     """
-    if _installed:
-        return
-    warn_if_wrong()
-    point = hook_point_type()
-    for name in _REGISTER:
-        _replace(point, name, _registering(getattr(nn.Module, name)))
-    for host in _hosts():
-        _replace(host, "run_with_cache", _caching(vars(host)["run_with_cache"]))
-
-
-def _replace(cls: type, name: str, function: Any) -> None:
-    _installed.append((cls, name, vars(cls).get(name)))
-    setattr(cls, name, function)
+    if not installed():
+        warn_if_wrong()
+    _in_force.enter(_replacements)
 
 
 def uninstall() -> None:
-    """Take back what `install` did: the classes are as they were."""
-    while _installed:
-        cls, name, before = _installed.pop()
-        if before is None:
-            delattr(cls, name)
-        else:
-            setattr(cls, name, before)
+    """Take back one `install`. With the last the classes are as they were; without any nothing happens."""
+    if installed():
+        _in_force.leave()
 
 
 @contextmanager
 def accelerate(model: Any) -> Iterator[Any]:
     """Let one model cache through tlfast inside the context: what `install` does, for this model alone.
+
+    What is copied from it or pickled inside isn't accelerated.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or any HookedRootModule.
@@ -176,18 +183,9 @@ def accelerate(model: Any) -> Iterator[Any]:
         with accelerate(model):
             loss, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     """
-    points = {id(point): point for point in hook_points("accelerate", model).values()}.values()
-    changes = [(point, name, _registering(getattr(nn.Module, name))) for point in points for name in _REGISTER]
-    changes.append((model, "run_with_cache", _caching(type(model).run_with_cache)))
-    # In the instances' own dictionaries, past the __setattr__ of modules and bridges, which keep lists of their own.
-    before = [(vars(owner), name, vars(owner).get(name)) for owner, name, _ in changes]
+    only = [model, *{id(point): point for point in hook_points("accelerate", model).values()}.values()]
+    _in_force.enter(_replacements, only)
     try:
-        for owner, name, function in changes:
-            vars(owner)[name] = function.__get__(owner)
         yield model
     finally:
-        for values, name, previous in before:
-            if previous is None:
-                values.pop(name, None)
-            else:
-                values[name] = previous
+        _in_force.leave(only)

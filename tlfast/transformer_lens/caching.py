@@ -11,6 +11,7 @@ from ..spec import Over, Reduction
 from .library import activation_cache
 from .names import NamesFilter, find_names, hook_points
 from .running import Kept, Run
+from .theirs import Asked, with_own_names, within_layers
 
 Metric = Callable[[Any], torch.Tensor]
 
@@ -20,23 +21,6 @@ def own_run_with_cache(model: Any) -> Any:
     found = model.run_with_cache
     replaced = getattr(found, "tlfast_replaced", None)
     return found if replaced is None else replaced.__get__(model)
-
-
-def _with_aliases(model: Any, found: dict[str, Any], names_filter: NamesFilter) -> dict[str, Any]:
-    """The names under which the model's own cache would have these points, too.
-
-    A bridge adds a point's own name to an alias that was asked for, and all aliases in its compatibility mode.
-    """
-    if names_filter is None or not hasattr(model, "compatibility_mode"):
-        return found
-    wanted = {id(point) for point in found.values()}
-    own = {point.name for point in found.values()} if not callable(names_filter) else set()
-    every = bool(model.compatibility_mode)
-    return {
-        name: point
-        for name, point in hook_points("run_with_cache", model).items()
-        if name in found or (id(point) in wanted and (every or name in own))
-    }
 
 
 def run_with_cache(
@@ -95,6 +79,7 @@ def run_with_cache(
         params, remove_batch_dim,
     )  # fmt: skip
     tensors = {**run.outputs(), **run.gradients("_grad")}
+    tensors = run.asked.completed(tensors)
     if remove_batch_dim:
         tensors = {name: kept[0] if kept.dim() and kept.shape[0] == 1 else kept for name, kept in tensors.items()}
     return output, tensors if isinstance(cache, dict) else type(cache)(tensors, model, cache.has_batch_dim)
@@ -161,16 +146,35 @@ def _run(
     remove_batch_dim: bool,
 ) -> tuple[Run, Any, Any, Any]:
     """A finished run, the model's output, the metric's value, and the cache that the model made for no point."""
-    found = find_names(who, model, names_filter, gated)
+    known = hook_points(who, model)
+    found = find_names(who, model, names_filter, gated, known)
     if who == "run_with_cache":
-        found = _with_aliases(model, found, names_filter)
-    run = Run(who, model, found, kept, calls, backend)
+        found = with_own_names(model, known, found, names_filter is None or callable(names_filter))
+    found = within_layers(model, found, model_kwargs.get("start_at_layer"), model_kwargs.get("stop_at_layer"))
+    run = Run(who, Asked(model, known, found), kept, calls, backend)
     with run.hooked():
         # Theirs, without a point: it knows about tokens, return types and what a cache is.
         output, cache = own_run_with_cache(model)(
-            *model_args, names_filter=lambda name: False, remove_batch_dim=remove_batch_dim, **model_kwargs
+            *model_args, names_filter=run.asked.left, remove_batch_dim=remove_batch_dim, **model_kwargs
         )
         value = output if metric is None else metric(output)
         if backward:
             run.backward(who, value, params)
     return run, output, value, cache
+
+
+def run_as_theirs(own: Callable[..., Any], asked: Asked, model_args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What a model's own ``run_with_cache(incl_bwd=True)`` returns, run by it, with taps in place of its hooks.
+
+    Args:
+        own: it, of one model.
+        asked: the points, none of which has a hook of somebody's.
+        model_args, options: what it was called with.
+    """
+    kept = Kept("run_with_cache", options.get("pos_slice"), "none", "pos", None, options.get("device"), views=True)
+    run = Run("run_with_cache", asked, kept, "last", "auto")
+    with run.hooked():
+        # The backward is its own, too, with its rules and its errors.
+        output, cache = own(*model_args, **{**options, "names_filter": asked.left})
+    tensors = asked.completed({**run.outputs(), **run.gradients("_grad")})
+    return output, tensors if isinstance(cache, dict) else type(cache)(tensors, asked.model, cache.has_batch_dim)

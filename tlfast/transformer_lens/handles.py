@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ..attachment import hook_module
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from .. import steps as python_steps
+from ..attachment import CacheHook, ForwardHook, hook_module
+from ..taps import SinkTap
 from .library import lens_handle
 from .names import conversion_of
 
@@ -23,6 +30,133 @@ class TapHandle:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def passes_on(inputs: Any, output: Any) -> bool:
+    """Whether a gradient at a point's output reaches what the point was given, where a full backward hook fires.
+
+    It doesn't where a hook put another tensor in its place. Where nothing that was given has a gradient at all, a full
+    backward hook fires at the output.
+    """
+    found = output[0] if isinstance(output, tuple) and output else output
+    given = [one for one in inputs if isinstance(one, torch.Tensor) and one.requires_grad]
+    if not isinstance(found, torch.Tensor) or not given or any(found is one for one in given):
+        return True
+    wanted = [one.grad_fn for one in given]
+    leaves = {id(one) for one in given if one.grad_fn is None}
+    # What was made of a tensor was made after it, and so has a higher number. A leaf's node has none to compare.
+    since = 0 if leaves else min(node._sequence_nr() for node in wanted if node is not None)  # type: ignore[attr-defined]
+    seen: set[Any] = set()
+    nodes = [found.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in wanted or id(getattr(node, "variable", None)) in leaves:
+            return True
+        if node._sequence_nr() >= since:  # type: ignore[attr-defined]
+            nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+class CheckedCacheHook(CacheHook):
+    """For a point where somebody's hook may put another tensor in the place of the point's: then it has no gradient."""
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and passes_on(args, output)):
+            return super().__call__(module, args, output)
+
+
+class OwnHooks:
+    """The hooks of a tap that caches, on a point of a user's class: its own `add_hook` says what a hook sees there."""
+
+    def __init__(self, point: Any, tap: Any, backward: bool):
+        def keep(value: Any, hook: Any = None) -> None:
+            with torch.no_grad():  # to keep it, and to attach nowhere
+                tap.forward((), value)
+
+        def keep_grad(grad: Any, hook: Any = None) -> None:
+            tap.full((grad,))
+
+        self._point = point
+        before = {id(handle) for handle in (*point.fwd_hooks, *point.bwd_hooks)}
+        point.add_hook(keep, "fwd")
+        if backward:
+            point.add_hook(keep_grad, "bwd")
+        self._handles = [handle for handle in (*point.fwd_hooks, *point.bwd_hooks) if id(handle) not in before]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.hook.remove()
+            for listed in (self._point.fwd_hooks, self._point.bwd_hooks):
+                listed[:] = [one for one in listed if one is not handle]
+
+
+class _SinkHook(ForwardHook):
+    """The forward hook of the tap that serves a point's caching hooks; `sinks` finds them again."""
+
+    sinks: _Sinks
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        found = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(found, torch.Tensor) or not passes_on(args, output):
+            return None  # a full backward hook isn't called here
+        return super().__call__(module, args, output)
+
+
+class _Sinks:
+    """A point's caching hooks, which one tap serves in their order: of two taps the later one would fire first.
+
+    The tap is another whenever they change. So a backward reaches those that stood there in its forward, also where
+    they are removed by now, as with full backward hooks.
+    """
+
+    def __init__(self, point: Any, native: ModuleType | None):
+        self.point, self.native = point, native
+        self.handles: list[SinkHandle] = []
+        self._hooked: list[Any] = []
+
+    def changed(self) -> None:
+        for handle in self._hooked:
+            handle.remove()
+        self._hooked = []
+        if not self.handles:
+            return
+        hooks, point, name = [handle.sink for handle in self.handles], self.point, str(self.point.name)
+
+        def sink(grad: torch.Tensor) -> None:
+            for hook in hooks:
+                hook(point, (), (grad,))  # TransformerLens' own wrapping: conversions, alias names
+
+        if self.native is None:
+            tap: Any = SinkTap(python_steps.Step(1, "nan"), name, sink, None)
+        else:
+            tap = self.native.Tap.to_sink(self.native.Step(1, "nan"), name, sink, "none", (), None)
+        hook = _SinkHook(tap)
+        hook.sinks = self
+        self._hooked = hook_module(point, tap, "tensor", self.native, hook)
+
+
+class SinkHandle(RemovableHandle):
+    """Takes a caching hook off its point; what TransformerLens calls where it resets hooks. A copy takes off nothing."""
+
+    sink: Callable[..., Any]
+    _sinks: _Sinks | None = None
+
+    def __init__(self, point: Any, sink: Callable[..., Any], prepend: bool, native: ModuleType | None):
+        super().__init__(OrderedDict())
+        self.sink = sink
+        standing = [hook.sinks for hook in point._forward_hooks.values() if isinstance(hook, _SinkHook)]
+        self._sinks = standing[0] if standing else _Sinks(point, native)
+        self._sinks.handles.insert(0 if prepend else len(self._sinks.handles), self)
+        self._sinks.changed()
+
+    def remove(self) -> None:
+        if self._sinks is not None:
+            self._sinks.handles.remove(self)
+            self._sinks.changed()
+            self._sinks = None
 
 
 def convert_at(point: Any, tap: Any) -> None:
