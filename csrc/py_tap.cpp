@@ -2,6 +2,7 @@
 #include "py_tap.h"
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "errors.h"
@@ -146,7 +147,8 @@ py::object PyTap::forward_cached(const py::handle& given) {
   }
   const at::Tensor& tensor = THPVariable_Unpack(found);
   tap->cache_output(tensor);
-  if (!tap->step->active || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
+  if (!tap->anchor.defined() || !tap->step->active || !at::GradMode::is_enabled()) return py::none();
+  if (!checked(found, given).defined()) return py::none();
   auto through = py::reinterpret_steal<py::object>(THPVariable_Wrap(tap->attach_behind(tensor)));
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
 }
@@ -225,6 +227,15 @@ void PyTap::full(const py::tuple& grad_output) const {
   const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
   const py::gil_scoped_release release;
   tap->fire(tensor);
+}
+
+py::tuple waiting(const at::Tensor& value) {
+  const Waiting found = waiting_in(value);
+  py::list leaves, nodes;
+  for (const auto& leaf : found.leaves) leaves.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(leaf)));
+  for (const auto& node : found.nodes)
+    nodes.append(py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node)));
+  return py::make_tuple(leaves, nodes);
 }
 
 }  // namespace tlfast

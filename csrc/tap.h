@@ -68,4 +68,12 @@ class Tap : public std::enable_shared_from_this<Tap> {
 
 Calls parse_calls(const std::string& name);
 
+// What waits for gradients in the graph of a value: the leaves, and the nodes that are hooked or whose backward is
+// Python code or a tap without an anchor. Nodes that stand for `value` itself are among them.
+struct Waiting {
+  std::vector<at::Tensor> leaves;
+  std::vector<decltype(torch::autograd::Edge::function)> nodes;
+};
+Waiting waiting_in(const at::Tensor& value);
+
 }  // namespace tlfast

@@ -22,7 +22,7 @@ FLOORS = (
     ("hooks",),
     ("graphs", "public"),
     ("transformer_lens.library",),
-    ("transformer_lens.loading", "transformer_lens.names"),
+    ("transformer_lens.arguments", "transformer_lens.loading", "transformer_lens.names"),
     ("transformer_lens.handles", "transformer_lens.patches", "transformer_lens.theirs"),
     ("transformer_lens.running",),
     ("transformer_lens.caching", "transformer_lens.capturing"),

@@ -15,7 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import broken_rule
 from ..ops import pick_native
-from .caching import run_as_theirs, run_with_cache
+from .arguments import by_name, uncounted
+from .caching import run_as_theirs
 from .compatibility import warn_if_wrong
 from .handles import SinkHandle
 from .library import bridge_type, hook_point_type, root_module_type
@@ -27,8 +28,11 @@ from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, rememberi
 _CACHING = re.compile(r"(run_with_cache|get_caching_hooks|add_caching_hooks)\.<locals>\.")
 # What `add_hook` calls, in the versions that register full backward hooks and in those that don't.
 _REGISTER = ("register_full_backward_hook", "register_backward_hook")
-# What our run_with_cache takes; anything else is left to theirs, whose caching hooks are then taken one by one.
-_LEFT_TO_THEIRS = ("start_at_layer", "stop_at_layer", "reset_hooks_end", "clear_contexts", "remove_batch_dim")
+# Left to theirs, whose caching hooks are then taken one by one, unless they are what they are without being given.
+_LEFT_TO_THEIRS = {
+    "start_at_layer": None, "stop_at_layer": None, "reset_hooks_end": True, "clear_contexts": False,
+    "remove_batch_dim": False,
+}  # fmt: skip
 
 
 def _innermost(function: Any) -> Any:
@@ -84,31 +88,40 @@ def _caches_gradients(host: type) -> bool:
 
 def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def cached(model: Any, *args: Any, **kwargs: Any) -> Any:
-        names_filter = kwargs.get("names_filter")
-        if not kwargs.get("incl_bwd", False) or isinstance(names_filter, Left) or not _in_force.concern(model):
+    @uncounted
+    def cached(model: Any, /, *args: Any, **kwargs: Any) -> Any:
+        given, options = by_name(original, args, kwargs)
+        names_filter = options.get("names_filter")
+        if not options.get("incl_bwd", False) or isinstance(names_filter, Left) or not _in_force.concern(model):
             return original(model, *args, **kwargs)
-        left = [name for name in _LEFT_TO_THEIRS if name in kwargs]
-        if not _caches_gradients(type(model)):
-            if left and left != ["remove_batch_dim"]:
-                raise ValueError(
-                    broken_rule(
-                        "run_with_cache", left[0], "be left out with incl_bwd=True", repr(kwargs[left[0]]),
-                        "This TransformerLens caches no gradients on a bridge; tlfast does, and removes its own hooks.",
-                    )
-                )  # fmt: skip
-            return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
-        if left or not torch.is_grad_enabled() or is_a_users(model):
+        left = [name for name, usual in _LEFT_TO_THEIRS.items() if options.get(name, usual) is not usual]
+        caches_gradients = _caches_gradients(type(model))
+        if not caches_gradients:
+            _refuse_what_is_lacking(left, options)
+        elif left or not torch.is_grad_enabled() or is_a_users(model):
             return original(model, *args, **kwargs)
         asked = asked_of_theirs(model, names_filter)
         if asked is None:
             return original(model, *args, **kwargs)
-        if any_is_a_users(list(asked.found.values())):
-            return original(model, *args, **kwargs) if names_filter is None else asked.left_to(original, *args, **kwargs)
-        return run_as_theirs(original.__get__(model), asked, args, kwargs)
+        if caches_gradients and any_is_a_users(list(asked.found.values())):
+            if names_filter is None:
+                return original(model, *args, **kwargs)
+            return asked.left_to(original, *given, **options)
+        return run_as_theirs(original.__get__(model), asked, given, options, caches_gradients)
 
-    cached.tlfast_replaced = original  # type: ignore[attr-defined]
+    replacing: Any = cached
+    replacing.tlfast_replaced = original
     return cached
+
+
+def _refuse_what_is_lacking(left: list[str], options: dict[str, Any]) -> None:
+    if left and left != ["remove_batch_dim"]:
+        raise ValueError(
+            broken_rule(
+                "run_with_cache", left[0], "be left out with incl_bwd=True", repr(options[left[0]]),
+                "This TransformerLens caches no gradients on a bridge; tlfast does, and removes its own hooks.",
+            )
+        )  # fmt: skip
 
 
 def _hosts() -> list[type]:

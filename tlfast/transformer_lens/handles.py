@@ -8,10 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import steps as python_steps
-from ..attachment import CacheHook, ForwardHook, hook_module
+from ..attachment import CacheHook, ForwardHook, _Hook, hook_module
 from ..taps import SinkTap
 from .library import lens_handle
 from .names import conversion_of
@@ -167,19 +168,46 @@ def convert_at(point: Any, tap: Any) -> None:
 
 
 class ListedTap:
-    """A tap's handle in `bwd_hooks` of its point, where TransformerLens' components look to choose their path."""
+    """A tap's handle in lists of its point, where TransformerLens' components look to choose their path."""
 
-    __slots__ = ("handle", "point")
+    __slots__ = ("handle", "lists", "point")
 
-    def __init__(self, point: Any, handle: Any, permanent: bool):
-        self.point, self.handle = point, lens_handle(handle, permanent, None)
-        point.bwd_hooks.append(self.handle)
+    def __init__(self, point: Any, handle: Any, lists: tuple[str, ...], permanent: bool):
+        self.point, self.lists, self.handle = point, lists, lens_handle(handle, permanent, None)
+        self.list()
+
+    def list(self) -> None:
+        """Stand in the lists."""
+        for name in self.lists:
+            getattr(self.point, name).append(self.handle)
 
     def remove(self) -> None:
-        """Take exactly this one away: by identity, since handles compare by value."""
+        """Take the hooks off, and the handle out of the lists."""
         self.handle.hook.remove()
-        listed = self.point.bwd_hooks  # TransformerLens replaces the list when it removes hooks
-        if listed and listed[-1] is self.handle:
-            listed.pop()
-        else:
-            listed[:] = [handle for handle in listed if handle is not self.handle]
+        self.unlist()
+
+    def unlist(self) -> None:
+        """Take exactly this one out of the lists: by identity, since handles compare by value."""
+        for name in self.lists:
+            listed = getattr(self.point, name)  # TransformerLens replaces the list when it removes hooks
+            if listed and listed[-1] is self.handle:
+                listed.pop()
+            else:
+                listed[:] = [handle for handle in listed if handle is not self.handle]
+
+
+class ListedWithGradients(_Hook):
+    """On a norm, before it looks at the hooks of its points: a tap is listed while there are gradients alone."""
+
+    def __call__(self, norm: Any, args: Any) -> None:
+        self.tap.unlist()
+        if torch.is_grad_enabled():
+            self.tap.list()
+
+
+def norm_of(model: nn.Module, point: Any) -> nn.Module | None:
+    """The norm of a bridge that takes another path, whose values may differ, where this point has a backward hook."""
+    if not str(point.name).endswith((".hook_scale", ".hook_normalized")):
+        return None
+    looking = [module for module in model.modules() if hasattr(module, "use_native_layernorm_autograd")]
+    return next((norm for norm in looking if point in (norm.hook_scale, norm.hook_normalized)), None)

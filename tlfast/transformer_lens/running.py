@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from .. import steps as python_steps
 from .. import tensor_cache as python_cache
@@ -70,15 +71,16 @@ class Kept:
 class Run:
     """One cached run: its hook points, each with the names under which it was asked for."""
 
-    def __init__(self, who: str, asked: Asked, kept: Kept, calls: str, backend: str):
+    def __init__(self, who: str, asked: Asked, kept: Kept, calls: str, backend: str, backward: bool):
         one_of(who, "calls", calls, ("sum", "last"))
         one_of(who, "backend", backend, ("auto", "native", "python"))
         self.native = pick_native(who, backend, set())  # holding a tensor is the same on every device
         self.step: Any = python_steps.Step(1, "nan") if self.native is None else self.native.Step(1, "nan")
         self.cache: Any = python_cache.TensorCache() if self.native is None else self.native.TensorCache()
-        # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter.
-        self.anchor = torch.zeros((), requires_grad=True)
-        self.asked, self.kept, self.calls = asked, kept, calls
+        # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter. Without a backward
+        # there is none, and the taps keep outputs and change nothing.
+        self.anchor = torch.zeros((), requires_grad=True) if backward else None
+        self.who, self.asked, self.kept, self.calls = who, asked, kept, calls
         self.late: dict[int, Select] = {}  # what is made of the tensors of a point at the end, and not at once
         self.names: list[list[str]] = []
         self.points: list[Any] = []
@@ -92,7 +94,12 @@ class Run:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The taps are on their points inside; LensHandles among the points' hooks, and no others go."""
+        """The taps are on their points inside; LensHandles among the points' hooks, and no others go.
+
+        They are listed as TransformerLens' own caching hooks would be, also among the backward hooks if there is a
+        backward: its components look there to choose their path.
+        """
+        lists = ("fwd_hooks",) if self.anchor is None else ("fwd_hooks", "bwd_hooks")
         make = python_cache.CachingTap if self.native is None else self.native.Tap.to_cache
         handle_id = caching_id(self.native)
         listed: list[ListedTap | OwnHooks] = []
@@ -105,11 +112,11 @@ class Run:
                     self.late[place], select = select, None
                 tap = make(self.step, names[0], self.cache, select, self.calls, self.anchor)
                 if id(point) in own_ways:
-                    listed.append(OwnHooks(point, tap, backward=True))
+                    listed.append(OwnHooks(point, tap, backward=self.anchor is not None))
                     continue
                 convert_at(point, tap)
                 hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.native)
-                listed.append(ListedTap(point, CachingHooks(point, hook, handle_id), permanent=False))
+                listed.append(ListedTap(point, CachingHooks(point, hook, handle_id), lists, permanent=False))
             yield
         finally:
             self.asked.forget()
@@ -117,7 +124,7 @@ class Run:
             for handle in listed:
                 handle.remove()
 
-    def backward(self, who: str, value: Any, params: bool) -> None:
+    def backward(self, value: Any, params: bool) -> None:
         """The gradients of one scalar."""
         if not isinstance(value, torch.Tensor) and hasattr(value, "backward") and not is_bridge(self.asked.model):
             value.backward()  # as a HookedRootModule takes whatever has one
@@ -125,16 +132,43 @@ class Run:
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                broken_rule(who, "the value", "be one number", got, 'Pass metric=, or return_type="loss".')
+                broken_rule(self.who, "the value", "be one number", got, 'Pass metric=, or return_type="loss".')
             )
         if not value.requires_grad:
             raise RuntimeError(
                 broken_rule(
-                    who, "the value", "require grad", "one without a graph",
+                    self.who, "the value", "require grad", "one without a graph",
                     "Enable gradients; for a frozen model use tlfast.freeze(model).",
                 )
             )  # fmt: skip
-        value.backward(inputs=None if params else [self.anchor])
+        if params:
+            value.backward()
+            return
+        # Towards the anchor, and to whatever else waits for a gradient: hooks, leaves that the model doesn't own.
+        leaves, nodes = (python_cache if self.native is None else self.native).waiting(value)
+        own = {id(param) for param in self.asked.model.parameters()}
+        edges = [GradientEdge(node, 0) for node in nodes]
+        torch.autograd.backward(value, inputs=[self.anchor, *(leaf for leaf in leaves if id(leaf) not in own), *edges])
+
+    def has_gradients(self) -> bool:
+        """Whether a backward has been here."""
+        return bool(self.cache.gradients())
+
+    def leave_hooks(self, cache: dict[str, Any], no_batch: bool) -> None:
+        """Leave hooks of TransformerLens' own kind that fill a cache, until the model's hooks are reset."""
+        model, known = self.asked.model, self.asked.known
+        level = getattr(model, "context_level", 0) + 1
+        for point, names in zip(self.points, self.names, strict=True):
+            select = self.kept.at(model, known, names[0], point)
+            point.add_hook(_filling(cache, names, select, no_batch), dir="fwd", level=level)
+            if self.anchor is not None:
+                keys = [name + "_grad" for name in names]
+                point.add_hook(_filling(cache, keys, select, no_batch), dir="bwd", level=level)
+
+    def finished(self, no_batch: bool) -> dict[str, Any]:
+        """All that a run_with_cache puts into its cache."""
+        tensors = self.asked.completed({**self.outputs(), **self.gradients("_grad")})
+        return {name: without_batch(kept) for name, kept in tensors.items()} if no_batch else tensors
 
     def outputs(self) -> dict[str, Any]:
         return self._named(self.cache.outputs(), "")
@@ -152,3 +186,26 @@ class Run:
                 # Of its own under each name, as a hook of its own would have kept it.
                 named[name + suffix] = tensor if number == 0 or tensor is None else tensor.detach()
         return named
+
+
+def without_batch(tensor: Any) -> Any:
+    """A tensor without its leading dimension, if that is of size 1."""
+    return tensor[0] if tensor is not None and tensor.dim() and tensor.shape[0] == 1 else tensor
+
+
+def _filling(cache: dict[str, Any], keys: list[str], select: Select | None, no_batch: bool) -> Callable[..., None]:
+    def keep(value: Any, hook: Any) -> None:
+        found = value[0] if isinstance(value, tuple) and value else value
+        if found is not None and not isinstance(found, torch.Tensor):
+            return
+        kept = found if found is None else found.detach()
+        kept = kept if kept is None or select is None else select(kept)
+        cache.update(dict.fromkeys(keys, without_batch(kept) if no_batch else kept))
+
+    return keep
+
+
+def tensors_of(cache: Any) -> dict[str, Any]:
+    """The dictionary inside what a run_with_cache returned: a dict, or an ActivationCache around one."""
+    found: dict[str, Any] = cache if isinstance(cache, dict) else cache.cache_dict
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .arguments import uncounted
 from .names import gate, hook_points
 
 # What a run of theirs calls of a model and of its points. Where a class of the user's has its own, it is the user's
@@ -121,6 +122,7 @@ class Asked:
     def forget(self) -> None:
         _look.model = None
 
+    @uncounted
     def left_to(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The run as theirs makes it, for the same names; a predicate is asked once, and the model for its points."""
         self.look_once()
@@ -205,4 +207,3 @@ def within_layers(model: nn.Module, found: dict[str, Any], start: int | None, st
         return (first is None or int(parts[1]) >= first) and (last is None or int(parts[1]) < last)
 
     return {name: point for name, point in found.items() if inside(name)}
-
