@@ -1,4 +1,4 @@
-"""What a caller could tell apart: errors, warnings, signatures, keywords of the model's own, subclasses, the hooks left."""
+"""What a caller could tell apart: errors, warnings, signatures, the model's own keywords, subclasses, hooks left."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def raised(model, **options):
     return None
 
 
-# --- errors and warnings -------------------------------------------------------------------------------------------
+# --- errors and warnings --------------------------------------------------------------------------------------------
 
 
 @both
@@ -217,11 +217,11 @@ def test_what_a_bridge_takes_by_position(kind):
         lens.run_with_cache(model, given, True, False, name, names_filter=name)
 
 
-# --- subclasses ---------------------------------------------------------------------------------------------------------
+# --- subclasses -----------------------------------------------------------------------------------------------------
 
 
 def overriding(model, hard):
-    """The model as one of a subclass that prepares its input and caches gradients unasked; and a list of what it did."""
+    """The model as one of a subclass that prepares its input and caches gradients unasked; a list of what it did."""
     done = []
 
     class Overriding(type(model)):
@@ -268,7 +268,7 @@ def test_a_metric_of_a_model_that_runs_backward_itself(model):
         lens.run_with_cache(model, tokens().tolist(), metric=lambda loss: loss)
 
 
-# --- what backward reaches ----------------------------------------------------------------------------------------------
+# --- what backward reaches ------------------------------------------------------------------------------------------
 
 
 def test_hooks_at_and_below_the_lowest_point_are_called(model, backend):
@@ -328,7 +328,7 @@ def test_a_capture_below_the_lowest_point_gets_its_rows(model, backend):
     assert torch.equal(cap[resid(model)], cache[resid(model) + "_grad"])
 
 
-# --- what stays -------------------------------------------------------------------------------------------------------
+# --- what stays -----------------------------------------------------------------------------------------------------
 
 
 def test_hooks_that_are_to_stay_fill_the_cache_again(model, backend):
@@ -352,7 +352,7 @@ def test_hooks_that_are_to_stay_fill_the_cache_again(model, backend):
     model.reset_hooks()
 
 
-# --- forward only -------------------------------------------------------------------------------------------------------
+# --- forward only ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MODELS)
