@@ -41,7 +41,7 @@ class _Hook:
         return _copied, ()
 
 
-class _ForwardPreHook(_Hook):
+class ForwardPreHook(_Hook):
     """Tells the tap that its module is entered, and keeps its forward hook the last one.
 
     A full backward hook wraps the output after all forward hooks have run, so a tap that fires on the same gradient
@@ -88,10 +88,7 @@ class _ForwardHook(_Hook):
         return replace_output(output, key, tensor)
 
 
-ForwardHook = _ForwardHook  # for callers whose hooks look closer
-
-
-class _NativePreHook(_ForwardPreHook):
+class _NativePreHook(ForwardPreHook):
     """The same; `_C.call_natively` makes the interpreter call native code, and Dynamo still reads `__call__`."""
 
 
@@ -127,7 +124,7 @@ class _FullHook(_Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (_ForwardPreHook, _ForwardHook, CacheHook, _CheckHook, _FullHook):
+for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckHook, _FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -162,24 +159,21 @@ def _prepare(native: ModuleType) -> None:
         _learn_references(native)
 
 
-def hook_module(
-    module: nn.Module, tap: Any, attach: str, native: ModuleType | None, forward: ForwardHook | None = None
-) -> list[Any]:
-    """Register a tap's hooks on a module; the handles remove them. ``forward`` is a forward hook of the caller's kind.
+def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | None) -> list[Any]:
+    """Register a tap's hooks on a module; the handles remove them.
 
     "auto" is "tensor": it is equal to "full" wherever both exist, and works where full hooks don't (in-place
     operations, mapping outputs).
     """
     if native is not None:
         _prepare(native)
-    pre = _ForwardPreHook(tap) if native is None else _NativePreHook(tap)
+    pre = ForwardPreHook(tap) if native is None else _NativePreHook(tap)
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))
         handles.append(module.register_full_backward_hook(_FullHook(tap)))
     else:
-        hook = forward or (ForwardHook(tap) if native is None else _NativeForwardHook(tap))
-        handles.append(module.register_forward_hook(hook))
+        handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))
     pre.hook_id = handles[1].id
     return handles
 

@@ -1,4 +1,4 @@
-"""accelerate and install differ in nothing but time: keys and their order, overrides, patches, views, copies, warnings."""
+"""accelerate and install differ in nothing but time: keys, their order, overrides, patches, views, copies, warnings."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_points_are_looked_up_no_more_often(kind, monkeypatch):
         reads.append(1)
         return made.fget(self)
 
-    hook_dict.__globals__  # of a test: to be called it must look like theirs
+    # By its globals it is one of theirs, and not an override.
     counted = type(hook_dict)(
         hook_dict.__code__, {**globals(), "__name__": "transformer_lens.test"}, "hook_dict", None, hook_dict.__closure__
     )

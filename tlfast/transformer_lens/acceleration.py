@@ -7,18 +7,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import broken_rule
-from ..ops import pick_native
 from .arguments import by_name, uncounted
 from .caching import run_as_theirs
 from .compatibility import warn_if_wrong
-from .handles import SinkHandle
+from .handles import SinkHandle, Sinks
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
 from .patches import Patch, Patches
@@ -35,25 +34,28 @@ _LEFT_TO_THEIRS = {
 }  # fmt: skip
 
 
-def _innermost(function: Any) -> Any:
-    """The hook that was given to `add_hook`, out of the functions that it wraps around."""
-    while isinstance(function, FunctionType) and function.__closure__:
-        inside = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-        cell = inside.get("hook", inside.get("full_hook"))
-        if cell is None or not function.__module__.startswith("transformer_lens."):
-            break
-        function = cell.cell_contents
-    return getattr(function, "func", function)  # of a partial
+@lru_cache(maxsize=256)
+def _what(code: CodeType, qualname: str) -> tuple[int | None, bool]:
+    """Where a function has the hook that it wraps around, and whether it fills a cache; many have the same code."""
+    names = code.co_freevars
+    inside = next((names.index(name) for name in ("hook", "full_hook") if name in names), None)
+    return inside, _CACHING.search(qualname) is not None
 
 
 def is_caching_hook(function: Any) -> bool:
     """Whether a hook that is being registered is one of TransformerLens' own that fill a cache."""
-    hook = _innermost(function)
-    return (
-        isinstance(hook, FunctionType)
-        and hook.__module__.startswith("transformer_lens.")
-        and _CACHING.search(hook.__qualname__) is not None
-    )
+    while isinstance(function, FunctionType) and function.__module__.startswith("transformer_lens."):
+        inside, caching = _what(function.__code__, function.__qualname__)
+        if inside is None or not function.__closure__:
+            return caching
+        function = function.__closure__[inside].cell_contents
+        function = getattr(function, "func", function)  # of a partial
+    return False
+
+
+def _hooks_of(point: Any) -> Iterator[Any]:
+    for hooks in (point._forward_pre_hooks, point._forward_hooks, point._backward_pre_hooks, point._backward_hooks):
+        yield from hooks.values()
 
 
 def _is_somebodys(hook: Any) -> bool:
@@ -67,10 +69,10 @@ def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _in_force.concern(point) or not is_caching_hook(hook):
             return original(point, hook, prepend=prepend)
         # A tap costs a tenth of a full backward hook. Beside a hook of somebody's that is needed: see `any_is_a_users`.
-        beside = (point._forward_pre_hooks, point._forward_hooks, point._backward_pre_hooks, point._backward_hooks)
-        if _has_any_global_hook() or any(_is_somebodys(one) for hooks in beside for one in hooks.values()):
+        sinks = Sinks.at(point)
+        if sinks is None and (_has_any_global_hook() or any(map(_is_somebodys, _hooks_of(point)))):
             return original(point, hook, prepend=prepend)
-        return SinkHandle(point, hook, prepend, pick_native("transformer_lens", "auto", set()))
+        return SinkHandle(sinks or Sinks(point), hook, prepend)
 
     return register
 
@@ -104,8 +106,6 @@ def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
         if asked is None:
             return original(model, *args, **kwargs)
         if caches_gradients and any_is_a_users(list(asked.found.values())):
-            if names_filter is None:
-                return original(model, *args, **kwargs)
             return asked.left_to(original, *given, **options)
         return run_as_theirs(original.__get__(model), asked, given, options, caches_gradients)
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import steps as python_steps
-from ..attachment import CacheHook, ForwardHook, _Hook, hook_module
+from ..attachment import CacheHook, ForwardPreHook, _Hook, hook_module
+from ..ops import pick_native
 from ..taps import SinkTap
 from .library import lens_handle
 from .names import conversion_of
@@ -46,7 +47,7 @@ def passes_on(inputs: Any, output: Any) -> bool:
     wanted = [one.grad_fn for one in given]
     leaves = {id(one) for one in given if one.grad_fn is None}
     # What was made of a tensor was made after it, and so has a higher number. A leaf's node has none to compare.
-    since = 0 if leaves else min(node._sequence_nr() for node in wanted if node is not None)  # type: ignore[attr-defined]
+    since = 0 if leaves else min(node._sequence_nr() for node in wanted if node is not None)
     seen: set[Any] = set()
     nodes = [found.grad_fn]
     while nodes:
@@ -56,7 +57,7 @@ def passes_on(inputs: Any, output: Any) -> bool:
         seen.add(node)
         if node in wanted or id(getattr(node, "variable", None)) in leaves:
             return True
-        if node._sequence_nr() >= since:  # type: ignore[attr-defined]
+        if node._sequence_nr() >= since:
             nodes += [following for following, _ in node.next_functions]
     return False
 
@@ -94,69 +95,82 @@ class OwnHooks:
                 listed[:] = [one for one in listed if one is not handle]
 
 
-class _SinkHook(ForwardHook):
-    """The forward hook of the tap that serves a point's caching hooks; `sinks` finds them again."""
+class Sinks:
+    """A point's caching hooks, which one tap serves in their order: of two taps the later one would fire first.
 
-    sinks: _Sinks
+    They are called by a backward whose forward found them there, also where they are removed by then, as full backward
+    hooks are. So there is another tap after each change.
+    """
 
-    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+    def __init__(self, point: Any):
+        self._point, self._name = point, str(point.name)
+        self._tap: Any = None
+        self._native = pick_native("transformer_lens", "auto", set())
+        self.handles: list[SinkHandle] = []
+        pre, hook = _SinkPreHook(self), _SinkHook(self)
+        self._hooked = [point.register_forward_pre_hook(pre), point.register_forward_hook(hook)]
+        pre.hook_id = self._hooked[1].id
+
+    @staticmethod
+    def at(point: Any) -> Sinks | None:
+        """What serves this point already."""
+        return next((hook.tap for hook in point._forward_hooks.values() if isinstance(hook, _SinkHook)), None)
+
+    def add(self, handle: SinkHandle, prepend: bool) -> None:
+        self.handles.insert(0 if prepend else len(self.handles), handle)
+        self._tap = None
+
+    def drop(self, handle: SinkHandle) -> None:
+        self.handles = [one for one in self.handles if one is not handle]
+        self._tap = None
+        for hook in self._hooked if not self.handles else ():
+            hook.remove()
+
+    def forward(self, args: Any, output: Any) -> Any:
         found = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(found, torch.Tensor) or not passes_on(args, output):
             return None  # a full backward hook isn't called here
-        return super().__call__(module, args, output)
+        if self._tap is None:
+            self._tap = self._make()
+        return self._tap.forward(args, output)
 
+    def forward_pre(self) -> None:
+        """A tap that keeps no rows counts no calls."""
 
-class _Sinks:
-    """A point's caching hooks, which one tap serves in their order: of two taps the later one would fire first.
-
-    The tap is another whenever they change. So a backward reaches those that stood there in its forward, also where
-    they are removed by now, as with full backward hooks.
-    """
-
-    def __init__(self, point: Any, native: ModuleType | None):
-        self.point, self.native = point, native
-        self.handles: list[SinkHandle] = []
-        self._hooked: list[Any] = []
-
-    def changed(self) -> None:
-        for handle in self._hooked:
-            handle.remove()
-        self._hooked = []
-        if not self.handles:
-            return
-        hooks, point, name = [handle.sink for handle in self.handles], self.point, str(self.point.name)
+    def _make(self) -> Any:
+        hooks, point = [handle.sink for handle in self.handles], self._point
 
         def sink(grad: torch.Tensor) -> None:
             for hook in hooks:
                 hook(point, (), (grad,))  # TransformerLens' own wrapping: conversions, alias names
 
-        if self.native is None:
-            tap: Any = SinkTap(python_steps.Step(1, "nan"), name, sink, None)
-        else:
-            tap = self.native.Tap.to_sink(self.native.Step(1, "nan"), name, sink, "none", (), None)
-        hook = _SinkHook(tap)
-        hook.sinks = self
-        self._hooked = hook_module(point, tap, "tensor", self.native, hook)
+        if self._native is None:
+            return SinkTap(python_steps.Step(1, "nan"), self._name, sink, None)
+        return self._native.Tap.to_sink(self._native.Step(1, "nan"), self._name, sink, "none", (), None)
+
+
+class _SinkPreHook(ForwardPreHook):
+    """Keeps the hook that attaches the last one: somebody's may be added later."""
+
+
+class _SinkHook(CacheHook):
+    """Attaches the tap to what the hooks before it have made of the output."""
 
 
 class SinkHandle(RemovableHandle):
-    """Takes a caching hook off its point; what TransformerLens calls where it resets hooks. A copy takes off nothing."""
+    """Takes a caching hook off its point; TransformerLens calls it where it resets hooks. A copy takes off nothing."""
 
     sink: Callable[..., Any]
-    _sinks: _Sinks | None = None
+    _sinks: Sinks | None = None
 
-    def __init__(self, point: Any, sink: Callable[..., Any], prepend: bool, native: ModuleType | None):
+    def __init__(self, sinks: Sinks, sink: Callable[..., Any], prepend: bool):
         super().__init__(OrderedDict())
-        self.sink = sink
-        standing = [hook.sinks for hook in point._forward_hooks.values() if isinstance(hook, _SinkHook)]
-        self._sinks = standing[0] if standing else _Sinks(point, native)
-        self._sinks.handles.insert(0 if prepend else len(self._sinks.handles), self)
-        self._sinks.changed()
+        self.sink, self._sinks = sink, sinks
+        sinks.add(self, prepend)
 
     def remove(self) -> None:
         if self._sinks is not None:
-            self._sinks.handles.remove(self)
-            self._sinks.changed()
+            self._sinks.drop(self)
             self._sinks = None
 
 

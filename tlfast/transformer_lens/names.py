@@ -146,9 +146,7 @@ def is_by_head(known: dict[str, Any], name: str, point: Any) -> bool:
     if name.endswith(_BY_HEAD) or getattr(conversion, "splits_attention_heads", False):
         return True
     # A bridge before 3.8 doesn't say what it converts: an alias does.
-    return conversion is not None and any(
-        other is point and alias.endswith(_BY_HEAD) for alias, other in known.items()
-    )
+    return conversion is not None and any(other is point and alias.endswith(_BY_HEAD) for alias, other in known.items())
 
 
 def position_dim(model: nn.Module, name: str, point: Any, by_head: bool, n_dims: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What TransformerLens' own `run_with_cache` would do: which points it hooks, under which keys, and through whose code."""
+"""What TransformerLens' own `run_with_cache` would do: which points it hooks, under which keys, by whose code."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ class Asked:
     @uncounted
     def left_to(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The run as theirs makes it, for the same names; a predicate is asked once, and the model for its points."""
+        if options.get("names_filter") is None:  # which is more than all names: nothing that is switched off is complained of
+            return original(self.model, *args, **options)
         self.look_once()
         try:
             left = Left([*self.found, *self.left.off])
@@ -157,7 +159,7 @@ def is_bridge(model: nn.Module) -> bool:
 
 
 def asked_of_theirs(model: nn.Module, names_filter: Any) -> Asked | None:
-    """What the model's own `run_with_cache` hooks for a filter of its own kinds; None where it is to say what is wrong."""
+    """What the model's own `run_with_cache` hooks for a filter of its kinds; None where it is to say what is wrong."""
     known = hook_points("run_with_cache", model)
     if names_filter is None:
         return Asked(model, known, known)
