@@ -90,7 +90,9 @@ def test_the_tests_take_the_fast_way(any_mode, monkeypatch):
     with lens.accelerate(any_mode):
         for names_filter in (None, "blocks.0.hook_resid_post", ["hook_embed"], lambda name: True):
             loss(any_mode, names_filter=names_filter)
-    assert len(runs) == 4
+        with any_mode.hooks(fwd_hooks=[(resid(any_mode), lambda value, hook: None)]):
+            loss(any_mode)
+    assert len(runs) == 5
 
 
 def test_more_ways_to_cache(any_mode):

@@ -68,7 +68,7 @@ def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
     def register(point: Any, hook: Any, prepend: bool = False) -> Any:
         if not _in_force.concern(point) or not is_caching_hook(hook):
             return original(point, hook, prepend=prepend)
-        # A tap costs a tenth of a full backward hook. Beside a hook of somebody's that is needed: see `any_is_a_users`.
+        # A tap costs a tenth of a full backward hook. Beside a hook of somebody's that is needed: see `is_hooked`.
         sinks = Sinks.at(point)
         if sinks is None and (_has_any_global_hook() or any(map(_is_somebodys, _hooks_of(point)))):
             return original(point, hook, prepend=prepend)

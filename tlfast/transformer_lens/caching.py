@@ -191,11 +191,11 @@ def run_as_theirs(
 
     Args:
         own: it, of one model.
-        asked: the points, none of which has a hook of somebody's.
+        asked: the points, all of TransformerLens' own class.
         model_args, options: what it was called with.
         caches_gradients: whether it knows incl_bwd.
     """
-    kept = Kept("run_with_cache", options.get("pos_slice"), "none", "pos", None, options.get("device"), views=True)
+    kept = Kept("run_with_cache", options.get("pos_slice"), "none", "pos", None, options.get("device"), as_theirs=True)
     run = Run("run_with_cache", asked, kept, "last", "auto", backward=True)
     if not caches_gradients:
         options = {name: given for name, given in options.items() if name not in ("incl_bwd", "pos_slice", "device")}

@@ -71,7 +71,11 @@ class CheckedCacheHook(CacheHook):
 
 
 class OwnHooks:
-    """The hooks of a tap that caches, on a point of a user's class: its own `add_hook` says what a hook sees there."""
+    """The hooks of a tap that caches, registered by the point's own `add_hook`.
+
+    For a point of a user's class, where it says what a hook sees, and for one that must be hooked as TransformerLens
+    hooks it, since somebody's hooks are there.
+    """
 
     def __init__(self, point: Any, tap: Any, backward: bool):
         def keep(value: Any, hook: Any = None) -> None:

@@ -20,7 +20,7 @@ from ..spec import REDUCTIONS, Over, Reduction, one_of, parse_over, stored_dtype
 from .handles import CheckedCacheHook, ListedTap, OwnHooks, convert_at
 from .library import position_slice
 from .names import is_by_head, position_dim
-from .theirs import Asked, is_bridge, of_users_classes
+from .theirs import Asked, is_bridge, is_hooked, of_users_classes
 
 Select = Callable[[torch.Tensor], torch.Tensor]
 
@@ -29,7 +29,7 @@ class Kept:
     """What is kept of a tensor: which positions, reduced over what, in which dtype, on which device."""
 
     def __init__(
-        self, who: str, pos_slice: Any, reduce: Reduction, over: Over, dtype: Any, device: Any, views: bool = False
+        self, who: str, pos_slice: Any, reduce: Reduction, over: Over, dtype: Any, device: Any, as_theirs: bool = False
     ):
         one_of(who, "reduce", reduce, REDUCTIONS)
         self.who, self.reduce, self.over = who, reduce, over
@@ -37,7 +37,7 @@ class Kept:
         if reduce != "none" and over != "pos":
             parse_over(who, over)
         self.slice = None if pos_slice is None else position_slice(pos_slice)
-        self.views = views  # of a slice, as TransformerLens keeps it: what changes the tensor in place shows there
+        self.as_theirs = as_theirs  # a view of a slice, for one: what changes the tensor in place shows there
         self.everything = pos_slice is None and reduce == "none" and dtype is None and device is None
 
     def at(self, model: nn.Module, known: dict[str, Any], name: str, point: Any) -> Select | None:
@@ -51,7 +51,7 @@ class Kept:
             if self.slice is not None and dim is not None:
                 tensor = self.slice.apply(tensor, dim=dim)
                 # A slice is a view that would keep all of the tensor alive.
-                tensor = tensor if self.views else tensor.clone()
+                tensor = tensor if self.as_theirs else tensor.clone()
             if tensor.is_floating_point():
                 if self.reduce != "none":
                     over = dim if self.over == "pos" else self.over
@@ -108,10 +108,12 @@ class Run:
         try:
             for place, (point, names) in enumerate(zip(self.points, self.names, strict=True)):
                 select = self.kept.at(self.asked.model, self.asked.known, names[0], point)
-                if select is not None and point._backward_hooks:  # which may change the gradient in place
+                if (
+                    select is not None and not self.kept.as_theirs and point._backward_hooks
+                ):  # which may change it in place
                     self.late[place], select = select, None
                 tap = make(self.step, names[0], self.cache, select, self.calls, self.anchor)
-                if id(point) in own_ways:
+                if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
                     listed.append(OwnHooks(point, tap, backward=self.anchor is not None))
                     continue
                 convert_at(point, tap)

@@ -63,18 +63,20 @@ def of_users_classes(points: Iterable[Any]) -> list[Any]:
 
 
 def any_is_a_users(points: Sequence[Any]) -> bool:
-    """Whether a run of theirs meets somebody's hooks at these points, or points of a class of somebody's.
+    """Whether a run of theirs meets points of a class of somebody's, or gradients that it scales."""
+    if _has_any_global_hook() or of_users_classes(points):
+        return True
+    return any(vars(point).get("backward_scale", 1.0) != 1.0 for point in points)
+
+
+def is_hooked(point: Any) -> bool:
+    """Whether there are hooks at a point already.
 
     Beside a hook of somebody's, who may put another tensor in the place of a point's, a full backward hook fires where
     the gradient reaches what the point was given, and PyTorch raises for a change in place.
     """
-    if _has_any_global_hook() or of_users_classes(points):
-        return True
-    for point in points:
-        own = vars(point)
-        if own.get("backward_scale", 1.0) != 1.0 or any(own.get(name) for name in _HOOKS):
-            return True
-    return False
+    own = vars(point)
+    return any(own.get(name) for name in _HOOKS)
 
 
 class _Look(threading.local):
@@ -125,7 +127,9 @@ class Asked:
     @uncounted
     def left_to(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The run as theirs makes it, for the same names; a predicate is asked once, and the model for its points."""
-        if options.get("names_filter") is None:  # which is more than all names: nothing that is switched off is complained of
+        if (
+            options.get("names_filter") is None
+        ):  # which is more than all names: nothing that is switched off is complained of
             return original(self.model, *args, **options)
         self.look_once()
         try:
