@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
+from importlib import import_module
 
+import lens_models
 import pytest
 import torch
-from lens_models import CACHING, MODELS, WIDTH, state, tokens
+from lens_models import CACHING, MODELS, VOCAB, WIDTH, state, tokens
 from torch import nn
 
 import tlfast.transformer_lens as lens
@@ -390,3 +392,23 @@ def test_a_capture_at_a_norm_changes_no_forward_without_gradients(kind, backend)
         assert torch.equal(model(given), plain)
     assert cap[name].abs().sum() > 0
     assert not any(point.bwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.skipif("native_bridge" not in MODELS, reason="of 4.0 on")
+def test_a_capture_at_a_norm_that_a_hook_makes_another_is_an_error(backend):
+    transformers = import_module("transformers")
+    config = transformers.T5Config(
+        d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=VOCAB, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model = lens_models.BUILDER.build_bridge_from_module(model, "T5ForConditionalGeneration", hf_config=config)
+    norm = "encoder_blocks.0.ln1"
+    given = dict(decoder_input=tokens())
+    text = rf"capture at {norm}.hook_normalized: the norm must be the same with a backward hook there, got an output "
+    error = pytest.raises(RuntimeError, match=rf"{text}that is 0\.\d+ of its size off. Capture {norm}.hook_in or")
+    with error, lens.capture(model, f"{norm}.hook_normalized", rows=2, backend=backend):
+        model(tokens(), **given)
+    with lens.capture(model, f"{norm}.hook_out", rows=2, backend=backend) as cap:
+        model(tokens(), **given).sum().backward()
+    assert cap[f"{norm}.hook_out"].abs().sum() > 0

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import steps as python_steps
 from ..attachment import CacheHook, ForwardPreHook, _Hook, hook_module
+from ..errors import broken_rule
 from ..ops import pick_native
 from ..taps import SinkTap
 from .library import lens_handle
@@ -223,9 +224,33 @@ class ListedWithGradients(_Hook):
             self.tap.list()
 
 
+class SameNorm(_Hook):
+    """On such a norm, behind its first forward with gradients: a RuntimeError where its other path is another norm."""
+
+    looked = False
+
+    def __call__(self, norm: Any, args: Any, output: Any) -> None:
+        points = (norm.hook_in, norm.hook_scale, norm.hook_normalized, norm.hook_out)
+        if self.looked or not torch.is_grad_enabled() or not args or any(point.fwd_hooks for point in points):
+            return  # somebody's hook may make it another on purpose
+        self.looked = True
+        with torch.no_grad():
+            plain = norm.original_component(args[0])
+            off = ((output - plain).norm() / plain.norm()).item()
+        if off > torch.finfo(plain.dtype).eps ** 0.5:  # far beyond rounding, in whichever order it adds up
+            name = self.tap.point.name
+            raise RuntimeError(
+                broken_rule(
+                    f"capture at {name}", "the norm", "be the same with a backward hook there",
+                    f"an output that is {off:.2g} of its size off",
+                    f"Capture {name.rpartition('.')[0]}.hook_in or .hook_out.",
+                )
+            )  # fmt: skip
+
+
 def norm_of(model: nn.Module, point: Any) -> nn.Module | None:
     """The norm of a bridge that takes another path, whose values may differ, where this point has a backward hook."""
     if not str(point.name).endswith((".hook_scale", ".hook_normalized")):
         return None
-    looking = [module for module in model.modules() if hasattr(module, "use_native_layernorm_autograd")]
+    looking = [norm for norm in model.modules() if getattr(norm, "use_native_layernorm_autograd", False)]
     return next((norm for norm in looking if point in (norm.hook_scale, norm.hook_normalized)), None)
