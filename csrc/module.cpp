@@ -108,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("crc", [](const PyPayloadStream& stream) { return stream.open().crc(); })
       .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.open().direct(); });
 
+  m.def("waiting", &waiting);
   py::class_<PyTap>(m, "Tap")
       .def(py::init(&make_tap), needed("step"), py::arg("name"), py::arg("rings"), py::arg("output"), py::arg("calls"))
       .def_static("to_sink", &PyTap::to_sink, needed("step"), py::arg("name"), needed("sink"), py::arg("reduce"),

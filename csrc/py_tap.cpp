@@ -2,6 +2,7 @@
 #include "py_tap.h"
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <atomic>
@@ -175,7 +176,7 @@ py::object PyTap::forward_cached(const py::handle& given) {
   }
   if (!tap->step->active) return py::none();
   tap->cache_output(detached(found));
-  if (!at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
+  if (!tap->anchor.defined() || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
   const py::object through = behind(found);
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
 }
@@ -261,6 +262,15 @@ void PyTap::full(const py::tuple& grad_output) const {
   const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
   const py::gil_scoped_release release;
   tap->fire(tensor);
+}
+
+py::tuple waiting(const at::Tensor& value) {
+  const Waiting found = waiting_in(value);
+  py::list leaves, nodes;
+  for (const auto& leaf : found.leaves) leaves.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(leaf)));
+  for (const auto& node : found.nodes)
+    nodes.append(py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node)));
+  return py::make_tuple(leaves, nodes);
 }
 
 }  // namespace tlfast

@@ -18,7 +18,7 @@ class PyTap {
                                         std::vector<int64_t> dims, const pybind11::object& output);
 
   // A tap that keeps outputs and gradients in a cache. `select` is None, or makes what is kept of a tensor;
-  // `anchor` is None, or the leaf that stands for all points in backward(inputs=).
+  // `anchor` is the leaf that stands for all points in backward(inputs=), or None: outputs alone are kept then.
   static std::unique_ptr<PyTap> to_cache(std::shared_ptr<Step> step, const std::string& name,
                                          std::shared_ptr<TensorCache> cache, const pybind11::object& select,
                                          const std::string& calls, const std::optional<at::Tensor>& anchor);
@@ -57,5 +57,8 @@ class PyTap {
   bool learning_ = false;
   Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };
+
+// (leaves, nodes) that wait for gradients of a value: see `waiting_in`.
+pybind11::tuple waiting(const at::Tensor& value);
 
 }  // namespace tlfast

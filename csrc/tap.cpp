@@ -3,11 +3,15 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <array>
+#include <string_view>
+#include <typeinfo>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "errors.h"
 #include "plain.h"
@@ -63,6 +67,17 @@ Pointer make_identity(std::shared_ptr<Tap> tap) {
     return Pointer(new IdentityNode(std::move(tap)), [](auto* node) { deleteNode(node); });
   else
     return c10::make_intrusive<IdentityNode>(std::move(tap));
+}
+
+// Whether running a node can be seen from outside.
+bool is_seen(Node& node) {
+  if (!node.pre_hooks().empty() || !node.tensor_pre_hooks().empty() || !node.post_hooks().empty() ||
+      !node.retains_grad_hooks().empty())
+    return true;
+  if (const auto* identity = dynamic_cast<IdentityNode*>(&node)) return !identity->tap->anchor.defined();
+  // By its name: libtorch_python doesn't export the type.
+  static const std::string_view written_in_python = "N5torch8autograd6PyNodeE";
+  return typeid(node).name() == written_in_python;
 }
 
 // Taps by number, for compiled code.
@@ -197,6 +212,27 @@ void Tap::fire(const at::Tensor& given) {
                             "Run one backward for each forward."));
     for (const auto& ring : point->rings) ring->write(block->place(), grad, mask, run->scale);
   }
+}
+
+Waiting waiting_in(const at::Tensor& value) {
+  Waiting waiting;
+  std::unordered_set<Node*> known;
+  std::vector<decltype(autograd::Edge::function)> open;
+  const auto reach = [&](const auto& node) {
+    if (node && known.insert(node.get()).second) open.push_back(node);
+  };
+  reach(value.grad_fn());
+  while (!open.empty()) {
+    const auto node = std::move(open.back());
+    open.pop_back();
+    if (const auto* leaf = dynamic_cast<autograd::AccumulateGrad*>(node.get())) {
+      waiting.leaves.push_back(leaf->variable);
+      continue;
+    }
+    for (const auto& edge : node->next_edges()) reach(edge.function);
+    if (is_seen(*node)) waiting.nodes.push_back(node);
+  }
+  return waiting;
 }
 
 TORCH_LIBRARY_FRAGMENT(tlfast, library) {

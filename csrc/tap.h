@@ -72,4 +72,12 @@ Calls parse_calls(const std::string& name);
 // The same memory without a history, as output.detach() gives it, at a fifth of its cost.
 at::Tensor alias_of(const at::Tensor& output);
 
+// What waits for gradients in the graph of a value: the leaves, and the nodes that are hooked or whose backward is
+// Python code or a tap without an anchor. Nodes that stand for `value` itself are among them.
+struct Waiting {
+  std::vector<at::Tensor> leaves;
+  std::vector<decltype(torch::autograd::Edge::function)> nodes;
+};
+Waiting waiting_in(const at::Tensor& value);
+
 }  // namespace tlfast

@@ -42,7 +42,7 @@ class _Hook:
         return _copied, ()
 
 
-class _ForwardPreHook(_Hook):
+class ForwardPreHook(_Hook):
     """Tells the tap that its module is entered, and keeps its forward hook the last one.
 
     A full backward hook wraps the output after all forward hooks have run, so a tap that fires on the same gradient
@@ -89,7 +89,7 @@ class _ForwardHook(_Hook):
         return replace_output(output, key, tensor)
 
 
-class _NativePreHook(_ForwardPreHook):
+class _NativePreHook(ForwardPreHook):
     """The same; `_C.call_natively` makes the interpreter call native code, and Dynamo still reads `__call__`."""
 
 
@@ -97,14 +97,14 @@ class _NativeForwardHook(_ForwardHook):
     """The same."""
 
 
-class _CacheHook(_Hook):
+class CacheHook(_Hook):
     """The forward hook of a tap that caches; it isn't for compiled code."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self.tap.forward(args, output)
 
 
-class _NativeCacheHook(_CacheHook):
+class _NativeCacheHook(CacheHook):
     """The same, called natively."""
 
 
@@ -136,7 +136,7 @@ class _FullHook(_Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (_ForwardPreHook, _ForwardHook, _CacheHook, _CheckInputsHook, _CheckHook, _FullHook):
+for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckInputsHook, _CheckHook, _FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -175,7 +175,7 @@ def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | N
     """
     if native is not None:
         _prepare(native)
-    pre = _ForwardPreHook(tap) if native is None else _NativePreHook(tap)
+    pre = ForwardPreHook(tap) if native is None else _NativePreHook(tap)
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))
@@ -197,12 +197,17 @@ class CachingHooks:
 
     __slots__ = ("id", "module")
 
-    def __init__(self, module: nn.Module, tap: Any, native: ModuleType | None, handle_id: int):
+    def __init__(self, module: nn.Module, hook: CacheHook, handle_id: int):
         self.module, self.id = module, handle_id
-        module._forward_hooks[handle_id] = _CacheHook(tap) if native is None else _NativeCacheHook(tap)
+        module._forward_hooks[handle_id] = hook
 
     def remove(self) -> None:
         self.module._forward_hooks.pop(self.id, None)
+
+
+def caching_hook(tap: Any, native: ModuleType | None) -> CacheHook:
+    """The forward hook of a tap that caches."""
+    return CacheHook(tap) if native is None else _NativeCacheHook(tap)
 
 
 def caching_id(native: ModuleType | None) -> int:

@@ -109,7 +109,7 @@ class CachingTap(Tap):
             return None
         with torch.no_grad():
             self.cache.output(self.place, self.converted(alias(found)))
-        if not torch.is_grad_enabled() or self.checked_output(found) is None:
+        if self.anchor is None or not torch.is_grad_enabled() or self.checked_output(found) is None:
             return None
         through: Any = self.identity(found)
         replaced: object = replace_output(output, 0 if in_tuple else None, through)
@@ -119,3 +119,31 @@ class CachingTap(Tap):
     def fire(self, grad: torch.Tensor) -> None:
         if self.step.active:
             self.cache.gradient(self.place, self.taken(grad), self.sums())
+
+
+def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]:
+    """The leaves in the graph of a value, and the nodes where a hook may wait for a gradient.
+
+    Python can't see hooks on nodes. So these are the lowest nodes, and all others run on the way to them.
+    """
+    leaves: list[torch.Tensor] = []
+    nodes: list[Any] = []
+    still: list[Any] = [value.grad_fn]
+    known: set[Any] = {None, value.grad_fn}
+    while still:
+        node = still.pop()
+        if node is None:
+            continue
+        if _is_leafs(node):
+            leaves.append(node.variable)
+            continue
+        below = dict.fromkeys(following for following, _ in node.next_functions)
+        if all(following is None or _is_leafs(following) for following in below):
+            nodes.append(node)
+        still += [following for following in below if following not in known]
+        known.update(below)
+    return leaves, nodes
+
+
+def _is_leafs(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"

@@ -6,103 +6,122 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from functools import lru_cache, wraps
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .. import steps as python_steps
 from ..errors import broken_rule
-from ..ops import pick_native
-from ..taps import SinkTap
-from .caching import run_with_cache
+from .arguments import by_name, uncounted
+from .caching import run_as_theirs
 from .compatibility import warn_if_wrong
-from .handles import TapHandle
+from .handles import SinkHandle, Sinks
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
+from .patches import Patch, Patches
+from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, remembering
 
 # The hooks by which TransformerLens fills its caches: they read a gradient and return None.
 _CACHING = re.compile(r"(run_with_cache|get_caching_hooks|add_caching_hooks)\.<locals>\.")
 # What `add_hook` calls, in the versions that register full backward hooks and in those that don't.
 _REGISTER = ("register_full_backward_hook", "register_backward_hook")
-# What our run_with_cache takes; anything else is left to theirs, whose caching hooks are then taken one by one.
-_LEFT_TO_THEIRS = ("start_at_layer", "stop_at_layer", "reset_hooks_end", "clear_contexts", "remove_batch_dim")
+# Left to theirs, whose caching hooks are then taken one by one, unless they are what they are without being given.
+_LEFT_TO_THEIRS = {
+    "start_at_layer": None, "stop_at_layer": None, "reset_hooks_end": True, "clear_contexts": False,
+    "remove_batch_dim": False,
+}  # fmt: skip
 
 
-def _innermost(function: Any) -> Any:
-    """The hook that was given to `add_hook`, out of the functions that it wraps around."""
-    while isinstance(function, FunctionType) and function.__closure__:
-        inside = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-        cell = inside.get("hook", inside.get("full_hook"))
-        if cell is None or not function.__module__.startswith("transformer_lens."):
-            break
-        function = cell.cell_contents
-    return getattr(function, "func", function)  # of a partial
+@lru_cache(maxsize=256)
+def _what(code: CodeType, qualname: str) -> tuple[int | None, bool]:
+    """Where a function has the hook that it wraps around, and whether it fills a cache; many have the same code."""
+    names = code.co_freevars
+    inside = next((names.index(name) for name in ("hook", "full_hook") if name in names), None)
+    return inside, _CACHING.search(qualname) is not None
 
 
 def is_caching_hook(function: Any) -> bool:
     """Whether a hook that is being registered is one of TransformerLens' own that fill a cache."""
-    hook = _innermost(function)
-    return (
-        isinstance(hook, FunctionType)
-        and hook.__module__.startswith("transformer_lens.")
-        and _CACHING.search(hook.__qualname__) is not None
-    )
+    while isinstance(function, FunctionType) and function.__module__.startswith("transformer_lens."):
+        inside, caching = _what(function.__code__, function.__qualname__)
+        if inside is None or not function.__closure__:
+            return caching
+        function = function.__closure__[inside].cell_contents
+        function = getattr(function, "func", function)  # of a partial
+    return False
+
+
+def _hooks_of(point: Any) -> Iterator[Any]:
+    for hooks in (point._forward_pre_hooks, point._forward_hooks, point._backward_pre_hooks, point._backward_hooks):
+        yield from hooks.values()
+
+
+def _is_somebodys(hook: Any) -> bool:
+    """Whether a hook of a point is neither a tap's nor one of TransformerLens' own that fill a cache."""
+    return not type(hook).__module__.startswith("tlfast.") and not is_caching_hook(hook)
 
 
 def _registering(original: Callable[..., Any]) -> Callable[..., Any]:
-    def register(point: Any, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        """Put a caching hook on a tap, which costs a tenth of a full backward hook; leave every other alone."""
-        if not is_caching_hook(hook):
-            return original(point, hook, *args, **kwargs)
-
-        def sink(grad: torch.Tensor) -> None:
-            hook(point, (), (grad,))  # TransformerLens' own wrapping: conversions, alias names
-
-        native = pick_native("transformer_lens", "auto", set())
-        name = str(point.name)
-        if native is None:
-            tap: Any = SinkTap(python_steps.Step(1, "nan"), name, sink, None)
-        else:
-            tap = native.Tap.to_sink(native.Step(1, "nan"), name, sink, "none", (), None)
-        return TapHandle(point, tap, "tensor", native)
+    @wraps(original)
+    def register(point: Any, hook: Any, prepend: bool = False) -> Any:
+        if not _in_force.concern(point) or not is_caching_hook(hook):
+            return original(point, hook, prepend=prepend)
+        # A tap costs a tenth of a full backward hook. Beside a hook of somebody's that is needed: see `is_hooked`.
+        sinks = Sinks.at(point)
+        if sinks is None and (_has_any_global_hook() or any(map(_is_somebodys, _hooks_of(point)))):
+            return original(point, hook, prepend=prepend)
+        return SinkHandle(sinks or Sinks(point), hook, prepend)
 
     return register
+
+
+@lru_cache(maxsize=64)
+def _takes_incl_bwd(function: Callable[..., Any]) -> bool:
+    return "incl_bwd" in inspect.signature(function).parameters
 
 
 def _caches_gradients(host: type) -> bool:
     """Whether a model's own `run_with_cache` knows incl_bwd; the bridges of 3.x before 3.8 drop it without a word."""
     own = [vars(cls)["run_with_cache"] for cls in host.__mro__ if "run_with_cache" in vars(cls)]
-    own = [getattr(function, "tlfast_replaced", function) for function in own]
-    return any("incl_bwd" in inspect.signature(function).parameters for function in own)
+    return any(_takes_incl_bwd(getattr(function, "tlfast_replaced", function)) for function in own)
 
 
 def _caching(original: Callable[..., Any]) -> Callable[..., Any]:
-    def cached(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("incl_bwd", False):
+    @wraps(original)
+    @uncounted
+    def cached(model: Any, /, *args: Any, **kwargs: Any) -> Any:
+        given, options = by_name(original, args, kwargs)
+        names_filter = options.get("names_filter")
+        if not options.get("incl_bwd", False) or isinstance(names_filter, Left) or not _in_force.concern(model):
             return original(model, *args, **kwargs)
-        left = [name for name in _LEFT_TO_THEIRS if name in kwargs]
-        if not _caches_gradients(type(model)):
-            if left and left != ["remove_batch_dim"]:
-                raise ValueError(
-                    broken_rule(
-                        "run_with_cache", left[0], "be left out with incl_bwd=True", repr(kwargs[left[0]]),
-                        "This TransformerLens caches no gradients on a bridge; tlfast does, and removes its own hooks.",
-                    )
-                )  # fmt: skip
-            return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
-        names_filter = kwargs.get("names_filter")
-        known = names_filter is None or callable(names_filter) or isinstance(names_filter, (str, list))
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        if isinstance(names, list):
-            known = all(name in hook_points("run_with_cache", model) for name in names)
-        if left or not known or not torch.is_grad_enabled():
+        left = [name for name, usual in _LEFT_TO_THEIRS.items() if options.get(name, usual) is not usual]
+        caches_gradients = _caches_gradients(type(model))
+        if not caches_gradients:
+            _refuse_what_is_lacking(left, options)
+        elif left or not torch.is_grad_enabled() or is_a_users(model):
             return original(model, *args, **kwargs)
-        return run_with_cache(model, *args, params=True, calls="last", gated="skip", **kwargs)
+        asked = asked_of_theirs(model, names_filter)
+        if asked is None:
+            return original(model, *args, **kwargs)
+        if caches_gradients and any_is_a_users(list(asked.found.values())):
+            return asked.left_to(original, *given, **options)
+        return run_as_theirs(original.__get__(model), asked, given, options, caches_gradients)
 
-    cached.tlfast_replaced = original  # type: ignore[attr-defined]
+    replacing: Any = cached
+    replacing.tlfast_replaced = original
     return cached
+
+
+def _refuse_what_is_lacking(left: list[str], options: dict[str, Any]) -> None:
+    if left and left != ["remove_batch_dim"]:
+        raise ValueError(
+            broken_rule(
+                "run_with_cache", left[0], "be left out with incl_bwd=True", repr(options[left[0]]),
+                "This TransformerLens caches no gradients on a bridge; tlfast does, and removes its own hooks.",
+            )
+        )  # fmt: skip
 
 
 def _hosts() -> list[type]:
@@ -121,12 +140,24 @@ def _hosts() -> list[type]:
     return list(seen)
 
 
-_installed: list[tuple[type, str, Any]] = []  # what stood in the class itself before; None: nothing
+def _replacements() -> Iterator[Patch]:
+    point, hosts = hook_point_type(), _hosts()
+    for name in _REGISTER:
+        yield point, name, _registering(getattr(point, name))
+    for host in hosts:
+        yield host, "run_with_cache", _caching(vars(host)["run_with_cache"])
+    for cls in dict.fromkeys(cls for host in hosts for cls in host.__mro__):
+        made = vars(cls).get("hook_dict")
+        if isinstance(made, property) and cls.__module__.startswith("transformer_lens."):
+            yield cls, "hook_dict", remembering(made)
+
+
+_in_force = Patches()
 
 
 def installed() -> bool:
     """Whether `install` is in force."""
-    return bool(_installed)
+    return _in_force.everywhere()
 
 
 def install() -> None:
@@ -134,40 +165,29 @@ def install() -> None:
 
     ``run_with_cache(incl_bwd=True)``, ``get_caching_hooks`` and ``add_caching_hooks`` give what they gave, to the bit;
     ``HookPoint.add_hook`` stays as it is, and so does every hook that isn't TransformerLens' own caching. Warns where
-    backward hooks of this TransformerLens are wrong.
+    backward hooks of this TransformerLens are wrong. Calls are counted: it is in force until as many calls of
+    `uninstall`.
 
     Example:
         tlfast.transformer_lens.install()
         loss, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     """
-    if _installed:
-        return
-    warn_if_wrong()
-    point = hook_point_type()
-    for name in _REGISTER:
-        _replace(point, name, _registering(getattr(nn.Module, name)))
-    for host in _hosts():
-        _replace(host, "run_with_cache", _caching(vars(host)["run_with_cache"]))
-
-
-def _replace(cls: type, name: str, function: Any) -> None:
-    _installed.append((cls, name, vars(cls).get(name)))
-    setattr(cls, name, function)
+    if not installed():
+        warn_if_wrong()
+    _in_force.enter(_replacements)
 
 
 def uninstall() -> None:
-    """Take back what `install` did: the classes are as they were."""
-    while _installed:
-        cls, name, before = _installed.pop()
-        if before is None:
-            delattr(cls, name)
-        else:
-            setattr(cls, name, before)
+    """Take back one `install`. With the last the classes are as they were; without any nothing happens."""
+    if installed():
+        _in_force.leave()
 
 
 @contextmanager
 def accelerate(model: Any) -> Iterator[Any]:
     """Let one model cache through tlfast inside the context: what `install` does, for this model alone.
+
+    What is copied from it or pickled inside isn't accelerated.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or any HookedRootModule.
@@ -176,18 +196,9 @@ def accelerate(model: Any) -> Iterator[Any]:
         with accelerate(model):
             loss, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     """
-    points = {id(point): point for point in hook_points("accelerate", model).values()}.values()
-    changes = [(point, name, _registering(getattr(nn.Module, name))) for point in points for name in _REGISTER]
-    changes.append((model, "run_with_cache", _caching(type(model).run_with_cache)))
-    # In the instances' own dictionaries, past the __setattr__ of modules and bridges, which keep lists of their own.
-    before = [(vars(owner), name, vars(owner).get(name)) for owner, name, _ in changes]
+    only = [model, *{id(point): point for point in hook_points("accelerate", model).values()}.values()]
+    _in_force.enter(_replacements, only)
     try:
-        for owner, name, function in changes:
-            vars(owner)[name] = function.__get__(owner)
         yield model
     finally:
-        for values, name, previous in before:
-            if previous is None:
-                values.pop(name, None)
-            else:
-                values[name] = previous
+        _in_force.leave(only)

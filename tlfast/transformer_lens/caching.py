@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from ..errors import broken_rule
 from ..spec import Over, Reduction
+from .arguments import default_of, own_run_with_cache, told_apart, uncounted
 from .library import activation_cache
 from .names import NamesFilter, find_names, hook_points
-from .running import Kept, Run
+from .running import Kept, Run, tensors_of
+from .theirs import Asked, with_own_names, within_layers
 
 Metric = Callable[[Any], torch.Tensor]
+_NOT_FOR_TWO_CACHES = {"incl_bwd", "remove_batch_dim", "reset_hooks_end", "clear_contexts", "return_cache_object"}
 
 
-def own_run_with_cache(model: Any) -> Any:
-    """The model's own `run_with_cache`, also where `accelerate` or `install` has put ours in its place."""
-    found = model.run_with_cache
-    replaced = getattr(found, "tlfast_replaced", None)
-    return found if replaced is None else replaced.__get__(model)
-
-
-def _with_aliases(model: Any, found: dict[str, Any], names_filter: NamesFilter) -> dict[str, Any]:
-    """The names under which the model's own cache would have these points, too.
-
-    A bridge adds a point's own name to an alias that was asked for, and all aliases in its compatibility mode.
-    """
-    if names_filter is None or not hasattr(model, "compatibility_mode"):
-        return found
-    wanted = {id(point) for point in found.values()}
-    own = {point.name for point in found.values()} if not callable(names_filter) else set()
-    every = bool(model.compatibility_mode)
-    return {
-        name: point
-        for name, point in hook_points("run_with_cache", model).items()
-        if name in found or (id(point) in wanted and (every or name in own))
-    }
-
-
+@told_apart
 def run_with_cache(
     model: Any,
     *model_args: Any,
     names_filter: NamesFilter = None,
-    incl_bwd: bool = False,
+    incl_bwd: bool | None = None,
     metric: Metric | None = None,
     params: bool = False,
     device: Any = None,
@@ -55,7 +36,8 @@ def run_with_cache(
     backend: str = "auto",
     remove_batch_dim: bool = False,
     gated: str = "keep",
-    **model_kwargs: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
     """Run a model and keep its activations, and its gradients under names that end in ``_grad``.
 
@@ -63,11 +45,13 @@ def run_with_cache(
 
     Args:
         model: a TransformerBridge, a HookedTransformer or any HookedRootModule.
-        model_args, model_kwargs: for the model's own ``run_with_cache``: tokens, ``return_type``, and so on.
+        model_args, more: for the model's own ``run_with_cache``: tokens, ``return_type``, and so on.
         names_filter: None (all), a name, a short name (``("resid_post", 3)``), a glob, a predicate, or several names.
-        incl_bwd: keep gradients as well; a metric implies it.
+        incl_bwd: keep gradients as well; a metric implies it. None is what the model's own would do: False, but where a
+            subclass says otherwise.
         metric: a function of the model's output that makes one number; None: the output is one (return_type="loss").
-        params: make parameter gradients too, as the model's own does; without them backward takes less time.
+        params: make parameter gradients too, as the model's own does; without them backward takes less time, and goes
+            only to the points, to hooks, and to leaves that aren't the model's parameters.
         device: where to keep the tensors.
         pos_slice: which positions to keep, as in TransformerLens; the others' memory is given back at once.
         dtype: in which dtype to keep floating-point tensors.
@@ -77,6 +61,10 @@ def run_with_cache(
         backend: "native", "python" or "auto".
         remove_batch_dim: drop a leading dimension of size 1.
         gated: a point that is switched off and was asked for by name is an error; "skip" makes it a warning.
+        model_kwargs: for the model as well. A keyword from ``metric`` on that the model's forward takes, too, is an
+            error without them; with them, which may be empty, such a keyword is tlfast's.
+
+    ``reset_hooks_end=False`` leaves hooks that go on filling the cache; of several calls they keep the last.
 
     Returns:
         (the model's output, an ActivationCache), or (output, dict) where the model's own returns a dict.
@@ -88,18 +76,30 @@ def run_with_cache(
     Example:
         loss, cache = run_with_cache(model, tokens, return_type="loss", incl_bwd=True, names_filter="blocks.*.hook_z")
     """
+    known = hook_points("run_with_cache", model)
+    found = find_names("run_with_cache", model, names_filter, gated, known)
+    found = with_own_names(model, known, found, names_filter is None or callable(names_filter))
     kept = Kept("run_with_cache", pos_slice, reduce, over, dtype, device)
-    backward = incl_bwd or metric is not None
-    run, output, _, cache = _run(
-        "run_with_cache", model, model_args, model_kwargs, names_filter, gated, kept, calls, backend, metric, backward,
-        params, remove_batch_dim,
-    )  # fmt: skip
-    tensors = {**run.outputs(), **run.gradients("_grad")}
-    if remove_batch_dim:
-        tensors = {name: kept[0] if kept.dim() and kept.shape[0] == 1 else kept for name, kept in tensors.items()}
-    return output, tensors if isinstance(cache, dict) else type(cache)(tensors, model, cache.has_batch_dim)
+    own = own_run_with_cache(model)
+    default = default_of(own, "incl_bwd")
+    if default is True:  # a subclass that caches gradients, but for ours here
+        more["incl_bwd"] = False
+    more["remove_batch_dim"] = remove_batch_dim
+    asked = Asked(model, known, _within(model, found, more))
+    backward = metric is not None or (default is True if incl_bwd is None else incl_bwd)
+    run = Run("run_with_cache", asked, kept, calls, backend, backward)
+    output, _, cache = _run(run, own, model_args, more, model_kwargs, metric, params)
+    tensors = tensors_of(cache)
+    tensors.update(run.finished(remove_batch_dim))
+    if more.get("clear_contexts", False):
+        for point in run.points:
+            point.clear_context()
+    if not more.get("reset_hooks_end", True):
+        run.leave_hooks(tensors, remove_batch_dim)
+    return output, cache
 
 
+@told_apart
 def cache_fwd_and_bwd(
     model: Any,
     tokens: Any,
@@ -114,7 +114,8 @@ def cache_fwd_and_bwd(
     over: Over = "pos",
     calls: str = "sum",
     backend: str = "auto",
-    **model_kwargs: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> tuple[float, Any, Any]:
     """The value of a metric, the activations, and the metric's gradients: two caches of the same names.
 
@@ -123,8 +124,8 @@ def cache_fwd_and_bwd(
         tokens: the model's input.
         metric: a function of the model's output that makes one number.
         names_filter: None (all), a name, a short name (``("resid_post", 3)``), a glob, a predicate, or several names.
-        params, device, pos_slice, dtype, reduce, over, calls, backend: as in `run_with_cache`.
-        model_kwargs: for the model.
+        params, device, pos_slice, dtype, reduce, over, calls, backend, model_kwargs: as in `run_with_cache`.
+        more: for the model.
 
     Returns:
         (value, ActivationCache, ActivationCache). The second one's tensors are gradients; ``accumulated_resid``,
@@ -137,40 +138,71 @@ def cache_fwd_and_bwd(
     Example:
         value, acts, grads = cache_fwd_and_bwd(model, tokens, metric, "blocks.*.hook_resid_post")
     """
+    for name in _NOT_FOR_TWO_CACHES & more.keys():
+        raise ValueError(broken_rule("cache_fwd_and_bwd", name, "be left out", repr(more[name]), "Use run_with_cache."))
     kept = Kept("cache_fwd_and_bwd", pos_slice, reduce, over, dtype, device)
-    run, _, value, _ = _run(
-        "cache_fwd_and_bwd", model, (tokens,), model_kwargs, names_filter, "keep", kept, calls, backend, metric, True,
-        params, False,
-    )  # fmt: skip
+    known = hook_points("cache_fwd_and_bwd", model)
+    found = find_names("cache_fwd_and_bwd", model, names_filter, "keep", known)
+    own = own_run_with_cache(model)
+    if default_of(own, "incl_bwd") is True:
+        more["incl_bwd"] = False
+    asked = Asked(model, known, _within(model, found, more))
+    run = Run("cache_fwd_and_bwd", asked, kept, calls, backend, backward=True)
+    _, value, _ = _run(run, own, (tokens,), more, model_kwargs, metric, params)
     return value.item(), activation_cache(run.outputs(), model), activation_cache(run.gradients(), model)
 
 
+def _within(model: Any, found: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    return within_layers(model, found, options.get("start_at_layer"), options.get("stop_at_layer"))
+
+
 def _run(
-    who: str,
-    model: Any,
-    model_args: tuple[Any, ...],
-    model_kwargs: dict[str, Any],
-    names_filter: NamesFilter,
-    gated: str,
-    kept: Kept,
-    calls: str,
-    backend: str,
+    run: Run,
+    own: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_kwargs: Mapping[str, Any] | None,
     metric: Metric | None,
-    backward: bool,
     params: bool,
-    remove_batch_dim: bool,
-) -> tuple[Run, Any, Any, Any]:
-    """A finished run, the model's output, the metric's value, and the cache that the model made for no point."""
-    found = find_names(who, model, names_filter, gated)
-    if who == "run_with_cache":
-        found = _with_aliases(model, found, names_filter)
-    run = Run(who, model, found, kept, calls, backend)
+) -> tuple[Any, Any, Any]:
+    """Run the model and the backward: its output, the metric's value, and the cache that it made for no point."""
     with run.hooked():
         # Theirs, without a point: it knows about tokens, return types and what a cache is.
-        output, cache = own_run_with_cache(model)(
-            *model_args, names_filter=lambda name: False, remove_batch_dim=remove_batch_dim, **model_kwargs
-        )
+        output, cache = own(*args, names_filter=run.asked.left, **kwargs, **(model_kwargs or {}))
+        ran_backward = not own.__module__.startswith("transformer_lens.") and run.has_gradients()
+        if ran_backward and metric is not None:
+            raise ValueError(
+                broken_rule(
+                    run.who, "metric", "be left out with a model whose run_with_cache runs a backward of its own",
+                    type(run.asked.model).__name__, "Use tlfast.transformer_lens.capture.",
+                )
+            )  # fmt: skip
         value = output if metric is None else metric(output)
-        if backward:
-            run.backward(who, value, params)
-    return run, output, value, cache
+        if run.anchor is not None and not ran_backward:
+            run.backward(value, params)
+    return output, value, cache
+
+
+@uncounted
+def run_as_theirs(
+    own: Callable[..., Any], asked: Asked, model_args: tuple[Any, ...], options: dict[str, Any], caches_gradients: bool
+) -> Any:
+    """What a model's own ``run_with_cache(incl_bwd=True)`` returns, run by it, with taps in place of its hooks.
+
+    Args:
+        own: it, of one model.
+        asked: the points, all of TransformerLens' own class.
+        model_args, options: what it was called with.
+        caches_gradients: whether it knows incl_bwd.
+    """
+    kept = Kept("run_with_cache", options.get("pos_slice"), "none", "pos", None, options.get("device"), as_theirs=True)
+    run = Run("run_with_cache", asked, kept, "last", "auto", backward=True)
+    if not caches_gradients:
+        options = {name: given for name, given in options.items() if name not in ("incl_bwd", "pos_slice", "device")}
+    with run.hooked():
+        # The backward is its own, too, with its rules and its errors.
+        output, cache = own(*model_args, **{**options, "names_filter": asked.left})
+        if not caches_gradients:
+            run.backward(output, params=True)
+    tensors_of(cache).update(run.finished(bool(options.get("remove_batch_dim", False))))
+    return output, cache

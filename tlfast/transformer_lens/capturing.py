@@ -10,7 +10,7 @@ from torch import nn
 
 from ..hooks import Capture
 from ..spec import Over, Reduction, Spec, as_specs
-from .handles import ListedTap, TapHandle, convert_at
+from .handles import ListedTap, ListedWithGradients, SameNorm, TapHandle, convert_at, norm_of
 from .names import NamesFilter, by_identity, find_names, hook_points, is_short_name, spelled_out
 
 
@@ -32,7 +32,13 @@ class LensCapture(Capture):
     def _hook(self, module: nn.Module, tap: Any) -> list[Any]:
         convert_at(module, tap)
         # Permanent: the capture ends with its block, and not where the code in it resets the hooks of TransformerLens.
-        return [ListedTap(module, TapHandle(module, tap, self._attach, self._native), permanent=True)]
+        hooks = TapHandle(module, tap, self._attach, self._native)
+        listed = ListedTap(module, hooks, ("bwd_hooks",), permanent=True)
+        norm = norm_of(self._model, module)
+        if norm is None:
+            return [listed]
+        before = norm.register_forward_pre_hook(ListedWithGradients(listed))
+        return [listed, before, norm.register_forward_hook(SameNorm(listed))]
 
     def __getitem__(self, name: str | tuple[Any, ...]) -> torch.Tensor:
         """The committed rows of one point, by its name, a short name, ("resid_post", 3), or an alias.

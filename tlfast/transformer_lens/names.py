@@ -48,15 +48,18 @@ def spelled_out(model: nn.Module, given: Any) -> str:
     return full_name(parts)
 
 
-def gate(model: nn.Module) -> Callable[[str, Any], str | None]:
-    """A function of a point that says why a hook there would never be called, or None: the model's own check."""
+def gate(model: nn.Module, exact: bool = False) -> Callable[[str, Any], str | None]:
+    """A function of a point that says why a hook there would never be called, or None: the model's own check.
+
+    Exactly the model's own says so of an alias, too, that means a point which is always on.
+    """
     check: Any = getattr(model, "check_hooks_to_add", None)
     if not callable(check):
         return lambda name, point: None
     by_name_alone = len(inspect.signature(check).parameters) == 1
 
     def reason(name: str, point: Any) -> str | None:
-        name = point.name or name  # an alias of a gated name may mean a point that is always on
+        name = name if exact else point.name or name
         try:
             check(name) if by_name_alone else check(point, name, None, dir="bwd")
         except (AssertionError, ValueError) as error:
@@ -66,7 +69,9 @@ def gate(model: nn.Module) -> Callable[[str, Any], str | None]:
     return reason
 
 
-def find_names(who: str, model: nn.Module, names_filter: NamesFilter, gated: str = "raise") -> dict[str, Any]:
+def find_names(
+    who: str, model: nn.Module, names_filter: NamesFilter, gated: str = "raise", known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The hook points that a filter means, by the names that were asked for, in the model's order.
 
     Args:
@@ -76,11 +81,12 @@ def find_names(who: str, model: nn.Module, names_filter: NamesFilter, gated: str
         gated: what happens to a point that is switched off and was asked for by its name: "raise", or "skip" with a
             warning as for one that a predicate or a glob matches. Under None they are left out; "keep" keeps them
             there, since they do no harm where a point may stay silent.
+        known: the model's points where they were read before: a bridge makes them anew at each reading.
 
     Raises:
         ValueError: for a name that isn't there, or is gated; TypeError for anything else than names.
     """
-    known, why_off = hook_points(who, model), gate(model)
+    known, why_off = hook_points(who, model) if known is None else known, gate(model)
     if names_filter is None and gated == "keep":
         return known
     if names_filter is None:
@@ -134,17 +140,20 @@ def conversion_of(point: Any) -> Callable[[Any], Any] | None:
     return None if conversion is None else conversion.convert
 
 
-def position_dim(model: nn.Module, name: str, point: Any, n_dims: int) -> int | None:
+def is_by_head(known: dict[str, Any], name: str, point: Any) -> bool:
+    """Whether a point's tensors are [batch, position, head, d_head]."""
+    conversion = getattr(point, "hook_conversion", None)
+    if name.endswith(_BY_HEAD) or getattr(conversion, "splits_attention_heads", False):
+        return True
+    # A bridge before 3.8 doesn't say what it converts: an alias does.
+    return conversion is not None and any(other is point and alias.endswith(_BY_HEAD) for alias, other in known.items())
+
+
+def position_dim(model: nn.Module, name: str, point: Any, by_head: bool, n_dims: int) -> int | None:
     """The dimension that the model's own `pos_slice` takes for the positions of a tensor at this point, if any."""
     declared = getattr(model, "_pos_slice_dim", None)  # bridges from 4.0 on
     if callable(declared):
         return int(declared(name, point)) if n_dims >= 2 else None
-    conversion = getattr(point, "hook_conversion", None)
-    by_head = name.endswith(_BY_HEAD) or getattr(conversion, "splits_attention_heads", False)
-    if not by_head and conversion is not None:  # a bridge before 3.8 doesn't say what it converts: an alias does
-        by_head = any(
-            other is point and alias.endswith(_BY_HEAD) for alias, other in hook_points("pos_slice", model).items()
-        )
     dim = -3 if by_head else -2
     if isinstance(model, root_module_type()):
         return dim if n_dims >= -dim else None

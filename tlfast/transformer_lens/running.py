@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from .. import steps as python_steps
 from .. import tensor_cache as python_cache
-from ..attachment import CachingHooks, caching_id
+from ..attachment import CachingHooks, caching_hook, caching_id
 from ..errors import broken_rule
 from ..ops import pick_native, reduce_into
 from ..reference import normal_dims, reduced_shape
 from ..spec import REDUCTIONS, Over, Reduction, one_of, parse_over, stored_dtype
-from .handles import ListedTap, convert_at
+from .handles import CheckedCacheHook, ListedTap, OwnHooks, convert_at
 from .library import position_slice
-from .names import position_dim
+from .names import is_by_head, position_dim
+from .theirs import Asked, is_bridge, is_hooked, of_users_classes
 
 Select = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,25 +28,30 @@ Select = Callable[[torch.Tensor], torch.Tensor]
 class Kept:
     """What is kept of a tensor: which positions, reduced over what, in which dtype, on which device."""
 
-    def __init__(self, who: str, pos_slice: Any, reduce: Reduction, over: Over, dtype: Any, device: Any):
+    def __init__(
+        self, who: str, pos_slice: Any, reduce: Reduction, over: Over, dtype: Any, device: Any, as_theirs: bool = False
+    ):
         one_of(who, "reduce", reduce, REDUCTIONS)
         self.who, self.reduce, self.over = who, reduce, over
         self.dtype, self.device = stored_dtype(who, dtype), device
         if reduce != "none" and over != "pos":
             parse_over(who, over)
         self.slice = None if pos_slice is None else position_slice(pos_slice)
+        self.as_theirs = as_theirs  # a view of a slice, for one: what changes the tensor in place shows there
         self.everything = pos_slice is None and reduce == "none" and dtype is None and device is None
 
-    def at(self, model: nn.Module, name: str, point: Any) -> Select | None:
+    def at(self, model: nn.Module, known: dict[str, Any], name: str, point: Any) -> Select | None:
         """A function that makes what is kept of a tensor at this point; None where it is all of it."""
         if self.everything:
             return None
+        by_head = is_by_head(known, name, point)
 
         def select(tensor: torch.Tensor) -> torch.Tensor:
-            dim = position_dim(model, name, point, tensor.dim())
+            dim = position_dim(model, name, point, by_head, tensor.dim())
             if self.slice is not None and dim is not None:
+                tensor = self.slice.apply(tensor, dim=dim)
                 # A slice is a view that would keep all of the tensor alive.
-                tensor = self.slice.apply(tensor, dim=dim).clone()
+                tensor = tensor if self.as_theirs else tensor.clone()
             if tensor.is_floating_point():
                 if self.reduce != "none":
                     over = dim if self.over == "pos" else self.over
@@ -64,19 +71,21 @@ class Kept:
 class Run:
     """One cached run: its hook points, each with the names under which it was asked for."""
 
-    def __init__(self, who: str, model: nn.Module, found: dict[str, Any], kept: Kept, calls: str, backend: str):
+    def __init__(self, who: str, asked: Asked, kept: Kept, calls: str, backend: str, backward: bool):
         one_of(who, "calls", calls, ("sum", "last"))
         one_of(who, "backend", backend, ("auto", "native", "python"))
         self.native = pick_native(who, backend, set())  # holding a tensor is the same on every device
         self.step: Any = python_steps.Step(1, "nan") if self.native is None else self.native.Step(1, "nan")
         self.cache: Any = python_cache.TensorCache() if self.native is None else self.native.TensorCache()
-        # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter.
-        self.anchor = torch.zeros((), requires_grad=True)
-        self.model, self.kept, self.calls = model, kept, calls
+        # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter. Without a backward
+        # there is none, and the taps keep outputs and change nothing.
+        self.anchor = torch.zeros((), requires_grad=True) if backward else None
+        self.who, self.asked, self.kept, self.calls = who, asked, kept, calls
+        self.late: dict[int, Select] = {}  # what is made of the tensors of a point at the end, and not at once
         self.names: list[list[str]] = []
         self.points: list[Any] = []
         places: dict[int, int] = {}
-        for name, point in found.items():
+        for name, point in asked.found.items():
             place = places.setdefault(id(point), len(self.points))
             if place == len(self.points):
                 self.points.append(point)
@@ -85,40 +94,120 @@ class Run:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The taps are on their points inside; LensHandles among the points' hooks, and no others go."""
+        """The taps are on their points inside; LensHandles among the points' hooks, and no others go.
+
+        They are listed as TransformerLens' own caching hooks would be, also among the backward hooks if there is a
+        backward: its components look there to choose their path.
+        """
+        lists = ("fwd_hooks",) if self.anchor is None else ("fwd_hooks", "bwd_hooks")
         make = python_cache.CachingTap if self.native is None else self.native.Tap.to_cache
         handle_id = caching_id(self.native)
-        listed: list[ListedTap] = []
+        listed: list[ListedTap | OwnHooks] = []
+        own_ways = {id(point) for point in of_users_classes(self.points)}
+        self.asked.look_once()
         try:
-            for point, names in zip(self.points, self.names, strict=True):
-                select = self.kept.at(self.model, names[0], point)
+            for place, (point, names) in enumerate(zip(self.points, self.names, strict=True)):
+                select = self.kept.at(self.asked.model, self.asked.known, names[0], point)
+                if (
+                    select is not None and not self.kept.as_theirs and point._backward_hooks
+                ):  # which may change it in place
+                    self.late[place], select = select, None
                 tap = make(self.step, names[0], self.cache, select, self.calls, self.anchor)
+                if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
+                    listed.append(OwnHooks(point, tap, backward=self.anchor is not None))
+                    continue
                 convert_at(point, tap)
-                listed.append(ListedTap(point, CachingHooks(point, tap, self.native, handle_id), permanent=False))
+                hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.native)
+                listed.append(ListedTap(point, CachingHooks(point, hook, handle_id), lists, permanent=False))
             yield
         finally:
+            self.asked.forget()
             self.step.close()
             for handle in listed:
                 handle.remove()
 
-    def backward(self, who: str, value: Any, params: bool) -> None:
+    def backward(self, value: Any, params: bool) -> None:
         """The gradients of one scalar."""
+        if not isinstance(value, torch.Tensor) and hasattr(value, "backward") and not is_bridge(self.asked.model):
+            value.backward()  # as a HookedRootModule takes whatever has one
+            return
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                broken_rule(who, "the value", "be one number", got, 'Pass metric=, or return_type="loss".')
+                broken_rule(self.who, "the value", "be one number", got, 'Pass metric=, or return_type="loss".')
             )
         if not value.requires_grad:
             raise RuntimeError(
                 broken_rule(
-                    who, "the value", "require grad", "one without a graph",
+                    self.who, "the value", "require grad", "one without a graph",
                     "Enable gradients; for a frozen model use tlfast.freeze(model).",
                 )
             )  # fmt: skip
-        value.backward(inputs=None if params else [self.anchor])
+        if params:
+            value.backward()
+            return
+        # Towards the anchor, and to whatever else waits for a gradient: hooks, leaves that the model doesn't own.
+        leaves, nodes = (python_cache if self.native is None else self.native).waiting(value)
+        own = {id(param) for param in self.asked.model.parameters()}
+        edges = [GradientEdge(node, 0) for node in nodes]
+        torch.autograd.backward(value, inputs=[self.anchor, *(leaf for leaf in leaves if id(leaf) not in own), *edges])
+
+    def has_gradients(self) -> bool:
+        """Whether a backward has been here."""
+        return bool(self.cache.gradients())
+
+    def leave_hooks(self, cache: dict[str, Any], no_batch: bool) -> None:
+        """Leave hooks of TransformerLens' own kind that fill a cache, until the model's hooks are reset."""
+        model, known = self.asked.model, self.asked.known
+        level = getattr(model, "context_level", 0) + 1
+        for point, names in zip(self.points, self.names, strict=True):
+            select = self.kept.at(model, known, names[0], point)
+            point.add_hook(_filling(cache, names, select, no_batch), dir="fwd", level=level)
+            if self.anchor is not None:
+                keys = [name + "_grad" for name in names]
+                point.add_hook(_filling(cache, keys, select, no_batch), dir="bwd", level=level)
+
+    def finished(self, no_batch: bool) -> dict[str, Any]:
+        """All that a run_with_cache puts into its cache."""
+        tensors = self.asked.completed({**self.outputs(), **self.gradients("_grad")})
+        return {name: without_batch(kept) for name, kept in tensors.items()} if no_batch else tensors
 
     def outputs(self) -> dict[str, Any]:
-        return {name: tensor for place, tensor in self.cache.outputs() for name in self.names[place]}
+        return self._named(self.cache.outputs(), "")
 
     def gradients(self, suffix: str = "") -> dict[str, torch.Tensor]:
-        return {name + suffix: tensor for place, tensor in self.cache.gradients() for name in self.names[place]}
+        return self._named(self.cache.gradients(), suffix)
+
+    @torch.no_grad()
+    def _named(self, kept: list[tuple[int, Any]], suffix: str) -> dict[str, Any]:
+        named = {}
+        for place, tensor in kept:
+            if tensor is not None and place in self.late:
+                tensor = self.late[place](tensor)
+            for number, name in enumerate(self.names[place]):
+                # Of its own under each name, as a hook of its own would have kept it.
+                named[name + suffix] = tensor if number == 0 or tensor is None else tensor.detach()
+        return named
+
+
+def without_batch(tensor: Any) -> Any:
+    """A tensor without its leading dimension, if that is of size 1."""
+    return tensor[0] if tensor is not None and tensor.dim() and tensor.shape[0] == 1 else tensor
+
+
+def _filling(cache: dict[str, Any], keys: list[str], select: Select | None, no_batch: bool) -> Callable[..., None]:
+    def keep(value: Any, hook: Any) -> None:
+        found = value[0] if isinstance(value, tuple) and value else value
+        if found is not None and not isinstance(found, torch.Tensor):
+            return
+        kept = found if found is None else found.detach()
+        kept = kept if kept is None or select is None else select(kept)
+        cache.update(dict.fromkeys(keys, without_batch(kept) if no_batch else kept))
+
+    return keep
+
+
+def tensors_of(cache: Any) -> dict[str, Any]:
+    """The dictionary inside what a run_with_cache returned: a dict, or an ActivationCache around one."""
+    found: dict[str, Any] = cache if isinstance(cache, dict) else cache.cache_dict
+    return found

@@ -1,0 +1,67 @@
+"""What stands in TransformerLens' classes in place of its own: for whom, how many asked for it, and its way back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Patch = tuple[type, str, Any]  # a class, a name in it, what is to stand there
+
+
+class Patches:
+    """Class attributes that are replaced while anybody wants it, for every object or for some.
+
+    Nothing is written into an object: what is copied, pickled or compared inside is the object as it was, and users
+    who leave in another order than they came undo nothing of each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._everywhere = 0
+        self._only: dict[int, int] = {}  # the ids of single objects, and how many want them
+        self._users = 0
+        self._done: list[tuple[type, str, Any, Any]] = []  # with what stood in the class itself before, or _NOTHING
+
+    def everywhere(self) -> bool:
+        """Whether somebody wants it for every object."""
+        return self._everywhere > 0
+
+    def concern(self, owner: object) -> bool:
+        """Whether it is wanted for this object."""
+        return self._everywhere > 0 or id(owner) in self._only
+
+    def enter(self, make: Callable[[], Iterable[Patch]], only: Iterable[object] | None = None) -> None:
+        """One more wants it, for these objects or, under None, for every one; whoever enters keeps them alive."""
+        with self._lock:
+            if self._users == 0:
+                for cls, name, new in make():
+                    self._done.append((cls, name, vars(cls).get(name, _NOTHING), new))
+                    setattr(cls, name, new)
+            self._users += 1
+            if only is None:
+                self._everywhere += 1
+            for owner in only or ():
+                self._only[id(owner)] = self._only.get(id(owner), 0) + 1
+
+    def leave(self, only: Iterable[object] | None = None) -> None:
+        """One fewer; after the last the classes are as they were."""
+        with self._lock:
+            if only is None:
+                self._everywhere -= 1
+            for owner in only or ():
+                self._only[id(owner)] -= 1
+                if not self._only[id(owner)]:
+                    del self._only[id(owner)]
+            self._users -= 1
+            while not self._users and self._done:
+                cls, name, before, new = self._done.pop()
+                if vars(cls).get(name) is not new:
+                    continue  # somebody stands on it by now: alone it does what stood there before
+                if before is _NOTHING:
+                    delattr(cls, name)
+                else:
+                    setattr(cls, name, before)
+
+
+_NOTHING = object()
