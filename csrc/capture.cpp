@@ -84,10 +84,14 @@ void check(const std::string& who, const at::Tensor& out, const at::Tensor& grad
 void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor& grad) {
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, broken_rule(who, "mask", "be boolean", name_of(mask.scalar_type()),
                                                                  "Use mask.bool(); True means a real token."));
+  std::string remedy = "Pass the attention mask of this very batch.";
+  if (mask.dim() == 2 && grad.dim() > 1 && grad.size(0) == mask.size(0) && grad.size(1) > mask.size(1))
+    remedy +=
+        c10::str(" It covers the positions that a model adds, too: ", grad.size(1) - mask.size(1), " virtual tokens?");
   const bool leads = mask.dim() > 0 && mask.dim() <= grad.dim() && mask.sizes() == grad.sizes().slice(0, mask.dim());
   TORCH_CHECK_VALUE(leads,
                     broken_rule(who, "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
-                                list_of(mask.sizes()), "Pass the attention mask of this very batch."));
+                                list_of(mask.sizes()), remedy));
   TORCH_CHECK_VALUE(
       mask.device() == grad.device(),
       broken_rule(who, "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(), "Move one of them."));

@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
       .def("replay", &Step::replay)
       .def("take_back", &Step::take_back)
       .def("close", &Step::close)
+      .def_property_readonly("n_calls", [](const Step& step) { return step.n_calls.load(); })
       .def_property_readonly("n_ended", [](const Step& step) { return step.n_ended.load(); });
 
   py::class_<TensorCache, std::shared_ptr<TensorCache>>(m, "TensorCache")
@@ -124,6 +125,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("output", &PyTap::output)
       .def_readonly("rings", &PyTap::rings)
       .def_property_readonly("name", [](const PyTap& tap) { return tap.tap->point->name; })
+      .def_property_readonly("others", [](const PyTap& tap) { return tap.tap->point->others; })
       .def_property_readonly("number", [](const PyTap& tap) { return tap.tap->number; })
-      .def_property_readonly("last_call", [](const PyTap& tap) { return tap.tap->last_call.load(); });
+      .def_property_readonly("last_call", [](const PyTap& tap) { return tap.tap->point->last_call.load(); });
 }

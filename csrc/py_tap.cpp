@@ -36,6 +36,12 @@ std::atomic<const References*> unshared{nullptr};  // set once, and null until t
 
 py::object from_outputs(const char* name) { return py::module_::import("tlfast.outputs").attr(name); }
 
+// Python makes the errors that look closely at an output: they are said the same way by both backends.
+[[noreturn]] void throw_python(const py::object& error) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw py::error_already_set();
+}
+
 PyTap& tap_of(PyObject* hook) {
   static PyObject* const name = PyUnicode_InternFromString("tap");
   const auto tap = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name));
@@ -151,17 +157,12 @@ void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook
 // The output tensor if it can have a gradient; an error, or undefined, where it can't.
 at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) const {
   const std::string& who = tap->point->who;
-  if (!THPVariable_Check(tensor.ptr())) {
-    const std::string rule = output.is_none() ? "hold a tensor" : "hold " + std::string(py::repr(output));
-    TORCH_CHECK_TYPE(false,
-                     broken_rule(who, "the output", rule, type_name(given), "Choose it with output=<index or key>."));
-  }
+  if (!THPVariable_Check(tensor.ptr())) throw_python(from_outputs("no_tensor")(who, given, output));
   const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
   check_output(who, found);
   if (found.requires_grad()) return found;
-  TORCH_CHECK(tap->step->missing_is_nan,
-              broken_rule(who, "the output", "require grad", "a tensor without a graph: no gradient can reach it",
-                          "Use freeze(model) to start the graph at the embedding, or pass missing=\"nan\"."));
+  if (!tap->step->missing_is_nan)
+    throw_python(py::module_::import("tlfast.freeze").attr("no_graph")(who, given, output));
   return {};
 }
 
@@ -210,6 +211,7 @@ py::object PyTap::forward(const py::handle& given) {
     const Py_ssize_t index = index_in(given);
     if (index < 0) return forward_slowly(given);
     if (!checked(PyTuple_GET_ITEM(given.ptr(), index), given).defined()) return py::none();
+    if (!others_noted_) note_others(given, py::int_(index));
     const py::object through = behind(PyTuple_GET_ITEM(given.ptr(), index));
     const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
     auto replaced = py::reinterpret_steal<py::object>(PyTuple_New(n));
@@ -237,14 +239,17 @@ Py_ssize_t PyTap::index_in(const py::handle& given) const {
 }
 
 // Outputs of any other kind: mappings, lists, named tuples.
-py::object PyTap::forward_slowly(const py::handle& given) const {
+py::object PyTap::forward_slowly(const py::handle& given) {
   const py::tuple found = from_outputs("select_output")(given, output);
   if (!checked(found[0], given).defined()) return py::none();
+  if (!others_noted_) note_others(given, found[1]);
   return from_outputs("replace_output")(given, found[1], behind(found[0]));
 }
 
 void PyTap::check_full(const py::handle& given) {
-  const bool known = THPVariable_Check(given.ptr()) || PyTuple_Check(given.ptr());
+  // PyTorch makes such an output anew of its items, which no other kind of tuple takes one by one.
+  const bool known = THPVariable_Check(given.ptr()) || PyTuple_CheckExact(given.ptr()) ||
+                     (PyTuple_Check(given.ptr()) && py::hasattr(given, "_make"));
   if (!known)
     TORCH_CHECK_TYPE(false, broken_rule(tap->point->who, "the output", "be a tensor or a tuple with attach=\"full\"",
                                         type_name(given), "Use attach=\"tensor\"."));
@@ -252,6 +257,12 @@ void PyTap::check_full(const py::handle& given) {
   const py::tuple found = from_outputs("select_output")(given, output);
   checked(found[0], given);
   full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<Py_ssize_t>() : 0;
+  if (!others_noted_ && !found[1].is_none()) note_others(given, found[1]);
+}
+
+void PyTap::note_others(const py::handle& given, const py::handle& key) {
+  others_noted_ = true;
+  tap->step->note_others(*tap->point, from_outputs("other_outputs")(given, key).cast<std::string>());
 }
 
 void PyTap::full(const py::tuple& grad_output) const {

@@ -49,12 +49,14 @@ class PyTap {
 
  private:
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
+  void note_others(const pybind11::handle& given, const pybind11::handle& key);
   Py_ssize_t index_in(const pybind11::handle& given) const;
   pybind11::object behind(const pybind11::handle& output) const;
-  pybind11::object forward_slowly(const pybind11::handle& given) const;
+  pybind11::object forward_slowly(const pybind11::handle& given);
   pybind11::object forward_cached(const pybind11::handle& given);
 
   bool learning_ = false;
+  bool others_noted_ = false;
   Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };
 

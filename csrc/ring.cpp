@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <limits>
+#include <utility>
 
 #include "errors.h"
 
@@ -40,17 +41,21 @@ int64_t Ring::n_rows(at::IntArrayRef shape) const { return keeps_batch(shape) ? 
 
 at::Tensor Ring::fitting(at::IntArrayRef row_shape, const at::Tensor& like) {
   std::lock_guard<std::mutex> lock(mutex_);
+  const at::ScalarType dtype = dtype_.value_or(like.scalar_type());
+  if (rows_.defined() && std::exchange(reshapable_, false) &&
+      (rows_.sizes().slice(1) != row_shape || rows_.scalar_type() != dtype))
+    rows_.reset();
   if (!rows_.defined()) {
     std::vector<int64_t> shape{capacity_};
     shape.insert(shape.end(), row_shape.begin(), row_shape.end());
-    rows_ = at::full(shape, std::numeric_limits<double>::quiet_NaN(),
-                     like.options().dtype(dtype_.value_or(like.scalar_type())));
+    rows_ = at::full(shape, std::numeric_limits<double>::quiet_NaN(), like.options().dtype(dtype));
     if (on_gpu(rows_)) rows_filled_ = done_by_now(rows_.device());
   } else if (rows_.sizes().slice(1) != row_shape) {
     TORCH_CHECK_VALUE(
         false,
-        broken_rule(who, "a row", "have shape " + list_of(rows_.sizes().slice(1)) + " in every step",
-                    list_of(row_shape), "Pad the batches to one length, or reduce over the dimension that changes."));
+        broken_rule(
+            who, "a row", "have shape " + list_of(rows_.sizes().slice(1)) + " in every step", list_of(row_shape),
+            "Pad the batches to one length, reduce over the dimension that changes, or clear() before it does."));
   }
   return rows_;
 }
@@ -167,8 +172,8 @@ int64_t* Ring::device_counters(const Place& place, const at::Tensor& like) {
 }
 
 // Rows as they are, [n, ...].
-void Ring::put(const Place& place, const at::Tensor& values) {
-  const at::Tensor out = fitting(values.sizes().slice(1), values).narrow(0, place.base, values.size(0));
+void Ring::put(const Place& place, const at::Tensor& rows, const at::Tensor& values) {
+  const at::Tensor out = rows.narrow(0, place.base, values.size(0));
   if (!place.cursor) {
     if (on_gpu(out)) come_after_filling(place, out.device());
     out.copy_(values);
@@ -182,14 +187,29 @@ void Ring::put(const Place& place, const at::Tensor& values) {
   launch_capture(who, values.device(), current_stream(values.device()), call);
 }
 
-void Ring::put_stack(const Place& place, const std::vector<at::Tensor>& parts) { put(place, at::stack(parts, 1)); }
+void Ring::put_stack(const Place& place, const std::vector<at::Tensor>& parts) {
+  const at::Tensor stacked = at::stack(parts, 1);
+  put(place, fitting(stacked.sizes().slice(1), stacked), stacked);
+}
 
 void Ring::fill_nan(const Place& place, int64_t n) {
   const at::Tensor held = rows();
   if (!held.defined()) return;
   auto shape = held.sizes().vec();
   shape[0] = n;
-  put(place, at::full({}, std::numeric_limits<double>::quiet_NaN(), held.options()).expand(shape));
+  put(place, held, at::full({}, std::numeric_limits<double>::quiet_NaN(), held.options()).expand(shape));
+}
+
+void Ring::clear() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  reshapable_ = true;
+  known_.reset();  // it holds the address of the rows
+}
+
+void Ring::replayed(int64_t n_writes) {
+  n_writes_ += n_writes;
+  std::lock_guard<std::mutex> lock(mutex_);
+  reshapable_ = false;
 }
 
 at::Tensor Ring::rows() const {

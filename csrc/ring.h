@@ -39,6 +39,9 @@ class Ring {
   // Write the parts of several calls; they become the first dimension of a row.
   void put_stack(const Place& place, const std::vector<at::Tensor>& parts);
 
+  // Forget the shape of the rows; the memory stays in use if the next ones fit it.
+  void clear();
+
   // Mark rows as never written.
   void fill_nan(const Place& place, int64_t n);
 
@@ -59,7 +62,7 @@ class Ring {
 
   // Writes that were recorded, not done, since the last call.
   int64_t take_recorded() { return n_recorded_.exchange(0); }
-  void replayed(int64_t n_writes) { n_writes_ += n_writes; }
+  void replayed(int64_t n_writes);
   int64_t n_writes() const { return n_writes_; }  // as many as were launched; only those of a GPU are counted
 
   const std::string column, who;
@@ -83,7 +86,7 @@ class Ring {
 
   std::vector<int64_t> dims_of(at::IntArrayRef shape) const;
   void count(const Counts& counts);
-  void put(const Place& place, const at::Tensor& values);
+  void put(const Place& place, const at::Tensor& rows, const at::Tensor& values);
   int64_t* device_counters(const Place& place, const at::Tensor& like);
   void launched(const Place& place) { ++(place.cursor ? n_recorded_ : n_writes_); }
   std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
@@ -100,6 +103,7 @@ class Ring {
   mutable std::mutex mutex_;            // two backwards may meet at the first gradient
   at::Tensor rows_, counters_, saved_;  // counters_: of rows on a GPU
   Done rows_filled_, counters_filled_;  // on the stream of the first gradient
+  bool reshapable_ = false;             // nothing was written since `clear`
   int64_t saved_writes_ = 0;
   std::shared_ptr<const Known> known_;
   std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live

@@ -200,16 +200,12 @@ void Step::end(int64_t task) {
   }
   Block& block = *run->block;
   std::vector<int64_t> missing;
-  std::string names;
   for (const auto& point : points)
-    if (!run->fired[point->index]) {
-      missing.push_back(int64_t(point->index));
-      names += (names.empty() ? "" : ", ") + point->name;
-    }
+    if (!run->fired[point->index]) missing.push_back(int64_t(point->index));
   if (!missing.empty() && !missing_is_nan) {
+    const std::string text = no_gradient(*run, missing);
     abort_locked(task);
-    TORCH_CHECK(false, broken_rule("capture", "every point", "fire in a backward", "no gradient at " + names,
-                                   "Leave these points out, or pass missing=\"nan\" for NaN rows."));
+    TORCH_CHECK(false, text);
   }
   for (int64_t index : missing)
     for (const auto& ring : points[index]->rings) ring->fill_nan(block.place(), block.n);
@@ -225,6 +221,36 @@ void Step::commit(Block& block) {
   block.state = Block::State::committed;
   n_rows_ += block.n;
   ++n_ended;
+  calls_before_ = n_calls;
+}
+
+// The error for points without a gradient: which were not called, and which were to no effect.
+std::string Step::no_gradient(const Backward& run, const std::vector<int64_t>& missing) const {
+  const auto seen = [&](const Point& point) { return point.last_call > calls_before_; };
+  // Where all are made in compiled code none is counted, and with several forwards in flight they may have been before
+  // the last step.
+  bool counted = true;
+  for (const auto& point : points) counted &= !run.fired[point->index] || seen(*point);
+  std::string idle, called, other;
+  for (const int64_t index : missing) {
+    const Point& point = *points[size_t(index)];
+    std::string& names = counted && !seen(point) ? idle : called;
+    names += (names.empty() ? "" : ", ") + point.name;
+    if (&names == &called && other.empty() && !point.others.empty())
+      other = "Choose " + point.others + " at " + point.name + ", or leave";
+  }
+  std::string got = idle.empty() ? "" : "no call of " + idle + " since the last step (none is seen in compiled code)";
+  if (!called.empty()) {
+    got += (idle.empty() ? "no gradient at " : "; no gradient at ") + called;
+    if (counted) got += " (called, but the backward does not go through the output)";
+  }
+  return broken_rule("capture", "every point", "fire in a backward", got,
+                     (other.empty() ? "Leave" : other) + " these points out, or pass missing=\"nan\" for NaN rows.");
+}
+
+void Step::note_others(Point& point, std::string others) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  point.others = std::move(others);
 }
 
 // Write what had to wait for the end of the step: the sum of several calls, or their stack.
@@ -254,6 +280,7 @@ void Step::abort_locked(int64_t task) {
   const auto found = running_.find(task);
   if (found == running_.end()) return;
   const auto run = found->second;
+  calls_before_ = n_calls;
   forget(run);
   if (run->block && run->block->state == Block::State::open) {
     run->block->state = Block::State::aborted;
@@ -308,6 +335,8 @@ void Step::clear() {
   check_at_rest("clear");
   blocks_.clear();
   n_rows_ = 0;
+  for (const auto& point : points)
+    for (const auto& ring : point->rings) ring->clear();
 }
 
 void Step::start_trial() {
@@ -356,7 +385,7 @@ Recording Step::stop_recording() {
   recording_ = false;
   Recording out;
   for (const auto& point : points)
-    for (const auto& ring : point->rings) out.writes.emplace_back(ring, ring->take_recorded());
+    for (const auto& ring : point->rings) out.writes.push_back({ring, ring->take_recorded(), ring->rows()});
   TORCH_CHECK(recorded.size() == 1 && recorded[0]->state == Block::State::committed,
               broken_rule("graph_step", "step", "run one backward that reaches the points", c10::str(recorded.size()),
                           "Call backward() once in it."));
@@ -368,11 +397,15 @@ Recording Step::stop_recording() {
 void Step::replay(const Recording& recording) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_at_rest("graph_step");
+  for (const auto& write : recording.writes)
+    TORCH_CHECK(write.ring->rows().is_same(write.rows),
+                broken_rule("graph_step", "a recorded step", "find the rows where they were when it was recorded",
+                            "others at " + write.ring->column, "Record it again: after clear() their shape changed."));
   const int64_t base = check_room("capture", recording.n_rows);
   if (cursor_stands_ != base) launch_set_cursor(cursor_, base);
   cursor_stands_ = base + recording.n_rows;
   blocks_.push_back(std::make_shared<Block>(Block{base, recording.n_rows, Block::State::open, recording.missing}));
-  for (const auto& [ring, n_writes] : recording.writes) ring->replayed(n_writes);
+  for (const auto& write : recording.writes) write.ring->replayed(write.n);
   commit(*blocks_.back());
 }
 
@@ -382,7 +415,7 @@ void Step::take_back(const Recording& recording) {
     n_rows_ -= blocks_.back()->n;
     blocks_.pop_back();
   }
-  for (const auto& [ring, n_writes] : recording.writes) ring->replayed(-n_writes);
+  for (const auto& write : recording.writes) write.ring->replayed(-write.n);
   --n_ended;
   cursor_stands_ = -1;
 }

@@ -23,6 +23,8 @@ struct Point {
   std::vector<std::shared_ptr<Ring>> rings;
   Calls calls;
   size_t index;
+  std::atomic<int64_t> last_call{0};  // when the module was entered last, counted over the capture
+  std::string others{};               // which other outputs have a graph, as the first call has shown
 };
 
 // The rows of one backward: reserved at its first gradient, counted once it has ended well.
@@ -40,7 +42,12 @@ struct Block {
 struct Recording {
   int64_t n_rows;
   std::vector<int64_t> missing;
-  std::vector<std::pair<std::shared_ptr<Ring>, int64_t>> writes;
+  struct Write {
+    std::shared_ptr<Ring> ring;
+    int64_t n;
+    at::Tensor rows;  // where its kernels write
+  };
+  std::vector<Write> writes;
 };
 
 // One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.
@@ -126,6 +133,9 @@ class Step : public std::enable_shared_from_this<Step> {
 
   void close() { active = false; }
 
+  // Remember which other outputs of a point have a graph, to name them where the one that was chosen has no gradient.
+  void note_others(Point& point, std::string others);
+
   at::Tensor cursor() const { return cursor_; }
 
   const bool missing_is_nan;
@@ -147,6 +157,7 @@ class Step : public std::enable_shared_from_this<Step> {
   void check_at_rest(const char* who) const;
   void abort_locked(int64_t task);
   void finish(const Point& point, Backward& run);
+  std::string no_gradient(const Backward& run, const std::vector<int64_t>& missing) const;
 
   const int64_t capacity_;
   std::atomic<int64_t> n_around_{0}, task_around_{-1};  // the backwards around the capture, and the innermost of them
@@ -160,6 +171,7 @@ class Step : public std::enable_shared_from_this<Step> {
   std::optional<at::Tensor> mask_;
   int64_t n_expected_ = -1;
   double scale_ = 1.0;
+  int64_t calls_before_ = 0;  // those until the last backward ended
 
   at::Tensor cursor_;           // int64 [1] on the device: the row at which the next replay begins,
   int64_t cursor_stands_ = -1;  // and where it stands; -1: it must be set

@@ -110,7 +110,7 @@ at::Tensor alias_of(const at::Tensor& output) {
 
 Tap::Tap(std::shared_ptr<Step> step_, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
     : step(std::move(step_)),
-      point(std::make_shared<Point>(Point{name, "capture at " + name, std::move(rings), calls, step->points.size()})),
+      point(new Point{name, "capture at " + name, std::move(rings), calls, step->points.size()}),
       number(next_number++) {
   step->points.push_back(point);
 }
@@ -137,7 +137,7 @@ std::shared_ptr<Tap> Tap::by_number(int64_t number) {
 void Tap::forward_pre() {
   if (!step->active) return;
   const bool in_backward = step->enter_forward();
-  last_call = ++step->n_calls;
+  point->last_call = ++step->n_calls;
   if (!at::GradMode::is_enabled()) return;
   const int64_t ended = step->n_ended;
   if (seen_ended_.exchange(ended) != ended) n_called_ = 0;

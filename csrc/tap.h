@@ -55,8 +55,6 @@ class Tap : public std::enable_shared_from_this<Tap> {
   at::Tensor anchor;                   // a leaf to which every identity node leads too: see `attach_behind`
   std::shared_ptr<TensorCache> cache;  // where whole tensors are kept
 
-  std::atomic<int64_t> last_call{0};  // when the module was entered last, counted over the capture
-
  private:
   Tap(std::shared_ptr<Step> step, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls);
   bool sums() const;

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from comparison import assert_captured, assert_rows, assert_same_bits, assert_untouched
-from models import SETUPS, Chain, activation_gradients, hooks_left, inputs, uneven
+from models import SETUPS, Chain, Experts, Repeated, Setup, activation_gradients, hooks_left, inputs, uneven
 
 import tlfast
 
@@ -194,3 +194,103 @@ def test_zero_examples_make_zero_rows(backend, attach):
     assert cap["hook"].shape == (2, 6)
     assert not cap["hook"].isnan().any()
     assert math.isnan(cap._rings["hook"].rows[2, 0])
+
+
+def test_clear_lets_the_rows_have_another_shape(backend, attach):
+    model, short, long = Chain(), inputs(3, 4), inputs(3, 6)
+    right = {
+        x.shape[1]: activation_gradients(Setup(model, ["hook"], lambda x=x: uneven(model(x))))["hook"][0]
+        for x in (short, long)
+    }
+    with tlfast.capture(model, "hook", rows=10, attach=attach, backend=backend) as cap:
+        uneven(model(short)).backward()
+        kept, memory = cap["hook"].clone(), cap["hook"].data_ptr()
+        cap.clear()
+        uneven(model(short)).backward()
+        assert cap["hook"].data_ptr() == memory, "the same shape stays where it was"
+        held = cap["hook"]
+        cap.clear()
+        for _ in range(2):
+            uneven(model(long)).backward()
+        assert_same_bits(cap["hook"], right[6].repeat(2, 1, 1))
+        assert cap._rings["hook"].rows[6].isnan().all()
+        assert_same_bits(held, kept)
+        with pytest.raises(ValueError, match=r"a row must have shape \[6, 6\] in every step, got \[4, 6\]"):
+            uneven(model(short)).backward()
+        cap.clear()
+        uneven(model(short)).backward()
+        assert cap.rows == 3
+        assert cap.counts == {"hook": {"nonfinite": 0, "saturated": 0}}
+    assert_rows(cap, "hook", right[4])
+    assert_same_bits(right[4], kept)
+
+
+@pytest.mark.parametrize("calls", ["stack", "sum"])
+def test_clear_lets_calls_and_dtypes_change(backend, attach, calls):
+    model, x = Repeated(2), inputs()
+    right = {}
+    for n in (2, 3):
+        model.n_calls = n
+        grads = activation_gradients(Setup(model, ["hook"], lambda: uneven(model(x))))["hook"]
+        right[n] = torch.stack(grads, 1) if calls == "stack" else sum(reversed(grads[:-1]), grads[-1])
+    with tlfast.capture(model, "hook", rows=4, attach=attach, backend=backend, calls=calls) as cap:
+        for n in (2, 3, 2):
+            cap.clear()
+            model.n_calls = n
+            uneven(model(x)).backward()
+            assert_rows(cap, "hook", right[n])
+        cap.clear()
+        wide = model.double()(x.double())
+        uneven(wide).backward()
+        assert cap["hook"].dtype == torch.float64
+
+
+def test_clear_and_points_that_do_not_fire(backend, attach):
+    model = Experts()
+    short, long = inputs(3, 4), inputs(3, 6)
+    both, none = (torch.arange(n * 3).reshape(3, n) % 3 for n in (4, 6))
+    with tlfast.capture(model, "experts.*", rows=7, attach=attach, backend=backend, missing="nan") as cap:
+        uneven(model(short, both)).backward()
+        cap.clear()
+        uneven(model(long, none * 0)).backward()  # nothing of the new shape at experts.1 yet
+        uneven(model(long, none)).backward()
+    right = activation_gradients(Setup(model, ["experts.1"], lambda: uneven(model(long, none))))["experts.1"][0]
+    assert_same_bits(cap["experts.1"], torch.cat([torch.full_like(right, torch.nan), right]))
+    assert cap.missing["experts.1"].tolist() == [True] * 3 + [False] * 3
+
+
+def test_a_capture_is_true_without_a_row(backend):
+    cap = tlfast.capture(Chain(), "hook", rows=4, backend=backend)
+    assert cap
+    assert len(cap) == 0
+
+
+@pytest.mark.parametrize("word", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_by_its_name(backend, word):
+    setup = SETUPS["chain"]()
+    specs = [tlfast.Spec("hook", dtype=word), tlfast.Spec("tanh", dtype="float32")]
+    with (
+        tlfast.capture(setup.model, "hook", dtype=word, rows=4, backend=backend) as a,
+        tlfast.capture(setup.model, specs, rows=4, backend=backend) as b,
+    ):
+        setup.loss().backward()
+    right = activation_gradients(setup)["hook"][0]
+    for cap in (a, b):
+        assert_same_bits(cap["hook"], right.bfloat16())
+    assert b["tanh"].dtype == torch.float32
+
+
+def test_points_given_themselves(backend, attach):
+    setup = SETUPS["chain"]()
+    model = setup.model
+    right = activation_gradients(setup)
+    with (
+        tlfast.capture(model, model.hook, rows=4, attach=attach, backend=backend) as one,
+        tlfast.capture(model, [model.tanh, "hook"], rows=4, attach=attach, backend=backend) as two,
+        tlfast.capture(model, tlfast.Spec(model.linear), rows=4, attach=attach, backend=backend) as three,
+    ):
+        setup.loss().backward()
+    assert (one.names, two.names, three.names) == (["hook"], ["tanh", "hook"], ["linear"])
+    for cap in (one, two, three):
+        for name in cap.names:
+            assert_rows(cap, name, right[name][0])

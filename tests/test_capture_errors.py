@@ -130,9 +130,23 @@ def test_full_ring(backend, attach):
 
 def test_rows_of_another_shape(backend, attach):
     setup = SETUPS["chain"]()
-    text = "capture at hook: a row must have shape [4, 6] in every step, got [5, 6]. Pad the batches to one length, or"
+    text = "capture at hook: a row must have shape [4, 6] in every step, got [5, 6]. Pad the batches to one length, red"
     x = inputs(3, 5)
     fails(setup, backend, attach, ValueError, text, lambda cap: uneven(setup.model(x)).backward())
+
+
+def test_a_mask_without_the_positions_that_a_model_adds(backend, attach):
+    model, mask = Chain(), torch.ones(3, 4, dtype=torch.bool)
+    with tlfast.capture(model, "hook", reduce="sum", rows=4, attach=attach, backend=backend) as cap:
+        with pytest.raises(ValueError, match="mask") as error, cap.batch(mask=mask):
+            uneven(model(inputs(3, 6))).backward()
+        with cap.batch(mask=mask):
+            uneven(model(inputs(3, 4))).backward()
+    assert cap.rows == 3
+    assert str(error.value) == (
+        "capture at hook: mask must have the leading sizes of a gradient of shape [3, 6, 6], got [3, 4]. Pass the "
+        "attention mask of this very batch. It covers the positions that a model adds, too: 2 virtual tokens?"
+    )
 
 
 @pytest.mark.filterwarnings(NO_ROWS)

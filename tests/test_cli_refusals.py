@@ -111,7 +111,8 @@ def test_a_model_without_gradients_is_found_before_the_run(folder, tmp_path, cap
 
     monkeypatch.setattr("tlfast.collect_text.load_model", without_gradients)
     complaint = complaint_of(capsys, ["collect", *collect_words(folder, out=str(tmp_path / "out"))])
-    assert complaint.startswith("collect: model must give a gradient at every point")
+    assert complaint.startswith("collect: loss must be made of the model's output, got a tensor without a graph. ")
+    assert complaint.endswith("If the model doesn't start at its embedding, name the module: embedding= (--embedding).")
     assert not (tmp_path / "out").exists()
 
 

@@ -148,7 +148,10 @@ def test_compiled_submodules_that_share_code_without_hooks(backend, guarded):
         if guarded:
             setup.loss().backward()
         else:
-            with pytest.raises(RuntimeError, match=r"got no gradient at blocks\.1\.hook_resid_post"):
+            with pytest.raises(
+                RuntimeError,
+                match=r"got no call of blocks\.1\.hook_resid_post since .* \(none is seen in compiled code\)",
+            ):
                 setup.loss().backward()
             torch._dynamo.reset()
             setup.model.blocks[0]._compiled_call_impl = None

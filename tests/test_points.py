@@ -1,9 +1,11 @@
 """Points: names, globs, lists, predicates; shared modules; and the hints when nothing matches."""
 
 import pytest
+import torch
 from models import Residual
 from torch import nn
 
+import tlfast
 from tlfast.points import find_points, glob_to_regex, is_glob, match_names
 
 NAMES = list(dict(Residual(n_layers=12).named_modules()))[1:]
@@ -57,8 +59,11 @@ def test_what_matches_nothing_is_an_error_with_the_nearest_names(points, text):
 def test_things_that_are_no_names():
     with pytest.raises(ValueError, match=r"capture: points must name at least one module, got \[\]"):
         matched([])
-    with pytest.raises(TypeError, match=r"capture: points must be names or globs, got 3\. Pass strings\."):
+    text = r"capture: points must be names, globs or modules, got 3\. Pass strings, or modules of the model\."
+    with pytest.raises(TypeError, match=text):
         matched(["embed", 3])
+    with pytest.raises(TypeError, match=text):
+        find_points("capture", Residual(), 3)
 
 
 def test_the_root_is_found_by_its_empty_name_alone():
@@ -75,3 +80,59 @@ def test_a_module_with_two_names():
     assert find_points("capture", model, "b.c") == {"b.c": shared}
     assert find_points("capture", model, ["a", "b.c"]) == {"a": shared, "b.c": shared}
     assert find_points("capture", model, "**") == {"a": shared, "b": model["b"]}, "a glob finds each module once"
+
+
+def test_modules_themselves_are_points_and_no_predicates():
+    model = Residual()
+    block, norm = model.blocks[1], model.blocks[0].norm
+    assert find_points("capture", model, block) == {"blocks.1": block}
+    assert list(find_points("capture", model, [block, "hook_*", norm])) == ["hook_embed", "blocks.0.norm", "blocks.1"]
+    assert list(find_points("capture", model, (model, "embed"))) == ["", "embed"]
+    assert find_points("capture", model, model) == {"": model}
+
+
+def test_a_module_with_two_names_and_itself():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared}), "d": nn.Tanh()})
+    assert list(find_points("capture", model, shared)) == ["a"], "its first name"
+    assert list(find_points("capture", model, [shared, "b.c"])) == ["b.c"], "the name that was asked for beside it"
+    assert list(find_points("capture", model, ["d", "b.c"])) == ["b.c", "d"]
+    assert list(find_points("capture", model, ["*", "b.c"])) == ["a", "b", "b.c", "d"], "a name beside a glob"
+
+
+@pytest.mark.parametrize(
+    "points, kind, text",
+    [
+        (
+            nn.Linear(2, 2),
+            ValueError,
+            "be modules of the model, got a Linear that isn't in it. Pass the model that holds",
+        ),
+        (
+            ["embed", nn.Tanh()],
+            ValueError,
+            "be modules of the model, got a Tanh that isn't in it. Pass the model that h",
+        ),
+        (
+            "blocks",
+            TypeError,
+            "be modules that are called, got a ModuleList (blocks). Pass a list of the modules in it.",
+        ),
+    ],
+)
+def test_modules_that_can_not_be_points(points, kind, text):
+    model = Residual()
+    with pytest.raises(kind) as error:
+        find_points("capture", model, model.blocks if points == "blocks" else points)
+    assert str(error.value).startswith(f"capture: points must {text}")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_modules_made_by_torch_jit_take_no_hooks():
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    scripted, traced = torch.jit.script(plain), torch.jit.trace(plain, torch.ones(1, 2))
+    for model, points, name in ((scripted, "1", "1"), (nn.Sequential(traced), "**", "0"), (scripted, "", "Recursive")):
+        with pytest.raises(TypeError) as error:
+            tlfast.capture(model, points, rows=1)
+        assert f"capture: points must run in Python, got {name}" in str(error.value)
+        assert "made by torch.jit. Use the model that it was made of: code of torch.jit calls no" in str(error.value)

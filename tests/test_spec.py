@@ -53,13 +53,23 @@ def test_defaults_and_labels():
             ValueError,
             "Spec: dtype must be one of float32, bfloat16, float16, float64 or None, ",
         ),
-        ({"dtype": "float32"}, ValueError, "Spec: dtype must be one of float32, bfloat16, float16, float64 or None, "),
+        (
+            {"dtype": "bf16"},
+            ValueError,
+            "Spec: dtype must be one of float32, bfloat16, float16, float64 or None, got 'bf16'.",
+        ),
     ],
 )
 def test_refused_when_it_is_made(wrong, kind, text):
     with pytest.raises(kind) as error:
         tlfast.Spec("x", **wrong)
     assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize("word", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_by_its_name_is_that_dtype(word):
+    assert tlfast.Spec("x", dtype=word) == tlfast.Spec("x", dtype=torch.bfloat16)
+    assert as_specs("capture", "x", "none", "pos", word, None) == [tlfast.Spec("x", dtype=torch.bfloat16)]
 
 
 def test_one_or_many_specs():

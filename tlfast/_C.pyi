@@ -29,6 +29,7 @@ class Recording:
 class Step:
     n_ended: int
     extent: tuple[int, int]
+    n_calls: int
     cursor: torch.Tensor | None
     def __init__(self, rows: int, missing: str) -> None: ...
     def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float) -> None: ...
@@ -63,6 +64,7 @@ class Tap:
     name: str
     number: int
     last_call: int
+    others: str
     output: int | str | None
     rings: list[Ring]
     def __init__(self, step: Step, name: str, rings: list[Ring], output: int | str | None, calls: str) -> None: ...

@@ -223,7 +223,8 @@ def _sequences(item: Any, place: str) -> Iterator[tuple[Sequence[int], str, int]
     else:
         rule = "hold token sequences, tensors [P] or [B, P], or mappings with input_ids"
         got = f"{type(item).__name__}{f' with {_named(item)}' if isinstance(item, Mapping) else ''} in {place}"
-        raise TypeError(broken_rule("collect", "batches", rule, got, "Tokenize the text first."))
+        remedy = "Tokenize the text first; for other inputs use tlfast.capture."
+        raise TypeError(broken_rule("collect", "batches", rule, got, remedy))
 
 
 def _check_parts(parts: Sequence[Any], place: str) -> None:

@@ -21,6 +21,7 @@ from .determinism import Deterministic, as_begun, describe_machine
 from .determinism import deterministic as only_deterministic
 from .drain import Drain, streams_for
 from .errors import broken_rule
+from .freeze import Embedding
 from .graphs import graph_step
 from .hooks import Capture
 from .identity import describe_collection, describe_examples, describe_loss
@@ -47,8 +48,9 @@ def collect(
     points: Points | Spec | Sequence[Spec],
     reduce: Reduction = "mean",
     over: Over = "pos",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
+    embedding: Embedding | None = None,
     loss: Loss = next_token_loss,
     identity: str = "",
     batch_tokens: int = 2048,
@@ -91,6 +93,8 @@ def collect(
             rearranged: only the order of the examples counts.
         out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
+        embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
+            The rows are the same wherever it starts before the points.
         loss: (model, batch) -> scalar that is a sum over examples; batch is a `tlfast.batches.Batch`.
         identity: a text that stands for a loss of your own in the dataset's identity, in place of its code: you vouch
             for it being the same in each run.
@@ -152,7 +156,7 @@ def collect(
     ):  # fmt: skip
         one_of("collect", name, value, known)
     check_folder(out, resume, overwrite, staging)
-    specs = wanted_specs(model, points, reduce, over, dtype, output, lens)
+    specs = wanted_specs(model, points, reduce, over, dtype, output, lens, embedding)
     check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
     if not 0 < grad_scale < math.inf:
         raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
@@ -184,7 +188,7 @@ def collect(
     with_graphs = graphs_wanted("off" if together else cuda_graph, model_devices, lambda: enter(1).backend)
     buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
-    with stopping() as stop_if_asked, at_work(model), only_deterministic(deterministic, model_devices):
+    with stopping() as stop_if_asked, at_work(model, embedding), only_deterministic(deterministic, model_devices):
         columns, devices = probe_columns(model, enter, batching, loss, examples[0])
         if loss is next_token_loss:
             check_causal(model, batching, examples)

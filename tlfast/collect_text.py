@@ -91,6 +91,7 @@ class Collection:
             over=settings.dims,
             dtype=stored_as(settings.dtype),
             output=settings.which_output,
+            embedding=settings.embedding or None,
             batch_tokens=settings.batch_tokens,
             seq_len=settings.seq_len,
             rows_per_unit=settings.rows_per_unit or None,

@@ -12,7 +12,7 @@ from torch import nn
 from .dataset.errors import extra
 from .dataset.plan import Example
 from .errors import broken_rule
-from .points import find_points
+from .points import as_list, find_points
 from .spec import Spec
 
 _SAMPLES = 1024  # values of each parameter that are hashed: training changes nearly all, and reading all takes minutes
@@ -82,9 +82,9 @@ def _is_fsdp(model: nn.Module) -> bool:
 
 def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
     """A spec as JSON; the points that a predicate picked stand for it."""
-    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else spec.points
+    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else as_list(spec.points)
     return {
-        "points": points if isinstance(points, str) else list(points),
+        "points": spec.points if isinstance(spec.points, str) else points,
         "reduce": spec.reduce,
         "over": list(spec.dims),
         "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),

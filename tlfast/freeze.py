@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,24 +10,22 @@ import torch
 from torch import nn
 
 from .errors import broken_rule
+from .outputs import other_outputs, replace_output, select_output
+from .points import find_points, refuse_scripted
+
+Embedding = str | nn.Module | Sequence[str | nn.Module]
 
 
 def find_embedding(model: nn.Module) -> nn.Module:
-    """The module whose output starts the graph: ``get_input_embeddings()``, ``embed``, or the only ``nn.Embedding``."""
-    get: Any = getattr(model, "get_input_embeddings", None)
-    if callable(get):
-        try:
-            found = get()
-        except NotImplementedError:
-            found = None
-        if isinstance(found, nn.Module):
-            return found
-    named = getattr(model, "embed", None)
+    """The module that looks tokens up: ``get_input_embeddings()``, ``embed``, or the first ``nn.Embedding``."""
+    own, named = _own_embedding(model), getattr(model, "embed", None)
+    if own is not None:
+        return own
     if isinstance(named, nn.Module):
         return named
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    if embeddings:
-        return embeddings[0]
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module
     raise ValueError(
         broken_rule(
             "freeze", "model", "have an embedding", type(model).__name__,
@@ -36,26 +34,84 @@ def find_embedding(model: nn.Module) -> nn.Module:
     )  # fmt: skip
 
 
-class _StartGraph:
-    """Forward hook of the embedding: its output requires grad."""
+def find_embeddings(model: nn.Module) -> list[nn.Module]:
+    """All modules that look tokens up, `find_embedding` first: which of them are called isn't known beforehand.
 
-    def __init__(self) -> None:
+    An encoder and a decoder have embeddings of their own. They may share the weight of the first, which then may never
+    be called itself.
+    """
+    first = find_embedding(model)
+    # Not every module that starts something: nothing else needs the graph of a vision tower beside a language model.
+    kinds = (nn.Embedding, type(first))
+    weights = {id(p) for p in first.parameters(recurse=False)}
+    others: list[nn.Module] = []
+    for module in model.modules():
+        own = _own_embedding(module)
+        others += [own] if isinstance(own, kinds) else []
+        shares = any(id(p) in weights for p in module.parameters(recurse=False))
+        others += [module] if shares and isinstance(module, kinds) else []
+    return list(dict.fromkeys([first, *others]))
+
+
+def _own_embedding(module: nn.Module) -> nn.Module | None:
+    get: Any = getattr(module, "get_input_embeddings", None)
+    if not callable(get):
+        return None
+    try:
+        found = get()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+class _StartGraph:
+    """Forward hook of an embedding: its output requires grad."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.called = name, False
         # Compiled code can't call requires_grad_() on a tensor of its own; there the output gets its edge from a zero.
         self.zero = torch.zeros((), requires_grad=True)
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> torch.Tensor | None:
-        if not isinstance(output, torch.Tensor):
-            given = type(output).__name__
-            raise TypeError(broken_rule("freeze", "the embedding's output", "be a tensor", given, "Pass embedding=."))
-        if not torch.is_grad_enabled() or output.requires_grad:
+    def __call__(self, module: nn.Module, args: object, output: object) -> object | None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.called = True
+        tensor, key = select_output(output, None)
+        if tensor is None or not tensor.is_floating_point():
+            who, rule, given = f"the output of {self.name}", "hold a floating-point tensor", type(output).__name__
+            raise TypeError(broken_rule("freeze", who, rule, given, "Name another module by embedding=."))
+        if not torch.is_grad_enabled() or tensor.requires_grad:
             return None
-        if torch.compiler.is_compiling():
-            return output + self.zero.to(output)
-        return output.detach().requires_grad_()
+        if compiling:
+            start = tensor + self.zero.to(tensor)
+        else:
+            # Not the leaf itself, which code that goes on in place may not change; and no view, which is one with it.
+            start = torch.ops.aten._unsafe_view(tensor.detach().requires_grad_(), tensor.shape)
+        started: object = replace_output(output, key, start)
+        return started
+
+
+_IN_FORCE: list[list[_StartGraph]] = []  # the embeddings of each `freeze` that is entered
+
+
+def no_graph(who: str, output: object, which: int | str | None) -> RuntimeError:
+    """The error for an output that no gradient can reach, with what there is to do about it here."""
+    got = "a tensor without a graph: no gradient can reach it"
+    others = other_outputs(output, select_output(output, which)[1])
+    starts = _IN_FORCE[-1] if _IN_FORCE else []
+    remedy = 'Use freeze(model) to start the graph at the embedding, or pass missing="nan".'
+    if others:
+        remedy = f'Choose one that has a graph, {others}, or pass missing="nan".'
+    elif starts:
+        called = [start.name for start in starts if start.called]
+        at = ", ".join(called or [start.name for start in starts])
+        got += f", since freeze starts the graph at {at}{'' if called else ', which was not called'}"
+        remedy = 'Pass embedding=<a module that is called before this point>, or missing="nan".'
+    return RuntimeError(broken_rule(who, "the output", "require grad", got, remedy))
 
 
 @contextmanager
-def freeze(model: nn.Module, embedding: nn.Module | None = None) -> Iterator[nn.Module]:
+def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.Module]:
     """Stop all parameter gradients inside the context, and let the embedding's output require grad instead.
 
     Activation gradients stay the same to the bit, and every weight-gradient product is skipped. On exit each parameter
@@ -63,11 +119,12 @@ def freeze(model: nn.Module, embedding: nn.Module | None = None) -> Iterator[nn.
 
     Args:
         model: any module.
-        embedding: the module whose output starts the graph; found by itself for Hugging Face models and models with an
+        embedding: the module whose output starts the graph (the first floating-point tensor of it), its name, or
+            several; found by itself for Hugging Face models, encoders and decoders too, and for models with an
             ``nn.Embedding``.
 
     Raises:
-        ValueError: if no embedding is found.
+        ValueError: if no embedding is found, or the one that is named isn't in the model.
 
     Example:
         >>> import torch, tlfast
@@ -77,16 +134,25 @@ def freeze(model: nn.Module, embedding: nn.Module | None = None) -> Iterator[nn.
         >>> model[1].weight.grad is None
         True
     """
-    start = find_embedding(model) if embedding is None else embedding
+    refuse_scripted("freeze", "model", "", model)
+    if embedding is None:
+        names = {module: name for name, module in model.named_modules()}
+        found = [(names.get(module, type(module).__name__), module) for module in find_embeddings(model)]
+    else:
+        found = list(find_points("freeze", model, embedding, "embedding").items())
     before = [(p, p.requires_grad) for p in model.parameters()]
     by_name = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    handle = start.register_forward_hook(_StartGraph())
+    starts = [_StartGraph(name) for name, _ in found]
+    handles = [module.register_forward_hook(start) for (_, module), start in zip(found, starts, strict=True)]
+    _IN_FORCE.append(starts)
     try:
         for p, _ in before:
             p.requires_grad_(False)
         yield model
     finally:
-        handle.remove()
+        _IN_FORCE.remove(starts)
+        for handle in handles:
+            handle.remove()
         for p, required in before:
             p.requires_grad_(required)
         for name, p in model.named_parameters(remove_duplicate=False):

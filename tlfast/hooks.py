@@ -15,11 +15,11 @@ from . import steps as python_steps
 from . import taps as python_taps
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .errors import broken_rule
-from .misuse import changed_in_place, in_place_error, tell_no_rows
+from .misuse import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .ops import pick_native
 from .plain import plain
 from .points import find_points
-from .spec import Points, Spec, one_of
+from .spec import Points, Spec, one_of, stored_dtype
 
 
 class Capture:
@@ -79,7 +79,8 @@ class Capture:
                     raise ValueError(
                         broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
                     )
-                self._rings[column] = ring_type(column, spec.reduce, spec.dims, spec.dtype, rows)
+                dtype = stored_dtype(who, spec.dtype)
+                self._rings[column] = ring_type(column, spec.reduce, spec.dims, dtype, rows)
                 rings.append(self._rings[column])
             tap = tap_type(self._step, name, rings, here[0].output, calls)
             self._taps.append((modules[name], tap))
@@ -98,6 +99,7 @@ class Capture:
         check_not_compiled("capture", self._model)
         self._compiled_before = anything_compiled()
         self._entered = True
+        self._backwards_before = n_backwards()
         try:
             for module, tap in self._taps:
                 self._handles += self._hook(module, tap)
@@ -114,7 +116,12 @@ class Capture:
             called = max((tap for _, tap in self._taps), key=lambda tap: tap.last_call, default=None)
             raise in_place_error(called.name if called is not None else "?") from error
         if error is None and not self._step.n_ended:
-            tell_no_rows(self._compiled_before, any(tap.last_call for _, tap in self._taps))
+            tell_no_rows(self._compiled_before, any(tap.last_call for _, tap in self._taps), self._why_no_rows(0))
+
+    def _why_no_rows(self, calls_before: int) -> str:
+        before, now = self._backwards_before, n_backwards()
+        ran = None if self._step.n_ended or before is None or now is None else now > before + 1
+        return why_no_rows([tap for _, tap in self._taps], calls_before, ran)
 
     def _find(self, points: Points) -> dict[str, Any]:
         return find_points("capture", self._model, points)
@@ -138,6 +145,9 @@ class Capture:
 
     def __len__(self) -> int:
         return self.rows
+
+    def __bool__(self) -> bool:
+        return True  # also without a row: it is asked whether there is a capture
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The committed rows of one column: Tensor[rows, ...], a view of the ring that `clear` lets go.
@@ -195,7 +205,11 @@ class Capture:
         return [ring.n_writes for ring in self._rings.values()]
 
     def clear(self) -> None:
-        """Forget all rows and keep the memory; RuntimeError while a backward is running."""
+        """Forget all rows; the next may have other shapes. RuntimeError while a backward is running.
+
+        The memory stays in use where the shape stays; where it doesn't, a CUDA graph that was recorded before is an
+        error when it is replayed.
+        """
         self._step.clear()
         self._ids.clear()
 
@@ -226,7 +240,7 @@ class Capture:
             )
         if not grad_scale > 0:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
-        ended = self._step.n_ended
+        ended, calls_before = self._step.n_ended, self._step.n_calls
         self._ids += [None] * (self.rows - len(self._ids))
         self._step.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         try:
@@ -240,5 +254,8 @@ class Capture:
                 self._ids += [None] * written
         if self._step.n_ended == ended:
             raise RuntimeError(
-                broken_rule(who, "the block", "hold a forward and a backward", "no committed row", "Call backward().")
-            )
+                broken_rule(
+                    who, "the block", "hold a forward and a backward", "no committed row",
+                    self._why_no_rows(calls_before),
+                )
+            )  # fmt: skip

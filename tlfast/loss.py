@@ -75,6 +75,13 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor):
         remedy = "Pass loss=, a function of model and batch."
         raise ValueError(broken_rule("collect", "model", "return logits", type(output).__name__, remedy))
+    if logits.shape[:-1] != batch.input_ids.shape:
+        extra = logits.shape[1] - batch.input_ids.shape[1] if logits.dim() == 3 else 0
+        rule = f"return logits [B, P, V] for tokens {list(batch.input_ids.shape)}"
+        remedy = "Pass loss=, a function of model and batch."
+        if extra > 0:
+            remedy = f"It adds {extra} positions (virtual tokens?), that no mask covers. Collect a model without them."
+        raise ValueError(broken_rule("collect", "model", rule, list(logits.shape), remedy))
     return logits
 
 
@@ -111,3 +118,22 @@ def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Exampl
         got = f"{type(model).__name__}, whose logits change by {change:.1e} with the token behind them"
         remedy = "Give a causal model; or loss=, a function of model and batch, which `tlfast collect` doesn't take."
         raise ValueError(broken_rule("collect", "model", rule, got, remedy))
+
+
+def checked_loss(loss: object) -> torch.Tensor:
+    """What a loss function returned, if a backward can begin there; TypeError or ValueError if it can't."""
+    who = "collect"
+    if not isinstance(loss, torch.Tensor):
+        remedy = "Return the tensor that the backward begins at."
+        if loss is None:
+            remedy = "The function lacks a return, or the model was given no labels and has no loss."
+        raise TypeError(broken_rule(who, "loss", "return a tensor", type(loss).__name__, remedy))
+    if loss.numel() != 1:
+        remedy = "Sum it over the examples."
+        raise ValueError(broken_rule(who, "loss", "return one number", f"a tensor {list(loss.shape)}", remedy))
+    if not loss.requires_grad:
+        remedy = (
+            "Detach nothing. If the model doesn't start at its embedding, name the module: embedding= (--embedding)."
+        )
+        raise ValueError(broken_rule(who, "loss", "be made of the model's output", "a tensor without a graph", remedy))
+    return loss

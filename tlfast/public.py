@@ -28,7 +28,7 @@ def capture(
     rows: int,
     reduce: Reduction = "none",
     over: Over = "pos",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
     attach: str = "auto",
     backend: str = "auto",
@@ -39,12 +39,13 @@ def capture(
 
     Args:
         model: any module, not yet compiled.
-        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a list, a predicate on
-            names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and ``output`` are theirs).
+        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
+            list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and
+            ``output`` are theirs).
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
-        dtype: the stored dtype; None keeps the gradient's.
+        dtype: the stored dtype, or its name ("bfloat16"); None keeps the gradient's.
         output: index or key of the output to take; None is the first tensor.
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".

@@ -43,12 +43,11 @@ def check_mask(who: str, mask: torch.Tensor, grad: torch.Tensor) -> torch.Tensor
         remedy = "Use mask.bool(); True means a real token."
         raise ValueError(broken_rule(who, "mask", "be boolean", mask.dtype, remedy))
     if mask.shape != shape[: mask.dim()] or mask.dim() == 0:
-        raise ValueError(
-            broken_rule(
-                who, "mask", f"have the leading sizes of a gradient of shape {list(shape)}", list(mask.shape),
-                "Pass the attention mask of this very batch.",
-            )
-        )  # fmt: skip
+        remedy = "Pass the attention mask of this very batch."
+        if mask.dim() == 2 and len(shape) > 1 and shape[0] == mask.shape[0] and shape[1] > mask.shape[1]:
+            remedy += f" It covers the positions that a model adds, too: {shape[1] - mask.shape[1]} virtual tokens?"
+        rule = f"have the leading sizes of a gradient of shape {list(shape)}"
+        raise ValueError(broken_rule(who, "mask", rule, list(mask.shape), remedy))
     if mask.device != grad.device:
         raise ValueError(broken_rule(who, "mask", f"be on {grad.device}, as grad is", mask.device, "Move one of them."))
     return mask.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)

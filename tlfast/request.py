@@ -10,23 +10,28 @@ import torch
 from torch import nn
 
 from .errors import broken_rule
-from .points import find_points
+from .freeze import Embedding
+from .points import find_points, named_points
 from .spec import Over, Reduction, Spec, as_specs
 
 
 def wanted_specs(
-    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | None, output: int | str | None,
-    lens: bool,
+    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | str | None,
+    output: int | str | None, lens: bool, embedding: Embedding | None,
 ) -> list[Spec]:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
     specs = as_specs("collect", points, reduce, over, dtype, output)
+    if embedding is not None:
+        find_points("collect", model, embedding, "embedding")
     find: Any = find_points
     if lens:
         from .transformer_lens.names import find_names as find
 
         # The names that a filter means: a dataset says them.
         specs = [replace(spec, points=list(find("collect", model, spec.points))) for spec in specs]
+    else:
+        specs = [replace(spec, points=named_points("collect", model, spec.points)) for spec in specs]
     for spec in specs:
         find("collect", model, spec.points)
         if 0 in spec.dims:

@@ -23,6 +23,7 @@ class Ring:
         self.dtype = dtype
         self.capacity = capacity
         self.rows: torch.Tensor | None = None
+        self._reshapable = False  # nothing was written since `clear`
         self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
         # Non-finite values, saturated values, writes; on the rows' device, where adding up doesn't make the host wait.
         self.counters = torch.zeros(3, dtype=torch.int64)
@@ -46,17 +47,25 @@ class Ring:
         shape = reduced_shape(grad.shape, normal_dims(self.who, self.dims, grad.dim()))
         return self._fitting(shape[1:] if self._keeps_batch(grad.shape) else shape, grad)
 
+    def clear(self) -> None:
+        """Forget the shape of the rows; the memory stays in use if the next ones fit it."""
+        self._reshapable = True
+
     def _fitting(self, row_shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         with self._lock:
+            dtype = self.dtype or like.dtype
+            if self.rows is not None and self._reshapable:
+                if self.rows.shape[1:] != row_shape or self.rows.dtype != dtype:
+                    self.rows = None
+                self._reshapable = False
             if self.rows is None:
-                dtype = self.dtype or like.dtype
                 self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
-                self.counters = torch.zeros(3, dtype=torch.int64, device=like.device)
+                self.counters = self.counters.to(like.device)
         if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
                     self.who, "a row", f"have shape {list(self.rows.shape[1:])} in every step", list(row_shape),
-                    "Pad the batches to one length, or reduce over the dimension that changes.",
+                    "Pad the batches to one length, reduce over the dimension that changes, or clear() before it does.",
                 )
             )  # fmt: skip
         return self.rows

@@ -16,11 +16,10 @@ from .dataset.store import as_store
 from .errors import broken_rule
 from .huggingface import as_device_map
 from .shares import units_in
-from .spec import REDUCTIONS, STORED_DTYPES, Attach, Backend, Calls, Missing, Over, one_of, parse_over
+from .spec import DTYPE_NAMES, REDUCTIONS, Attach, Backend, Calls, Missing, Over, one_of, parse_over
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
 RAY: dict[str, Any] = {"ray_workers": 0, "ray_cpus": 1, "ray_gpus": -1}  # what Ray alone reads; unless given
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class CollectSettings:
     """how rows are stored: float32, bfloat16, float16, float64, or auto for the gradient's own"""
     output: str = ""
     """index or key of the output to take where a module has several; empty: the first tensor"""
+    embedding: tuple[str, ...] = ()
+    """names of the modules at which the gradients start, where the model's embeddings aren't those"""
     seq_len: int = 128
     """tokens per example"""
     batch_tokens: int = 2048
@@ -122,8 +123,8 @@ class CollectSettings:
         if 0 in parse_over(who, self.dims) and self.reduce != "none":
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))
-        one_of(who, "dtype", self.dtype, (*_DTYPES, "auto"))
-        one_of(who, "model_dtype", self.model_dtype, (*_DTYPES, "auto"))
+        one_of(who, "dtype", self.dtype, (*DTYPE_NAMES, "auto"))
+        one_of(who, "model_dtype", self.model_dtype, (*DTYPE_NAMES, "auto"))
         one_of(who, "bos", self.bos, ("auto", "always", "never"))
         one_of(who, "padding_side", self.padding_side, ("right", "left"))
         one_of(who, "engine", self.engine, ("local", "ray"))
@@ -171,18 +172,21 @@ class CollectSettings:
         values: dict[str, Any] = asdict(self) | {
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
             "points": list(self.points),
+            "embedding": list(self.embedding),
         }
         if Path(self.model).expanduser().is_dir():
             values["model"] = os.path.abspath(os.path.expanduser(self.model))
         for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *RAY):
             del values[name]
+        if not self.embedding:
+            del values["embedding"]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
 
 
 def stored_as(name: str) -> torch.dtype | None:
     """The dtype called ``name``; None for "auto"."""
-    return _DTYPES.get(name)
+    return DTYPE_NAMES.get(name)
 
 
 def load_settings(path: str | os.PathLike[str]) -> CollectSettings:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
+from torch import nn
 
 from .errors import broken_rule
 
@@ -16,11 +17,12 @@ Missing = Literal["raise", "nan"]
 Attach = Literal["auto", "tensor", "full"]
 Backend = Literal["auto", "native", "python"]
 
-Points = str | Sequence[str] | Callable[[str], bool]
+Points = str | nn.Module | Sequence[str | nn.Module] | Callable[[str], bool]
 Over = str | int | Sequence[str | int]
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 NAMED_DIMS = {"batch": 0, "pos": 1}
 
 
@@ -61,12 +63,14 @@ def parse_over(who: str, over: Over) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def stored_dtype(who: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Check that rows can be stored as ``dtype`` (None: as the gradient's)."""
-    if dtype is not None and dtype not in STORED_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in STORED_DTYPES)
-        raise ValueError(broken_rule(who, "dtype", f"be one of {names} or None", dtype, "Choose one of these."))
-    return dtype
+def stored_dtype(who: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that rows are stored as (None: the gradient's), given as it is or by its name."""
+    found = DTYPE_NAMES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if found is None or (isinstance(found, torch.dtype) and found in STORED_DTYPES):
+        return found
+    got = repr(dtype) if isinstance(dtype, str) else dtype
+    rule = f"be one of {', '.join(DTYPE_NAMES)} or None"
+    raise ValueError(broken_rule(who, "dtype", rule, got, "Choose one of these."))
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,12 @@ class Spec:
     """What to keep at some points.
 
     Args:
-        points: a name, a glob (``*`` stays within one part of a dotted name, ``**`` crosses dots), a list of both,
-            or a predicate on names.
+        points: a name, a glob (``*`` stays within one part of a dotted name, ``**`` crosses dots), a module of the
+            model, a list of these, or a predicate on names.
         reduce: none, sum, mean, last, norm (L2) or absmax.
         over: the dimensions to reduce: "pos" (1), "batch" (0), numbers, or several; ignored by ``none``. A row is one
             example, or one backward where the batch is reduced too.
-        dtype: the stored dtype; None keeps the gradient's.
+        dtype: the stored dtype, or its name; None keeps the gradient's.
         output: which output of the module (index of a tuple, key of a mapping); None is the first tensor.
         name: the second part of the column's name where several specs cover one point; default: the reduction.
 
@@ -95,14 +99,14 @@ class Spec:
     points: Points
     reduce: Reduction = "none"
     over: Over = "pos"
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     output: int | str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
         parse_over("Spec", self.over)
-        stored_dtype("Spec", self.dtype)
+        object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -120,7 +124,7 @@ def as_specs(
     points: Points | Spec | Sequence[Spec],
     reduce: Reduction,
     over: Over,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     output: int | str | None,
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or one made of the rest for names and predicates."""

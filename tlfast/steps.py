@@ -26,6 +26,8 @@ class Point(Protocol):
     index: int
     calls: str
     rings: list[Ring]
+    last_call: int
+    others: str | None
 
     def finish(self, held: list[list[torch.Tensor]], run: Backward) -> None: ...
 
@@ -135,6 +137,7 @@ class Step:
         self._met: dict[int, Backward] = {}
         self.n_ended = 0
         self.n_calls = 0
+        self._calls_before = 0  # those until the last backward ended
         self._batch: tuple[torch.Tensor | None, int, float] = (None, -1, 1.0)
         self._lock = threading.RLock()
         self.look_around(n_leaving=0)
@@ -276,14 +279,9 @@ class Step:
                 )  # fmt: skip
             absent = [tap for tap in self.taps if not run.fired[tap.index]]
             if absent and self.missing == "raise":
+                error = self._no_gradient(run, absent)
                 self.abort(task)
-                names = ", ".join(tap.name for tap in absent)
-                raise RuntimeError(
-                    broken_rule(
-                        "capture", "every point", "fire in a backward", f"no gradient at {names}",
-                        'Leave these points out, or pass missing="nan" for NaN rows.',
-                    )
-                )  # fmt: skip
+                raise error
             for tap in absent:
                 for ring in tap.rings:
                     ring.fill_nan(run.block.base, run.block.n)
@@ -293,7 +291,26 @@ class Step:
             run.block.state = "committed"
             self.n_rows += run.block.n
             self.n_ended += 1
+            self._calls_before = self.n_calls
             self._forget(run)
+
+    def _no_gradient(self, run: Backward, absent: list[Point]) -> RuntimeError:
+        """The error for points without a gradient: which were not called, and which were to no effect."""
+
+        def seen(tap: Point) -> bool:
+            return tap.last_call > self._calls_before
+
+        # Compiled code makes calls that none count, and with several forwards in flight they were before the last step.
+        counted = all(seen(tap) for tap in self.taps if run.fired[tap.index])
+        idle = [tap.name for tap in absent if counted and not seen(tap)]
+        called = [tap for tap in absent if tap.name not in idle]
+        got = [f"no call of {', '.join(idle)} since the last step (none is seen in compiled code)"] if idle else []
+        if called:
+            why = " (called, but the backward does not go through the output)" if counted else ""
+            got.append(f"no gradient at {', '.join(tap.name for tap in called)}{why}")
+        other = next((f"Choose {tap.others} at {tap.name}, or leave" for tap in called if tap.others), "Leave")
+        remedy = f'{other} these points out, or pass missing="nan" for NaN rows.'
+        return RuntimeError(broken_rule("capture", "every point", "fire in a backward", "; ".join(got), remedy))
 
     def abort(self, task: int) -> None:
         """Forget a backward that failed: its rows are void."""
@@ -301,6 +318,7 @@ class Step:
             run = self.running.get(task)
             if run is None:
                 return
+            self._calls_before = self.n_calls
             self._forget(run)
             if run.block is not None and run.block.state == "open":
                 run.block.state = "aborted"
@@ -343,7 +361,7 @@ class Step:
             return [(b.base, b.n, b.missing) for b in self.blocks if b.state == "committed"]
 
     def clear(self) -> None:
-        """Forget all rows; RuntimeError while a backward is running."""
+        """Forget all rows and their shapes; RuntimeError while a backward is running."""
         with self._lock:
             if any(run.block is not None for run in self.running.values()):
                 raise RuntimeError(
@@ -353,6 +371,9 @@ class Step:
                 )
             self.blocks.clear()
             self.n_rows = 0
+            for tap in self.taps:
+                for ring in tap.rings:
+                    ring.clear()
 
     def close(self) -> None:
         """From now on a firing tap does nothing."""

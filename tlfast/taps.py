@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .errors import broken_rule
-from .outputs import alias, replace_output, select_output
+from .freeze import no_graph
+from .outputs import alias, no_tensor, other_outputs, replace_output, select_output
 from .plain import GRADIENT, check_output, plain
 from .reference import accumulator
 from .ring import Ring
@@ -64,6 +65,7 @@ class Tap:
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
         self._seen_ended = -1
         self.last_call = 0  # when the module was entered last, counted over the capture
+        self.others: str | None = None  # which other outputs have a graph, as the first call has shown
         self.convert: Callable[[torch.Tensor], torch.Tensor] | None = None
         # A leaf to which every identity node leads too: backward(inputs=[anchor]) runs whatever leads to the node, and
         # makes no gradient of a parameter.
@@ -95,7 +97,7 @@ class Tap:
             return None
         # Always a node of our own: whether somebody else uses the output too (a penalty on it inside the module, say)
         # can't be seen from here, and a hook on the output's own node would see that gradient as well.
-        _, key = select_output(output, self.output)
+        key = self._place_of(output)
         through: object = replace_output(output, key, self.identity(tensor))
         return through
 
@@ -125,27 +127,18 @@ class Tap:
         """The output tensor if it can have a gradient; an error, or None, where it can't."""
         tensor, _ = select_output(output, self.output)
         if tensor is None:
-            raise TypeError(
-                broken_rule(
-                    self.who, "the output", "hold a tensor" if self.output is None else f"hold {self.output!r}",
-                    type(output).__name__, "Choose it with output=<index or key>.",
-                )
-            )  # fmt: skip
+            raise no_tensor(self.who, output, self.output)
         check_output(self.who, tensor)
         if not tensor.requires_grad:
             if self.step.missing == "nan":
                 return None
-            raise RuntimeError(
-                broken_rule(
-                    self.who, "the output", "require grad", "a tensor without a graph: no gradient can reach it",
-                    'Use freeze(model) to start the graph at the embedding, or pass missing="nan".',
-                )
-            )  # fmt: skip
+            raise no_graph(self.who, output, self.output)
         return tensor
 
     def check_full(self, output: object) -> None:
         """What a full backward hook needs of an output; called before the hook wraps it."""
-        if not isinstance(output, (torch.Tensor, tuple)):
+        # PyTorch makes such an output anew of its items, which no other kind of tuple takes one by one.
+        if not (isinstance(output, torch.Tensor) or type(output) is tuple or hasattr(output, "_make")):
             raise TypeError(
                 broken_rule(
                     self.who, "the output", 'be a tensor or a tuple with attach="full"', type(output).__name__,
@@ -154,7 +147,13 @@ class Tap:
             )  # fmt: skip
         if self.step.active:
             self.checked_output(output)
-            _, self._key = select_output(output, self.output)
+            self._key = self._place_of(output)
+
+    def _place_of(self, output: object) -> int | str | None:
+        _, key = select_output(output, self.output)
+        if key is not None and self.others is None:
+            self.others = other_outputs(output, key)
+        return key
 
     def full(self, grad_output: tuple[torch.Tensor | None, ...]) -> None:
         """The body of a full backward hook."""

@@ -13,7 +13,7 @@ from .dataset.background import BackgroundWriter, Contents
 from .dataset.plan import Example, Unit
 from .dataset.remote_writer import LocalWriter, RemoteWriter
 from .drain import Arrived, Drain
-from .freeze import freeze
+from .freeze import Embedding, freeze
 from .progress import Progress
 from .shares import Todo
 from .stopping import LeaveAtOnce
@@ -86,12 +86,12 @@ def run_units(
 
 
 @contextmanager
-def at_work(model: nn.Module) -> Iterator[None]:
+def at_work(model: nn.Module, embedding: Embedding | None = None) -> Iterator[None]:
     """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with freeze(model), torch.enable_grad():
+        with freeze(model, embedding), torch.enable_grad():
             yield
     finally:
         for module in training:

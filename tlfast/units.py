@@ -13,6 +13,7 @@ from .dataset.layout import Column
 from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Unit
 from .errors import broken_rule
 from .hooks import Capture
+from .loss import checked_loss
 from .progress import NonFinite
 from .replay import Replays
 
@@ -42,7 +43,7 @@ class Runner:
     def step(self, batch: Batch) -> None:
         """One forward and one backward: a row for each example of the batch, on the device."""
         with self.cap.batch(batch.mask, range(len(batch.input_ids)), self.grad_scale):
-            loss = self.loss(self.model, batch)
+            loss = checked_loss(self.loss(self.model, batch))
             (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
 
     def n_steps(self, examples: Sequence[Example]) -> int:
@@ -168,7 +169,7 @@ def probe_columns(
             columns = {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rings.items()}
             return columns, {ring.device for ring in rings.values()}
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("collect: "):
             raise
         reason = " ".join(str(error).split())
         rule = "give a gradient at every point, one row for each example"

@@ -70,7 +70,11 @@ class Detached(nn.Module):
 @pytest.mark.parametrize(
     "change, error, text",
     [
-        ({"model": Detached(), "points": "point"}, ValueError, "model must give a gradient at every point"),
+        (
+            {"model": Detached(), "points": "point"},
+            ValueError,
+            "loss must be made of the model's output, got a tensor w",
+        ),
         ({"model": "gpt2"}, TypeError, r"model must be an nn\.Module, got str"),
         ({"points": "transformer.g.*"}, ValueError, "points must match a module, .*Nearest: transformer"),
         ({"reduce": "median"}, ValueError, "reduce must be one of"),
@@ -93,7 +97,11 @@ class Detached(nn.Module):
         ({"grad_scale": 0.0}, ValueError, r"grad_scale must be positive, got 0\.0"),
         ({"examples": []}, ValueError, "batches must hold examples, got none"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
-        ({"loss": lambda model, batch: model(batch.input_ids).logits}, ValueError, "scalar outputs"),
+        (
+            {"loss": lambda model, batch: model(batch.input_ids).logits},
+            ValueError,
+            "loss must return one number, got a tensor",
+        ),
         ({"header": {"a": {1, 2}}}, ValueError, "header must be JSON"),
     ],
 )

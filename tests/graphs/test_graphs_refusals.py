@@ -127,3 +127,30 @@ def test_bad_arguments(native, model, batches):
         with pytest.raises(RuntimeError, match="graph_step: cap must run the native code, got the python backend"):
             tlfast.graph_step(cap, step_of(model), batches[0])
         step_of(model)(batches[0])
+
+
+@pytest.mark.simt
+def test_a_step_recorded_before_rows_took_another_shape_is_refused(rerun, model, batches):
+    long = torch.randint(11, (B, batches[0].shape[1] + 2))
+    expected, _ = eager_rows(model, batches[:1], points="first", rows=40)
+    with tlfast.freeze(model), tlfast.capture(model, "first", rows=40, backend="native") as cap:
+        step, _ = rerun(cap, step_of(model), batches[0])
+        cap.clear()
+        step(batches[0])  # rows of the same shape lie where they lay
+        with pytest.raises(ValueError, match="capture at first: a row must have shape"):
+            step_of(model)(long)
+        assert_rows(cap, "first", expected["first"])
+        cap.clear()
+        step_of(model)(long)
+        with pytest.raises(RuntimeError) as error:
+            step(batches[0])
+        assert cap.rows == B
+        assert cap["first"].shape[1] == long.shape[1]
+        cap.clear()
+        step, _ = rerun(cap, step_of(model), batches[0])
+        step(batches[0])
+        assert_rows(cap, "first", expected["first"])
+    assert str(error.value) == (
+        "graph_step: a recorded step must find the rows where they were when it was recorded, got others at first. "
+        "Record it again: after clear() their shape changed."
+    )

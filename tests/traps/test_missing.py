@@ -105,7 +105,8 @@ def test_trap_08_a_point_that_did_not_fire_is_an_error(backend, attach):
         assert cap.rows == 3
         uneven(model(x, everyone)).backward()
     assert str(error.value) == (
-        "capture: every point must fire in a backward, got no gradient at experts.1, experts.2. "
+        "capture: every point must fire in a backward, got no call of experts.1, experts.2 since the last step "
+        "(none is seen in compiled code). "
         'Leave these points out, or pass missing="nan" for NaN rows.'
     )
     for name in cap.names:

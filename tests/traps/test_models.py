@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from comparison import assert_rows, assert_same_bits
 from models import SETUPS, Residual, Setup, activation_gradients, hooks_left, residual, tokens, uneven
 from torch import nn
@@ -98,6 +99,86 @@ def test_trap_21_freeze_gives_the_same_rows_and_no_parameter_gradient(backend, a
             assert_rows(inner, point, cap[point])
         assert all(p.grad is None and p.requires_grad for p in setup.model.parameters())
     assert not hooks_left(setup.model)
+
+
+def encoder_decoder(kind):
+    """A tiny model with an encoder and a decoder, and points in both: (model, points)."""
+    import transformers
+
+    sizes = {"vocab_size": 20, "d_model": 8, "decoder_start_token_id": 0, "attn_implementation": "eager"}
+    if kind == "t5":
+        config = transformers.T5Config(d_kv=4, d_ff=16, num_layers=2, num_heads=2, **sizes)
+        stacks, block = ("encoder", "decoder"), "block"
+        model = transformers.T5ForConditionalGeneration(config).eval()
+    else:
+        heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+        more = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16} | heads
+        stacks, block = ("model.encoder", "model.decoder"), "layers"
+        if kind == "bart":
+            config = transformers.BartConfig(max_position_embeddings=16, **more, **sizes)
+            model = transformers.BartForConditionalGeneration(config).eval()
+        else:  # two embeddings that share nothing
+            config = transformers.MarianConfig(
+                max_position_embeddings=16, share_encoder_decoder_embeddings=False, decoder_vocab_size=20,
+                tie_word_embeddings=False, pad_token_id=1, **more, **sizes,
+            )  # fmt: skip
+            model = transformers.MarianMTModel(config).eval()
+    return model, [f"{stack}.{name}" for stack in stacks for name in ("embed_tokens", f"{block}.0", f"{block}.1")]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "marian"])
+def test_trap_21_freeze_starts_the_graph_in_an_encoder_and_in_a_decoder(backend, attach, kind):
+    model, points = encoder_decoder(kind)
+    source, target = torch.randint(3, 20, (3, 5)), torch.randint(3, 20, (3, 4))
+    setup = Setup(model, points, lambda: uneven(model(input_ids=source, decoder_input_ids=target).logits))
+    right, before = activation_gradients(setup), [p.requires_grad for p in model.parameters()]
+    with tlfast.capture(model, points, rows=4, attach=attach, backend=backend) as whole:
+        setup.loss().backward()
+    model.zero_grad()
+    with tlfast.freeze(model), tlfast.capture(model, points, rows=4, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+    for name in points:
+        assert_rows(cap, name, whole[name])
+        if attach == "tensor":  # PyTorch's full hooks add up a residual stream in an order of their own
+            assert_same_bits(cap[name], right[name][0])
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not hooks_left(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_trap_21_an_embedding_changed_in_place_and_checkpoints(backend, attach, reentrant):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.layer, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight, self.saved = self.words.weight, True
+
+        def forward(self, batch):
+            h = self.words(batch)
+            h *= 2.5
+            if self.saved:
+                h = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(self.layer(x)), h, use_reentrant=reentrant)
+            else:
+                h = torch.tanh(self.layer(h))
+            return self.head(h)
+
+    model, batch = Scaled(), tokens()
+    setup = Setup(model, ["layer", "head"], lambda: uneven(model(batch)))
+    model.saved = False
+    right = activation_gradients(setup)
+    model.saved = True
+    with tlfast.capture(model, "words", rows=4, backend=backend) as whole:
+        setup.loss().backward()
+    model.zero_grad()
+    points = setup.points if attach == "full" else ["words", *setup.points]  # a full hook forbids the in-place change
+    with tlfast.freeze(model), tlfast.capture(model, points, rows=4, attach=attach, backend=backend) as cap:
+        setup.loss().backward()
+    for name in setup.points:
+        assert_rows(cap, name, right[name][0])
+    if attach == "tensor":
+        assert_rows(cap, "words", whole["words"])
+    assert all(p.grad is None for p in model.parameters())
 
 
 class CountProducts(TorchDispatchMode):

@@ -11,13 +11,14 @@ from torch import nn
 from ..hooks import Capture
 from ..spec import Over, Reduction, Spec, as_specs
 from .handles import ListedTap, ListedWithGradients, SameNorm, TapHandle, convert_at, norm_of
-from .names import NamesFilter, by_identity, find_names, hook_points, is_short_name, spelled_out
+from .names import NamesFilter, by_identity, find_names, hook_points, is_short_name, named_filter, spelled_out
 
 
 class LensCapture(Capture):
     """A `Capture` whose columns are also found by short names and aliases: ``cap["resid_post", 3]``."""
 
     def _find(self, points: Any) -> dict[str, Any]:
+        points = named_filter("capture", self._model, points)
         found = find_names("capture", self._model, points)
         # A filter means a point once, however many names it has; a name that was asked for is a column.
         exact: set[str] = set()
@@ -62,7 +63,7 @@ def capture(
     rows: int,
     reduce: Reduction = "none",
     over: Over = "pos",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attach: str = "auto",
     backend: str = "auto",
     calls: str = "sum",
@@ -73,8 +74,8 @@ def capture(
     Args:
         model: a TransformerBridge, a HookedTransformer or any HookedRootModule.
         names_filter: None (all points that are switched on), a name, a short name (``("resid_post", 3)``), a glob, a
-            predicate on names, several of these, or `tlfast.Spec`s whose points are such filters. A point that is
-            switched off is an error by its name, and skipped with a warning by a glob or predicate.
+            predicate on names, a hook point, several of these, or `tlfast.Spec`s whose points are such filters. A point
+            that is switched off is an error by its name, and skipped with a warning by a glob or predicate.
         rows, reduce, over, dtype, attach, backend, missing: as in `tlfast.capture`.
         calls: for a point called several times in a forward, "sum" (the gradient of what all calls were given), "last"
             (what TransformerLens caches), "stack" or "raise".

@@ -16,7 +16,7 @@ from .library import full_name, root_module_type
 
 # None is every point; a tuple like ("resid_post", 3) is one name in the short form of TransformerLens.
 ShortName = tuple[Any, ...]
-NamesFilter = str | ShortName | Sequence[str | ShortName] | Callable[[str], bool] | None
+NamesFilter = str | ShortName | nn.Module | Sequence[str | ShortName | nn.Module] | Callable[[str], bool] | None
 # Points of tensors [batch, position, head, d_head].
 _BY_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
 
@@ -77,7 +77,8 @@ def find_names(
     Args:
         who: the caller, for errors.
         model: it has a `hook_dict`.
-        names_filter: None, a name, a short name, a glob, a predicate on names, or a sequence of names and globs.
+        names_filter: None, a name, a short name, a glob, a hook point, a predicate on names, or a sequence of all but
+            the predicate.
         gated: what happens to a point that is switched off and was asked for by its name: "raise", or "skip" with a
             warning as for one that a predicate or a glob matches. Under None they are left out; "keep" keeps them
             there, since they do no harm where a point may stay silent.
@@ -87,17 +88,18 @@ def find_names(
         ValueError: for a name that isn't there, or is gated; TypeError for anything else than names.
     """
     known, why_off = hook_points(who, model) if known is None else known, gate(model)
-    if names_filter is None and gated == "keep":
+    words = named_filter(who, model, names_filter, known)
+    if words is None and gated == "keep":
         return known
-    if names_filter is None:
+    if words is None:
         return {name: point for name, point in known.items() if why_off(name, point) is None}
     exact: set[str] = set()
     swept: set[str] = set()
-    if callable(names_filter):
-        swept = {name for name in known if names_filter(name)}
+    if callable(words):
+        swept = {name for name in known if words(name)}
     else:
-        single = isinstance(names_filter, str) or is_short_name(names_filter)
-        for asked in [names_filter] if single else names_filter:
+        single = isinstance(words, str) or is_short_name(words)
+        for asked in [words] if single else words:
             if isinstance(asked, str) and asked not in known and is_glob(asked):
                 regex = glob_to_regex(asked)
                 found = {name for name in known if regex.fullmatch(name)}
@@ -123,6 +125,26 @@ def find_names(
     if off:
         warnings.warn(f"{who}: skipped points that are switched off: {', '.join(sorted(off))}", stacklevel=4)
     return {name: point for name, point in known.items() if name in reasons and name not in off}
+
+
+def named_filter(who: str, model: nn.Module, names_filter: NamesFilter, known: dict[str, Any] | None = None) -> Any:
+    """The filter in words: each hook point that was given itself by its name. It is callable, and no predicate."""
+    single = isinstance(names_filter, nn.Module)
+    if not single and (names_filter is None or callable(names_filter) or isinstance(names_filter, str)):
+        return names_filter
+    given: list[Any] = [names_filter] if single else list(names_filter)  # type: ignore[arg-type]
+    if not any(isinstance(point, nn.Module) for point in given):
+        return names_filter
+    names: dict[int, str] = {}
+    for name, point in (hook_points(who, model) if known is None else known).items():
+        names.setdefault(id(point), getattr(point, "name", None) or name)
+    for place, point in enumerate(given):
+        if isinstance(point, nn.Module):
+            if id(point) not in names:
+                rule, got = "be hook points of the model", f"a {type(point).__name__} that isn't in its hook_dict"
+                raise ValueError(broken_rule(who, "names_filter", rule, got, "See model.hook_dict."))
+            given[place] = names[id(point)]
+    return given[0] if single else given
 
 
 def by_identity(found: dict[str, Any]) -> dict[str, Any]:
