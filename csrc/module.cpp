@@ -96,7 +96,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TensorCache, std::shared_ptr<TensorCache>>(m, "TensorCache")
       .def(py::init([] { return std::make_shared<TensorCache>(); }))
       .def("outputs", &TensorCache::outputs)
-      .def("gradients", &TensorCache::gradients);
+      .def("gradients", &TensorCache::gradients)
+      .def("clashes", &TensorCache::clashes);
 
   m.def("crc32c", &crc32c_of);
   m.def("crc32c_name", &crc32c_name);

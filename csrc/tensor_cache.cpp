@@ -29,6 +29,7 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
   const at::Tensor given = grad.requires_grad() ? grad.detach() : grad;
   const at::Tensor kept = place.select && !sum ? place.select(given) : given;
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (!place.clash.empty()) return;
   const bool first = !std::exchange(place.has_gradient, true);
   if (first) gradients_.push_back(point);
   place.summed = sum;
@@ -37,10 +38,13 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
     place.gradient = kept;
     return;
   }
-  TORCH_CHECK_VALUE(place.gradient.sizes() == given.sizes(),  // which add would broadcast
-                    broken_rule("capture at " + place.name, "a point",
-                                "have one shape in all calls to be summed (" + list_of(place.gradient.sizes()) + ")",
-                                list_of(given.sizes()), "Choose calls=\"last\"."));
+  if (place.gradient.sizes() != given.sizes()) {  // which add would broadcast
+    place.clash = broken_rule("capture at " + place.name, "a point",
+                              "have one shape in all calls to be summed (" + list_of(place.gradient.sizes()) + ")",
+                              list_of(given.sizes()), "Choose calls=\"last\".");
+    place.gradient = {};
+    return;
+  }
   place.gradient = at::add(place.gradient.to(accumulator(place.dtype)), given);
 }
 
@@ -56,7 +60,8 @@ TensorCache::Kept TensorCache::gradients() const {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     // Of its own, or points that share a gradient would share a tensor.
-    for (const size_t point : gradients_) kept.emplace_back(point, places_[point].gradient.detach());
+    for (const size_t point : gradients_)
+      if (places_[point].clash.empty()) kept.emplace_back(point, places_[point].gradient.detach());
   }
   for (auto& [point, gradient] : kept) {
     const Place& place = places_[point];
@@ -65,6 +70,14 @@ TensorCache::Kept TensorCache::gradients() const {
     if (place.select) gradient = place.select(gradient);
   }
   return kept;
+}
+
+std::vector<std::pair<size_t, std::string>> TensorCache::clashes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::pair<size_t, std::string>> found;
+  for (const size_t point : gradients_)
+    if (!places_[point].clash.empty()) found.emplace_back(point, places_[point].clash);
+  return found;
 }
 
 }  // namespace tlfast

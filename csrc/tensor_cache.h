@@ -33,12 +33,16 @@ class TensorCache {
   Kept outputs() const;
   Kept gradients() const;
 
+  // (point, why) of the gradients that couldn't be added up, and are not among those kept: one point fails no other's.
+  std::vector<std::pair<size_t, std::string>> clashes() const;
+
  private:
   struct Place {
     std::string name;
     Change select;
     at::Tensor output, gradient;
     bool has_output = false, has_gradient = false;
+    std::string clash;    // why its gradients can't be added up
     bool summed = false;  // the gradient is the sum so far, nothing of which was selected yet
     at::ScalarType dtype = at::ScalarType::Undefined;  // of the gradients that are summed
   };

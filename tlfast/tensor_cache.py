@@ -24,6 +24,7 @@ class _Place:
         self.gradient: torch.Tensor | None = None
         self.summed = False  # the gradient is the sum so far, nothing of which was selected yet
         self.dtype: torch.dtype | None = None  # of the gradients that are summed
+        self.clash = ""  # why its gradients can't be added up
 
 
 class TensorCache:
@@ -50,6 +51,8 @@ class TensorCache:
         """Keep a gradient in place of the one before, or add it to that."""
         place = self._places[point]
         with self._lock:
+            if place.clash:
+                return
             first = point not in self._gradients
             self._gradients.setdefault(point)
             place.summed, place.dtype = summed, grad.dtype
@@ -58,13 +61,13 @@ class TensorCache:
                 return
             assert place.gradient is not None
             if place.gradient.shape != grad.shape:  # which + would broadcast
-                raise ValueError(
-                    broken_rule(
-                        f"capture at {place.name}", "a point",
-                        f"have one shape in all calls to be summed ({list(place.gradient.shape)})", list(grad.shape),
-                        'Choose calls="last".',
-                    )
+                place.clash = broken_rule(
+                    f"capture at {place.name}", "a point",
+                    f"have one shape in all calls to be summed ({list(place.gradient.shape)})", list(grad.shape),
+                    'Choose calls="last".',
                 )  # fmt: skip
+                place.gradient = None
+                return
             place.gradient = place.gradient.to(accumulator(grad.dtype)) + grad
 
     def outputs(self) -> list[tuple[int, torch.Tensor | None]]:
@@ -77,6 +80,8 @@ class TensorCache:
         kept = []
         for point in self._gradients:
             place = self._places[point]
+            if place.clash:
+                continue
             assert place.gradient is not None
             gradient = place.gradient.detach()
             if place.summed:
@@ -84,6 +89,10 @@ class TensorCache:
                 gradient = place.select(gradient) if place.select else gradient
             kept.append((point, gradient))
         return kept
+
+    def clashes(self) -> list[tuple[int, str]]:
+        """(point, why) of the gradients that couldn't be added up, and are not kept: one point fails no other's."""
+        return [(point, self._places[point].clash) for point in self._gradients if self._places[point].clash]
 
 
 class CachingTap(Tap):

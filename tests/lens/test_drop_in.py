@@ -349,3 +349,30 @@ def test_points_are_looked_up_no_more_often(kind, monkeypatch):
         finally:
             lens.uninstall()
         assert len(reads) <= min(theirs, 1)
+
+
+def grouped():
+    """A HookedTransformer whose keys and values have fewer heads than its queries, each with an input of its own."""
+    model = MODELS["hooked_transformer"](n_key_value_heads=1)
+    model.set_use_split_qkv_input(True)
+    return model
+
+
+@pytest.mark.skipif("hooked_transformer" not in MODELS, reason="whose norms are called with several shapes")
+def test_a_point_whose_calls_have_several_shapes_fails_no_other(backend):
+    model, name = grouped(), "blocks.1.ln1.hook_normalized"
+    theirs = assert_same(model, loss)[1]
+    options = dict(return_type="loss", incl_bwd=True, backend=backend)
+    why = f"capture at {name}: a point must have one shape in all calls to be summed"
+    with pytest.warns(UserWarning, match=f"run_with_cache: left out a gradient. {why}") as said:
+        ours = lens.run_with_cache(model, tokens(), **options)[1]
+    assert {warning.filename for warning in said} == {__file__}
+    lacking = {name for name in theirs if name not in ours}
+    assert lacking == {f"blocks.{layer}.ln1.hook_{kind}_grad" for layer in range(2) for kind in ("scale", "normalized")}
+    assert torch.equal(ours["hook_embed_grad"], theirs["hook_embed_grad"])
+    with pytest.warns(UserWarning, match="cache_fwd_and_bwd: left out a gradient"):
+        lens.cache_fwd_and_bwd(model, tokens(), lambda value: value, backend=backend, return_type="loss")
+    with pytest.raises(ValueError, match=f'^{why} .* got .*. Choose calls="last".$'):
+        lens.run_with_cache(model, tokens(), names_filter=[name, "hook_embed"], **options)
+    last = lens.run_with_cache(model, tokens(), names_filter=[name, "hook_embed"], calls="last", **options)[1]
+    assert torch.equal(last[name + "_grad"], theirs[name + "_grad"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..errors import broken_rule
 from ..spec import Over, Reduction
 from .arguments import default_of, own_run_with_cache, told_apart, uncounted
 from .library import activation_cache
-from .names import NamesFilter, find_names, hook_points
+from .names import NamesFilter, exact_names, find_names, hook_points
 from .running import Kept, Run, tensors_of
 from .theirs import Asked, with_own_names, within_layers
 
@@ -85,7 +86,7 @@ def run_with_cache(
     if default is True:  # a subclass that caches gradients, but for ours here
         more["incl_bwd"] = False
     more["remove_batch_dim"] = remove_batch_dim
-    asked = Asked(model, known, _within(model, found, more))
+    asked = Asked(model, known, _within(model, found, more), exact=exact_names(model, names_filter, found))
     backward = metric is not None or (default is True if incl_bwd is None else incl_bwd)
     run = Run("run_with_cache", asked, kept, calls, backend, backward)
     output, _, cache = _run(run, own, model_args, more, model_kwargs, metric, params)
@@ -146,7 +147,7 @@ def cache_fwd_and_bwd(
     own = own_run_with_cache(model)
     if default_of(own, "incl_bwd") is True:
         more["incl_bwd"] = False
-    asked = Asked(model, known, _within(model, found, more))
+    asked = Asked(model, known, _within(model, found, more), exact=exact_names(model, names_filter, found))
     run = Run("cache_fwd_and_bwd", asked, kept, calls, backend, backward=True)
     _, value, _ = _run(run, own, (tokens,), more, model_kwargs, metric, params)
     return value.item(), activation_cache(run.outputs(), model), activation_cache(run.gradients(), model)
@@ -180,7 +181,17 @@ def _run(
         value = output if metric is None else metric(output)
         if run.anchor is not None and not ran_backward:
             run.backward(value, params)
+    _report_clashes(run)
     return output, value, cache
+
+
+def _report_clashes(run: Run) -> None:
+    """A point whose gradients can't be added up fails a run that asked for it, and no run that swept it up."""
+    clashes = run.clashes()
+    for name in clashes.keys() & run.asked.exact:
+        raise ValueError(clashes[name])
+    for why in dict.fromkeys(clashes.values()):
+        warnings.warn(f"{run.who}: left out a gradient. {why}", stacklevel=5)
 
 
 @uncounted

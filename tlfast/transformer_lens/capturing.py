@@ -11,7 +11,9 @@ from torch import nn
 from ..hooks import Capture
 from ..spec import Over, Reduction, Spec, as_specs
 from .handles import ListedTap, ListedWithGradients, SameNorm, TapHandle, convert_at, norm_of
-from .names import NamesFilter, by_identity, find_names, hook_points, is_short_name, named_filter, spelled_out
+from .names import (
+    NamesFilter, by_identity, exact_names, find_names, hook_points, is_short_name, named_filter, spelled_out,
+)  # fmt: skip
 
 
 class LensCapture(Capture):
@@ -21,11 +23,7 @@ class LensCapture(Capture):
         points = named_filter("capture", self._model, points)
         found = find_names("capture", self._model, points)
         # A filter means a point once, however many names it has; a name that was asked for is a column.
-        exact: set[str] = set()
-        if points is not None and not callable(points):
-            asked = [points] if isinstance(points, str) or is_short_name(points) else points
-            exact = {name if isinstance(name, str) and name in found else spelled_out(self._model, name)
-                     for name in asked if not isinstance(name, str) or name in found or "*" not in name}  # fmt: skip
+        exact = exact_names(self._model, points, found)
         taken = {id(found[name]) for name in exact & found.keys()}
         swept = by_identity({name: point for name, point in found.items() if id(point) not in taken})
         return {name: point for name, point in found.items() if name in exact or name in swept}

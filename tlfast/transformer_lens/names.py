@@ -147,6 +147,18 @@ def named_filter(who: str, model: nn.Module, names_filter: NamesFilter, known: d
     return given[0] if single else given
 
 
+def exact_names(model: nn.Module, names_filter: NamesFilter, found: dict[str, Any]) -> set[str]:
+    """The names among those found that were asked for as they are, and not by None, a glob or a predicate."""
+    if names_filter is None or callable(names_filter):
+        return set()
+    asked: Any = [names_filter] if isinstance(names_filter, str) or is_short_name(names_filter) else names_filter
+    return {
+        name if isinstance(name, str) and name in found else spelled_out(model, name)
+        for name in asked
+        if not isinstance(name, str) or name in found or not is_glob(name)
+    }
+
+
 def by_identity(found: dict[str, Any]) -> dict[str, Any]:
     """One name for each hook point: its own if that is among them, else the first."""
     chosen: dict[int, str] = {}

@@ -108,9 +108,7 @@ class Run:
         try:
             for place, (point, names) in enumerate(zip(self.points, self.names, strict=True)):
                 select = self.kept.at(self.asked.model, self.asked.known, names[0], point)
-                if (
-                    select is not None and not self.kept.as_theirs and point._backward_hooks
-                ):  # which may change it in place
+                if select is not None and not self.kept.as_theirs and point._backward_hooks:  # which may change it
                     self.late[place], select = select, None
                 tap = make(self.step, names[0], self.cache, select, self.calls, self.anchor)
                 if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
@@ -151,6 +149,10 @@ class Run:
         own = {id(param) for param in self.asked.model.parameters()}
         edges = [GradientEdge(node, 0) for node in nodes]
         torch.autograd.backward(value, inputs=[self.anchor, *(leaf for leaf in leaves if id(leaf) not in own), *edges])
+
+    def clashes(self) -> dict[str, str]:
+        """The points whose gradients of several calls can't be added up, by the names that were asked for, and why."""
+        return {name: why for place, why in self.cache.clashes() for name in self.names[place]}
 
     def has_gradients(self) -> bool:
         """Whether a backward has been here."""

@@ -114,8 +114,15 @@ class Left:
 class Asked:
     """What a run of theirs is asked for: points by the keys that they get, in its order."""
 
-    def __init__(self, model: nn.Module, known: dict[str, Any], found: dict[str, Any], off: Iterable[str] = ()):
-        self.model, self.known, self.found, self.left = model, known, found, Left(off)
+    def __init__(
+        self,
+        model: nn.Module,
+        known: dict[str, Any],
+        found: dict[str, Any],
+        off: Iterable[str] = (),
+        exact: Iterable[str] = (),
+    ):
+        self.model, self.known, self.found, self.left, self.exact = model, known, found, Left(off), frozenset(exact)
 
     def look_once(self) -> None:
         """From now on, and until theirs goes through the names, its `hook_dict` is the one that was read."""
