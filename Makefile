@@ -39,7 +39,7 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-lens lint format bench sanitize simt fuzz soak cuda-compile clean distclean
+.PHONY: help setup demo test test-lens test-lens-all lint format bench sanitize simt fuzz soak cuda-compile clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ test-lens: $(LENS_VERSIONS:%=build/lens/%/installed) ## the TransformerLens adap
 	  echo "test-lens: TransformerLens $$version"; \
 	  build/lens/$$version/bin/python -m pytest -q tests/lens $(TEST_ARGS) || exit 1; \
 	done
+
+test-lens-all: override TEST_ARGS += --every-kind
+test-lens-all: test-lens ## the same over every kind of model and bridge that can be made tiny, for many minutes
 
 build/lens/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 	@echo "set-up: installing TransformerLens $* into build/lens/$*"

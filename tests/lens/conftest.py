@@ -20,6 +20,10 @@ if not collect_ignore_glob:
         return MODELS[request.param]()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-kind", action="store_true", help="every kind of model, and not only some")
+
+
 def pytest_configure(config):
     # TransformerLens and what it imports warn of their own affairs; ours stay errors.
     for line in ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:transformer_lens",

@@ -76,7 +76,8 @@ def root_module():
     return Small()
 
 
-def _usable(make):
+def usable(make):
+    """Whether this TransformerLens can make such a model."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of being deprecated, before 4.0
@@ -88,6 +89,13 @@ def _usable(make):
 
 def tokens(batch=2, seed=1):
     return torch.randint(VOCAB, (batch, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def first_example(given):
+    """The arguments of a call, positional or by keyword, for its first example alone."""
+    if isinstance(given, dict):
+        return {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+    return tuple(value[:1] if isinstance(value, torch.Tensor) else value for value in given)
 
 
 def _caches_gradients(make):
@@ -107,7 +115,7 @@ def _leaves_backward_hooks(make):
     return bool(point.bwd_hooks)
 
 
-MODELS = {make.__name__: make for make in (hooked_transformer, native_bridge, gpt2_bridge) if _usable(make)}
+MODELS = {make.__name__: make for make in (hooked_transformer, native_bridge, gpt2_bridge) if usable(make)}
 # By what they do: bridges of 3.0 to 3.7 take incl_bwd=True and cache no gradient; those up to 3.2 lose track of hooks.
 CACHING = {kind: make for kind, make in MODELS.items() if _caches_gradients(make)}
 LEAKING = {kind: make for kind, make in MODELS.items() if _leaves_backward_hooks(make)}
