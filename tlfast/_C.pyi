@@ -14,6 +14,7 @@ def call_natively(pre_hook: type, forward_hook: type) -> None: ...
 
 class Ring:
     column: str
+    masked: bool
     rows: torch.Tensor | None
     n_writes: int
     counters: torch.Tensor

@@ -22,6 +22,7 @@ class Ring:
         self.dims = dims
         self.dtype = dtype
         self.capacity = capacity
+        self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
         self.rows: torch.Tensor | None = None
         self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
         # Non-finite values, saturated values, writes; on the rows' device, where adding up doesn't make the host wait.
@@ -62,7 +63,7 @@ class Ring:
         return self.rows
 
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        counts = capture(out, grad, self.reduce, self.dims, mask, scale, self.who)
+        counts = capture(out, grad, self.reduce, self.dims, mask if self.masked else None, scale, self.who)
         with self._lock:
             self.counters[:2] += counts
             self.counters[2] += 1

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import Capture
+from ..hooks import Capture, Change
 from ..spec import Over, Reduction, Spec, as_specs
 from .handles import ListedTap, TapHandle, convert_at
-from .names import NamesFilter, by_identity, find_names, hook_points, is_short_name, spelled_out
+from .names import NamesFilter, by_identity, conversion_of, find_names, hook_points, is_short_name, spelled_out
 
 
 class LensCapture(Capture):
@@ -33,6 +33,10 @@ class LensCapture(Capture):
         convert_at(module, tap)
         # Permanent: the capture ends with its block, and not where the code in it resets the hooks of TransformerLens.
         return [ListedTap(module, TapHandle(module, tap, self._attach, self._native), permanent=True)]
+
+    def _conversion(self, module: nn.Module) -> Change | None:
+        convert: Change | None = conversion_of(module)
+        return convert
 
     def __getitem__(self, name: str | tuple[Any, ...]) -> torch.Tensor:
         """The committed rows of one point, by its name, a short name, ("resid_post", 3), or an alias.
