@@ -85,22 +85,31 @@ def call(model, ids, **inputs):
     return output if isinstance(output, torch.Tensor) else output.logits if hasattr(output, "logits") else output[0]
 
 
-def layers_of(model, tokens):
-    """Names of the modules in lists that are called once and put out [1, P, D]: the layers."""
-    called, handles = {}, []
-    for name, module in model.named_modules():
-        owner = model.get_submodule(name.rpartition(".")[0]) if "." in name else None
-        if isinstance(owner, torch.nn.ModuleList):
-            handles.append(
-                module.register_forward_hook(
-                    lambda module, args, output, name=name: called.setdefault(name, []).append(
-                        select_output(output, None)[0]
-                    )
-                )
-            )
-    call(model, torch.tensor([tokens]))
+def outputs_of(model, names, run):
+    """What ``run`` makes the modules put out: a list for each that was called, of first tensors (or None)."""
+    kept = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            kept.setdefault(name, []).append(select_output(output, None)[0])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    result = run()
     for handle in handles:
         handle.remove()
+    return kept, result
+
+
+def layers_of(model, tokens):
+    """Names of the modules in lists that are called once and put out [1, P, D]: the layers, four at most."""
+    in_lists = [
+        f"{name}.{number}".lstrip(".")
+        for name, owner in model.named_modules() if isinstance(owner, torch.nn.ModuleList)
+        for number in range(len(owner))
+    ]  # fmt: skip
+    called, _ = outputs_of(model, in_lists, lambda: call(model, torch.tensor([tokens])))
     fitting = [
         name for name, (tensor, *again) in called.items()
         if not again and tensor is not None and tensor.dim() == 3 and tensor.shape[:2] == (1, len(tokens))
@@ -112,18 +121,9 @@ def layers_of(model, tokens):
 
 def gradients(model, points, ids, labels=None, **inputs):
     """By `torch.autograd.grad`: the gradients [B, P, D] of the summed next-token loss at the points."""
-    kept, handles = {}, []
-    for point in points:
-        handles.append(
-            model.get_submodule(point).register_forward_hook(
-                lambda module, args, output, point=point: kept.__setitem__(point, select_output(output, None)[0])
-            )
-        )
-    logits = call(model, ids, **inputs)
-    for handle in handles:
-        handle.remove()
+    kept, logits = outputs_of(model, points, lambda: call(model, ids, **inputs))
     labels = ids[:, 1:] if labels is None else labels[:, 1:]
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].double().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
     )
-    return dict(zip(kept, torch.autograd.grad(loss, list(kept.values())), strict=True))
+    return dict(zip(kept, torch.autograd.grad(loss, [once for (once,) in kept.values()]), strict=True))

@@ -40,7 +40,7 @@ def has_positions(
         ValueError: where the sizes show that the rows would not be what was asked for.
     """
     seen = list(dict.fromkeys(seen))
-    who, got = f"collect at {point}", " and ".join(map(str, seen))
+    who, got = f"collect at {point}", ", ".join(map(str, seen))
     n_dims = min(len(one.shape) for one in seen)
     if n_dims == 0 or any(one.shape[0] != one.n_examples for one in seen):
         elsewhere = [d for d in range(1, n_dims) if all(one.shape[d] == one.n_examples for one in seen)]
@@ -61,11 +61,10 @@ def has_positions(
     following = [d for d in range(1, n_dims) if follows(d)]
     named = [spec.over] if isinstance(spec.over, (str, int)) else spec.over
     if spec.dims and "pos" in named and 1 not in following:
-        remedy = (
-            'reduce="none" keeps the dimensions, over= takes their numbers (over=1 means this one); or leave it out.'
-        )
+        remedy = 'reduce="none" (--reduce none) keeps all dimensions, over= (--over) takes their numbers.'
         if following:
-            remedy = f"The positions are dimension {following[0]}: over={following[0]}; or leave this point out."
+            where = f"over={following[0]} (--over {following[0]})" + (" with examples of one length" if pads else "")
+            remedy = f"The positions are dimension {following[0]}: {where}, or leave this point out."
         raise ValueError(broken_rule(who, 'over="pos"', "mean a dimension 1 that is the positions", got, remedy))
     kept = set(following) - set(normal_dims(who, spec.dims, n_dims))
     if kept and not one_width:

@@ -26,7 +26,9 @@ from .units import Loss, Runner
 Enter = Callable[[int, Sequence[Spec]], Capture]
 
 _ENOUGH_TOKENS = 8  # fewer may give no gradient at some points: a softmax over one position has none
-_MARGIN = 8  # how much further than in other roundings of the same example a row may be off
+# How much further than in other roundings of the same example a row may be off. Over 150 kinds of causal LM, on both
+# sides, in float32 and bfloat16: 0.7 times as far where padding is right, 10 times at least where it isn't.
+_MARGIN = 4
 _FACTORS = (0.7, 0.8, 0.9)  # of the loss; no powers of two, so that backward is rounded anew
 _OURS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 

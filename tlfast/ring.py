@@ -52,7 +52,7 @@ class Ring:
             if self.rows is None:
                 dtype = self.dtype or like.dtype
                 self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
-                self.counters = torch.zeros(3, dtype=torch.int64, device=like.device)
+                self.counters = self.counters.to(like.device)  # a stack's parts are counted before its rows are there
         if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
