@@ -147,7 +147,7 @@ def sizes(one, two, three=None):
     (Channels, UNEQUAL, {}, NAMED + sizes([1, 6, 8], [1, 6, 20], [2, 6, 20])
      + "The positions are dimension 2: over=2 (--over 2) with examples of one length, or leave this point out."),
 ])  # fmt: skip
-def test_dimensions_that_are_elsewhere_are_named(tmp_path, backend, model, examples, settings, text):
+def test_trap_50_dimensions_that_are_elsewhere_are_named(tmp_path, backend, model, examples, settings, text):
     with pytest.raises(ValueError, match=re.escape(text)) as refused:
         run(model(), tmp_path / "out", examples, backend=backend, **settings)
     assert str(refused.value) == f"collect at point: {text}"

@@ -69,7 +69,7 @@ def told(side, remedy, examples=r"20 and 8 tokens, padded on the {side} to 20"):
 @pytest.mark.parametrize("attach", ATTACHMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("reduce", ["mean", "norm", "none"])
-def test_wrong_padding_is_refused_and_right_padding_is_not(tmp_path, backend, attach, reduce, dtype):
+def test_trap_46_wrong_padding_is_refused_and_right_padding_is_not(tmp_path, backend, attach, reduce, dtype):
     settings = {"backend": backend, "attach": attach, "reduce": reduce}
     alone = "Give examples of 20 tokens each." if reduce == "none" else ALONE
     for model, side, remedy in (
