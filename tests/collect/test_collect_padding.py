@@ -59,10 +59,10 @@ def run(model, out, examples=EXAMPLES, **settings):
 ALONE = "Give examples of one length, or one a batch: batch_tokens=1 (--batch-tokens 1)."
 
 
-def told(side, remedy, examples=r"20 and 8 tokens, padded on the {side} to 20"):
+def told(side, remedy, batch="20 and 8 tokens, padded on the {side} to 20"):
     return (
         r"collect: a row must be the same as with its example alone, got a row at point that is off by [\d.e+-]+ of "
-        rf"its size, where rounding explains [\d.e+-]+ \(a batch of {examples.format(side=side)}\)\. {re.escape(remedy)}"
+        rf"its size, where rounding explains [\d.e+-]+ \(a batch of {batch.format(side=side)}\)\. {re.escape(remedy)}"
     )
 
 
