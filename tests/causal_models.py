@@ -35,7 +35,6 @@ SPECIAL = {
     "dbrx": {"rope_theta": 1e4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"head_dim": 16},
-    "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -52,6 +51,8 @@ def tiny_config(kind):
         given = getattr(default, name, None)
         if isinstance(given, int) and not 0 <= given < VOCAB:
             settings[name] = token
+    if "is_decoder" in known:
+        settings["is_decoder"] = True  # else it sees the token that it is to predict
     return config_class(**settings | SPECIAL.get(kind, {}))
 
 

@@ -119,7 +119,7 @@ def test_a_wrapper_hands_mask_and_positions_on(tmp_path, kind, side):
 
 
 @pytest.mark.parametrize(
-    "kind, side, taken", [("gpt2", "right", True), ("gpt2", "left", False), ("bert", "right", False)]
+    "kind, side, taken", [("gpt2", "right", True), ("gpt2", "left", False), ("bert", "left", False)]
 )
 def test_a_wrapper_that_hides_its_model_is_tried(tmp_path, kind, side, taken):
     model = Opaque(tiny_causal_lm(kind))
