@@ -39,7 +39,8 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-lens test-lens-all lint format bench sanitize simt fuzz soak cuda-compile clean distclean
+.PHONY: help setup demo test test-models test-lens test-lens-all lint format bench sanitize simt fuzz soak cuda-compile
+.PHONY: clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ demo: $(STAMPS)/install ## train a small model, collect its gradients, verify an
 
 test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name')
 	$(PY) -m pytest -q tests $(TEST_ARGS)
+
+test-models: $(STAMPS)/install ## collect with every kind of causal LM that transformers has, padded on both sides
+	$(PY) -m pytest -q -m every_model tests $(TEST_ARGS)
 
 # One environment for each version of TransformerLens. Torch is that of the environment above, by a .pth file: the native
 # build fits no other. The pins are what old versions need beside a new torch and Python.

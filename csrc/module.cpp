@@ -66,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Ring, std::shared_ptr<Ring>>(m, "Ring")
       .def(py::init(&make_ring))
       .def_readonly("column", &Ring::column)
+      .def_readwrite("masked", &Ring::masked)
       .def_property_readonly("rows", [](const Ring& ring) { return defined(ring.rows()); })
       .def_property_readonly("n_writes", &Ring::n_writes)
       .def_property_readonly("counters", &Ring::counters)

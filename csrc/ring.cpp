@@ -109,7 +109,15 @@ std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std
   return made;
 }
 
-void Ring::write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
+// The mask of a step where it is about the gradients of this column.
+const std::optional<at::Tensor>& Ring::own(const std::optional<at::Tensor>& mask) const {
+  static const std::optional<at::Tensor> none;
+  return masked ? mask : none;
+}
+
+void Ring::write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
+                 double scale) {
+  const std::optional<at::Tensor>& mask = own(mask_of_step);
   std::shared_ptr<const Known> known;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -148,7 +156,9 @@ void Ring::come_after_filling(const Place& place, const at::Device& device) cons
   wait_for(counters_filled_, device);
 }
 
-at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale) {
+at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
+                      double scale) {
+  const std::optional<at::Tensor>& mask = own(mask_of_step);
   const auto shape = reduced_shape(grad.sizes(), dims_of(grad.sizes()));
   const at::Tensor out = at::empty(shape, grad.options().dtype(dtype_.value_or(grad.scalar_type())));
   const Plan plan = make_plan(who, out, grad, reduction_, dims_, mask);

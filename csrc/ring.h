@@ -31,10 +31,11 @@ class Ring {
   at::Tensor check(const at::Tensor& grad);
 
   // Reduce, cast and copy a gradient into the rows from `place` on.
-  void write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
+  void write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step, double scale);
 
   // The same into rows of its own, for one of several calls.
-  at::Tensor part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask, double scale);
+  at::Tensor part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
+                  double scale);
 
   // Write the parts of several calls; they become the first dimension of a row.
   void put_stack(const Place& place, const std::vector<at::Tensor>& parts);
@@ -66,6 +67,7 @@ class Ring {
   int64_t n_writes() const { return n_writes_; }  // as many as were launched; only those of a GPU are counted
 
   const std::string column, who;
+  bool masked = true;  // false: the gradients have no positions, and a step's mask is not about them
 
  private:
   // The last write's geometry: a training loop has the same one at every step.
@@ -85,6 +87,7 @@ class Ring {
   };
 
   std::vector<int64_t> dims_of(at::IntArrayRef shape) const;
+  const std::optional<at::Tensor>& own(const std::optional<at::Tensor>& mask) const;
   void count(const Counts& counts);
   void put(const Place& place, const at::Tensor& rows, const at::Tensor& values);
   int64_t* device_counters(const Place& place, const at::Tensor& like);

@@ -39,7 +39,11 @@ NEEDS = {
 }  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "every_model" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("every_model")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for library in (name for name in NEEDS if importlib.util.find_spec(name) is None):
         absent = pytest.mark.skip(reason=f"{library} is not installed")
         for item in items:

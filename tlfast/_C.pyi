@@ -15,6 +15,7 @@ def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]: ...
 
 class Ring:
     column: str
+    masked: bool
     rows: torch.Tensor | None
     n_writes: int
     counters: torch.Tensor

@@ -26,6 +26,7 @@ from .graphs import graph_step
 from .hooks import Capture
 from .identity import describe_collection, describe_examples, describe_loss
 from .loss import check_causal, next_token_loss
+from .probe import Probe
 from .progress import Progress, Report
 from .public import capture
 from .replay import CudaGraph, Replays, graphs_wanted
@@ -35,7 +36,7 @@ from .shares import Share, Todo, share_of, units_in
 from .spec import Over, Points, Reduction, Spec, one_of
 from .stopping import Terminated, stopping
 from .unit_loop import at_work, run_units
-from .units import Loss, Oddities, Runner, probe_columns
+from .units import Loss, Oddities, Runner
 
 NonFinitePolicy = Literal["keep", "flag", "stop"]
 
@@ -175,7 +176,7 @@ def collect(
     longest = max(example.length for example in examples)
     width = width_of(specs, longest, seq_len)
 
-    def enter(rows: int) -> Capture:
+    def enter(rows: int, specs: Sequence[Spec] = specs) -> Capture:
         enter_capture: Any = capture
         if lens:
             from .transformer_lens.capturing import capture as enter_capture
@@ -189,7 +190,8 @@ def collect(
     buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
     batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
     with stopping() as stop_if_asked, at_work(model, embedding), only_deterministic(deterministic, model_devices):
-        columns, devices = probe_columns(model, enter, batching, loss, examples[0])
+        probed = Probe(model, enter, specs, batching, loss, examples, grad_scale, rows_per_unit).look()
+        columns = probed.columns
         if loss is next_token_loss:
             check_causal(model, batching, examples)
         n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite, extend)
@@ -219,10 +221,11 @@ def collect(
                 if left:
                     say = partial(shown.say, always=True)
                     background = BackgroundWriter(writer, 2, disk_wait_s, say)
-                    with as_begun(writer.description.about, here), background, enter(max(map(len, left))) as cap, shown:
+                    cap = enter(max(map(len, left))).unmasked(probed.unmasked)
+                    with as_begun(writer.description.about, here), background, cap, shown:
                         replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
                         runner = Runner(model, cap, batching, loss, grad_scale, replays)
-                        drain = Drain(streams_for(devices), columns, cap.capacity)
+                        drain = Drain(streams_for(probed.devices), columns, cap.capacity)
                         if together:
                             todo = Lockstep(left, mine, examples, runner)
                         run_units(

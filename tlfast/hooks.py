@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,18 @@ from .ops import pick_native
 from .plain import plain
 from .points import find_points
 from .spec import Points, Spec, one_of, stored_dtype
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+See = Callable[[str, torch.Tensor], None]
+
+
+def _seen(see: See, name: str, convert: Change | None) -> Change:
+    def shown(grad: torch.Tensor) -> torch.Tensor:
+        converted = grad if convert is None else convert(grad)
+        see(name, converted)
+        return converted
+
+    return shown
 
 
 class Capture:
@@ -62,6 +74,7 @@ class Capture:
         tap_type: Any = python_taps.Tap if module is None else module.Tap
         self._step: Any = python_steps.Step(rows, missing) if module is None else module.Step(rows, missing)
         self._rings: dict[str, Any] = {}
+        self.wanted: dict[str, tuple[str, Spec]] = {}  # column -> its point and what is kept there
         self._taps: list[tuple[nn.Module, Any]] = []
         found = [self._find(spec.points) for spec in specs]
         modules = {name: module for points in found for name, module in points.items()}
@@ -82,11 +95,13 @@ class Capture:
                 dtype = stored_dtype(who, spec.dtype)
                 self._rings[column] = ring_type(column, spec.reduce, spec.dims, dtype, rows)
                 rings.append(self._rings[column])
+                self.wanted[column] = name, spec
             tap = tap_type(self._step, name, rings, here[0].output, calls)
             self._taps.append((modules[name], tap))
         self.names: list[str] = list(self._rings)
         self._handles: list[Any] = []
         self._ids: list[Any] = []
+        self._see: See | None = None
         self._entered = self._compiled_before = False
 
     # The context.
@@ -103,6 +118,8 @@ class Capture:
         try:
             for module, tap in self._taps:
                 self._handles += self._hook(module, tap)
+                if self._see is not None:
+                    tap.set_convert(_seen(self._see, tap.name, self._conversion(module)))
         except BaseException:
             self._detach()
             raise
@@ -122,6 +139,21 @@ class Capture:
         before, now = self._backwards_before, n_backwards()
         ran = None if self._step.n_ended or before is None or now is None else now > before + 1
         return why_no_rows([tap for _, tap in self._taps], calls_before, ran)
+
+    def watched(self, see: See) -> Capture:
+        """Show each gradient and its point's name to ``see`` before anything is checked; say so before entering."""
+        self._see = see
+        return self
+
+    def unmasked(self, columns: Iterable[str]) -> Capture:
+        """Leave the masks of `batch` out at these columns, whose gradients have no positions."""
+        for column in columns:
+            self._rings[column].masked = False
+        return self
+
+    def _conversion(self, module: nn.Module) -> Change | None:
+        """What `_hook` lets be made of each gradient at a module."""
+        return None
 
     def _find(self, points: Points) -> dict[str, Any]:
         return find_points("capture", self._model, points)

@@ -19,26 +19,51 @@ _TRIAL_TOKENS = 32  # enough for every token to have some before it and some beh
 _ROUNDINGS = 2  # the same sums in another order, either time
 
 
-@lru_cache(maxsize=64)
-def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+@lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The names that a forward takes, and whether it takes any others too."""
+    parameters = inspect.signature(forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return frozenset(parameters), inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _accepted(model: nn.Module) -> frozenset[str]:
+    """The names that a model takes; through ``**kwargs`` also those of the model that it wraps, as PEFT's do."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    names, others = _parameters(type(model).forward)
+    if others:
+        for child in model.children():
+            inner = _accepted(child)
+            if "input_ids" in inner:
+                return names | inner
+    return names
+
+
+def _first_position(model: nn.Module) -> int:
+    """What position a model gives to the first token: RoBERTa's kin count on from the padding's index."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and "position" in name.rpartition(".")[2]
+            and module.padding_idx is not None
+        ):
+            return module.padding_idx + 1
+    return 0
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The keyword arguments of ``model.forward`` that the batch asks for, out of those that it accepts.
 
-    Raises:
-        ValueError: for left padding where the model takes neither an ``attention_mask`` nor ``position_ids``.
+    Whether the model makes of them what it should is tried before a collection begins (`tlfast.probe`).
     """
-    accepted = _accepted(type(model).forward)
     wanted: dict[str, Any] = {"use_cache": False}
     if batch.mask is not None:
-        wanted |= {"attention_mask": batch.mask.long(), "position_ids": batch.position_ids}
-        if batch.padding_side == "left" and "attention_mask" not in accepted:
-            remedy = 'Use padding_side="right".'
-            got = f"{type(model).__name__} with left padding"
-            raise ValueError(broken_rule("collect", "model", "take an attention_mask", got, remedy))
-    return {name: value for name, value in wanted.items() if name in accepted and value is not None}
+        wanted["attention_mask"] = batch.mask.long()
+        positions = batch.position_ids
+        if positions is not None:
+            wanted["position_ids"] = positions + _first_position(model)
+    accepted = _accepted(model)
+    return {name: value for name, value in wanted.items() if name in accepted}
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

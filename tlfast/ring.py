@@ -22,6 +22,7 @@ class Ring:
         self.dims = dims
         self.dtype = dtype
         self.capacity = capacity
+        self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
         self.rows: torch.Tensor | None = None
         self._reshapable = False  # nothing was written since `clear`
         self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
@@ -60,7 +61,7 @@ class Ring:
                 self._reshapable = False
             if self.rows is None:
                 self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
-                self.counters = self.counters.to(like.device)
+                self.counters = self.counters.to(like.device)  # a stack's parts are counted before its rows are there
         if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
@@ -71,7 +72,7 @@ class Ring:
         return self.rows
 
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        counts = capture(out, grad, self.reduce, self.dims, mask, scale, self.who)
+        counts = capture(out, grad, self.reduce, self.dims, mask if self.masked else None, scale, self.who)
         with self._lock:
             self.counters[:2] += counts
             self.counters[2] += 1

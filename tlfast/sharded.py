@@ -72,6 +72,7 @@ class Lockstep(Todo):
     def __init__(self, units: Sequence[Unit], share: Share, examples: Sequence[Example], runner: Runner):
         super().__init__(units, share, set)
         self._listed, self._share, self._examples, self._runner = units, share, examples, runner
+        self._shortest = min(examples, key=lambda example: example.length)  # the cheapest to wait with
 
     def overtaken(self) -> bool:
         """False: the other ranks count on every step."""
@@ -83,7 +84,7 @@ class Lockstep(Todo):
             units = self._listed[start : start + count]
             mine = units[index] if index < len(units) else None
             n_steps = [self._runner.n_steps(self._examples[unit.start : unit.stop]) for unit in units]
-            self._runner.idle(max(n_steps) - (n_steps[index] if mine else 0), self._examples[0])
+            self._runner.idle(max(n_steps) - (n_steps[index] if mine else 0), self._shortest)
             if mine is not None:
                 self.taken.append(mine)
                 yield mine

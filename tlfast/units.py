@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .batches import Batch, Batching
-from .dataset.layout import Column
 from .dataset.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Unit
 from .errors import broken_rule
 from .hooks import Capture
@@ -19,7 +18,6 @@ from .replay import Replays
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
-_PROBE_TOKENS = 8
 _MOST_NAMED = 5  # rows that are not finite
 _REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second
 
@@ -52,11 +50,9 @@ class Runner:
 
     def idle(self, n_steps: int, example: Example) -> None:
         """Take an example through so many times and forget the rows: for ranks that wait for this one in each step."""
-        tokens = example.input_ids[:_PROBE_TOKENS]
-        short = Example(example.id, tokens, "", 0, len(tokens))
         for _ in range(n_steps):
             self.cap.clear()
-            self.step(self.batching.batch([short], self.batching.n_positions(len(tokens))).to(self.device))
+            self.step(self.batching.batch([example], self.batching.n_positions(example.length)).to(self.device))
 
     def fill_ring(self, examples: Sequence[Example], step_done: Callable[[int, int], None]) -> torch.Tensor:
         """Fill the ring; return where the row of each example lies in it, int64 [examples], on the host.
@@ -149,31 +145,3 @@ class Oddities:
             raise FloatingPointError(broken_rule("collect", "rows", "be finite", f"NaN or infinity in {row}", remedy))
         for i in new.nonzero().flatten().tolist()[: _MOST_NAMED - len(self.first)]:
             self.first.append(NonFinite(unit.name, unit.start + i, point))
-
-
-def probe_columns(
-    model: nn.Module, enter: Callable[[int], Capture], batching: Batching, loss: Loss, example: Example
-) -> tuple[dict[str, Column], set[torch.device]]:
-    """Take the beginning of one example through, twice in a batch: the columns that come out, and their devices.
-
-    Raises:
-        ValueError: if the model or a point gives no gradient, or not a row for each example.
-    """
-    tokens = example.input_ids[:_PROBE_TOKENS]
-    two = [Example(i, tokens, "", 0, len(tokens)) for i in range(2)]
-    try:
-        with enter(2) as cap:
-            runner = Runner(model, cap, batching, loss, 1.0)
-            runner.step(batching.batch(two, batching.n_positions(len(tokens))).to(runner.device))
-            rings = {name: cap[name] for name in cap.names}
-            columns = {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rings.items()}
-            return columns, {ring.device for ring in rings.values()}
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("collect: "):
-            raise
-        reason = " ".join(str(error).split())
-        rule = "give a gradient at every point, one row for each example"
-        remedy = "Check that the model can run backward, and the points."
-        if "deterministic" in reason:
-            remedy = 'deterministic="warn" (--deterministic warn) runs it; a resumed run may then differ in last bits.'
-        raise ValueError(broken_rule("collect", "model", rule, f"<{reason}>", remedy)) from error

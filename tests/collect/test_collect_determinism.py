@@ -42,7 +42,8 @@ def run(out, stop_at=0):
         return next_token_loss(model, batch)
 
     loss.__module__, loss.__qualname__ = "tests", "loss"
-    return collect(Summed(), out, EXAMPLES, points="point", loss=loss, rows_per_unit=2, batch_tokens=64)
+    # One example in a batch: this model sums over all of them.
+    return collect(Summed(), out, EXAMPLES, points="point", loss=loss, rows_per_unit=2, batch_tokens=1)
 
 
 def test_a_run_is_continued_with_the_threads_that_it_was_begun_with(tmp_path):

@@ -11,7 +11,7 @@ from processes import WAIT_S, started
 from tiny_models import collect, tiny_model, unit_bytes
 
 import tlfast
-from tlfast.dataset.plan import Plan
+from tlfast.dataset.plan import Example, Plan
 from tlfast.sharded import Lockstep, is_sharded
 from tlfast.shares import Share
 
@@ -32,16 +32,17 @@ def test_two_ranks_capture_and_collect_on_a_sharded_model(tmp_path):
 
 
 class FakeRunner:
-    """Counts the steps of a rank: a unit takes as many as its first example says."""
+    """Counts the steps of a rank: a unit takes as many as its first example has tokens."""
 
     def __init__(self):
         self.n_taken = 0
 
     def n_steps(self, examples):
-        return examples[0]
+        return examples[0].length
 
     def idle(self, n_steps, example):
         assert n_steps >= 0
+        assert example.length == 1, "the shortest is the cheapest"
         self.n_taken += n_steps
 
 
@@ -51,7 +52,8 @@ def test_every_rank_takes_as_many_steps():
         taken, names = [], []
         for index in range(count):
             runner = FakeRunner()
-            todo = Lockstep(units, Share(index, count), steps, runner)
+            made = [Example(i, [], "", 0, n) for i, n in enumerate(steps)]
+            todo = Lockstep(units, Share(index, count), made, runner)
             for unit in todo:
                 runner.n_taken += steps[unit.start]
                 names.append(unit.name)

@@ -8,6 +8,10 @@ TRAPS = [*(f"{n:02}" for n in (*range(1, 31), *range(40, 46))), "05b", "10b", "2
 # Traps of numbers that are proven on the op itself, beside the table of cases.
 ELSEWHERE = {"test_reduce.py", "test_threads.py", "test_fallback.py", "test_compile.py"}
 
+# And those of a whole collection.
+TRAPS += ["46", "50"]
+ELSEWHERE |= {"collect/test_collect_padding.py", "collect/test_collect_dimensions.py"}
+
 
 def test_every_trap_has_a_test():
     here = Path(__file__).parent

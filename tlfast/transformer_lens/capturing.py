@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import Capture
+from ..hooks import Capture, Change
 from ..spec import Over, Reduction, Spec, as_specs
 from .handles import ListedTap, ListedWithGradients, SameNorm, TapHandle, convert_at, norm_of
 from .names import (
-    NamesFilter, by_identity, exact_names, find_names, hook_points, is_short_name, named_filter, spelled_out,
-)  # fmt: skip
+    NamesFilter,
+    by_identity,
+    conversion_of,
+    exact_names,
+    find_names,
+    hook_points,
+    is_short_name,
+    named_filter,
+    spelled_out,
+)
 
 
 class LensCapture(Capture):
@@ -38,6 +46,10 @@ class LensCapture(Capture):
             return [listed]
         before = norm.register_forward_pre_hook(ListedWithGradients(listed))
         return [listed, before, norm.register_forward_hook(SameNorm(listed))]
+
+    def _conversion(self, module: nn.Module) -> Change | None:
+        convert: Change | None = conversion_of(module)
+        return convert
 
     def __getitem__(self, name: str | tuple[Any, ...]) -> torch.Tensor:
         """The committed rows of one point, by its name, a short name, ("resid_post", 3), or an alias.
