@@ -42,7 +42,7 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
     place.clash = broken_rule("capture at " + place.name, "a point",
                               "have one shape in all calls to be summed (" + list_of(place.gradient.sizes()) + ")",
                               list_of(given.sizes()), "Choose calls=\"last\".");
-    place.gradient = {};
+    place.gradient = at::Tensor();
     return;
   }
   place.gradient = at::add(place.gradient.to(accumulator(place.dtype)), given);
