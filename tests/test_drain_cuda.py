@@ -101,7 +101,7 @@ def summed_logits(model, batch):
     logits = model(batch.input_ids).float()
     assert batch.position_ids is None or batch.position_ids.device == logits.device
     return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        logits.flatten(0, 1), batch.next_tokens.flatten(), ignore_index=-100, reduction="sum"
     )
 
 

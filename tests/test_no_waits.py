@@ -100,4 +100,4 @@ def summed_loss(model, batch):
     if batch.position_ids is not None:
         embedded = embedded + batch.position_ids[..., None]
     logits = model[1](embedded).flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, batch.next_tokens.flatten(), ignore_index=-100, reduction="sum")

@@ -41,7 +41,7 @@ def drained(request, monkeypatch):
 def poisoned_loss(model, batch):
     factor = torch.where((batch.input_ids == HUGE).any(1), 1e6, 1.0)
     embedded = model(batch.input_ids).logits
-    labels = batch.labels
+    labels = batch.next_tokens
     losses = torch.nn.functional.cross_entropy(embedded.mT, labels, ignore_index=-100, reduction="none")
     return (losses.sum(1) * factor).sum()
 

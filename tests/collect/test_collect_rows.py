@@ -83,13 +83,13 @@ def test_rows_do_not_depend_on_the_batch(tmp_path, kind, batch_size, padding_sid
 
 
 def mean_loss(model, batch):
-    return next_token_loss(model, batch) / batch.labels.ne(-100).sum()
+    return next_token_loss(model, batch) / batch.next_tokens.ne(-100).sum()
 
 
 def no_mask(model, batch):
     # Left padding that the model takes for text.
     return torch.nn.functional.cross_entropy(
-        model(batch.input_ids).logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        model(batch.input_ids).logits.flatten(0, 1), batch.next_tokens.flatten(), ignore_index=-100, reduction="sum"
     )
 
 
