@@ -112,27 +112,30 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
 
 std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::string& name, const py::object& sink,
                                       const std::string& reduce, std::vector<int64_t> dims, const py::object& output) {
-  auto tap = Tap::make(std::move(step), name, {}, Calls::last);
+  Sink takes;
   if (THPVariable_Check(sink.ptr())) {
     check_destination("attach", "sink", THPVariable_Unpack(sink.ptr()));
-    tap->sink = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
-                 dims = std::move(dims)](const at::Tensor& grad) {
+    takes = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
+             dims = std::move(dims)](const at::Tensor& grad) {
       run_plan("attach", make_plan("attach", out, grad, reduction, dims, {}), out, grad, {}, 1.0, nullptr);
     };
   } else {
     TORCH_CHECK_TYPE(PyCallable_Check(sink.ptr()), broken_rule("attach", "sink", "be a tensor or callable",
                                                                type_name(sink), "Pass a function of the gradient."));
-    tap->sink = sink_of(sink);
+    takes = sink_of(sink);
   }
+  auto tap = Tap::make(std::move(step), name, {}, Calls::last);
+  tap->sink = std::move(takes);
   return std::make_unique<PyTap>(std::move(tap), output, py::list());
 }
 
 std::unique_ptr<PyTap> PyTap::to_cache(std::shared_ptr<Step> step, const std::string& name,
                                        std::shared_ptr<TensorCache> cache, const py::object& select,
                                        const std::string& calls, const std::optional<at::Tensor>& anchor) {
+  Change change = change_of(select);
   auto tap = Tap::make(std::move(step), name, {}, parse_calls(calls));
   if (anchor) tap->anchor = *anchor;
-  tap->keep_in(std::move(cache), change_of(select));
+  tap->keep_in(std::move(cache), std::move(change));
   return std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
 }
 

@@ -47,6 +47,7 @@ BY_ANNOTATION = {
     "list[Ring]": [None, 1, [None], [1], ["0"]],
     "torch.dtype | None": ["float32", 1, float],
     "torch.device": [None, "cpu", 0],
+    "torch.Tensor": [None, 1, object()],
     "torch.Tensor | None": [1, "mask", [True], object()],
     "Callable[[torch.Tensor], torch.Tensor] | None": [1, "f", object()],
     "object": [None, 1, object(), {}],
@@ -90,7 +91,8 @@ class Made:
         kinds = {
             "int": 4, "float": 1.0, "bool": False, "str": "0", "Step": self.step, "list[Ring]": [self.ring],
             "Sequence[int]": [1], "torch.device": torch.device("cpu"), "TensorCache": self.module.TensorCache(),
-            "object": torch.ones(2, requires_grad=True) * 1, "tuple[object, ...]": (),
+            "object": torch.ones(2, requires_grad=True) * 1, "torch.Tensor": torch.ones((), requires_grad=True) * 1,
+            "tuple[object, ...]": (),
         }  # fmt: skip
         return kinds.get(annotation)
 

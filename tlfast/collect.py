@@ -22,6 +22,7 @@ from .determinism import deterministic as only_deterministic
 from .drain import Drain, streams_for
 from .errors import broken_rule
 from .freeze import Embedding
+from .function_identity import what_stays
 from .graphs import graph_step
 from .hooks import Capture
 from .identity import describe_collection, describe_examples, describe_loss
@@ -170,7 +171,7 @@ def collect(
         check_peaceful(overwrite, resume)
     if not 0 <= disk_wait_s < math.inf:
         raise ValueError(broken_rule("collect", "disk_wait_s", "be 0 or more", disk_wait_s, "Give seconds."))
-    said = loss_as_begun(out, *describe_loss(loss, identity, header), overwrite)  # before the loss is called
+    at_first, unknown = describe_loss(loss, identity, header)
     bad = BadExamples(bad_examples, skipped)
     examples = as_examples(batches, bad, seq_len or positions_of(model))
     longest = max(example.length for example in examples)
@@ -194,6 +195,8 @@ def collect(
         columns = probed.columns
         if loss is next_token_loss:
             check_causal(model, batching, examples)
+        said = what_stays(at_first, describe_loss(loss, identity, header)[0])
+        said = loss_as_begun(out, said, unknown, overwrite)
         n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite, extend)
         described = describe_collection(
             model, specs, said, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,

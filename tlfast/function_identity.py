@@ -52,6 +52,17 @@ def describe_function(function: Any) -> tuple[Any, list[str]]:
     return describer.tell(function, ""), describer.unknown
 
 
+def what_stays(before: Any, after: Any) -> Any:
+    """Of two descriptions of a function, before and after it was called, what is equal; a counter or a log isn't."""
+    if before == after:
+        return before
+    if type(before) is type(after) is dict and set(before) == set(after):
+        return {key: what_stays(part, after[key]) for key, part in before.items()}
+    if type(before) is type(after) is list and len(before) == len(after):
+        return [what_stays(*parts) for parts in zip(before, after, strict=True)]
+    return "changes when it is called"
+
+
 class _Describer:
     def __init__(self, own: str) -> None:
         self.unknown: list[str] = []

@@ -164,6 +164,7 @@ Fields = namedtuple("Fields", "input_ids labels")
         ({"input_ids": IDS, "source": ["a"]}, ValueError, "source of .* have one for each of 2 examples, got 1 values"),
         ({"input_ids": IDS, "source": [1, 2]}, ValueError, "must be a text and a whole number, got 1 and 0"),
         ({"input_ids": IDS, "start": 1.5}, ValueError, r"start of .* have one for each of 2 examples, got 1\.5"),
+        ({"input_ids": [1, 2], "id": 3, "flags": 0}, ValueError, "got id, flags"),
         (Example(0, [1, 2, 0, 0], "", 0, 2), ValueError, r"length of batches\[0\] must count its tokens, got 2 for 4"),
     ],
 )

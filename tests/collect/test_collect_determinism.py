@@ -42,8 +42,9 @@ def run(out, stop_at=0):
         return next_token_loss(model, batch)
 
     loss.__module__, loss.__qualname__ = "tests", "loss"
+    more = {"loss": loss, "identity": "next tokens"}
     # One example in a batch: this model sums over all of them.
-    return collect(Summed(), out, EXAMPLES, points="point", loss=loss, rows_per_unit=2, batch_tokens=1)
+    return collect(Summed(), out, EXAMPLES, points="point", rows_per_unit=2, batch_tokens=1, **more)
 
 
 def test_a_run_is_continued_with_the_threads_that_it_was_begun_with(tmp_path):

@@ -73,7 +73,7 @@ class Detached(nn.Module):
         (
             {"model": Detached(), "points": "point"},
             ValueError,
-            "loss must be made of the model's output, got a tensor w",
+            "loss must be made of the model's output, got a",
         ),
         ({"model": "gpt2"}, TypeError, r"model must be an nn\.Module, got str"),
         ({"points": "transformer.g.*"}, ValueError, "points must match a module, .*Nearest: transformer"),

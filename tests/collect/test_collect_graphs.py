@@ -91,7 +91,7 @@ def test_padding_to_buckets_changes_rounding_alone(tmp_path, graphs):
 def test_what_is_replayed_depends_on_the_unit_alone(tmp_path, graphs):
     """With graphs that give other rows than single steps, a unit made later has the same bytes nevertheless."""
     fake = graphs(factor=2.0)
-    settings = SETTINGS | {"loss": fake.loss}
+    settings = SETTINGS | {"loss": fake.loss, "identity": "twice"}
     collect(tiny_model(), tmp_path, EXAMPLES, **settings)
     before = unit_bytes(tmp_path)
     replayed = len(fake.replayed)

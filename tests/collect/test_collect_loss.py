@@ -81,7 +81,7 @@ def test_where_the_graph_starts_is_no_part_of_a_datasets_identity(tmp_path):
     collect(model, tmp_path / "b", EXAMPLES, embedding=["transformer.wte", model.transformer.wpe])
     a, b = (tlfast.open_dataset(tmp_path / out) for out in "ab")
     assert a.header == b.header
-    for name in a.names:
+    for name in a.points:
         assert torch.equal(a[name][:], b[name][:])
 
 
@@ -118,11 +118,12 @@ def test_positions_that_a_model_adds(tmp_path, backend):
     with pytest.raises(ValueError, match="collect: model must return logits") as error:
         collect(Virtual(), tmp_path / "out", [[1, 2, 3]], points="head")
     assert str(error.value) == (
-        "collect: model must return logits [B, P, V] for tokens [2, 3], got [2, 5, 256]. It adds 2 positions (virtual "
+        "collect: model must return logits [B, P, V] for tokens [1, 3], got [1, 5, 256]. It adds 2 positions (virtual "
         "tokens?), that no mask covers. Collect a model without them."
     )
     with pytest.raises(
-        ValueError, match=r"got \[2, 3\]. Pass the attention mask .* a model adds, too: 2 virtual tokens"
+        ValueError,
+        match=r"collect at head: over=\"pos\" must mean a dimension 1 that is the positions, got \[1, 5, 256\]",
     ):
         collect(Virtual(), tmp_path / "out", [[1, 2, 3]], points="head", loss=lambda m, b: m(b.input_ids).sum())
     assert not (tmp_path / "out").exists()
@@ -144,6 +145,6 @@ def test_a_classifier_has_no_next_token(tmp_path):
     with pytest.raises(ValueError, match="collect: model must return logits") as error:
         collect(model, tmp_path / "out", [[1, 2, 3]], points="2")
     assert str(error.value) == (
-        "collect: model must return logits [B, P, V] for tokens [2, 3], got [2, 5]. Pass loss=, a function of model "
+        "collect: model must return logits [B, P, V] for tokens [1, 3], got [1, 5]. Pass loss=, a function of model "
         "and batch."
     )

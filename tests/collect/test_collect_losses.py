@@ -211,6 +211,26 @@ def test_a_loss_that_cannot_be_known_is_said_to_be_and_warned_of(tmp_path):
     collect(tiny_model(), tmp_path, EXAMPLES, loss=loss, rows_per_unit=4, identity="mine, of May")  # vouched for
 
 
+class Counting:
+    def __init__(self, factor=1.0):
+        self.n, self.seen, self.factor = 0, [], factor
+
+    def __call__(self, model, batch):
+        self.n += 1
+        self.seen.append(batch.input_ids.shape[1])
+        return next_token_loss(model, batch) * self.factor
+
+
+def test_what_changes_as_a_loss_is_called_is_no_part_of_it(tmp_path):
+    loss = Counting()
+    collect(tiny_model(), tmp_path, EXAMPLES, loss=loss)
+    state = tlfast.open_dataset(tmp_path).header["loss_code"]["state"]
+    assert state == {"n": "changes when it is called", "seen": "changes when it is called", "factor": "1.0"}
+    collect(tiny_model(), tmp_path, EXAMPLES, loss=loss)
+    with pytest.raises(DatasetError, match=r"header\.loss_code\.state\.factor: '1\.0' there, '2\.0' here"):
+        collect(tiny_model(), tmp_path, EXAMPLES, loss=Counting(2.0))
+
+
 def test_what_the_user_vouches_for_stands_for_the_code(tmp_path):
     collect(tiny_model(), tmp_path, EXAMPLES, loss=scaled(1.0), identity="one")
     header = tlfast.open_dataset(tmp_path).header

@@ -60,13 +60,13 @@ IN_THE_THIRD_UNIT = PROBE + 4 + 4 + 2
 def test_a_signal_is_held_back_until_the_batch_is_done(tmp_path, number, error):
     loss = Signalling(IN_THE_THIRD_UNIT, number)
     with signals_as_in_a_program(), pytest.raises(error, match="2 of 5 units are kept in") as stopped:
-        collect(tiny_model(), tmp_path / "out", EXAMPLES, loss=loss, **SETTINGS)
+        collect(tiny_model(), tmp_path / "out", EXAMPLES, loss=loss, identity="signals", **SETTINGS)
     assert type(stopped.value) is error
     assert loss.n_steps == IN_THE_THIRD_UNIT
     ds = tlfast.open_dataset(tmp_path / "out", partial=True)
     assert (len(ds), ds.verify().ok) == (8, True)
     for name in ("out", "undisturbed"):
-        collect(tiny_model(), tmp_path / name, EXAMPLES, loss=Signalling(0), **SETTINGS)
+        collect(tiny_model(), tmp_path / name, EXAMPLES, loss=Signalling(0), identity="signals", **SETTINGS)
     assert unit_bytes(tmp_path / "out") == unit_bytes(tmp_path / "undisturbed")
 
 
@@ -92,7 +92,7 @@ def test_two_ctrl_c_do_not_wait_for_the_unit_that_is_being_written(tmp_path, mon
 
     monkeypatch.setattr(DatasetWriter, "write_unit", slow)
     with signals_as_in_a_program(), pytest.raises(LeaveAtOnce, match="0 of 5 units are kept in"):
-        collect(tiny_model(), tmp_path, EXAMPLES, loss=loss, **SETTINGS)
+        collect(tiny_model(), tmp_path, EXAMPLES, loss=loss, identity="signals", **SETTINGS)
     assert not end.is_set()
     end.set()
     join_writer()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import tlfast
-from tlfast.attachment import CachingHooks, caching_id
+from tlfast.attachment import CachingHooks, caching_hook, caching_id
 from tlfast.ops import pick_native
 from tlfast.steps import Step
 from tlfast.tensor_cache import CachingTap, TensorCache
@@ -69,8 +69,8 @@ class Caching:
         self.cache = TensorCache() if native is None else native.TensorCache()
         make = CachingTap if native is None else native.Tap.to_cache
         self.step = Step(1, "nan") if native is None else native.Step(1, "nan")
-        tap = make(self.step, "0", self.cache, None, "last", None)
-        self.hooks = CachingHooks(module, tap, native, caching_id(native))
+        tap = make(self.step, "0", self.cache, None, "last", torch.zeros((), requires_grad=True))
+        self.hooks = CachingHooks(module, caching_hook(tap, native), caching_id(native))
 
     def __enter__(self):
         return self.cache
