@@ -98,7 +98,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([] { return std::make_shared<TensorCache>(); }))
       .def("outputs", &TensorCache::outputs)
       .def("gradients", &TensorCache::gradients)
-      .def("clashes", &TensorCache::clashes);
+      .def("clashes", &TensorCache::clashes)
+      .def_property_readonly("n_outputs", &TensorCache::n_outputs);
 
   m.def("crc32c", &crc32c_of);
   m.def("crc32c_name", &crc32c_name);

@@ -48,6 +48,11 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
   place.gradient = at::add(place.gradient.to(accumulator(place.dtype)), given);
 }
 
+size_t TensorCache::n_outputs() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return outputs_.size();
+}
+
 TensorCache::Kept TensorCache::outputs() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Kept kept;

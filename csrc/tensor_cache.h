@@ -33,6 +33,9 @@ class TensorCache {
   Kept outputs() const;
   Kept gradients() const;
 
+  // How many points have had an output so far.
+  size_t n_outputs() const;
+
   // (point, why) of the gradients that couldn't be added up, and are not among those kept: one point fails no other's.
   std::vector<std::pair<size_t, std::string>> clashes() const;
 

@@ -70,6 +70,11 @@ class TensorCache:
                 return
             place.gradient = place.gradient.to(accumulator(grad.dtype)) + grad
 
+    @property
+    def n_outputs(self) -> int:
+        """How many points have had an output so far."""
+        return len(self._outputs)
+
     def outputs(self) -> list[tuple[int, torch.Tensor | None]]:
         """(point, output) in the order in which the points came first."""
         return [(point, self._places[point].output) for point in self._outputs]

@@ -104,6 +104,8 @@ def changes(before, after):
 
 def differences(theirs, ours, but=()):
     """In what two outcomes differ, as paths with both values; ``but`` are the names of parts that may."""
+    if theirs.error != ours.error and "error" not in but:  # the rest follows from it
+        return [f"error: {theirs.error} and {ours.error}"]
     wrong = []
     for field in dataclasses.fields(Outcome):
         if field.name not in but:

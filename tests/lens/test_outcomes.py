@@ -79,7 +79,8 @@ def test_errors_by_their_class_and_text():
     assert differences(raising(ValueError("a")), raising(ValueError("a"))) == []
     for other in (raising(ValueError("b")), raising(TypeError("a"))):
         assert [text.split(":")[0] for text in differences(raising(ValueError("a")), other)] == ["error"]
-    assert len(differences(raising(ValueError("a")), returning(a=LONG))) == 3  # the error, the output, the cache
+    assert differences(raising(ValueError("a")), returning(a=LONG)) == ["error: ('ValueError', 'a') and None"]
+    assert "output: None and a value" in differences(raising(ValueError("a")), returning(a=LONG), but=("error",))
 
 
 def test_warnings_and_random_numbers():

@@ -7,6 +7,7 @@ import torch
 from lens_models import CACHING, called_several_times, root_module, state, tokens
 
 import tlfast.transformer_lens as lens
+from tlfast.transformer_lens.library import hook_point_type
 
 
 @pytest.fixture(params=CACHING)
@@ -74,6 +75,20 @@ def test_a_root_module_is_equal(backend):
     assert differing(cache, our_cache) == differing(grads, our_grads) == []
     summed = ours(model, x, backend=backend)[1]
     assert differing(cache, summed) == ["hook_twice_grad"]
+
+
+def test_a_point_that_another_calls_in_a_hook_has_its_gradient_first(backend):
+    model, x = root_module(), torch.randn(2, 3, 16)
+    model.hook_inner, model.hook_innermost = hook_point_type()(), hook_point_type()()
+    model.setup()
+    model.hook_in.add_hook(lambda value, hook: model.hook_inner(value) * 1, is_permanent=True)
+    model.hook_inner.add_hook(lambda value, hook: model.hook_innermost(value), is_permanent=True)
+    _, cache, _ = theirs(model, x)
+    assert [name for name in cache if "_in" in name and "_grad" in name] == [
+        "hook_innermost_grad", "hook_inner_grad", "hook_in_grad",
+    ]  # fmt: skip
+    for params in (True, False):
+        assert differing(cache, ours(model, x, calls="last", params=params, backend=backend)[1]) == []
 
 
 @pytest.mark.parametrize("name", ["blocks.0.ln1.hook_normalized", "blocks.1.ln1.hook_scale", "blocks.1.hook_resid_pre"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from .. import steps as python_steps
 from .. import tensor_cache as python_cache
@@ -82,6 +84,7 @@ class Run:
         self.anchor = torch.zeros((), requires_grad=True) if backward else None
         self.who, self.asked, self.kept, self.calls = who, asked, kept, calls
         self.late: dict[int, Select] = {}  # what is made of the tensors of a point at the end, and not at once
+        self.entered: dict[int, int] = {}  # how many points had an output when this one's hooks began to run
         self.names: list[list[str]] = []
         self.points: list[Any] = []
         places: dict[int, int] = {}
@@ -103,6 +106,7 @@ class Run:
         make = python_cache.CachingTap if self.native is None else self.native.Tap.to_cache
         handle_id = caching_id(self.native)
         listed: list[ListedTap | OwnHooks] = []
+        entered: list[RemovableHandle] = []
         own_ways = {id(point) for point in of_users_classes(self.points)}
         self.asked.look_once()
         try:
@@ -116,13 +120,18 @@ class Run:
                     continue
                 convert_at(point, tap)
                 hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.native)
+                if point._forward_hooks and self.anchor is not None:  # which may call other points
+                    entered.append(point.register_forward_pre_hook(partial(self._entered, place)))
                 listed.append(ListedTap(point, CachingHooks(point, hook, handle_id), lists, permanent=False))
             yield
         finally:
             self.asked.forget()
             self.step.close()
-            for handle in listed:
+            for handle in (*listed, *entered):
                 handle.remove()
+
+    def _entered(self, place: int, point: Any, args: Any) -> None:
+        self.entered.setdefault(place, self.cache.n_outputs)
 
     def backward(self, value: Any, params: bool) -> None:
         """The gradients of one scalar."""
@@ -178,7 +187,24 @@ class Run:
         return self._named(self.cache.outputs(), "")
 
     def gradients(self, suffix: str = "") -> dict[str, torch.Tensor]:
-        return self._named(self.cache.gradients(), suffix)
+        return self._named(self._inner_first(self.cache.gradients()), suffix)
+
+    def _inner_first(self, kept: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """A point whose hooks call other points comes after those.
+
+        A full backward hook fires when the gradient has come through to what its module was given, a tap before.
+        """
+        if not self.entered:
+            return kept
+        came = [place for place, _ in self.cache.outputs()]
+        left = {place: number for number, place in enumerate(came)}
+        order = {place: number for number, (place, _) in enumerate(kept)}
+        ranks: dict[int, tuple[int, ...]] = {place: (number,) for place, number in order.items()}
+        for place, first in self.entered.items():
+            inside = [order[inner] for inner in came[first : left.get(place, 0)] if inner in order]
+            if inside and place in order and order[place] < max(inside):
+                ranks[place] = (max(inside), left[place])  # the innermost leaves first
+        return sorted(kept, key=lambda pair: ranks[pair[0]])
 
     @torch.no_grad()
     def _named(self, kept: list[tuple[int, Any]], suffix: str) -> dict[str, Any]:
