@@ -133,7 +133,7 @@ simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
 	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests $(TEST_ARGS)
 
 # Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
-cuda-compile: ## compile the CUDA kernels, show their registers, fail on a spill (needs nvcc, no GPU)
+cuda-compile: ## compile the CUDA kernels; a spill, or a loop that waits for each load, fails (needs nvcc, no GPU)
 	@$(if $(wildcard $(PY)),$(PY),python3) tools/cuda_resources.py
 
 clean: ## forget what was built; the environment stays
