@@ -364,8 +364,9 @@ def test_a_point_whose_calls_have_several_shapes_fails_no_other(backend):
     theirs = assert_same(model, loss)[1]
     options = dict(return_type="loss", incl_bwd=True, backend=backend)
     why = f"capture at {name}: a point must have one shape in all calls to be summed"
-    with pytest.warns(UserWarning, match=f"run_with_cache: left out a gradient. {why}") as said:
+    with pytest.warns(UserWarning, match="run_with_cache: left out a gradient") as said:
         ours = lens.run_with_cache(model, tokens(), **options)[1]
+    assert any(f"left out a gradient. {why}" in str(warning.message) for warning in said)
     assert {warning.filename for warning in said} == {__file__}
     lacking = {name for name in theirs if name not in ours}
     assert lacking == {f"blocks.{layer}.ln1.hook_{kind}_grad" for layer in range(2) for kind in ("scale", "normalized")}

@@ -51,7 +51,7 @@ def hookless_norms(model, args, kwargs, loss):
             model.run_with_cache(*args, **kwargs, **(loss or {}), incl_bwd=True)
         except AttributeError as error:
             return "has no attribute 'weight'" in str(error)
-        except ValueError:  # it has no loss
+        except (ValueError, RuntimeError):  # it has no loss
             return False
     return False
 
