@@ -60,12 +60,12 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def hold(path: Path, *, alone: bool = False) -> int | None:
-    """Open a file and hold a lock on it: with all others who hold it, or ``alone``.
+def hold(folder: Path, *, alone: bool = False) -> int | None:
+    """Open a folder and hold a lock on it: with all others who hold it, or ``alone``.
 
-    Returns the descriptor, which holds it until it is closed; None where others hold it, or files can't be locked.
+    Returns the descriptor, which holds it until it is closed; None where others hold it, or it can't be locked.
     """
-    fd = os.open(path, (os.O_RDWR if alone else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError:

@@ -98,24 +98,28 @@ def remove_unused(out: Path, description: Description, who: str) -> None:
     with locked(out):  # whose file stays: others wait for it
         if not is_dataset(out) or read_description(out, who).config_hash == description.config_hash:
             return
-        commits = os.listdir(out / "commits") if (out / "commits").is_dir() else []
-        if any(map(OURS["commits"].fullmatch, commits)):
-            return
-        alone = hold(out / FILE_NAME, alone=True)
-        if alone is None:
-            return
-        try:
-            for file in our_files(out, who)[:-1]:
-                if file.name != LOCK_NAME:
-                    file.unlink(missing_ok=True)
-            for name in OURS:
-                if (out / name).is_dir():
-                    (out / name).rmdir()
-            sync_folder(out)
-            (out / FILE_NAME).unlink()
-            sync_folder(out)
-        finally:
-            os.close(alone)
+        commits = out / "commits"
+        if commits.is_symlink() or not commits.is_dir():  # a kill came before it was made, or after it was removed
+            _remove_remains(out, who)
+        elif not any(map(OURS["commits"].fullmatch, os.listdir(commits))):
+            alone = hold(commits, alone=True)
+            if alone is not None:
+                try:
+                    _remove_remains(out, who)
+                finally:
+                    os.close(alone)
+
+
+def _remove_remains(out: Path, who: str) -> None:
+    for file in our_files(out, who)[:-1]:
+        if file.name != LOCK_NAME:
+            file.unlink(missing_ok=True)
+    for name in OURS:
+        if (out / name).is_dir():
+            (out / name).rmdir()
+    sync_folder(out)
+    (out / FILE_NAME).unlink()  # the last, so that a kill leaves remains
+    sync_folder(out)
 
 
 def create(out: Path, description: Description, config: str, card: str) -> None:

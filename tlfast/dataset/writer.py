@@ -28,7 +28,7 @@ from .commits import (
     read_commits,
     rows_path,
 )
-from .description import FILE_NAME, Description, describe, differences, read_description
+from .description import Description, describe, differences, read_description
 from .durable import PendingFile, hold, remove_stale
 from .errors import dataset_error, extra
 from .extension import FOLDER as EXTENSIONS
@@ -131,7 +131,9 @@ class DatasetWriter:
 
     def _begin_work(self) -> None:
         """Let other processes see that this one may write units, until `end_work`, or until it is gone."""
-        self._held = hold(self.out / FILE_NAME)
+        # Not on dataset.json: a kill may leave a temporary name of it, whose lock would say that its writer is alive.
+        check_folders(self.out, _WHO)
+        self._held = hold(self.out / "commits")
         self._work = finalize(self, os.close, self._held) if self._held is not None else None
 
     def end_work(self) -> None:
@@ -145,7 +147,7 @@ class DatasetWriter:
         if self._held is None:
             return
         with suppress(OSError):
-            if os.path.samestat(os.fstat(self._held), os.stat(self.out / FILE_NAME)):
+            if os.path.samestat(os.fstat(self._held), os.stat(self.out / "commits")):
                 return
         self._same(self.description)
 
