@@ -139,7 +139,11 @@ def hooked(kind="HookedTransformer", **more):
     lens = import_module("transformer_lens")
     config = dict(n_layers=N_LAYERS, d_model=WIDTH, n_ctx=POSITIONS, d_head=WIDTH // HEADS, n_heads=HEADS,
                   d_vocab=VOCAB, act_fn="gelu", normalization_type="LN", seed=0, device="cpu")  # fmt: skip
-    return getattr(lens, kind)(config | more)
+    model = getattr(lens, kind)(config | more)
+    if kind != "HookedTransformer":  # which is the only one that fills its weights
+        for weights in model.parameters():
+            torch.nn.init.normal_(weights, std=0.1)
+    return model
 
 
 HOOKED = {
