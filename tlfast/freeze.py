@@ -67,8 +67,8 @@ def _own_embedding(module: nn.Module) -> nn.Module | None:
 class _StartGraph:
     """Forward hook of an embedding: its output requires grad."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.called = name, False
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module, self.called = name, module, False
         # Compiled code can't call requires_grad_() on a tensor of its own; there the output gets its edge from a zero.
         self.zero = torch.zeros((), requires_grad=True)
 
@@ -92,6 +92,11 @@ class _StartGraph:
 
 
 _IN_FORCE: list[list[_StartGraph]] = []  # the embeddings of each `freeze` that is entered
+
+
+def starting_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules at which the `freeze` that was entered last starts the graph; outside of one, `find_embeddings`."""
+    return [start.module for start in _IN_FORCE[-1]] if _IN_FORCE else find_embeddings(model)
 
 
 def no_graph(who: str, output: object, which: int | str | None) -> RuntimeError:
@@ -142,8 +147,8 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
         found = list(find_points("freeze", model, embedding, "embedding").items())
     before = [(p, p.requires_grad) for p in model.parameters()]
     by_name = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    starts = [_StartGraph(name) for name, _ in found]
-    handles = [module.register_forward_hook(start) for (_, module), start in zip(found, starts, strict=True)]
+    starts = [_StartGraph(name, module) for name, module in found]
+    handles = [start.module.register_forward_hook(start) for start in starts]
     _IN_FORCE.append(starts)
     try:
         for p, _ in before:

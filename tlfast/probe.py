@@ -16,7 +16,7 @@ from .dataset.layout import Column
 from .dataset.plan import Example
 from .dimensions import Seen, has_positions
 from .errors import broken_rule
-from .freeze import find_embedding
+from .freeze import starting_modules
 from .hooks import Capture
 from .loss import next_token_loss
 from .reference import accumulator, normal_dims, reduce_gradient
@@ -313,7 +313,7 @@ def _shaken(model: nn.Module, seed: int) -> Iterator[None]:
         return output + output * (step * torch.finfo(output.dtype).eps).to(output.dtype)
 
     modules = {module for module in model.modules() if isinstance(module, nn.Embedding)}
-    handles = [module.register_forward_hook(shake) for module in {find_embedding(model), *modules}]
+    handles = [module.register_forward_hook(shake) for module in {*starting_modules(model), *modules}]
     try:
         yield
     finally:

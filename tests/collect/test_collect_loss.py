@@ -6,6 +6,7 @@ from tiny_models import collect, sequences, tiny_model
 from torch import nn
 
 import tlfast
+from tlfast.probe import _shaken
 
 EXAMPLES = sequences(5)
 
@@ -148,3 +149,14 @@ def test_a_classifier_has_no_next_token(tmp_path):
         "collect: model must return logits [B, P, V] for tokens [1, 3], got [1, 5]. Pass loss=, a function of model "
         "and batch."
     )
+
+
+def test_what_rounding_moves_is_measured_where_the_graph_starts():
+    model, tokens = Patches(), torch.tensor([[1, 2, 3]])
+    with tlfast.freeze(model, embedding="first"):
+        plain = model(tokens)
+        with _shaken(model, 0):
+            shaken = model(tokens)
+    assert shaken.requires_grad
+    assert not torch.equal(shaken, plain)
+    torch.testing.assert_close(shaken, plain)
