@@ -89,6 +89,12 @@ build/lens/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
 	$(PY) -m bench $(BENCH_ARGS)
 
+.PHONY: numbers
+numbers: $(STAMPS)/install $(LENS_VERSIONS:%=build/lens/%/installed) ## measure what README and docs/numbers.md quote
+	$(PY) -m bench hooks kernel step collect dataset
+	@for version in $(LENS_VERSIONS); do build/lens/$$version/bin/python -m bench lens || exit 1; done
+	$(PY) -m bench.numbers
+
 lint: $(STAMPS)/install ## ruff, mypy --strict, clang-format and the floors
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -1,1 +1,1 @@
-"""The measured claims: `python -m bench hooks kernel step collect gpu`; README.md here says how to read them."""
+"""The measured claims: `python -m bench hooks kernel step collect dataset`; README.md here says how to read them."""

@@ -17,9 +17,9 @@ from .rivals import AUTO, BARE, EMPTY, FULL_HOOK, TENSOR_HOOK, VARIANTS, Attach,
 from .training import Job, check_variants, sampler
 
 PREDICTION = (
-    "host: a tap is a pre-hook, a fit of sizes and strides and one launch of 1.5-2 us: 2-2.5 us a point, so the target "
-    "of 2 us may just be missed; Python tensor hooks 20-25 us (two launches of torch and a Python call), empty full "
-    "hooks 45-50 us; no wait, no allocation and no pageable copy in any step"
+    "host: a tap is a pre-hook, a fit of sizes and strides and one launch with 1760 bytes of parameters: 5.5-6.5 us a "
+    "point, so the target of 2 us will be missed; Python tensor hooks 20-25 us (two launches of torch and a Python "
+    "call), empty full hooks 45-50 us; no wait, no allocation and no pageable copy in any step"
 )
 MODULES = ("ln_2", "attn", "mlp", "")  # of each of 12 blocks: 48 points
 # What a step must not do. Source: names of the CUDA runtime's and driver's functions as CUPTI traces them, and of

@@ -15,7 +15,7 @@ from .report import Claim, Findings, Table, cost_rows
 
 PREDICTION = (
     "step: at batch 1 and 2 the eager step is bound by its launches, 8-12 ms, of which the GPU works "
-    "2-4: 24 taps of 1-2 us are under 1 %, empty full hooks +10 %, tensor hooks +10 %, full hooks with .cpu() +30-60 % "
+    "2-4: 24 taps of 5.5-6.5 us are 1-2 %, empty full hooks +10 %, tensor hooks +10 %, full hooks with .cpu() +30-60 % "
     "(every one waits for the GPU); a graph takes the GPU's own time: 2.5-4x at batch 1, 1.5-2.5x at batch 2, under "
     "1.5x at batch 4, where the GPU itself is the limit, so 2x may be missed there; at batch 8 taps cost 0.5-1.5 %"
 )

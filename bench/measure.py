@@ -7,14 +7,20 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 import tlfast
+
+ROOT = Path(__file__).resolve().parents[1]
+CHANGED = "+changes"  # after a commit from which the code differs
+CODE = (".", ":!bench/results", ":!*.md")  # a result, or a page that quotes it, changes no figure
 
 Sections = dict[str, float]  # what one sample returns: section ("total", "cpu", "backward", ...) -> seconds a call
 
@@ -137,8 +143,22 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def commit() -> str | None:
+    """The commit of this checkout, with CHANGED behind it where tracked code is another; None without git."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return head if head is None or changed == "" else head + CHANGED
+
+
 def machine() -> dict[str, object]:
-    """What the figures hold for: processor, versions, threads, and how busy the machine was."""
+    """What the figures hold for: processor, versions, commit, threads, and how busy the machine was."""
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -147,6 +167,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tlfast": tlfast.__version__,
+        "commit": commit(),
         "backend": tlfast.backend(),
         "load": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),

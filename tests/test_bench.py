@@ -41,7 +41,7 @@ def test_quick_runs_all_benches_and_keeps_machine_floor_and_ratios(tmp_path):
     results = json.loads(out.read_text(encoding="utf-8"))
     assert list(results) == ["hooks", "kernel", "step", "collect", "dataset"]
     for name, result in results.items():
-        assert {"cpu", "cores", "torch", "backend", "load"} <= result["machine"].keys()
+        assert {"cpu", "cores", "torch", "commit", "backend", "load"} <= result["machine"].keys()
         assert result["machine"]["threads"] == 1
         assert result["prediction"]
         assert result["claims"], name

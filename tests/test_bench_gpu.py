@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench import __main__ as command  # noqa: E402
-from bench import gpu, gpu_collect, gpu_kernel, gpu_step, gpu_storing, gpu_work  # noqa: E402
+from bench import gpu, gpu_collect, gpu_host, gpu_kernel, gpu_step, gpu_storing, gpu_work  # noqa: E402
 from bench.clock import CpuClock, NoGpu  # noqa: E402
 from bench.measure import WrongResult  # noqa: E402
 from bench.report import Findings, Result, save, show  # noqa: E402
@@ -240,3 +241,17 @@ def test_the_clock_of_a_gpu_needs_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NoGpu):
         gpu_clock()
+
+
+def test_the_design_and_the_bench_predict_the_same():
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = " ".join(design.partition("## What is left for a GPU")[2].partition("\n## ")[0].split())
+    for said, prediction in [
+        ("[8,1024,4096] bf16 should read at 82-92 % of the rate of a copy", gpu_kernel.PREDICTION),
+        ("a tap should take 5.5-6.5 µs", gpu_host.PREDICTION),
+    ]:
+        assert said in section
+        (amount,) = re.findall(r"[\d.]+-[\d.]+ (?:%|µs)", said)
+        assert amount.replace("µs", "us") in prediction
+    assert "1760 bytes of parameters" in gpu_host.PREDICTION
+    assert "It takes 1760 bytes today" in section

@@ -11,10 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import byte_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config
+from transformers.utils import logging
 
 import tlfast
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from bench import quoted  # noqa: E402
+
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -65,10 +72,44 @@ def test_readme_exists():
     assert README.exists(), "README.md must exist: what it is, the two commands, an example of capture"
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """What "gpt2" stands for where no hub is: its class, names and width, with one block and a byte for a token."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    logging.disable_progress_bar()
+    config = GPT2Config(n_layer=1, vocab_size=256, n_positions=64, bos_token_id=None, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def promised(code: str) -> str:
+    """What a block says that it prints: the comments behind its calls of print."""
+    return "".join(f"{line}\n" for line in re.findall(r"^print\(.*\)  # (.*)$", code, flags=re.MULTILINE))
+
+
 @pytest.mark.parametrize("code", [pytest.param(code, id=f"line {line}") for line, code in PYTHON_BLOCKS])
-def test_readme_example_runs(code, tmp_path):
-    done = run_block(code, tmp_path)
+def test_readme_example_runs_and_prints_what_it_says(code, tmp_path, gpt2):
+    done = run_block(code.replace('"gpt2"', repr(str(gpt2))), tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == promised(code) or not promised(code)
+
+
+def test_the_model_of_the_readme_is_replaced():
+    assert sum(code.count('"gpt2"') for _, code in PYTHON_BLOCKS) == 2
+    assert promised("x = 1  # one\nprint(x)  # 1\n    print(x)\nprint(x, f(x))  # 1 2\n") == "1\n1 2\n"
+
+
+def test_the_versions_of_the_readme_are_those_that_ci_runs():
+    words = " ".join(text_of(README).split())
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    torch_version = re.search(r"^TORCH_VERSION := (\S+)", makefile, flags=re.MULTILINE)[1]
+    lens = re.search(r"^LENS_VERSIONS \?= (.+)", makefile, flags=re.MULTILINE)[1].split()
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    said = f"all tests beside torch {torch_version}, the core tests beside torch {oldest}.0, and TransformerLens "
+    assert said + " and ".join(lens) in words
+    assert set(re.findall(r"torch[ =]=?(\d+\.\d+)", words)) == {torch_version.rpartition(".")[0], oldest}
+    assert list(lens) == list(quoted.LENS)
 
 
 @pytest.mark.parametrize("name", ["remote.md", "datasets.md"])
