@@ -17,7 +17,8 @@ from .report import Cell, Claim, Findings, Table
 PREDICTION = (
     "kernel: a mean of [8,1024,4096] bf16 reads 64 MiB at 82-92 % of the rate at which a copy reads and writes, so the "
     "target of 85 % may be missed; [8,128,768] is one wave of blocks and about 3 us where an empty launch is about 2: "
-    "1.2-1.5x, so the target of 1.3x may be missed; equal to torch.sum from 16 MiB on, 1.0-1.5x faster below; one long reduction (split) the same"
+    "1.2-1.5x, so the target of 1.3x may be missed; equal to torch.sum from 16 MiB on, 1.0-1.5x faster below; one long "
+    "reduction (split) the same"
 )
 FLOOR = "an empty kernel launch (floor)"
 COPY = "copy of the gradient's bytes"

@@ -85,13 +85,20 @@ def _table(shown: Sequence[Line]) -> list[str]:
                                                  ("---",) * 4, *cells)]  # fmt: skip
 
 
+def _missed(results: Results) -> list[str]:
+    missed = [(name, claim) for name in QUOTED for claim in results[name]["claims"] if not claim["met"]]
+    said = [f"- `{name}`: {claim['what']}: {claim['figure']:.4g}{claim['unit']}, target {claim['sense']} "
+            f"{claim['target']:g}{claim['unit']}" for name, claim in missed]  # fmt: skip
+    return ["Targets that were missed:", "", *said] if said else ["No target was missed."]
+
+
 def tables(results: Results, paths: dict[str, Path]) -> dict[Path, str]:
     """What each page shows between its marks."""
     found = lines(results)
     files = ", ".join(f"[{name}]({os.path.relpath(paths[name], PAGE.parent)})" for name in QUOTED)
     return {
         README: "\n".join([*_table([line for line in found if line.first]), "", *_where(results)]),
-        PAGE: "\n".join([*_table(found), "", *_where(results), "", f"The files: {files}."]),
+        PAGE: "\n".join([*_table(found), "", *_where(results), "", f"The files: {files}.", "", *_missed(results)]),
     }
 
 

@@ -117,7 +117,7 @@ def step_lines(result: Mapping[str, Any]) -> list[Line]:
         median = several(result, "^one step", "overhead_percent", variants, percent)
         return f"{median}; minima {several(result, '^one step', 'overhead_percent_min', variants, percent)}"
 
-    what = "48 points in a step of a 12-layer GPT-2 shape, above the step without hooks: the same two hooks"
+    what = "48 points in a step of a 12-layer GPT-2 shape, above the step without hooks: the same two"
     return [Line("step", what, cost(*HOOKS), cost(AUTO), first=True)]
 
 

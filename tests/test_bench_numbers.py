@@ -191,3 +191,14 @@ def test_a_commit_with_changed_code_is_told_apart(tmp_path, monkeypatch):
     assert measure.commit() == head
     (tmp_path / "a.py").write_text("2\n", encoding="utf-8")
     assert measure.commit() == head + measure.CHANGED
+
+
+def test_the_page_lists_what_was_missed():
+    results = fresh()
+    for result in results.values():
+        result["claims"] = [claim | {"met": True} for claim in result["claims"]]
+    assert numbers.tables(results, FILES)[numbers.PAGE].endswith("No target was missed.")
+    results["step"]["claims"] = [
+        {"what": "cost", "sense": "at most", "target": 2.0, "figure": 2.5123, "unit": " %", "met": False}
+    ]
+    assert numbers.tables(results, FILES)[numbers.PAGE].endswith("\n- `step`: cost: 2.512 %, target at most 2 %")
