@@ -9,13 +9,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from tlfast.errors import broken_rule
 
 from .measure import CHANGED, cpu_model, slug
-from .quoted import QUOTED, Line, Results, Unquotable, lines
+from .quoted import QUOTED, Results, Unquotable, lines
 from .report import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,10 +78,9 @@ def _where(results: Results) -> list[str]:
     ]
 
 
-def _table(shown: Sequence[Line]) -> list[str]:
-    cells = [(f"`{line.bench}`", line.what, line.beside or "-", line.tlfast) for line in shown]
-    return [f"| {' | '.join(row)} |" for row in (("bench", "what is measured: beside it", "beside it", "tlfast"),
-                                                 ("---",) * 4, *cells)]  # fmt: skip
+def _table(*rows: tuple[str, ...]) -> list[str]:
+    head, *others = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *others)]
 
 
 def _missed(results: Results) -> list[str]:
@@ -95,10 +93,18 @@ def _missed(results: Results) -> list[str]:
 def tables(results: Results, paths: dict[str, Path]) -> dict[Path, str]:
     """What each page shows between its marks."""
     found = lines(results)
+    few = _table(
+        ("what is measured: without tlfast", "without", "with tlfast"),
+        *((line.readme, line.beside, line.tlfast) for line in found if line.readme),
+    )
+    all_ = _table(
+        ("bench", "what is measured: beside it", "beside it", "tlfast"),
+        *((f"`{line.bench}`", line.what, line.beside or "-", line.tlfast) for line in found),
+    )
     files = ", ".join(f"[{name}]({os.path.relpath(paths[name], PAGE.parent)})" for name in QUOTED)
     return {
-        README: "\n".join([*_table([line for line in found if line.first]), "", *_where(results)]),
-        PAGE: "\n".join([*_table(found), "", *_where(results), "", f"The files: {files}.", "", *_missed(results)]),
+        README: "\n".join([*few, "", *_where(results)]),
+        PAGE: "\n".join([*all_, "", *_where(results), "", f"The files: {files}.", "", *_missed(results)]),
     }
 
 

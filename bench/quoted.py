@@ -29,13 +29,13 @@ class Unquotable(ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table; README shows those that are ``first``."""
+    """One line of a table; README shows those with a name of their own there, ``readme``."""
 
     bench: str
     what: str
     beside: str
     tlfast: str
-    first: bool = False
+    readme: str = ""
 
 
 def short(value: float) -> str:
@@ -89,10 +89,11 @@ def hooks_lines(result: Mapping[str, Any]) -> list[Line]:
 
     return [
         Line("hooks", "cost of a point, modules with fresh outputs: Python full hook, Python tensor hook",
-             cost("fresh", *HOOKS), cost("fresh", AUTO), first=True),
+             cost("fresh", *HOOKS), cost("fresh", AUTO), "one point in a step: Python full hook, Python tensor hook"),
         Line("hooks", "the same, identity modules", cost("identity", *HOOKS), cost("identity", AUTO)),
         Line("hooks", "backward beside a busy Python thread / alone, identity and fresh: Python full hook",
-             busy(FULL_HOOK), busy(AUTO), first=True),
+             busy(FULL_HOOK), busy(AUTO),
+             "backward beside a busy Python thread, over backward alone, two kinds of modules: Python full hook"),
     ]  # fmt: skip
 
 
@@ -117,8 +118,8 @@ def step_lines(result: Mapping[str, Any]) -> list[Line]:
         median = several(result, "^one step", "overhead_percent", variants, percent)
         return f"{median}; minima {several(result, '^one step', 'overhead_percent_min', variants, percent)}"
 
-    what = "48 points in a step of a 12-layer GPT-2 shape, above the step without hooks: the same two"
-    return [Line("step", what, cost(*HOOKS), cost(AUTO), first=True)]
+    what = "48 points in a step of a 12-layer GPT-2 shape, above the step without hooks: Python full, tensor hook"
+    return [Line("step", what, cost(*HOOKS), cost(AUTO), "48 points in a step of a 12-layer GPT-2 shape: the same two")]
 
 
 def collect_lines(result: Mapping[str, Any]) -> list[Line]:
@@ -131,7 +132,8 @@ def collect_lines(result: Mapping[str, Any]) -> list[Line]:
     return [
         Line("collect", "examples/s into a dataset, fsync included / forward and backward alone, all positions kept: "
              "full hooks with `torch.save`, tensor hooks with `memmap`",
-             share("none", SAVE, MEMMAP), share("none", COLLECT), first=True),
+             share("none", SAVE, MEMMAP), share("none", COLLECT),
+             "examples/s into a dataset, over forward and backward alone: hooks with `torch.save`, with `memmap`"),
         Line("collect", "the same, the mean over positions kept", share("mean", SAVE, MEMMAP), share("mean", COLLECT)),
         Line("collect", "peak memory above the floor / (ring + two blocks), all positions kept", "", times(memory)),
     ]  # fmt: skip
@@ -163,7 +165,8 @@ def dataset_lines(result: Mapping[str, Any]) -> list[Line]:
 
     return [
         Line("dataset", f"write a unit durably, bfloat16, float32: `{SAVE_FILE}`; raw `O_DIRECT`",
-             f"{speed(SAVE_FILE)}; {speed(RAW)} GB/s", f"{speed(WHOLE)} GB/s", first=True),
+             f"{speed(SAVE_FILE)}; {speed(RAW)} GB/s", f"{speed(WHOLE)} GB/s",
+             "a unit of a dataset to the disk, bfloat16, float32: `safetensors`; the raw disk"),
         Line("dataset", "the same in pure Python", "", f"{speed(PYTHON)} GB/s"),
         Line("dataset", f"CPU time of it, with checksum and norms: `{SAVE_FILE}`; raw `O_DIRECT`",
              f"{cpu(SAVE_FILE)}; {cpu(RAW)} s/GB", f"{cpu(WHOLE)} s/GB"),
@@ -198,7 +201,8 @@ def lens_lines(results: list[Mapping[str, Any]]) -> list[Line]:
     named = " and ".join(LENS)
     return [
         Line("lens", f"cache the gradients of all points of a small model / a plain step: TransformerLens {named}",
-             small("theirs, all"), small("tlfast, all"), first=True),
+             small("theirs, all"), small("tlfast, all"),
+             f"a step that caches all gradients, over a plain step: TransformerLens {named}"),
         Line("lens", "the same with parameter gradients, as the plain step computes them", small("theirs, all"),
              small("tlfast, all, params")),
         Line("lens", "the same at `resid_post` alone, without parameter gradients", small("theirs, resid_post"),
