@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
+
 import pytest
-from rendered_pages import anchors, problems, slug
+from rendered_pages import anchors, links, problems, slug
 from test_floors import ROOT, tracked
 
 PAGES = tracked("*.md")
@@ -17,6 +19,22 @@ def test_the_pages_are_found():
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_a_page_renders(page):
     assert problems(ROOT / page, (ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_pictures_are_shown_small_and_whole():
+    pictures = sorted((ROOT / "docs" / "images").iterdir())
+    shown = {ROOT / link for link in links((ROOT / "README.md").read_text(encoding="utf-8")) if "/images/" in link}
+    assert set(pictures) == shown
+    for picture in pictures:
+        assert picture.stat().st_size < 150_000, picture
+        if picture.suffix == ".svg":  # a name for those who can't see it, and nothing from elsewhere
+            root = ElementTree.parse(picture).getroot()
+            assert root.findtext("{*}title"), picture
+            assert not [
+                element
+                for element in root.iter()
+                if {"href", "{http://www.w3.org/1999/xlink}href"} & set(element.attrib)
+            ]
 
 
 RIGHT = """\
