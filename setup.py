@@ -110,9 +110,13 @@ def native_extension(choice):
         flags.append("-DTLFAST_CUDA=1")
     if SIMT:
         flags.append("-DTLFAST_SIMT=1")
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    if SIMT:  # the CPU has no streams: those of the tests take notes
+        sources = [*(path for path in sources if path != "csrc/streams.cpp"), "tests/simt/streams.cpp"]
+        flags.append(f"-I{ROOT / 'csrc'}")
     return Extension(
         "tlfast._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        sources=sources,
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hc]*")),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu", "torch_python"],

@@ -175,7 +175,7 @@ Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out,
   const at::Tensor scratch = scratch_for(call, grad);
   call.scratch = scratch.defined() ? scratch.mutable_data_ptr() : nullptr;
   call.counters = counters;
-  launch_capture(who, grad.device(), current_stream(grad.device()), call);
+  launch_capture(who, current_stream(grad.device()), call);
   return {};
 }
 

@@ -53,7 +53,7 @@ bool loads_wide(const CudaCapture& c) { return reinterpret_cast<uintptr_t>(c.gra
 bool stores_vectors(const CudaCapture& c, int64_t v) {
   const int64_t widest = std::min<int64_t>(kLoadBytes, v * int64_t(size_of(c.out_dtype)));
   return c.view.inner.out == 1 && reinterpret_cast<uintptr_t>(c.out) % widest == 0 &&
-         (!c.cursor || c.row_elements * int64_t(size_of(c.out_dtype)) % widest == 0) &&
+         c.row_elements * int64_t(size_of(c.out_dtype)) % widest == 0 &&  // also without a cursor: see docs/design.md
          all_divide(c.view.outer, &Dim::out, v);
 }
 

@@ -49,7 +49,7 @@ at::Tensor Ring::fitting(at::IntArrayRef row_shape, const at::Tensor& like) {
     std::vector<int64_t> shape{capacity_};
     shape.insert(shape.end(), row_shape.begin(), row_shape.end());
     rows_ = at::full(shape, std::numeric_limits<double>::quiet_NaN(), like.options().dtype(dtype));
-    if (on_gpu(rows_)) rows_filled_ = done_by_now(rows_.device());
+    if (on_gpu(rows_)) rows_filled_ = done_by_now(current_stream(rows_.device()));
   } else if (rows_.sizes().slice(1) != row_shape) {
     TORCH_CHECK_VALUE(
         false,
@@ -72,15 +72,25 @@ void Ring::count(const Counts& counts) {
   }
 }
 
-bool Ring::Known::fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask) const {
-  return grad.scalar_type() == dtype && grad.device() == device && grad.sizes() == at::IntArrayRef(sizes) &&
-         grad.strides() == at::IntArrayRef(strides) && mask.has_value() == !mask_sizes.empty() &&
+bool Ring::Known::fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+                       const std::optional<c10::Stream>& on) const {
+  return grad.scalar_type() == dtype && grad.device() == device && stream == on &&
+         grad.sizes() == at::IntArrayRef(sizes) && grad.strides() == at::IntArrayRef(strides) &&
+         mask.has_value() == !mask_sizes.empty() &&
          (!mask || (mask->device() == device && mask->sizes() == at::IntArrayRef(mask_sizes) &&
                     mask->strides() == at::IntArrayRef(mask_strides)));
 }
 
+std::shared_ptr<const Ring::Known> Ring::recall(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+                                                const std::optional<c10::Stream>& stream) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& known : known_)
+    if (known->fits(grad, mask, stream)) return known;
+  return nullptr;
+}
+
 std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
-                                               const Place& place, void* stream) {
+                                               const Place& place, const std::optional<c10::Stream>& stream) {
   if (on_gpu(grad)) device_counters(place, grad);
   const at::Tensor rows = check(grad);
   const at::Tensor out = keeps_batch(grad.sizes()) ? rows.narrow(0, 0, grad.size(0)) : rows.select(0, 0);
@@ -102,10 +112,13 @@ std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std
   }
   if (on_gpu(grad)) {
     made->scratch = scratch_for(made->plan.call(nullptr, nullptr, nullptr, 1.0), grad);
-    come_after_filling(place, grad.device());
+    come_after_filling(place, *stream);
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  known_ = made;
+  if (known_.size() < kGeometries)
+    known_.push_back(made);
+  else
+    known_[std::exchange(oldest_known_, (oldest_known_ + 1) % kGeometries)] = made;
   return made;
 }
 
@@ -118,17 +131,12 @@ const std::optional<at::Tensor>& Ring::own(const std::optional<at::Tensor>& mask
 void Ring::write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
                  double scale) {
   const std::optional<at::Tensor>& mask = own(mask_of_step);
-  std::shared_ptr<const Known> known;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    known = known_;
-  }
-  const bool gpu = on_gpu(grad);
-  void* const stream = gpu ? current_stream(grad.device()) : nullptr;
-  if (!known || !(gpu || grad.is_cpu()) || known->stream != stream || !known->fits(grad, mask))
-    known = learn(grad, mask, place, stream);
+  std::optional<c10::Stream> stream;
+  if (on_gpu(grad)) stream = current_stream(grad.device());
+  auto known = recall(grad, mask, stream);
+  if (!known) known = learn(grad, mask, place, stream);
   const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
-  if (gpu) return launch(*known, place, grad, mask_data, scale);
+  if (stream) return launch(*known, place, grad, mask_data, scale);
   count(known->plan.run(grad.const_data_ptr(), known->rows + place.base * known->row_bytes, mask_data, scale));
 }
 
@@ -140,7 +148,7 @@ void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad
   call.row_elements = known.row_elements;
   call.counters = counters;
   call.scratch = known.scratch.defined() ? known.scratch.mutable_data_ptr() : nullptr;
-  launch_capture(who, grad.device(), known.stream, call);
+  launch_capture(who, *known.stream, call);
   launched(place);
   if (!place.cursor || !known.scratch.defined()) return;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -149,11 +157,11 @@ void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad
 
 // Rows and counters were filled on the stream of the first gradient; the stream of another backward comes after that.
 // Not in a recording: it can't wait for what it doesn't hold, and begins when the device is idle.
-void Ring::come_after_filling(const Place& place, const at::Device& device) const {
+void Ring::come_after_filling(const Place& place, const c10::Stream& stream) const {
   if (place.cursor) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  wait_for(rows_filled_, device);
-  wait_for(counters_filled_, device);
+  wait_for(rows_filled_, stream);
+  wait_for(counters_filled_, stream);
 }
 
 at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
@@ -164,7 +172,7 @@ at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::opt
   const Plan plan = make_plan(who, out, grad, reduction_, dims_, mask);
   const bool gpu = on_gpu(grad) && !plan.empty;
   int64_t* const counters = gpu ? device_counters(place, grad) : nullptr;
-  if (gpu) come_after_filling(place, grad.device());
+  if (gpu) come_after_filling(place, current_stream(grad.device()));
   count(run_plan(who, plan, out, grad, mask, scale, counters));
   if (gpu) launched(place);
   return keeps_batch(grad.sizes()) ? out : out.unsqueeze(0);
@@ -176,7 +184,7 @@ int64_t* Ring::device_counters(const Place& place, const at::Tensor& like) {
     TORCH_CHECK(!place.cursor, broken_rule(who, "a recorded step", "have been run before, so that its rows are there",
                                            "the first run", "Warm the step up."));
     counters_ = at::zeros({kCounters}, like.options().dtype(at::kLong));
-    counters_filled_ = done_by_now(like.device());
+    counters_filled_ = done_by_now(current_stream(like.device()));
   }
   return counters_.mutable_data_ptr<int64_t>();
 }
@@ -184,17 +192,19 @@ int64_t* Ring::device_counters(const Place& place, const at::Tensor& like) {
 // Rows as they are, [n, ...].
 void Ring::put(const Place& place, const at::Tensor& rows, const at::Tensor& values) {
   const at::Tensor out = rows.narrow(0, place.base, values.size(0));
-  if (!place.cursor) {
-    if (on_gpu(out)) come_after_filling(place, out.device());
+  if (!on_gpu(out)) {
     out.copy_(values);
     return;
   }
+  // By our kernel also outside of a recording: the warm-up loads what the recording launches.
   const Plan plan = make_plan(who, out, values, Reduction::none, {}, {});
   if (plan.empty) return;
+  const c10::Stream stream = current_stream(out.device());
+  come_after_filling(place, stream);
   CudaCapture call = plan.call(values.const_data_ptr(), out.mutable_data_ptr(), nullptr, 1.0);
   call.cursor = place.cursor;
   call.row_elements = out.stride(0);
-  launch_capture(who, values.device(), current_stream(values.device()), call);
+  launch_capture(who, stream, call);
 }
 
 void Ring::put_stack(const Place& place, const std::vector<at::Tensor>& parts) {
@@ -213,7 +223,8 @@ void Ring::fill_nan(const Place& place, int64_t n) {
 void Ring::clear() {
   std::lock_guard<std::mutex> lock(mutex_);
   reshapable_ = true;
-  known_.reset();  // it holds the address of the rows
+  known_.clear();  // they hold the address of the rows
+  oldest_known_ = 0;
 }
 
 void Ring::replayed(int64_t n_writes) {

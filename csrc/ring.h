@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "capture.h"
 #include "device.h"
@@ -70,9 +71,11 @@ class Ring {
   bool masked = true;  // false: the gradients have no positions, and a step's mask is not about them
 
  private:
-  // The last write's geometry: a training loop has the same one at every step.
+  // What was learnt from a gradient of this geometry. A training loop has the same one at every step, buckets of
+  // lengths have a few in turn.
   struct Known {
-    bool fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask) const;
+    bool fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+              const std::optional<c10::Stream>& stream) const;
 
     std::vector<int64_t> sizes, strides, mask_sizes, mask_strides;
     at::ScalarType dtype;
@@ -81,7 +84,7 @@ class Ring {
     char* rows;
     int64_t row_bytes;
     // Of rows on a GPU:
-    void* stream;
+    std::optional<c10::Stream> stream;
     int64_t row_elements;
     at::Tensor scratch;
   };
@@ -92,10 +95,12 @@ class Ring {
   void put(const Place& place, const at::Tensor& rows, const at::Tensor& values);
   int64_t* device_counters(const Place& place, const at::Tensor& like);
   void launched(const Place& place) { ++(place.cursor ? n_recorded_ : n_writes_); }
+  std::shared_ptr<const Known> recall(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+                                      const std::optional<c10::Stream>& stream) const;
   std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
-                                     void* stream);
+                                     const std::optional<c10::Stream>& stream);
   void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
-  void come_after_filling(const Place& place, const at::Device& device) const;
+  void come_after_filling(const Place& place, const c10::Stream& stream) const;
   bool keeps_batch(at::IntArrayRef shape) const;
   at::Tensor fitting(at::IntArrayRef row_shape, const at::Tensor& like);
 
@@ -108,7 +113,9 @@ class Ring {
   Done rows_filled_, counters_filled_;  // on the stream of the first gradient
   bool reshapable_ = false;             // nothing was written since `clear`
   int64_t saved_writes_ = 0;
-  std::shared_ptr<const Known> known_;
+  static constexpr size_t kGeometries = 8;
+  std::vector<std::shared_ptr<const Known>> known_;  // at most that many: a new one takes the place of the oldest
+  size_t oldest_known_ = 0;
   std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live
   std::atomic<int64_t> n_nonfinite_{0}, n_saturated_{0}, n_writes_{0}, n_recorded_{0};
 };

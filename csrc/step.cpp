@@ -67,7 +67,8 @@ struct End {
 
 void Step::set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale) {
   std::lock_guard<std::mutex> lock(mutex_);
-  mask_ = std::move(mask);
+  mask_.reset();
+  if (mask) mask_.emplace(std::move(*mask), recording_);
   n_expected_ = n_expected;
   scale_ = scale;
 }
@@ -140,7 +141,7 @@ void Step::forget(const std::shared_ptr<Backward>& run) {
   met_last_ = {};
 }
 
-Step::Begun Step::begin(const Point& point, at::IntArrayRef shape) {
+Step::Begun Step::begin(const Point& point, const at::Tensor& grad) {
   const int64_t task = current_task();
   TORCH_CHECK(task != -1,
               broken_rule(point.who, "a tap", "fire inside a backward", "a call outside one", "Call backward()."));
@@ -157,7 +158,8 @@ Step::Begun Step::begin(const Point& point, at::IntArrayRef shape) {
   TORCH_CHECK(n_fired == 1 || point.calls != Calls::raise,
               broken_rule(point.who, "a point", "fire once in a backward", "a second time",
                           "Choose calls=\"sum\", \"last\" or \"stack\"."));
-  for (const auto& ring : point.rings) check_rows(point, *run, ring->n_rows(shape));
+  for (const auto& ring : point.rings) check_rows(point, *run, ring->n_rows(grad.sizes()));
+  if (on_gpu(grad)) run->write_on(current_stream(grad.device()), n_fired > 1, failed_);
   return {run, run->block, n_fired};
 }
 
@@ -192,6 +194,7 @@ void Step::end(int64_t task) {
   const auto found = running_.find(task);
   if (found == running_.end() || !found->second->block || !active) return abort_locked(task);
   const auto run = found->second;
+  run->join_streams();
   if (run->spoilt) {
     abort_locked(task);
     TORCH_CHECK(false, broken_rule("capture", "a backward", "hold no other one that failed",
@@ -222,6 +225,7 @@ void Step::commit(Block& block) {
   n_rows_ += block.n;
   ++n_ended;
   calls_before_ = n_calls;
+  failed_.clear();
 }
 
 // The error for points without a gradient: which were not called, and which were to no effect.
@@ -257,7 +261,8 @@ void Step::note_others(Point& point, std::string others) {
 void Step::finish(const Point& point, Backward& run) {
   auto& held = run.pending[point.index];
   for (const auto& tensors : held)
-    for (const auto& tensor : tensors) read_here(tensor);  // the backward's nodes may have run on another stream
+    for (const auto& tensor : tensors)  // the backward's nodes may have run on another stream
+      if (on_gpu(tensor)) read_on(current_stream(tensor.device()), tensor);
   for (size_t number = 0; number < point.rings.size(); ++number) {
     Ring& ring = *point.rings[number];
     if (point.calls == Calls::stack) {
@@ -281,6 +286,8 @@ void Step::abort_locked(int64_t task) {
   if (found == running_.end()) return;
   const auto run = found->second;
   calls_before_ = n_calls;
+  if (!recording_)
+    for (Done& done : run->written()) failed_.push_back(std::move(done));
   forget(run);
   if (run->block && run->block->state == Block::State::open) {
     run->block->state = Block::State::aborted;

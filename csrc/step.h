@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ring.h"
+#include "backward.h"
 
 namespace tlfast {
 
@@ -27,17 +27,6 @@ struct Point {
   std::string others{};               // which other outputs have a graph, as the first call has shown
 };
 
-// The rows of one backward: reserved at its first gradient, counted once it has ended well.
-struct Block {
-  enum class State { open, committed, aborted };
-  int64_t base, n;
-  State state = State::open;
-  std::vector<int64_t> missing;
-  int64_t* cursor = nullptr;  // of a step that is recorded
-
-  Place place() const { return {base, cursor}; }
-};
-
 // What a recorded step does each time it is replayed.
 struct Recording {
   int64_t n_rows;
@@ -48,29 +37,6 @@ struct Recording {
     at::Tensor rows;  // where its kernels write
   };
   std::vector<Write> writes;
-};
-
-// One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.
-struct Backward {
-  int64_t root;         // the graph task at whose end the rows are committed
-  bool spoilt = false;  // a part of it has failed, and the error was caught
-  std::vector<int> fired;
-  std::vector<std::vector<std::vector<at::Tensor>>> pending;  // a tap's tensors that wait for the end
-  std::shared_ptr<Block> block;
-  std::optional<at::Tensor> mask;
-  int64_t n_expected;
-  double scale;
-
-  // The mask where a gradient is: a model may be spread over several GPUs, each of which has a thread of its own.
-  std::optional<at::Tensor> mask_on(const at::Device& device) {
-    if (!mask || mask->device() == device || mask->device().type() != device.type()) return mask;
-    std::lock_guard<std::mutex> lock(copying);
-    for (const auto& copy : masks_elsewhere)
-      if (copy.device() == device) return copy;
-    return masks_elsewhere.emplace_back(mask->to(device, /*non_blocking=*/true));
-  }
-  std::mutex copying;
-  std::vector<at::Tensor> masks_elsewhere;
 };
 
 class Step : public std::enable_shared_from_this<Step> {
@@ -98,7 +64,7 @@ class Step : public std::enable_shared_from_this<Step> {
     std::shared_ptr<Block> block;
     int n_fired;
   };
-  Begun begin(const Point& point, at::IntArrayRef shape);
+  Begun begin(const Point& point, const at::Tensor& grad);
 
   // The end of the outermost backward: commit its rows at all points together, or none of them.
   void end(int64_t task);
@@ -168,7 +134,8 @@ class Step : public std::enable_shared_from_this<Step> {
   // The backward that was last met in each thread: what runs inside another one in this thread is a part of it.
   std::map<std::thread::id, std::shared_ptr<Backward>> met_;
   std::pair<std::thread::id, Backward*> met_last_{};  // the same, without a search
-  std::optional<at::Tensor> mask_;
+  std::optional<Mask> mask_;
+  std::vector<Done> failed_;  // the work of a backward that failed, whose rows the next one may write
   int64_t n_expected_ = -1;
   double scale_ = 1.0;
   int64_t calls_before_ = 0;  // those until the last backward ended

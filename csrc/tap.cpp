@@ -188,7 +188,7 @@ void Tap::fire(const at::Tensor& given) {
   if (convert) grad = plain(point->who, kGradient, convert(grad));
   if (sink) return sink(grad);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const auto [run, block, n_fired] = step->begin(*point, grad.sizes());
+  const auto [run, block, n_fired] = step->begin(*point, grad);
   auto& held = run->pending[point->index];
   const auto mask = run->mask_on(grad.device());
   if (point->calls == Calls::stack) {

@@ -12,7 +12,7 @@ MAX_LINES = 450  # more is more than one subject
 # From the ground up; a module imports only from rows above its own. A new module needs a place here.
 FLOORS = (
     ("_C", "_build_info", "errors"),
-    ("plain", "spec"),
+    ("plain", "spec", "streams"),
     ("cuda_status", "reference"),
     ("dimensions", "ops", "outputs", "points", "ring"),
     ("freeze", "steps"),
@@ -88,9 +88,11 @@ NATIVE_FLOORS = (
     ("crc32c", "loops", "row_norms", "view"),
     ("unit_writer",),
     ("capture_cpu", "capture_cuda.h"),
-    ("cuda_results", "cuda_status", "device", "plain"),
+    ("cuda_results", "cuda_status", "plain", "streams"),
+    ("device",),
     ("capture", "capture_cuda"),
     ("ring", "tensor_cache"),
+    ("backward",),
     ("step",),
     ("tap",),
     ("py_callable",),

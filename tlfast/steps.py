@@ -16,6 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from .errors import broken_rule
 from .ring import Ring
+from .streams import Mask, current_stream
 
 
 class Point(Protocol):
@@ -44,22 +45,53 @@ class Block:
 class Backward:
     """One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it."""
 
-    def __init__(self, root: int, n_taps: int, mask: torch.Tensor | None, n_expected: int, scale: float):
+    def __init__(self, root: int, n_taps: int, mask: Mask | None, n_expected: int, scale: float):
         self.root = root  # the graph task at whose end the rows are committed
         self.spoilt = False  # a part of it has failed, and the error was caught
         self.fired = [0] * n_taps
         self.pending: dict[int, list[list[torch.Tensor]]] = {}  # tap -> what waits for the end of the step
         self.block: Block | None = None
         self.mask, self.n_expected, self.scale = mask, n_expected, scale
-        self._masks = {} if mask is None else {mask.device: mask}
+        self._masks = {} if mask is None else {mask.tensor.device: mask}
+        self._streams: list[torch.cuda.Stream] = []  # on which gradients were written
 
     def mask_on(self, device: torch.device) -> torch.Tensor | None:
         """The mask where a gradient is: a model may be spread over several devices of one kind."""
-        if self.mask is None or self.mask.device.type != device.type:
-            return self.mask
+        if self.mask is None:
+            return None
+        if self.mask.tensor.device.type != device.type:
+            return self.mask.tensor
         if device not in self._masks:
-            self._masks[device] = self.mask.to(device, non_blocking=True)
-        return self._masks[device]
+            self._masks[device] = Mask(self.mask.here().to(device, non_blocking=True))
+        return self._masks[device].here()
+
+    def write_on(self, stream: torch.cuda.Stream | None, again: bool, failed: list[torch.cuda.Event]) -> None:
+        """Note that a gradient is written on a stream, after what a backward that failed has begun to write. One of
+        another call of the same point, whose rows or sum it may change, was perhaps written on another stream.
+        """
+        if stream is None:
+            return
+        if stream not in self._streams:
+            self._streams.append(stream)
+            for done in failed:
+                stream.wait_event(done)
+        for other in self._streams if again else ():
+            if other != stream:
+                stream.wait_event(other.record_event())
+
+    def join_streams(self) -> None:
+        """Let the current streams, those of the caller, wait for all that was written: the engine does so for the
+        streams of the leaves alone.
+        """
+        for stream in self._streams:
+            caller = current_stream(stream.device)
+            if caller is not None and caller != stream:
+                caller.wait_event(stream.record_event())
+        self._streams = []
+
+    def written(self) -> list[torch.cuda.Event]:
+        """What happens when all is written that was begun and not joined."""
+        return [stream.record_event() for stream in self._streams]
 
 
 def refuse_compiled_autograd() -> None:
@@ -138,7 +170,8 @@ class Step:
         self.n_ended = 0
         self.n_calls = 0
         self._calls_before = 0  # those until the last backward ended
-        self._batch: tuple[torch.Tensor | None, int, float] = (None, -1, 1.0)
+        self._batch: tuple[Mask | None, int, float] = (None, -1, 1.0)
+        self._failed: list[torch.cuda.Event] = []  # the work of a backward that failed: the next may write its rows
         self._lock = threading.RLock()
         self.look_around(n_leaving=0)
 
@@ -153,7 +186,7 @@ class Step:
 
     def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float) -> None:
         """What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows."""
-        self._batch = (mask, n_expected, scale)
+        self._batch = (None if mask is None else Mask(mask), n_expected, scale)
 
     def enter_forward(self) -> None:
         """A captured module runs forward; inside a backward (of a checkpoint, a hook) that is the step to come."""
@@ -228,6 +261,7 @@ class Step:
             for n in (ring.n_rows(shape) for ring in tap.rings):
                 self._check_rows(tap, run, n)
             assert run.block is not None
+            run.write_on(current_stream(device), run.fired[tap.index] > 1, self._failed)
             return run, run.block
 
     def _check_rows(self, tap: Point, run: Backward, n: int) -> None:
@@ -268,6 +302,7 @@ class Step:
             if run is None or run.block is None or not self.active:
                 self.abort(task)
                 return
+            run.join_streams()
             if run.spoilt:
                 self.abort(task)
                 raise RuntimeError(
@@ -292,6 +327,7 @@ class Step:
             self.n_rows += run.block.n
             self.n_ended += 1
             self._calls_before = self.n_calls
+            self._failed = []
             self._forget(run)
 
     def _no_gradient(self, run: Backward, absent: list[Point]) -> RuntimeError:
@@ -319,6 +355,7 @@ class Step:
             if run is None:
                 return
             self._calls_before = self.n_calls
+            self._failed += run.written()
             self._forget(run)
             if run.block is not None and run.block.state == "open":
                 run.block.state = "aborted"

@@ -16,6 +16,7 @@ from .plain import GRADIENT, check_output, plain
 from .reference import accumulator
 from .ring import Ring
 from .steps import Backward, Step
+from .streams import current_stream, read_on
 
 
 class _Identity(torch.autograd.Function):
@@ -206,6 +207,9 @@ class Tap:
     def finish(self, held: list[list[torch.Tensor]], run: Backward) -> None:
         """Write what had to wait for the end of the step: the sum of several calls, or their stack."""
         assert run.block is not None
+        for tensor in (tensor for tensors in held for tensor in tensors):
+            if (stream := current_stream(tensor.device)) is not None:
+                read_on(stream, tensor)  # the backward's nodes may have run on another one
         for number, ring in enumerate(self.rings):
             if self.calls == "stack":
                 # The last call of the forward fires first: turned around, index k is call k.

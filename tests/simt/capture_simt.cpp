@@ -55,6 +55,7 @@ API int simt_capture(FlatCall* flat) {
 
 API int simt_set_cursor(int64_t* cursor, int64_t row) { return tlfast_cuda_set_cursor(cursor, row, nullptr); }
 API int simt_advance(int64_t* cursor, int64_t n_rows) { return tlfast_cuda_advance(cursor, n_rows, nullptr); }
+API const void* simt_last_kernel() { return simt::last_kernel; }
 API const char* simt_error(int error) { return tlfast_cuda_error(error); }
 API void simt_status(int* out) {
   const tlfast::CudaStatus status = tlfast_cuda_status();

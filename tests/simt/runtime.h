@@ -30,6 +30,7 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace simt {
 inline cudaError_t last_error = cudaSuccess;
+inline const void* last_kernel = nullptr;  // that was launched
 inline std::map<const void*, size_t> shared_limits;  // of kernels that have asked for one
 }  // namespace simt
 
@@ -100,6 +101,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     std::tuple<std::decay_t<Parameters>...> parameters;
   } call{kernel, {std::forward<Values>(values)...}};
   const auto limit = shared_limits.find(reinterpret_cast<const void*>(kernel));
+  last_kernel = reinterpret_cast<const void*>(kernel);
   int error = cudaErrorInvalidValue;
   if (shared_bytes <= (limit == shared_limits.end() ? kSharedDefault : limit->second)) {
     const auto one_thread = [](void* call) {

@@ -39,6 +39,7 @@ def kernels(source: str = "capture_simt.cpp") -> ctypes.CDLL:
     """The kernels as they are, or changed by `simt_build.changed_kernels`."""
     sanitize = os.environ.get(simt_build.SANITIZED) == "1"
     loaded = ctypes.CDLL(str(simt_build.library(source, sanitize=sanitize)))
+    loaded.simt_last_kernel.restype = ctypes.c_void_p
     loaded.simt_message.restype = loaded.simt_error.restype = ctypes.c_char_p
     return loaded
 

@@ -175,6 +175,22 @@ def test_rows_land_at_the_cursor(width, reduce):
         assert counters[WRITES] == 3
 
 
+@pytest.mark.parametrize("reduce", ["none", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_not_recorded_launches_the_kernel_of_one_that_is(dtype, reduce):
+    """What warms up a recording must load what the recording launches: a width of which no vector fits counts, too."""
+    used = set()
+    for width in range(8, 33, 4):
+        shape = (2, width) if reduce == "none" else (2, 7, width)
+        ring, kernel = torch.full((8, width), math.nan, dtype=dtype), []
+        for cursor in (None, torch.tensor([0])):
+            capture(ring[:2], torch.randn(shape).to(dtype), reduce, (1,), cursor=cursor, row_elements=width)
+            kernel.append(kernels().simt_last_kernel())
+        assert kernel[0] == kernel[1]
+        used.add(kernel[0])
+    assert len(used) == (1 if dtype == torch.float32 else 2)
+
+
 def far_memory(n, dtype):
     """Memory of ``n`` elements that takes no page where it isn't touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE

@@ -1,0 +1,62 @@
+// What a backward needs of its mask and its streams.
+#include "backward.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace tlfast {
+
+Mask::Mask(at::Tensor given, bool recording) : tensor(std::move(given)), recorded(recording) {
+  if (!on_gpu(tensor)) return;
+  stream = current_stream(tensor.device());
+  made = done_by_now(*stream);
+}
+
+const at::Tensor& Mask::here(bool recording) const {
+  if (!stream) return tensor;
+  const c10::Stream current = current_stream(tensor.device());
+  if (current == *stream) return tensor;
+  if (recorded == recording) wait_for(made, current);  // else the device was idle between the two
+  read_on(current, tensor);
+  return tensor;
+}
+
+std::optional<at::Tensor> Backward::mask_on(const at::Device& device) {
+  if (!mask) return {};
+  const bool recording = block && block->cursor;
+  const at::Device& there = mask->tensor.device();
+  if (there == device || there.type() != device.type()) return mask->here(recording);
+  std::lock_guard<std::mutex> lock(copying_);
+  for (const auto& copy : masks_elsewhere_)
+    if (copy.tensor.device() == device) return copy.here(recording);
+  masks_elsewhere_.emplace_back(mask->here(recording).to(device, /*non_blocking=*/true), recording);
+  return masks_elsewhere_.back().tensor;
+}
+
+void Backward::write_on(const c10::Stream& stream, bool again, const std::vector<Done>& failed) {
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
+    streams_.push_back(stream);
+    if (!block->cursor)  // a recording begins when the device is idle, and can wait only for what it holds
+      for (const Done& done : failed) wait_for(done, stream);
+  }
+  if (!again) return;
+  for (const c10::Stream& other : streams_)
+    if (other != stream) wait_for(done_by_now(other), stream);
+}
+
+void Backward::join_streams() {
+  for (const c10::Stream& stream : streams_)
+    if (const auto caller = current_stream(stream.device()); caller != stream) wait_for(done_by_now(stream), caller);
+  streams_.clear();
+}
+
+std::vector<Done> Backward::written() const noexcept {
+  std::vector<Done> out;
+  try {
+    for (const c10::Stream& stream : streams_) out.push_back(done_by_now(stream));
+  } catch (const std::exception&) {  // the device itself has failed, and does nothing more
+  }
+  return out;
+}
+
+}  // namespace tlfast

@@ -1,0 +1,69 @@
+// One backward of a capture: its rows, what was said of its batch, and the streams on which it writes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "ring.h"
+
+namespace tlfast {
+
+// The rows of one backward: reserved at its first gradient, counted once it has ended well.
+struct Block {
+  enum class State { open, committed, aborted };
+  int64_t base, n;
+  State state = State::open;
+  std::vector<int64_t> missing;
+  int64_t* cursor = nullptr;  // of a step that is recorded
+
+  Place place() const { return {base, cursor}; }
+};
+
+// The mask of a step on one device, and where it was made.
+struct Mask {
+  Mask(at::Tensor tensor, bool recording);
+
+  // The mask for the current stream of its device: another one than that which made it comes after that.
+  const at::Tensor& here(bool recording) const;
+
+  at::Tensor tensor;
+  bool recorded;                      // made while a step was recorded: only that recording can wait for it
+  std::optional<c10::Stream> stream;  // of a GPU
+  Done made;
+};
+
+// One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.
+struct Backward {
+  int64_t root;         // the graph task at whose end the rows are committed
+  bool spoilt = false;  // a part of it has failed, and the error was caught
+  std::vector<int> fired;
+  std::vector<std::vector<std::vector<at::Tensor>>> pending;  // a tap's tensors that wait for the end
+  std::shared_ptr<Block> block;
+  std::optional<Mask> mask;
+  int64_t n_expected;
+  double scale;
+
+  // The mask where a gradient is: a model may be spread over several GPUs, each of which has a thread of its own.
+  std::optional<at::Tensor> mask_on(const at::Device& device);
+
+  // Note that a gradient is written on a stream of a GPU, after what a backward that failed has begun to write. One of
+  // another call of the same point, whose rows or sum it may change, was perhaps written on another stream.
+  void write_on(const c10::Stream& stream, bool again, const std::vector<Done>& failed);
+
+  // Let the current streams, those of the caller, wait for all that was written: the engine does so for the streams of
+  // the leaves alone.
+  void join_streams();
+
+  // What happens when all is written that was begun and not joined. It is asked for where nothing may be thrown.
+  std::vector<Done> written() const noexcept;
+
+ private:
+  std::mutex copying_;
+  std::vector<Mask> masks_elsewhere_;
+  std::vector<c10::Stream> streams_;  // on which gradients were written
+};
+
+}  // namespace tlfast
