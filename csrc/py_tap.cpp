@@ -165,7 +165,7 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
   check_output(who, found);
   if (found.requires_grad()) return found;
   if (!tap->step->missing_is_nan)
-    throw_python(py::module_::import("tlfast.freeze").attr("no_graph")(who, given, output));
+    throw_python(py::module_::import("tlfast.no_graph").attr("no_graph")(who, given, output));
   return {};
 }
 

@@ -15,6 +15,7 @@ FLOORS = (
     ("plain", "spec", "streams"),
     ("cuda_status", "reference"),
     ("dimensions", "ops", "outputs", "points", "ring"),
+    ("no_graph",),
     ("freeze", "steps"),
     ("taps",),
     ("attachment", "tensor_cache"),
@@ -35,13 +36,12 @@ FLOORS = (
     ("dataset.remote_store",),
     (
         "dataset.completeness",
-        "dataset.layout",
         "dataset.pretrained",
         "dataset.row_limits",
         "dataset.store",
         "dataset.strict_json",
     ),
-    ("dataset.extension",),
+    ("dataset.extension", "dataset.layout"),
     ("dataset.description",),
     ("dataset.commits",),
     (

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .errors import broken_rule
-from .outputs import other_outputs, replace_output, select_output
+from .no_graph import STARTS
+from .outputs import replace_output, select_output
 from .points import find_points, refuse_scripted
 
 Embedding = str | nn.Module | Sequence[str | nn.Module]
@@ -91,28 +92,9 @@ class _StartGraph:
         return started
 
 
-_IN_FORCE: list[list[_StartGraph]] = []  # the embeddings of each `freeze` that is entered
-
-
 def starting_modules(model: nn.Module) -> list[nn.Module]:
     """The modules at which the `freeze` that was entered last starts the graph; outside of one, `find_embeddings`."""
-    return [start.module for start in _IN_FORCE[-1]] if _IN_FORCE else find_embeddings(model)
-
-
-def no_graph(who: str, output: object, which: int | str | None) -> RuntimeError:
-    """The error for an output that no gradient can reach, with what there is to do about it here."""
-    got = "a tensor without a graph: no gradient can reach it"
-    others = other_outputs(output, select_output(output, which)[1])
-    starts = _IN_FORCE[-1] if _IN_FORCE else []
-    remedy = 'Use freeze(model) to start the graph at the embedding, or pass missing="nan".'
-    if others:
-        remedy = f'Choose one that has a graph, {others}, or pass missing="nan".'
-    elif starts:
-        called = [start.name for start in starts if start.called]
-        at = ", ".join(called or [start.name for start in starts])
-        got += f", since freeze starts the graph at {at}{'' if called else ', which was not called'}"
-        remedy = 'Pass embedding=<a module that is called before this point>, or missing="nan".'
-    return RuntimeError(broken_rule(who, "the output", "require grad", got, remedy))
+    return [start.module for start in STARTS[-1]] if STARTS else find_embeddings(model)
 
 
 @contextmanager
@@ -149,13 +131,13 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
     by_name = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     starts = [_StartGraph(name, module) for name, module in found]
     handles = [start.module.register_forward_hook(start) for start in starts]
-    _IN_FORCE.append(starts)
+    STARTS.append(starts)
     try:
         for p, _ in before:
             p.requires_grad_(False)
         yield model
     finally:
-        _IN_FORCE.remove(starts)
+        STARTS.remove(starts)
         for handle in handles:
             handle.remove()
         for p, required in before:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import broken_rule
-from .freeze import no_graph
+from .no_graph import no_graph
 from .outputs import alias, no_tensor, other_outputs, replace_output, select_output
 from .plain import GRADIENT, check_output, plain
 from .reference import accumulator

@@ -14,6 +14,7 @@ import torch
 
 from .errors import dataset_error
 from .plan import Unit
+from .store import OpenFile
 
 PAGE_BYTES = 4096  # the payload begins at a multiple of this: what O_DIRECT and mmap align to
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer JSON
@@ -124,3 +125,18 @@ def unit_layout(columns: Mapping[str, Column], unit: Unit) -> UnitLayout:
     header = struct.pack("<Q", payload - 8) + text.ljust(payload - 8)
     blocks = {name: Block(columns[name], payload + start, payload + stop) for name, (start, stop) in spans.items()}
     return UnitLayout(header, blocks, payload + max(stop for _, stop in spans.values()))
+
+
+def check_header(file: OpenFile, where: str, layout: UnitLayout, who: str) -> None:
+    """Check that an open unit file has the size and begins with the header that its plan gives it.
+
+    The plan fixes every byte of the header, so nothing in it has to be parsed, and no length, offset, dtype or shape
+    that a file claims is ever believed.
+    """
+    remedy = "Run `tlfast verify --repair`, then resume."
+    if file.size != layout.n_bytes:  # mapped, a shorter file would end the process by SIGBUS
+        raise dataset_error(who, where, f"have {layout.n_bytes} bytes", file.size, remedy)
+    found = file.read(0, len(layout.header))
+    if found != layout.header:
+        at = next((k for k, (a, b) in enumerate(zip(found, layout.header, strict=False)) if a != b), len(found))
+        raise dataset_error(who, where, "begin with the header of its plan", f"another byte at {at}", remedy)

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .commits import Commit
-from .errors import dataset_error
-from .layout import Column, UnitLayout, unit_layout
+from .layout import Column, check_header, unit_layout
 from .plan import Unit
 from .store import OpenFile, Range, Store
 
@@ -24,21 +23,6 @@ _GAP_BYTES = 32 << 10  # reading so much more takes a disk less time than anothe
 _FETCHED_ROWS = 16384  # asked of the disk before the first of them is copied
 
 Array = np.ndarray[Any, Any]
-
-
-def check_header(file: OpenFile, where: str, layout: UnitLayout, who: str) -> None:
-    """Check that an open unit file has the size and begins with the header that its plan gives it.
-
-    The plan fixes every byte of the header, so nothing in it has to be parsed, and no length, offset, dtype or shape
-    that a file claims is ever believed.
-    """
-    remedy = "Run `tlfast verify --repair`, then resume."
-    if file.size != layout.n_bytes:  # mapped, a shorter file would end the process by SIGBUS
-        raise dataset_error(who, where, f"have {layout.n_bytes} bytes", file.size, remedy)
-    found = file.read(0, len(layout.header))
-    if found != layout.header:
-        at = next((k for k, (a, b) in enumerate(zip(found, layout.header, strict=False)) if a != b), len(found))
-        raise dataset_error(who, where, "begin with the header of its plan", f"another byte at {at}", remedy)
 
 
 def most_open() -> int:

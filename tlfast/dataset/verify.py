@@ -28,11 +28,10 @@ from .commits import (
 from .description import Description
 from .durable import crc32c
 from .errors import DatasetError, dataset_error
-from .layout import unit_layout
+from .layout import check_header, unit_layout
 from .plan import FLAG_NON_FINITE, Unit
 from .rows import decode_rows
 from .store import OpenFile, Store, as_store
-from .unit_files import check_header
 
 _WHO = "verify"
 _BLOCK_BYTES = 8 << 20
