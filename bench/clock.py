@@ -111,7 +111,7 @@ class CudaClock:
         return float(begin.elapsed_time(end)) / 1e3 / n_calls
 
     def graph_step(self, cap: Any, step: Step, tokens: torch.Tensor) -> Step:
-        from tlfast.graphs import graph_step
+        from tlfast.hooks.graph_step import graph_step
 
         return graph_step(cap, step, tokens)
 
@@ -133,7 +133,7 @@ class CudaClock:
         return [event.name for event in profiled.events()]
 
     def facts(self) -> dict[str, object]:
-        native = tlfast.ops.loaded()
+        native = tlfast.backends.choice.loaded()
         properties = torch.cuda.get_device_properties(self.device)
         status = native.cuda_status() if native is not None else {}
         return {
@@ -143,7 +143,7 @@ class CudaClock:
             "cudart_of_torch": torch.version.cuda,
             "cudart_of_tlfast": status.get("runtime"),
             "driver_for_cuda": status.get("driver"),
-            "diagnosis": list(tlfast.cuda_status.diagnose(native)),
+            "diagnosis": list(tlfast.backends.cuda_status.diagnose(native)),
         }
 
 
@@ -186,8 +186,8 @@ class CpuClock:
 
 def gpu_clock() -> Clock:
     """The clock of the current CUDA device; NoGpu, with the reason, where the native code can't run on one."""
-    native = tlfast.ops.loaded()
-    lacks = tlfast.backend() if native is None else tlfast.cuda_status.missing(native)
+    native = tlfast.backends.choice.loaded()
+    lacks = tlfast.backend() if native is None else tlfast.backends.cuda_status.missing(native)
     if lacks or not torch.cuda.is_available():
         raise NoGpu(lacks or "no CUDA device (the kernels of this build run on the CPU)")
     return CudaClock(torch.device("cuda", torch.cuda.current_device()))

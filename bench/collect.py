@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import tlfast
-from tlfast.batches import Batch
-from tlfast.loss import next_token_loss
+from tlfast.collecting.batches import Batch
+from tlfast.collecting.loss import next_token_loss
 
 from .measure import Measured, Sections, WrongResult, check_close, interleave, reduction_bound
 from .memory import ROOT, measure

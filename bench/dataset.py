@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 
 import tlfast
-from tlfast.dataset.durable import open_regular
+from tlfast.dataset.places.durable import open_regular
 
 from . import dataset_read, dataset_resume, memory
 from .collect import SCRATCH, file_system
@@ -28,7 +28,7 @@ PREDICTION = (
     "raw, 0.2 with CRC and norms, which is a tenth of save_file's 2; pure Python twice as fast as save_file; no memory "
     "but a page; verify at 90 % of the disk's sequential rate"
 )
-PIECES = 2 * 4 << 20  # two blocks of tlfast.dataset.streaming
+PIECES = 2 * 4 << 20  # two blocks of tlfast.dataset.write.payload
 READ_BYTES = 8 << 20
 
 

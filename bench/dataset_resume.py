@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import tlfast
-from tlfast.progress import Report
+from tlfast.collecting.progress import Report
 
 from .collect import SCRATCH, Work, file_system, make_work
 from .measure import WrongResult

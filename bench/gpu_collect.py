@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import tlfast
-from tlfast.loss import next_token_loss
+from tlfast.collecting.loss import next_token_loss
 
 from .clock import Clock, CudaClock
 from .collect import SCRATCH

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import tlfast
-from tlfast.batches import Batch
+from tlfast.collecting.batches import Batch
+from tlfast.collecting.drain import Drain, streams_for
 from tlfast.dataset import BackgroundWriter, DatasetWriter, Example, Plan
-from tlfast.dataset.layout import Column
-from tlfast.drain import Drain, streams_for
-from tlfast.hooks import Capture
+from tlfast.dataset.format.layout import Column
+from tlfast.hooks.captured import Capture
 
 from .clock import Clock
 from .gpu_work import Timed

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tlfast.batches import Batch
-from tlfast.loss import next_token_loss
+from tlfast.collecting.batches import Batch
+from tlfast.collecting.loss import next_token_loss
 
 from .clock import Clock
 from .measure import WrongResult, check_close, reduction_bound

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tlfast.dataset import DatasetWriter, Example, Plan, ShuffledBatches, open_dataset
-from tlfast.dataset.shuffle import Blocks, Group, permutation
+from tlfast.dataset.read.shuffle import Blocks, Group, permutation
 
 WIDTH = 768
 ROW_BYTES = 2 * WIDTH

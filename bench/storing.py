@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import tlfast
-from tlfast.batches import Batch
-from tlfast.loss import next_token_loss
+from tlfast.collecting.batches import Batch
+from tlfast.collecting.loss import next_token_loss
 
 from .rivals import first_tensor
 

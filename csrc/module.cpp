@@ -56,7 +56,7 @@ std::unique_ptr<PyTap> make_tap(std::shared_ptr<Step> step, const std::string& n
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The native code of tlfast; tlfast.steps, taps and ring do the same in Python.";
+  m.doc() = "The native code of tlfast; tlfast.backends.ledger, taps and ring do the same in Python.";
   m.attr("TORCH_VERSION") = c10::str(TORCH_VERSION_MAJOR, ".", TORCH_VERSION_MINOR);
   m.def("describe", [] { return c10::str("cpu, ", cpu_features()); });
   m.def("cuda_status", &cuda_status);

@@ -1,4 +1,4 @@
-// What isn't plain memory: rare, so the rules and their words stand once, in tlfast/plain.py.
+// What isn't plain memory: rare, so the rules and their words stand once, in tlfast/backends/plain.py.
 #include "plain.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,12 +10,12 @@ namespace py = pybind11;
 namespace tlfast {
 namespace {
 
-// Let a function of tlfast.plain look at a tensor. It may be called on a thread of the engine.
+// Let a function of tlfast.backends.plain look at a tensor. It may be called on a thread of the engine.
 template <class... Arguments>
 at::Tensor ask(const char* function, const at::Tensor& tensor, const Arguments&... arguments) {
   const py::gil_scoped_acquire gil;
   const auto given = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
-  const py::object asked = py::module_::import("tlfast.plain").attr(function);
+  const py::object asked = py::module_::import("tlfast.backends.plain").attr(function);
   const py::object answer = result_of(PyObject_CallObject(asked.ptr(), py::make_tuple(arguments..., given).ptr()));
   return answer.is_none() ? tensor : THPVariable_Unpack(answer.ptr());
 }

@@ -18,7 +18,7 @@ inline bool is_plain(const at::Tensor& tensor) { return !(tensor.key_set().raw_r
 
 inline constexpr const char* kGradient = "the gradient";
 
-// `given`, made plain or refused in the name of `who` by tlfast.plain, with the GIL.
+// `given`, made plain or refused in the name of `who` by tlfast.backends.plain, with the GIL.
 at::Tensor made_plain(const std::string& who, const char* argument, const at::Tensor& given);
 
 // What `given` means as plain strided memory: `given` itself, wherever it is that.

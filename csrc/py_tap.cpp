@@ -34,7 +34,7 @@ struct References {
 };
 std::atomic<const References*> unshared{nullptr};  // set once, and null until then: taps on nodes come after it
 
-py::object from_outputs(const char* name) { return py::module_::import("tlfast.outputs").attr(name); }
+py::object from_outputs(const char* name) { return py::module_::import("tlfast.backends.outputs").attr(name); }
 
 // Python makes the errors that look closely at an output: they are said the same way by both backends.
 [[noreturn]] void throw_python(const py::object& error) {
@@ -165,7 +165,7 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
   check_output(who, found);
   if (found.requires_grad()) return found;
   if (!tap->step->missing_is_nan)
-    throw_python(py::module_::import("tlfast.no_graph").attr("no_graph")(who, given, output));
+    throw_python(py::module_::import("tlfast.backends.no_graph").attr("no_graph")(who, given, output));
   return {};
 }
 
@@ -226,7 +226,7 @@ py::object PyTap::forward(const py::handle& given) {
   return forward_slowly(given);
 }
 
-// Where in a tuple the tensor is, or -1 where Python is to find it: the rules are those of tlfast.outputs.
+// Where in a tuple the tensor is, or -1 where Python is to find it: the rules are those of tlfast.backends.outputs.
 Py_ssize_t PyTap::index_in(const py::handle& given) const {
   const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
   if (PyLong_CheckExact(output.ptr())) {

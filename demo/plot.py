@@ -11,9 +11,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from transformers import AutoModelForCausalLM
 
 import tlfast
-from tlfast.batches import Batch
+from tlfast.collecting.batches import Batch
+from tlfast.collecting.loss import next_token_loss
 from tlfast.dataset import GradientDataset
-from tlfast.loss import next_token_loss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of the backend: one that needs no display

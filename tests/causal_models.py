@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from tlfast.outputs import select_output
+from tlfast.backends.outputs import select_output
 
 VOCAB, WIDTH, N_LAYERS = 64, 32, 2
 MOST_PARAMETERS = 3_000_000

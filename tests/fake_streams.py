@@ -19,7 +19,7 @@ class FakeEvent:
 
 
 class FakeStreams:
-    """`tlfast.drain.Streams` whose queues go on when they are told to, by ``random``.
+    """`tlfast.collecting.drain.Streams` whose queues go on when they are told to, by ``random``.
 
     The head of each queue may be done at any time once the event that it waits for has happened. Work is done then
     and not when it is queued: memory that was used again too early has other values by that time.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-import tlfast.reference
+import tlfast.backends.reference
 
 REDUCTIONS = ("none", "sum", "mean", "last", "norm", "absmax")
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -135,4 +135,4 @@ def run_op(
     if backend == "native":
         torch.ops.tlfast.capture(out, grad, reduce, dims, mask, scale)
     else:
-        tlfast.reference.capture(out, grad, reduce, dims, mask, scale)
+        tlfast.backends.reference.capture(out, grad, reduce, dims, mask, scale)

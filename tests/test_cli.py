@@ -14,9 +14,9 @@ import torch
 from tiny_models import collect_words, complaint_of, save_model, save_text, unit_bytes
 
 import tlfast
-from tlfast import huggingface
 from tlfast.cli import COMMANDS, main
-from tlfast.settings import load_settings
+from tlfast.collecting import huggingface
+from tlfast.collecting.settings import load_settings
 
 N_EXAMPLES = 24
 
@@ -60,7 +60,7 @@ def test_ranks_write_whole_lines(folder, tmp_path, monkeypatch):
 
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Unbuffered())
-    monkeypatch.setattr("tlfast.progress._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("tlfast.collecting.progress._LINE_EVERY_S", 0.0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["collect", *collect_words(folder, out=str(tmp_path / "out"))]) == 0
@@ -130,7 +130,7 @@ def test_what_a_model_prints_is_not_the_answer(folder, tmp_path, capsys, monkeyp
         print("loading")
         return huggingface.load_model(*arguments)
 
-    monkeypatch.setattr("tlfast.collect_text.load_model", load_model)
+    monkeypatch.setattr("tlfast.collecting.from_text.load_model", load_model)
     assert main(["collect", *collect_words(folder, out=str(tmp_path / "out"))]) == 0
     shown = capsys.readouterr()
     assert shown.err == f"{tlfast.backend()}\nloading\n"
@@ -203,7 +203,7 @@ def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
             raise doctor.importlib.metadata.PackageNotFoundError(library)
         return "1"
 
-    from tlfast import doctor
+    from tlfast.commands import doctor
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", absent)
     assert main(["doctor"]) == 0

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import collect_words, complaint_of, save_model, save_text
 
-from tlfast import huggingface
-from tlfast.settings import load_settings
+from tlfast.collecting import huggingface
+from tlfast.collecting.settings import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_model_without_gradients_is_found_before_the_run(folder, tmp_path, cap
         model.forward = torch.no_grad()(model.forward)
         return model
 
-    monkeypatch.setattr("tlfast.collect_text.load_model", without_gradients)
+    monkeypatch.setattr("tlfast.collecting.from_text.load_model", without_gradients)
     complaint = complaint_of(capsys, ["collect", *collect_words(folder, out=str(tmp_path / "out"))])
     assert complaint.startswith("collect: loss must be made of the model's output, got a tensor without a graph. ")
     assert complaint.endswith("If the model doesn't start at its embedding, name the module: embedding= (--embedding).")

@@ -10,7 +10,7 @@ import torch
 from native_fakes import built_with, native
 
 import tlfast
-from tlfast import cuda_status, ops
+from tlfast.backends import choice, cuda_status
 
 NO_NVCC = dict(CUDA=None, CUDA_ARCHS=(), CUDA_REASON="no nvcc on the PATH")
 OLD = dict(error=35, message="CUDA driver version is insufficient for CUDA runtime version")
@@ -138,16 +138,16 @@ def test_kernels_on_the_cpu():
 
 
 def test_backend_and_doctor_say_it(monkeypatch):
-    from tlfast import doctor
+    from tlfast.commands import doctor
 
     module = native(**OLD, driver=0)
-    monkeypatch.setattr(ops, "_load", lambda: (module, ""))
+    monkeypatch.setattr(choice, "_load", lambda: (module, ""))
     assert tlfast.backend() == "native (cpu, avx2; cuda: no driver is installed)"
     assert "cuda          built with 13.0 for sm_80, sm_90, PTX; no driver is installed" in list(doctor.diagnose())
 
 
 def test_doctor_survives_a_driver_that_torch_refuses(monkeypatch):
-    from tlfast import doctor
+    from tlfast.commands import doctor
 
     def refused(number):
         raise RuntimeError("The NVIDIA driver on your system is too old\nfor this torch")
@@ -161,7 +161,7 @@ def test_doctor_survives_a_driver_that_torch_refuses(monkeypatch):
 def test_the_build_here_answers(monkeypatch):
     """The real module: its note and what is compiled into it are of one mind, and no driver is an answer too."""
     monkeypatch.undo()
-    module = ops.loaded()
+    module = choice.loaded()
     if module is None:
         pytest.skip(tlfast.backend())
     info = importlib.import_module("tlfast._build_info")
@@ -189,7 +189,7 @@ import tlfast
 mark("tlfast is there")
 tlfast.backend()
 from tlfast import ops
-module = ops.loaded()
+module = choice.loaded()
 print(int(module is not None and module.cuda_status()["built"] and not module.cuda_status()["simt"]))
 """
     env = os.environ | {"LD_DEBUG": "libs"}

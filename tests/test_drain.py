@@ -11,8 +11,15 @@ from fake_streams import FakeStreams
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tlfast.dataset.layout import PAGE_BYTES, Column, payload_spans
-from tlfast.drain import N_COUNTERS, N_SLOTS, DirectStreams, Drain, UnitMemory, streams_for
+from tlfast.collecting.drain import (
+    N_COUNTERS,
+    N_SLOTS,
+    DirectStreams,
+    Drain,
+    UnitMemory,
+    streams_for,
+)
+from tlfast.dataset.format.layout import PAGE_BYTES, Column, payload_spans
 
 COLUMNS = {"a": Column(torch.float32, (2,)), "b": Column(torch.int64, ())}
 CAPACITY = 4

@@ -12,10 +12,10 @@ from gpu_device import Gpu, no_wait_of_the_host
 from tiny_models import collect, sequences, tiny_model
 
 import tlfast
-from tlfast.batches import Batching, as_examples
-from tlfast.dataset.layout import Column
-from tlfast.drain import N_COUNTERS, CudaStreams, Drain, streams_for
-from tlfast.units import Runner
+from tlfast.collecting.batches import Batching, as_examples
+from tlfast.collecting.drain import N_COUNTERS, CudaStreams, Drain, streams_for
+from tlfast.collecting.unit import Runner
+from tlfast.dataset.format.layout import Column
 
 N_ROWS = 64
 WIDTH = 1024

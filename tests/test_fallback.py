@@ -34,7 +34,7 @@ MISSING = """
 import sys
 sys.modules["tlfast._C"] = None
 import tlfast
-import tlfast.ops
+import tlfast.backends.choice
 """
 
 
@@ -127,7 +127,7 @@ def test_trap_29_the_module_itself_knows_its_torch():
         fake.TORCH_VERSION = "2.10"
         sys.modules["tlfast._C"] = tlfast._C = fake
         sys.modules["tlfast._build_info"] = None
-        tlfast.ops._load.cache_clear()
+        tlfast.backends.choice._load.cache_clear()
         del tlfast._build_info
         """,
         """
@@ -173,29 +173,29 @@ def test_native_code_runs_by_itself(recwarn):
 
 
 def test_other_devices_run_in_python_and_say_so(monkeypatch):
-    from tlfast import ops
+    from tlfast.backends import choice
 
     monkeypatch.delenv("TLFAST_REQUIRE_NATIVE", raising=False)
-    ops._tell.cache_clear()
+    choice._tell.cache_clear()
     with pytest.warns(
         UserWarning, match="tlfast runs in pure Python, slower .*: the native code runs on cpu and cuda, and capture"
     ):
-        assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None
-    assert ops.pick_native("capture", "auto", {"cpu", "meta"}) is None, "and once is enough"
+        assert choice.pick_native("capture", "auto", {"cpu", "meta"}) is None
+    assert choice.pick_native("capture", "auto", {"cpu", "meta"}) is None, "and once is enough"
     with pytest.raises(RuntimeError) as error:
-        ops.pick_native("capture", "native", {"meta", "cpu"})
+        choice.pick_native("capture", "native", {"meta", "cpu"})
     assert str(error.value) == (
         "capture: backend must be usable, got native: the native code runs on cpu and cuda, and capture is on meta. "
         'Pass backend="python" or "auto".'
     )
     monkeypatch.setenv("TLFAST_REQUIRE_NATIVE", "1")
-    ops._tell.cache_clear()
+    choice._tell.cache_clear()
     with pytest.raises(
         RuntimeError, match=r"tlfast: the native code must be usable \(TLFAST_REQUIRE_NATIVE=1\), got the"
     ):
-        ops.pick_native("capture", "auto", {"meta"})
-    assert ops.pick_native("capture", "python", {"meta"}) is None
-    ops._tell.cache_clear()
+        choice.pick_native("capture", "auto", {"meta"})
+    assert choice.pick_native("capture", "python", {"meta"}) is None
+    choice._tell.cache_clear()
 
 
 def test_both_backends_are_tested_here_if_they_must_be():

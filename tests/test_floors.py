@@ -75,13 +75,13 @@ def test_floors_name_what_exists():
         ("tlfast/spec.py", "from .hooks import capture"),
         ("tlfast/spec.py", "from . import reference"),
         ("tlfast/spec.py", "from . import __version__"),
-        ("tlfast/ring.py", "def f():\n    import tlfast.hooks"),
-        ("tlfast/ring.py", "from tlfast import Spec"),
-        ("tlfast/ring.py", "from tlfast.points import x"),
-        ("tlfast/dataset/plan.py", "from .writer import x"),
-        ("tlfast/dataset/plan.py", "from ..collect import x"),
-        ("tlfast/dataset/writer.py", "from ..hooks import Capture"),
-        ("tlfast/dataset/writer.py", "from .. import spec"),
+        ("tlfast/backends/rows.py", "def f():\n    import tlfast.hooks"),
+        ("tlfast/backends/rows.py", "from tlfast import Spec"),
+        ("tlfast/backends/rows.py", "from tlfast.hooks.points import x"),
+        ("tlfast/dataset/format/plan.py", "from .layout import x"),
+        ("tlfast/dataset/format/plan.py", "from ...collecting.run import x"),
+        ("tlfast/dataset/write/writer.py", "from ...hooks.captured import Capture"),
+        ("tlfast/dataset/write/writer.py", "from ... import spec"),
     ],
 )
 def test_an_upward_import_is_found(path, source):
@@ -91,9 +91,15 @@ def test_an_upward_import_is_found(path, source):
 @pytest.mark.parametrize(
     "path, source",
     [
-        ("tlfast/hooks.py", "from . import ring, taps\nfrom .errors import broken_rule\nimport torch"),
-        ("tlfast/dataset/writer.py", "from .plan import Plan\nfrom ..errors import broken_rule\nfrom . import rows"),
-        ("tlfast/collect.py", "from .dataset.plan import Plan\nfrom .dataset import writer"),
+        (
+            "tlfast/hooks/captured.py",
+            "from ..backends import rows, taps\nfrom ..errors import broken_rule\nimport torch",
+        ),
+        (
+            "tlfast/dataset/write/writer.py",
+            "from ..format.plan import Plan\nfrom ...errors import broken_rule\nfrom . import payload",
+        ),
+        ("tlfast/collecting/run.py", "from ..dataset.format.plan import Plan\nfrom ..dataset.write import writer"),
         ("tlfast/cli.py", "from . import __version__\nimport tlfast"),
     ],
 )

@@ -10,7 +10,7 @@ from models import SETUPS, Chain, Residual, Setup, activation_gradients, hooks_l
 from torch import nn
 
 import tlfast
-from tlfast.freeze import find_embedding, find_embeddings
+from tlfast.hooks.freeze import find_embedding, find_embeddings
 
 
 def required(model):

@@ -10,7 +10,7 @@ from models import HookPoint, chain, inputs
 from torch import nn
 
 import tlfast
-from tlfast import attachment
+from tlfast.hooks import attachment
 
 pytestmark = pytest.mark.sanitize
 
@@ -114,7 +114,7 @@ class Made:
 
 @pytest.fixture
 def made(native, tmp_path):
-    module = tlfast.ops.loaded()
+    module = tlfast.backends.choice.loaded()
     made = Made(module, tmp_path / "file")
     yield made
     os.close(made.fd)
@@ -204,7 +204,7 @@ def test_a_hook_called_in_another_way_raises(native):
 
 
 def test_a_hook_without_its_tap_raises(native):
-    made = tlfast.ops.loaded()
+    made = tlfast.backends.choice.loaded()
     attachment._prepare(made)
     for kind, arguments in (
         (attachment._NativePreHook, (nn.Identity(), ())),
@@ -220,7 +220,7 @@ def test_a_hook_without_its_tap_raises(native):
 
 
 def test_gradients_of_a_full_hook_in_another_way_raise(native):
-    made = tlfast.ops.loaded()
+    made = tlfast.backends.choice.loaded()
     tap = made.Tap(made.Step(1, "nan"), "0", [], None, "raise")
     with pytest.raises(IndexError):
         tap.full(())

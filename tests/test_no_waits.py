@@ -11,10 +11,10 @@ from tiny_models import sequences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlfast
-from tlfast import reference
-from tlfast.batches import Batching, as_examples
+from tlfast.backends import reference
+from tlfast.collecting.batches import Batching, as_examples
+from tlfast.collecting.unit import Runner
 from tlfast.spec import REDUCTIONS
-from tlfast.units import Runner
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ def test_the_reference_asks_for_no_value(reduce, masked, dtype):
 
 
 def test_counts_are_kept_where_the_rows_are():
-    ring = tlfast.ring.Ring("point", "none", (), torch.float16, 2)
+    ring = tlfast.backends.rows.Ring("point", "none", (), torch.float16, 2)
     assert ring.counted == (0, 0)
     grad = torch.tensor([[1e6, float("nan"), 1.0], [float("inf"), -1e6, 2.0]])
     with NoQuestions():

@@ -52,7 +52,7 @@ from tlfast.cli import main
 raise SystemExit(main(["collect", "--help"]))
 """
 LOAD = """
-from tlfast.huggingface import load_model
+from tlfast.collecting.huggingface import load_model
 import torch
 load_model("model", None, torch.device("cpu"))
 """

@@ -6,7 +6,7 @@ from models import Residual
 from torch import nn
 
 import tlfast
-from tlfast.points import find_points, glob_to_regex, is_glob, match_names
+from tlfast.hooks.points import find_points, glob_to_regex, is_glob, match_names
 
 NAMES = list(dict(Residual(n_layers=12).named_modules()))[1:]
 

@@ -26,7 +26,7 @@ from op_cases import (
 )
 
 import tlfast
-import tlfast.reference
+import tlfast.backends.reference
 
 
 def check(backend: str, case: Case, out_layout: str = "rows") -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from op_cases import run_op
 
 import tlfast
-import tlfast.reference
+import tlfast.backends.reference
 
 GRAD = torch.ones(2, 3, 4)
 STORED = "capture: out must be float32, bfloat16 or float16 (float64 for float64 gradients), got {}. "

@@ -8,7 +8,7 @@ from comparison import assert_captured, assert_same_bits, rounded_once
 from op_cases import GRAD_DTYPES, HALVES, REDUCTIONS, run_op, stored_dtypes
 
 import tlfast
-import tlfast.reference
+import tlfast.backends.reference
 
 
 def all_values(dtype):

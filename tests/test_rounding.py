@@ -16,7 +16,7 @@ def store(backend, values, dtype):
     if backend == "native":
         torch.ops.tlfast.capture(out, grad, "none", [])
     else:
-        tlfast.reference.capture(out, grad, "none", ())
+        tlfast.backends.reference.capture(out, grad, "none", ())
     return out[0]
 
 

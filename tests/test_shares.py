@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tlfast
-from tlfast import huggingface
 from tlfast.cli import main
+from tlfast.collecting import huggingface
+from tlfast.collecting.loss import next_token_loss
+from tlfast.collecting.unit_queue import Share, Todo, share_of, units_in
 from tlfast.dataset import Plan
-from tlfast.loss import next_token_loss
-from tlfast.shares import Share, Todo, share_of, units_in
 
 
 def simulate(n_units, processes, before=(), todo=Todo):
@@ -192,7 +192,7 @@ def test_units_and_share_of_the_function(tmp_path):
 
 
 def test_what_another_process_commits_meanwhile_is_not_done_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("tlfast.shares.LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("tlfast.collecting.unit_queue.LOOK_EVERY_S", 0.0)
     collect(tmp_path / "there", batch_tokens=3)
     steps = []
 
@@ -205,7 +205,7 @@ def test_what_another_process_commits_meanwhile_is_not_done_again(tmp_path, monk
         return next_token_loss(model, batch)
 
     loss.__module__, loss.__qualname__ = "tests", "loss"
-    monkeypatch.setattr("tlfast.identity.next_token_loss", loss)  # the same data
+    monkeypatch.setattr("tlfast.collecting.identity.next_token_loss", loss)  # the same data
     report = collect(tmp_path / "out", batch_tokens=3, loss=loss)
     assert (report.n_rows, report.n_units, report.n_rows_elsewhere) == (8, 4, 2)
     assert len(steps) == 1 + 9, "the second batch of that unit isn't computed"

@@ -9,7 +9,8 @@ from stream_notes import FakeStreams, launches_before
 from torch import nn
 
 import tlfast
-from tlfast import _build_info, ring, steps, streams, taps
+from tlfast import _build_info
+from tlfast.backends import ledger, rows, streams, taps
 
 B, P, D = 2, 3, 4
 pytestmark = pytest.mark.simt
@@ -26,12 +27,12 @@ def gpu(request, monkeypatch):
         torch.ops.tlfast_simt.set_stream(0)
         return
     fakes = FakeStreams()
-    for module in (streams, steps, taps):
+    for module in (streams, ledger, taps):
         monkeypatch.setattr(module, "current_stream", fakes.current_stream)
     for module in (streams, taps):
         monkeypatch.setattr(module, "read_on", fakes.read_on)
     for name in ("_capture", "put_stack", "fill_nan"):
-        monkeypatch.setattr(ring.Ring, name, fakes.launching(getattr(ring.Ring, name)))
+        monkeypatch.setattr(rows.Ring, name, fakes.launching(getattr(rows.Ring, name)))
     yield "python", fakes
 
 

@@ -1,4 +1,4 @@
-"""The native module: what tlfast.steps, taps, ring and tensor_cache do in Python."""
+"""The native module: what tlfast.backends.ledger, taps, ring and tensor_cache do in Python."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

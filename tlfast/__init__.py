@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .collect import collect  # not on demand: the function must win over the module of the same name
+from .backends.choice import backend, reduce_into
+from .collecting.run import collect  # not on demand: the function must win over the module of the same name
 from .dataset import open_dataset
-from .freeze import freeze
-from .graphs import graph_step
-from .hooks import Capture
-from .ops import backend, reduce_into
-from .public import attach, capture
+from .hooks.capture import attach, capture
+from .hooks.captured import Capture
+from .hooks.freeze import freeze
+from .hooks.graph_step import graph_step
 from .spec import Spec
 
 

@@ -7,8 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
-from .commands import collecting, handing_on, inspecting
-from .commands.arguments import BAD_INPUT, FAILED, INTERRUPTED, NO_READER, OK, complain, nearest
+from .commands import collecting, inspecting, sharing
+from .commands.arguments import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    NO_READER,
+    OK,
+    complain,
+    nearest,
+)
 from .errors import broken_rule
 
 USAGE = """usage: tlfast COMMAND ...
@@ -29,10 +37,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "collect": collecting.collect,
     "info": inspecting.info,
     "verify": inspecting.verify,
-    "export": handing_on.export,
-    "report": handing_on.report,
-    "push": handing_on.push,
-    "pull": handing_on.pull,
+    "export": sharing.export,
+    "report": sharing.report,
+    "push": sharing.push,
+    "pull": sharing.pull,
     "doctor": inspecting.doctor,
 }
 

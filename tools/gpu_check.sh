@@ -100,7 +100,7 @@ build() {
 }
 
 doctor() {
-  "$PY" -c 'from tlfast.doctor import diagnose; print(*diagnose(), sep="\n")' &&
+  "$PY" -c 'from tlfast.commands.doctor import diagnose; print(*diagnose(), sep="\n")' &&
     "$PY" -c 'import tlfast; print(tlfast.backend())'
 }
 

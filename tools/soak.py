@@ -20,7 +20,14 @@ from typing import Any
 import torch
 
 import tlfast
-from tlfast.dataset import BackgroundWriter, DatasetWriter, Example, Plan, Unit, open_dataset
+from tlfast.dataset import (
+    BackgroundWriter,
+    DatasetWriter,
+    Example,
+    Plan,
+    Unit,
+    open_dataset,
+)
 
 COLUMNS = {"small": (torch.bfloat16, (8,)), "scalar": (torch.float32, ())}
 MOST_GROWTH = 0.05  # the promise: flat within 5 % after the first unit
@@ -100,7 +107,7 @@ def soak_collect(out: Path, n_rows: int, rows_per_unit: int) -> Usage:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(97, 8), torch.nn.Linear(8, 97))
 
-    def loss(model: torch.nn.Module, batch: tlfast.batches.Batch) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: tlfast.collecting.batches.Batch) -> torch.Tensor:
         return model(batch.input_ids).square().sum()
 
     examples = torch.arange(n_rows)[:, None] % torch.tensor([97, 89, 83])  # one tensor, not a million lists

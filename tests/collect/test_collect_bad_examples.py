@@ -10,10 +10,10 @@ from tiny_models import collect, collect_words, save_model, sequences, tiny_mode
 from torch import nn
 
 import tlfast
-from tlfast.bad_examples import BadExamples
 from tlfast.cli import main
+from tlfast.collecting.skipped import BadExamples
+from tlfast.collecting.text import cut_texts, find_text_files
 from tlfast.dataset import DatasetError
-from tlfast.text import cut_texts, find_text_files
 
 GOOD = sequences(5)
 BAD = [[], [3], list(range(70)), {"input_ids": [4], "source": "a.txt", "start": 9}]

@@ -14,8 +14,8 @@ from tiny_models import sequences
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
-from tlfast.batches import Batch, Batching, as_examples, unit_rows
-from tlfast.dataset.plan import Example
+from tlfast.collecting.batches import Batch, Batching, as_examples, unit_rows
+from tlfast.dataset.format.plan import Example
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 

@@ -30,8 +30,8 @@ from transformers import (
 from transformers.utils import logging
 
 import tlfast
-from tlfast.huggingface import load_model
-from tlfast.loss import next_token_loss
+from tlfast.collecting.huggingface import load_model
+from tlfast.collecting.loss import next_token_loss
 
 EXAMPLES = sequences(8)
 SIZES = {

@@ -12,9 +12,9 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
-from tlfast import determinism
-from tlfast.determinism import as_begun, describe_machine, deterministic
-from tlfast.loss import next_token_loss
+from tlfast.collecting import determinism
+from tlfast.collecting.determinism import as_begun, describe_machine, deterministic
+from tlfast.collecting.loss import next_token_loss
 
 EXAMPLES = sequences(12)
 

@@ -12,10 +12,10 @@ from fake_streams import FakeStreams
 from tiny_models import POINTS, collect, sequences, tiny_model
 
 import tlfast
-from tlfast.batches import Batching, as_examples
+from tlfast.collecting.batches import Batching, as_examples
+from tlfast.collecting.progress import Progress
+from tlfast.collecting.unit import Oddities
 from tlfast.dataset import FLAG_NON_FINITE, FLAG_SATURATED, DatasetWriter, Plan
-from tlfast.progress import Progress
-from tlfast.units import Oddities
 
 EXAMPLES = sequences(40)
 ROWS_PER_UNIT = 6

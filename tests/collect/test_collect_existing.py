@@ -10,8 +10,8 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
+from tlfast.collecting.loss import next_token_loss
 from tlfast.dataset import DatasetError
-from tlfast.loss import next_token_loss
 
 EXAMPLES = sequences(20)
 

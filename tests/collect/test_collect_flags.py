@@ -10,8 +10,8 @@ from tiny_models import collect
 from torch import nn
 
 import tlfast
+from tlfast.collecting.progress import Progress
 from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED
-from tlfast.progress import Progress
 
 
 class Poisoned(nn.Module):
@@ -85,7 +85,7 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch):
     bar, lines, silent = Terminal(), io.StringIO(), io.StringIO()
     clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr("tlfast.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("tlfast.collecting.progress.time.monotonic", lambda: float(next(clock)))
     for file, enabled in ((bar, True), (lines, True), (silent, False)):
         with Progress(10, 2, enabled, file) as progress:
             progress.n_nonfinite, progress.n_bytes, progress.waited_s = 3, 1_500_000_000, 3.21

@@ -10,9 +10,9 @@ import torch
 from tiny_models import collect, sequences, tiny_model, unit_bytes
 
 import tlfast
-from tlfast.batches import Batch, Batching, as_examples, bucket_lengths
+from tlfast.collecting.batches import Batch, Batching, as_examples, bucket_lengths
+from tlfast.collecting.graph_cache import MOST_GRAPHS, Replays, graphs_wanted
 from tlfast.dataset import DatasetError
-from tlfast.replay import MOST_GRAPHS, Replays, graphs_wanted
 
 EXAMPLES = sequences(60, longest=24)
 BATCH_TOKENS = 72
@@ -45,7 +45,7 @@ class FakeGraphs:
 
     def loss(self, model, batch):
         assert batch.mask is not None
-        loss = tlfast.loss.next_token_loss(model, batch)
+        loss = tlfast.collecting.loss.next_token_loss(model, batch)
         return loss * self.factor if self.inside else loss
 
 

@@ -6,7 +6,7 @@ from tiny_models import collect, sequences, tiny_model
 from torch import nn
 
 import tlfast
-from tlfast.probe import _shaken
+from tlfast.collecting.probe import _shaken
 
 EXAMPLES = sequences(5)
 

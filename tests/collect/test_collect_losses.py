@@ -17,10 +17,10 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
+from tlfast.collecting.function_identity import describe_function
+from tlfast.collecting.loss import next_token_loss
 from tlfast.dataset import DatasetError
-from tlfast.dataset.description import Description
-from tlfast.function_identity import describe_function
-from tlfast.loss import next_token_loss
+from tlfast.dataset.format.description import Description
 
 EXAMPLES = sequences(8)
 SCALE = 2.0
@@ -179,7 +179,8 @@ def test_another_process_tells_a_loss_alike(tmp_path):
     path = [str(tmp_path), *sys.path]
     program = (
         f"import json, sys; sys.path[:] = {path!r}; import mine; "
-        "from tlfast.function_identity import describe_function; print(json.dumps(describe_function(mine.Loss())))"
+        "from tlfast.collecting.function_identity import describe_function; "
+        "print(json.dumps(describe_function(mine.Loss())))"
     )
     told = {
         subprocess.run(

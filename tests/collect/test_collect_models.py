@@ -8,8 +8,8 @@ from causal_models import N_LAYERS, VOCAB, WIDTH, gradients, layers_of, tiny_cau
 from tiny_models import collect
 
 import tlfast
-from tlfast.batches import Batching, as_examples
-from tlfast.loss import model_inputs
+from tlfast.collecting.batches import Batching, as_examples
+from tlfast.collecting.loss import model_inputs
 
 LENGTHS = (9, 12, 20, 23)
 EXAMPLES = [torch.randint(5, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]

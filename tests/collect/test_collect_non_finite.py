@@ -8,8 +8,8 @@ from tiny_models import collect, collect_words, complaint_of, save_model, save_t
 from torch import nn
 
 import tlfast
-from tlfast import huggingface
-from tlfast.progress import NonFinite
+from tlfast.collecting import huggingface
+from tlfast.collecting.progress import NonFinite
 
 POISON = 7  # a token that makes the gradient of its example infinite
 EXAMPLES = [[1, 2], [3, 4, 5], [1, 1], [2, 2, 2], [1, POISON], [3, 3], [POISON, 1], [2, 1]]
@@ -107,7 +107,7 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch):
 
     save_model(tmp_path / "model")
     save_text(tmp_path / "text")
-    monkeypatch.setattr("tlfast.collect_text.load_model", overflowing)
+    monkeypatch.setattr("tlfast.collecting.from_text.load_model", overflowing)
     complaint = complaint_of(capsys, ["collect", *collect_words(tmp_path), "--non-finite", "stop"], code=1)
     assert complaint.startswith("collect: rows must be finite, got NaN or infinity in example 0 of u000000 at trans")
     assert complaint.endswith(f"To continue: tlfast collect {tmp_path}/out/config.yaml")

@@ -13,10 +13,10 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
-from tlfast.batches import Batching, as_examples
-from tlfast.loss import next_token_loss
-from tlfast.probe import Probe
-from tlfast.replay import Replays
+from tlfast.collecting.batches import Batching, as_examples
+from tlfast.collecting.graph_cache import Replays
+from tlfast.collecting.loss import next_token_loss
+from tlfast.collecting.probe import Probe
 
 EXAMPLES = [[3, 1, 4, 1, 5, 9, 2, 6], [2] * 20, [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 EQUAL = [[3, 1, 4, 1, 5], [2, 7, 1, 8, 2], [1, 6, 1, 8, 0]]

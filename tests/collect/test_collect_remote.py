@@ -9,7 +9,8 @@ from tiny_models import collect, collect_words, complaint_of, save_model, save_t
 
 import tlfast
 from tlfast.cli import main
-from tlfast.dataset import DatasetError, upload
+from tlfast.dataset import DatasetError
+from tlfast.dataset.write import upload
 
 EXAMPLES = sequences(20)
 

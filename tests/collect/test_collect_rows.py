@@ -7,7 +7,7 @@ import torch
 from tiny_models import N_LAYERS, N_TOKENS, POINTS, WIDTH, sequences, tiny_model
 
 import tlfast
-from tlfast.loss import next_token_loss
+from tlfast.collecting.loss import next_token_loss
 
 LONGEST = 16
 EXAMPLES = sequences(16, LONGEST)
@@ -95,7 +95,7 @@ def no_mask(model, batch):
 
 @pytest.mark.parametrize("wrong", [mean_loss, no_mask])
 def test_the_comparison_finds_a_row_that_depends_on_its_batch(tmp_path, wrong, monkeypatch):
-    monkeypatch.setattr("tlfast.probe.Probe._check_rows", lambda *_: None)  # which would refuse it
+    monkeypatch.setattr("tlfast.collecting.probe.Probe._check_rows", lambda *_: None)  # which would refuse it
     model = tiny_model(dtype=torch.float64)
     tlfast.collect(model, EXAMPLES, tmp_path, points=POINTS["gpt2"], padding_side="left", loss=wrong, progress=False)
     dataset = tlfast.open_dataset(tmp_path)

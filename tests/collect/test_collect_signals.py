@@ -11,9 +11,9 @@ import pytest
 from tiny_models import collect, sequences, tiny_model, unit_bytes
 
 import tlfast
+from tlfast.collecting.loss import next_token_loss
+from tlfast.collecting.signals import LeaveAtOnce, Terminated, stopping
 from tlfast.dataset import BackgroundWriter, DatasetWriter
-from tlfast.loss import next_token_loss
-from tlfast.stopping import LeaveAtOnce, Terminated, stopping
 
 EXAMPLES = sequences(20)
 SETTINGS = {"rows_per_unit": 4, "batch_tokens": 1}  # five units of four batches

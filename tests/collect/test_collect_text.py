@@ -12,7 +12,7 @@ import pytest
 from tiny_models import collect_words, complaint_of, save_model, save_text, unit_bytes
 
 from tlfast.cli import main
-from tlfast.text import check_plain, cut_texts, find_text_files
+from tlfast.collecting.text import check_plain, cut_texts, find_text_files
 
 
 def encode(text):
@@ -223,7 +223,7 @@ def test_what_was_begun_with_such_files_goes_on(tmp_path, capsys, monkeypatch):
     save_text(tmp_path / "text", 3)
     (tmp_path / "text" / "a.jsonl").write_text(LINES)
     words = collect_words(tmp_path, rows_per_unit="4")
-    monkeypatch.setattr("tlfast.collect_text.check_plain", lambda files, pattern: None)
+    monkeypatch.setattr("tlfast.collecting.from_text.check_plain", lambda files, pattern: None)
     assert main(["collect", *words]) == 0
     monkeypatch.undo()
     before = unit_bytes(tmp_path / "out")

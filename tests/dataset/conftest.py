@@ -3,7 +3,7 @@
 import pytest
 from shared_filesystem import SharedFileSystem
 
-from tlfast.dataset import upload
+from tlfast.dataset.write import upload
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ import pytest
 import torch
 from dataset_cases import HERE, examples, make_writer, rows_of, run_python, truth, write_units
 
-from tlfast.dataset import BackgroundWriter, DatasetError, Plan, streaming
+from tlfast.dataset import BackgroundWriter, DatasetError, Plan
+from tlfast.dataset.write import payload
 
 # Payloads of several pages, some of which begin in one column and end in the next.
 COLUMNS = {"wide": (torch.bfloat16, (1000,)), "deep": (torch.float32, (2, 300)), "loss": (torch.float16, ())}
@@ -117,7 +118,7 @@ def run_farm(folder: Path, run: str, backend: str, modes: list[str]) -> tuple[li
 def main(folder: Path, run: str, backend: str, modes: list[str]) -> None:
     torch.set_num_threads(1)
     pa.array([1])  # imports what pyarrow imports late (pandas, where it is installed): once, not in every child
-    streaming.PIECE_BYTES = PIECE_BYTES
+    payload.PIECE_BYTES = PIECE_BYTES
     gc.collect()
     gc.freeze()
     folder.mkdir(parents=True)

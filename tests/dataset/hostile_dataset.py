@@ -16,10 +16,11 @@ from zlib import crc32
 import torch
 from dataset_cases import PLAN, examples, make_writer, rows_of, same_bits, truth, write_units
 
-from tlfast.dataset import DatasetError, open_dataset, row_limits, verify_dataset
-from tlfast.dataset.description import read_description
-from tlfast.dataset.store import as_store
-from tlfast.dataset.verify import check_unit
+from tlfast.dataset import DatasetError, open_dataset, verify_dataset
+from tlfast.dataset.check.verify import check_unit
+from tlfast.dataset.format import row_limits
+from tlfast.dataset.format.description import read_description
+from tlfast.dataset.places.store import as_store
 
 N_ADDED = 3  # examples of the extension
 MAX_GROWTH_KB = 300 << 10  # while the files of one input are read; they have a few MB

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from hostile_dataset import HostileDataset
 
-from tlfast.dataset.durable import crc32c
-from tlfast.dataset.strict_json import checksum_of
+from tlfast.dataset.format.strict_json import checksum_of
+from tlfast.dataset.places.durable import crc32c
 
 NASTY = [
     None, True, -1, 0, 1, 3, 4, 2**31, 2**53, 2**63, 10**30, 1.5, -0.0, 1e308, "", "x", "../../../etc/passwd",

@@ -7,8 +7,8 @@ import re
 from dataset_cases import COLUMNS, HEADER, PLAN, content, make_writer, truth, write_units
 from shared_filesystem import SharedFileSystem
 
-from tlfast.dataset.remote_store import RemoteStore
-from tlfast.dataset.remote_writer import RemoteWriter
+from tlfast.dataset.places.remote_store import RemoteStore
+from tlfast.dataset.write.remote_writer import RemoteWriter
 
 ARGUMENTS = {"header": HEADER, "columns": COLUMNS, "plan": PLAN, "config": "reduce: mean\n"}
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from dataset_cases import COLUMNS, PLAN, check_rows, make_dataset, make_writer, same_bits, truth, write_units
 
-from tlfast.dataset import DatasetError, DatasetWriter, Example, Plan, local_file, open_dataset
-from tlfast.dataset.store import LocalStore
+from tlfast.dataset import DatasetError, DatasetWriter, Example, Plan, open_dataset
+from tlfast.dataset.places import local_file
+from tlfast.dataset.places.store import LocalStore
 
 
 @pytest.mark.parametrize("network, access, mapped", [
@@ -47,7 +48,7 @@ class Unmapped(LocalStore):
 @pytest.mark.parametrize("access", ["mmap", "pread"])
 @pytest.mark.parametrize("kept", [2, 100])
 def test_both_ways_read_what_was_written(tmp_path, monkeypatch, access, kept):
-    monkeypatch.setattr("tlfast.dataset.unit_files.most_open", lambda: kept)
+    monkeypatch.setattr("tlfast.dataset.read.unit_files.most_open", lambda: kept)
     plan, columns = Plan(47, 5), COLUMNS | {"empty": (torch.float32, (0, 3)), "long": (torch.float16, (17000,))}
     make_dataset(tmp_path, plan=plan, columns=columns)
     ds, tensors = open_dataset(tmp_path, access=access), truth(columns, plan)
@@ -73,8 +74,8 @@ def test_rows_that_are_not_in_memory(tmp_path, monkeypatch, access, gap, expecte
     asked = []
     monkeypatch.setattr(local_file.LocalFile, "cached", lambda self, offset: False)
     monkeypatch.setattr(local_file.LocalFile, "will_need", lambda self, offset, n: asked.append((self.name, offset, n)))
-    monkeypatch.setattr("tlfast.dataset.unit_files._FETCHED_ROWS", 4)
-    monkeypatch.setattr("tlfast.dataset.unit_files._GAP_BYTES", gap)
+    monkeypatch.setattr("tlfast.dataset.read.unit_files._FETCHED_ROWS", 4)
+    monkeypatch.setattr("tlfast.dataset.read.unit_files._GAP_BYTES", gap)
     make_dataset(tmp_path)
     ds, rows = open_dataset(tmp_path, access=access), [9, 0, 3, 10, 1, 9, 4]
     assert same_bits(ds["double"][rows], truth()["double"][rows])
@@ -122,13 +123,13 @@ def test_over_a_network_what_is_in_memory_needs_no_thread(tmp_path, monkeypatch,
 
 
 def test_a_long_stretch_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("tlfast.dataset.unit_files._PIECE_BYTES", 7)
+    monkeypatch.setattr("tlfast.dataset.read.unit_files._PIECE_BYTES", 7)
     make_dataset(tmp_path)
     check_rows(open_dataset(tmp_path), truth())
 
 
 def test_many_threads_read_while_units_are_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("tlfast.dataset.unit_files.most_open", lambda: 3)
+    monkeypatch.setattr("tlfast.dataset.read.unit_files.most_open", lambda: 3)
     plan = Plan(60, 2)
     ds, tensors, wrong = make_dataset(tmp_path, plan=plan), truth(plan=plan), []
 

@@ -14,7 +14,7 @@ from dataset_cases import HERE, check_rows, content, make_writer, run_python, tr
 from failing_farm import COLUMNS, ONLY_WRITES, PLAN, RAISED, needs_preload, run_farm
 
 from tlfast.dataset import DatasetError, open_dataset
-from tlfast.dataset.durable import TEMPORARY, PendingFile
+from tlfast.dataset.places.durable import TEMPORARY, PendingFile
 
 ALL = os.environ.get("TLFAST_ALL_FAILURES") == "1"  # twice as many, and on the disk: minutes
 MODES = ["kill", "kill-within", "short", "no-direct", *(["EIO", "ENOSPC"] if ALL else ["EIO-or-ENOSPC"])]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from dataset_cases import PLAN, check_rows, make_dataset, make_writer, truth, write_units
 
-from tlfast.dataset import DatasetError, open_dataset, verify, verify_dataset
+from tlfast.dataset import DatasetError, open_dataset, verify_dataset
+from tlfast.dataset.check import verify
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import torch
 from dataset_cases import COLUMNS, PLAN, make_dataset, make_writer, rows_of, truth
 from dataset_cases import examples as examples_of
 
-from tlfast.dataset import DatasetError, Plan, export_dataset, export_parts
+from tlfast.dataset import DatasetError, Plan, export_dataset
+from tlfast.dataset.export import parts
 
 POINTS = list(COLUMNS)
 FORMATS = ["parquet", "arrow", "npy", "hf", "lance", "bergson"]
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Parts smaller than a unit: 3 rows of these columns."""
-    monkeypatch.setattr(export_parts, "PART_BYTES", 3 * 70)
+    monkeypatch.setattr(parts, "PART_BYTES", 3 * 70)
 
 
 def expected():

@@ -20,7 +20,7 @@ from dataset_cases import (
 )
 
 from tlfast.dataset import DatasetError, DatasetWriter, Plan, open_dataset, verify_dataset
-from tlfast.dataset.strict_json import checksum_of
+from tlfast.dataset.format.strict_json import checksum_of
 
 SAID = {"sha256": "f" * 64, "skipped": [["a.txt", 3, "no UTF-8 text"]]}
 LONGER = PLAN.extended(6)
@@ -114,7 +114,7 @@ def test_of_two_extensions_at_once_the_first_wins(tmp_path):
 
 def test_a_dataset_that_is_extended_while_it_is_opened(tmp_path, monkeypatch):
     """The commits that a reader lists may be of units that were not planned when it read the plan."""
-    from tlfast.dataset import commits
+    from tlfast.dataset.format import commits
 
     make_base(tmp_path, TENSORS)
     listed = commits.committed_names

@@ -27,8 +27,15 @@ from dataset_cases import (
     write_units,
 )
 
-import tlfast.dataset.writer as writer_module
-from tlfast.dataset import DatasetError, Plan, check_disk_space, estimate_bytes, open_dataset, verify_dataset
+import tlfast.dataset.write.writer as writer_module
+from tlfast.dataset import (
+    DatasetError,
+    Plan,
+    check_disk_space,
+    estimate_bytes,
+    open_dataset,
+    verify_dataset,
+)
 
 
 def test_a_folder_of_someone_else_is_refused(tmp_path):

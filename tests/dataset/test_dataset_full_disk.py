@@ -11,7 +11,7 @@ from dataset_cases import PLAN, check_rows, content, examples, make_base, make_w
 from test_dataset_background import within
 
 from tlfast.dataset import BackgroundWriter, open_dataset, verify_dataset
-from tlfast.dataset.full_disk import FullDisk
+from tlfast.dataset.places.full_disk import FullDisk
 
 LONG_S, SHORT_S = 600.0, 0.05
 
@@ -43,7 +43,7 @@ def run(background):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_is_freed_in_time(tmp_path, monkeypatch, number):
-    monkeypatch.setattr("tlfast.dataset.full_disk._RETRY_S", 0.001)
+    monkeypatch.setattr("tlfast.dataset.places.full_disk._RETRY_S", 0.001)
     said, filling = [], Filling(make_writer(tmp_path), 3, number)
     within(lambda: run(BackgroundWriter(filling, 1, LONG_S, said.append)))
     check_rows(open_dataset(tmp_path), truth())
@@ -162,7 +162,7 @@ def small_disk(tmp_path):
 
 
 def test_a_real_full_disk(small_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("tlfast.dataset.full_disk._RETRY_S", 0.001)
+    monkeypatch.setattr("tlfast.dataset.places.full_disk._RETRY_S", 0.001)
     writer, ballast = make_writer(small_disk / "d"), small_disk / "ballast"
 
     def free(line):

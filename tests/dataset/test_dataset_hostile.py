@@ -9,7 +9,7 @@ import pytest
 from dataset_cases import COLUMNS, check_rows, make_dataset, truth
 
 from tlfast.dataset import DatasetError, open_dataset, verify_dataset
-from tlfast.dataset.strict_json import canonical, checksum_of
+from tlfast.dataset.format.strict_json import canonical, checksum_of
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from test_dataset_damage import flip
 import tlfast
 from tlfast.cli import main
 from tlfast.dataset import DatasetError, GradientDataset, Plan, open_dataset
-from tlfast.dataset.card import dataset_card
-from tlfast.dataset.description import describe
-from tlfast.dataset.hub import CachedStore
+from tlfast.dataset.format.card import dataset_card
+from tlfast.dataset.format.description import describe
+from tlfast.dataset.read.hub import CachedStore
 
 # The client of the hub uses its HTTP library in a way that this library calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -11,7 +11,7 @@ import torch
 from dataset_cases import COLUMNS, PLAN, examples, make_dataset, make_writer, rows_of, same_bits, truth, write_units
 
 from tlfast.dataset import DatasetError, Example, Plan, join_datasets, open_dataset
-from tlfast.dataset.columns import read_stretches
+from tlfast.dataset.read.columns import read_stretches
 
 THERE = [4, 5, 6, 7, 8, 9, 10]  # units 1 and 2 of three
 

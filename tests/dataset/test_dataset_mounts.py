@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tlfast.dataset.mounts import filesystem, is_network, on_network
+from tlfast.dataset.places.mounts import filesystem, is_network, on_network
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:26 / /data rw,relatime shared:2 - nfs4 server:/data rw,vers=4.2

@@ -13,7 +13,9 @@ from dataset_cases import check_rows, content, make_dataset, make_writer, truth,
 from test_dataset_damage import flip
 
 import tlfast
-from tlfast.dataset import DatasetError, durable, open_dataset, repair, repair_dataset, verify, verify_dataset
+from tlfast.dataset import DatasetError, open_dataset, repair_dataset, verify_dataset
+from tlfast.dataset.check import repair, verify
+from tlfast.dataset.places import durable
 
 
 @pytest.fixture

@@ -22,7 +22,14 @@ from dataset_cases import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE, DatasetError, Example, Plan, open_dataset
+from tlfast.dataset import (
+    FLAG_MISSING,
+    FLAG_NON_FINITE,
+    DatasetError,
+    Example,
+    Plan,
+    open_dataset,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 ODD_NAMES = [
@@ -179,7 +186,7 @@ def test_norms_neither_overflow_nor_vanish(tmp_path):
 
 
 def test_more_units_than_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("tlfast.dataset.unit_files.most_open", lambda: 64)
+    monkeypatch.setattr("tlfast.dataset.read.unit_files.most_open", lambda: 64)
     plan = Plan(150, 1)
     ds = make_dataset(tmp_path / "d", plan=plan)
     check_rows(ds, truth(plan=plan))

@@ -5,9 +5,10 @@ import torch
 from dataset_cases import COLUMNS, HEADER, Plan, make_dataset, make_writer
 from tiny_models import byte_tokenizer
 
-from tlfast.dataset import DatasetError, DatasetWriter, Example, decoding, open_dataset
-from tlfast.dataset.decoding import recorded_tokenizer, tokenizer_fingerprint
-from tlfast.dataset.store import LocalStore
+from tlfast.dataset import DatasetError, DatasetWriter, Example, open_dataset
+from tlfast.dataset.places.store import LocalStore
+from tlfast.dataset.read import decoding
+from tlfast.dataset.read.decoding import recorded_tokenizer, tokenizer_fingerprint
 
 
 class Letters:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlfast.dataset.shuffle import Blocks, permutation, share
+from tlfast.dataset.read.shuffle import Blocks, permutation, share
 
 
 @given(

@@ -15,11 +15,11 @@ from fresh_python import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tlfast import ops
-from tlfast.dataset import streaming
-from tlfast.dataset.durable import PendingFile
-from tlfast.dataset.layout import DTYPE_NAMES, PAGE_BYTES, as_integers
-from tlfast.dataset.norms import LANES, row_norms
+from tlfast.backends import choice
+from tlfast.dataset.format.layout import DTYPE_NAMES, PAGE_BYTES, as_integers
+from tlfast.dataset.format.norms import LANES, row_norms
+from tlfast.dataset.places.durable import PendingFile
+from tlfast.dataset.write import payload
 
 DTYPES = list(DTYPE_NAMES)
 HEADER = b"header".ljust(PAGE_BYTES)
@@ -29,12 +29,12 @@ PIECE_BYTES = 2 * PAGE_BYTES  # small ones, so that small tensors have many
 @pytest.fixture
 def writer(backend):
     """The native module, or None for Python."""
-    return ops.loaded() if backend == "native" else None
+    return choice.loaded() if backend == "native" else None
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(payload, "PIECE_BYTES", PIECE_BYTES)
 
 
 def at_offset(tensor, offset):
@@ -54,7 +54,7 @@ def write(folder, tensors, writer):
     n_bytes = len(HEADER) + sum(tensor.nbytes for tensor in tensors.values())
     with PendingFile(folder / "unit", n_bytes) as file:
         file.start_with(HEADER)
-        with streaming.writing(file, tensors, writer) as (norms, odd):
+        with payload.writing(file, tensors, writer) as (norms, odd):
             pass
         file.seal()
         file.rename()
@@ -101,8 +101,8 @@ def test_the_cache_is_passed_where_the_filesystem_allows_it(tmp_path, native):
     tensor = at_offset(torch.randn(16, 1024), 0)
     with PendingFile(tmp_path / "unit", len(HEADER) + tensor.nbytes) as file:
         file.start_with(HEADER)
-        stream = streaming.NativeStream(file, ops.loaded())._stream
-        python = streaming.PythonStream(file)
+        stream = payload.NativeStream(file, choice.loaded())._stream
+        python = payload.PythonStream(file)
         try:
             os.close(os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT | getattr(os, "O_DIRECT", 1 << 40)))
             allowed = True
@@ -124,7 +124,7 @@ def test_norms_have_the_same_bits_and_are_right(tmp_path, native, dtype, width):
     for row, bad in ((7, math.nan), (8, math.inf), (9, -math.inf)):
         rows[row, width // 2] = bad
     rows[10, 0], rows[10, -1] = math.inf, -math.nan
-    _, _, norms, odd = write(tmp_path, {"x": rows}, ops.loaded())
+    _, _, norms, odd = write(tmp_path, {"x": rows}, choice.loaded())
     python, python_odd = row_norms(rows)
     assert norms["x"].tobytes() == python.tobytes()
     assert odd.tolist() == python_odd.tolist() == (~rows.isfinite()).any(1).tolist()
@@ -161,8 +161,8 @@ def check_checksums(module):
 
 @pytest.mark.sanitize
 def test_checksums(native):
-    check_checksums(ops.loaded())
-    assert ops.loaded().crc32c_name() in ("sse4.2", "arm", "table")
+    check_checksums(choice.loaded())
+    assert choice.loaded().crc32c_name() in ("sse4.2", "arm", "table")
 
 
 OTHER_SET = """
@@ -199,7 +199,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(writer, width):
     fd = os.open("/dev/full", os.O_RDWR)
     try:
         full = pytest.raises(OSError, match=r"No space left on device: 'out/data/u000000\.safetensors'")
-        with full as caught, streaming.writing(stand_in(fd), {"x": torch.zeros(1, width)}, writer):
+        with full as caught, payload.writing(stand_in(fd), {"x": torch.zeros(1, width)}, writer):
             pass
         assert caught.value.errno == errno.ENOSPC
     finally:
@@ -211,7 +211,7 @@ def test_other_errors_keep_their_number(tmp_path, writer):
     fd = os.open(tmp_path / "read only", os.O_RDONLY)
     try:
         bad = pytest.raises(OSError, match="Bad file descriptor: 'out")
-        with bad as caught, streaming.writing(stand_in(fd), {"x": torch.zeros(1, 5 * PAGE_BYTES)}, writer):
+        with bad as caught, payload.writing(stand_in(fd), {"x": torch.zeros(1, 5 * PAGE_BYTES)}, writer):
             pass
         assert caught.value.errno == errno.EBADF
     finally:
@@ -222,7 +222,7 @@ def test_an_error_of_the_block_wins_and_nothing_goes_on(tmp_path, writer):
     tensor = torch.zeros(100, PAGE_BYTES)
     with PendingFile(tmp_path / "unit", len(HEADER) + tensor.nbytes) as file:
         file.start_with(HEADER)
-        with pytest.raises(LookupError, match="no table"), streaming.writing(file, {"x": tensor}, writer):
+        with pytest.raises(LookupError, match="no table"), payload.writing(file, {"x": tensor}, writer):
             raise LookupError("no table")
         assert file.position == len(HEADER)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("tlfast-disk")]
@@ -230,7 +230,7 @@ def test_an_error_of_the_block_wins_and_nothing_goes_on(tmp_path, writer):
 
 
 def test_a_closed_stream_says_so(tmp_path, native):
-    stream = ops.loaded().PayloadStream(0, 0, 0, PAGE_BYTES, "x")
+    stream = choice.loaded().PayloadStream(0, 0, 0, PAGE_BYTES, "x")
     stream.close()
     stream.close()
     for call in (stream.finish, lambda: stream.append([]), lambda: stream.crc):
@@ -239,7 +239,7 @@ def test_a_closed_stream_says_so(tmp_path, native):
 
 
 def test_arguments_of_the_native_stream(native):
-    module = usable("native") and ops.loaded()
+    module = usable("native") and choice.loaded()
     with pytest.raises(
         ValueError, match=r"PayloadStream: position and piece_bytes must be multiples of 4096, got 5 and"
     ):

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from tlfast.dataset import local_file
-from tlfast.dataset.local_file import LocalFile
-from tlfast.dataset.store import LocalStore
+from tlfast.dataset.places import local_file
+from tlfast.dataset.places.local_file import LocalFile
+from tlfast.dataset.places.store import LocalStore
 
 
 def test_a_file_says_what_is_in_memory(tmp_path):
@@ -35,7 +35,7 @@ def test_a_local_disk_is_asked_before_it_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "f").write_bytes(content := os.urandom(700))
     store, done = LocalStore(tmp_path), []
     file = store.open("f", "test")
-    monkeypatch.setattr("tlfast.dataset.store._ASKED_BYTES", 250)
+    monkeypatch.setattr("tlfast.dataset.places.store._ASKED_BYTES", 250)
     monkeypatch.setattr(LocalFile, "will_need", lambda self, offset, n: done.append(("asked", offset // 100)))
     monkeypatch.setattr(LocalFile, "cached", lambda self, offset: in_memory)
     in_memory = False

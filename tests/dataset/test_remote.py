@@ -11,10 +11,11 @@ from dataset_cases import COLUMNS, PLAN, check_rows, content, examples, make_dat
 from remote_cases import ARGUMENTS, fault, local_content, make_remote, objects, remote_writer, staged
 from shared_filesystem import SharedFileSystem, failing
 
-from tlfast.dataset import DatasetError, DatasetWriter, description, open_dataset, verify_dataset
-from tlfast.dataset.remote_store import RemoteStore
-from tlfast.dataset.remote_writer import open_writer
-from tlfast.dataset.upload import UploadError
+from tlfast.dataset import DatasetError, DatasetWriter, open_dataset, verify_dataset
+from tlfast.dataset.format import description
+from tlfast.dataset.places.remote_store import RemoteStore
+from tlfast.dataset.write.remote_writer import open_writer
+from tlfast.dataset.write.upload import UploadError
 
 
 def test_the_same_bytes_as_in_a_folder(url, tmp_path):

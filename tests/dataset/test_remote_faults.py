@@ -11,9 +11,10 @@ from remote_cases import fault, local_content, make_remote, objects, remote_writ
 from remote_kills import FEW
 from shared_filesystem import failing
 
-from tlfast.dataset import open_dataset, upload
-from tlfast.dataset.remote_store import RemoteStore
-from tlfast.dataset.upload import UploadError
+from tlfast.dataset import open_dataset
+from tlfast.dataset.places.remote_store import RemoteStore
+from tlfast.dataset.write import upload
+from tlfast.dataset.write.upload import UploadError
 
 
 def test_a_store_that_stutters(url, monkeypatch, tmp_path, capsys):

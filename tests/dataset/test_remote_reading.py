@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared_filesystem import SharedFileSystem
 
-from tlfast.dataset import DatasetError, remote_store
-from tlfast.dataset.remote_store import RemoteStore
+from tlfast.dataset import DatasetError
+from tlfast.dataset.places import remote_store
+from tlfast.dataset.places.remote_store import RemoteStore
 
 SIZE = 300
 OBJECTS = {name: bytes((k * step + len(name)) % 251 for k in range(SIZE)) for name, step in (("a", 1), ("b", 3))}

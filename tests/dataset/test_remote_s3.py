@@ -12,8 +12,8 @@ from remote_kills import MANY
 from s3_server import s3_server
 
 from tlfast.dataset import DatasetError, open_dataset, verify_dataset
-from tlfast.dataset import remote as remote_module
-from tlfast.dataset.remote_store import RemoteStore
+from tlfast.dataset.places import remote as remote_module
+from tlfast.dataset.places.remote_store import RemoteStore
 
 
 class Rows(torch.utils.data.Dataset):

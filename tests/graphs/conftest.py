@@ -4,7 +4,8 @@ import pytest
 import torch
 from rerun_graphs import B, Model, N, P, RerunGraphs
 
-from tlfast import _build_info, graphs
+from tlfast import _build_info
+from tlfast.hooks import graph_step
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def rerun(native, monkeypatch):
         return made[-1]
 
     made_for = []
-    monkeypatch.setattr(graphs, "graphs_for", graphs_for)
+    monkeypatch.setattr(graph_step, "graphs_for", graphs_for)
 
     def record(cap, step, *inputs, **options):
         made_for[:] = [cap]
-        step = graphs.graph_step(cap, step, *inputs, **options)
+        step = graph_step.graph_step(cap, step, *inputs, **options)
         return step, made[-1]
 
     return record

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tlfast import graphs
+from tlfast.hooks import graph_step
 
 DEVICE = torch.device("cuda", 1)
 UNEXPLAINED = "operation failed due to a previous error during capture"
@@ -66,9 +66,9 @@ def fake(monkeypatch):
         "stream": stream, "device": device, "graph": Recording, "CUDAGraph": Graph,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    graphs._stream_of.cache_clear()
-    yield graphs.graphs_for(DEVICE), log, current
-    graphs._stream_of.cache_clear()
+    graph_step._stream_of.cache_clear()
+    yield graph_step.graphs_for(DEVICE), log, current
+    graph_step._stream_of.cache_clear()
 
 
 def test_a_step_is_warmed_up_and_recorded_on_one_stream_of_its_device(fake):
@@ -77,7 +77,7 @@ def test_a_step_is_warmed_up_and_recorded_on_one_stream_of_its_device(fake):
     made.warm_up(lambda: seen.append(current[-1].name))
     replay, out = made.record(lambda: seen.append(current[-1].name) or 3)
     replay()
-    assert graphs.graphs_for(DEVICE)._stream is made._stream
+    assert graph_step.graphs_for(DEVICE)._stream is made._stream
     assert (seen, out) == (["side of cuda:1"] * 2, 3)
     assert log == [
         "side of cuda:1 waits for here", "here waits for side of cuda:1",

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from tlfast.cli import main
-from tlfast.dataset import FLAG_SATURATED, DatasetError, DatasetWriter, Example, Plan, open_dataset
+from tlfast.dataset import (
+    FLAG_SATURATED,
+    DatasetError,
+    DatasetWriter,
+    Example,
+    Plan,
+    open_dataset,
+)
 from tlfast.report import write_report
 from tlfast.report.summary import Norms, summarize
 

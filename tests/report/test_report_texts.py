@@ -11,7 +11,7 @@ from test_report import PLAN, make, page_of
 from tiny_models import byte_tokenizer
 
 from tlfast.dataset import DatasetWriter, open_dataset
-from tlfast.dataset.decoding import tokenizer_fingerprint
+from tlfast.dataset.read.decoding import tokenizer_fingerprint
 from tlfast.report.texts import decoder
 from tlfast.report.timeline import commit_times, extension_times, timeline
 

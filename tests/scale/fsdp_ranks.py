@@ -17,9 +17,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import tlfast
-from tlfast.dataset.plan import Plan
-from tlfast.fingerprint import describe_model
-from tlfast.sharded import is_sharded
+from tlfast.collecting.fingerprint import describe_model
+from tlfast.collecting.fsdp import is_sharded
+from tlfast.dataset.format.plan import Plan
 
 POINTS = "transformer.h.*"
 SETTINGS = {"rows_per_unit": 4, "batch_tokens": 32}
@@ -67,7 +67,7 @@ def check_collect(rank, out):
 
     def count_steps(model, batch):
         n_steps.append(1)
-        return tlfast.loss.next_token_loss(model, batch)
+        return tlfast.collecting.loss.next_token_loss(model, batch)
 
     count_steps.__module__, count_steps.__qualname__ = "loss", "loss"
     if rank == 0:

@@ -10,8 +10,8 @@ from tiny_models import collect, collect_words, complaint_of, save_model, save_t
 
 import tlfast
 from tlfast.cli import main
-from tlfast.fingerprint import describe_model, model_fingerprint
-from tlfast.huggingface import as_device_map, load_model
+from tlfast.collecting.fingerprint import describe_model, model_fingerprint
+from tlfast.collecting.huggingface import as_device_map, load_model
 
 CPU = torch.device("cpu")
 # accelerate's own names for places: a GPU's number, "cpu" and "disk". Its hooks work alike for all of them.

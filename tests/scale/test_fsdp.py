@@ -11,9 +11,9 @@ from processes import WAIT_S, started
 from tiny_models import collect, tiny_model, unit_bytes
 
 import tlfast
-from tlfast.dataset.plan import Example, Plan
-from tlfast.sharded import Lockstep, is_sharded
-from tlfast.shares import Share
+from tlfast.collecting.fsdp import Lockstep, is_sharded
+from tlfast.collecting.unit_queue import Share
+from tlfast.dataset.format.plan import Example, Plan
 
 
 def test_two_ranks_capture_and_collect_on_a_sharded_model(tmp_path):

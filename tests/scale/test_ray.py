@@ -15,12 +15,12 @@ from processes import wait_for_units as wait_for
 from tiny_models import collect_words, complaint_of
 
 import tlfast
-from tlfast import ray_engine
 from tlfast.cli import main
-from tlfast.collect_text import Collection
-from tlfast.progress import Report
-from tlfast.ray_engine import COPIES, Cluster, Worker
-from tlfast.settings import CollectSettings, load_settings
+from tlfast.collecting import ray_cluster
+from tlfast.collecting.from_text import Collection
+from tlfast.collecting.progress import Report
+from tlfast.collecting.ray_cluster import COPIES, Cluster, Worker
+from tlfast.collecting.settings import CollectSettings, load_settings
 
 SETTINGS = CollectSettings("model", ("text",), ("h.*",), "out", engine="ray")
 
@@ -160,7 +160,7 @@ def test_workers_ask_for_what_they_need(monkeypatch, resources, changes, cpus, g
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster that may grow
     ray = FakeRay(20, resources)
     run(ray, **changes)
-    given = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": ray_engine.RETRIES}
+    given = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": ray_cluster.RETRIES}
     assert (ray.options_given, len(ray.workers)) == (given, workers)
 
 
@@ -208,7 +208,7 @@ def test_ctrl_c_says_what_is_kept():
 
 def test_a_worker_loads_once_and_begins_the_dataset(undisturbed, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(ray_engine, "Collection", lambda settings: loaded.append(1) or Collection(settings))
+    monkeypatch.setattr(ray_cluster, "Collection", lambda settings: loaded.append(1) or Collection(settings))
     words = arguments(undisturbed, tmp_path / "out")
     settings = dict(zip((word[2:].replace("-", "_") for word in words[1::2]), words[2::2], strict=True))
     numbers = {name: int(value) for name, value in settings.items() if value.isdecimal()}
@@ -232,7 +232,7 @@ def test_a_worker_loads_once_and_begins_the_dataset(undisturbed, tmp_path, monke
     ],
 )
 def test_bad_settings_start_no_cluster(undisturbed, tmp_path, capsys, monkeypatch, change, text):
-    monkeypatch.setattr(ray_engine, "start", lambda ray: pytest.fail("a cluster is started"))
+    monkeypatch.setattr(ray_cluster, "start", lambda ray: pytest.fail("a cluster is started"))
     words = collect_words(undisturbed, **{"engine": "ray", "out": str(tmp_path / "out")} | change)
     assert text in complaint_of(capsys, ["collect", *words])
     assert main(["collect", *words, "--overwrite"]) == 2
@@ -250,10 +250,10 @@ def test_where_ray_is_found(monkeypatch):
     fake = SimpleNamespace(init=lambda **settings: given.append(settings))
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
-    ray_engine.start(fake)
+    ray_cluster.start(fake)
     assert "RAY_USAGE_STATS_ENABLED" not in os.environ, "another's cluster is left as it is"
     monkeypatch.setenv("RAY_ADDRESS", "")
-    ray_engine.start(fake)
+    ray_cluster.start(fake)
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert [settings.get("address") for settings in given] == [None, "local"]
     assert given[1]["include_dashboard"] is False

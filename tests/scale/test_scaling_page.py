@@ -10,7 +10,7 @@ import pytest
 from processes import WAIT_S, started
 
 import tlfast
-from tlfast.settings import CollectSettings
+from tlfast.collecting.settings import CollectSettings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 

@@ -7,7 +7,7 @@ from processes import N_UNITS, WAIT_S, arguments, check_equal, end, start
 
 import tlfast
 from tlfast.cli import main
-from tlfast.settings import load_settings
+from tlfast.collecting.settings import load_settings
 
 
 def test_jobs_that_overlap_make_one_dataset(undisturbed, tmp_path, capsys):

@@ -8,10 +8,10 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import tlfast
-from tlfast.attachment import CachingHooks, caching_hook, caching_id
-from tlfast.ops import pick_native
-from tlfast.steps import Step
-from tlfast.tensor_cache import CachingTap, TensorCache
+from tlfast.backends.choice import pick_native
+from tlfast.backends.ledger import Step
+from tlfast.backends.tensor_cache import CachingTap, TensorCache
+from tlfast.hooks.attachment import CachingHooks, caching_hook, caching_id
 
 NO_ROWS = "ignore:capture. no backward reached the points"
 DUAL = "ignore:`torch.jit.script` is deprecated"  # what make_dual imports

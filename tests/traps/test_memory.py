@@ -15,7 +15,7 @@ from models import (
 from torch import nn
 
 import tlfast
-from tlfast.attachment import _FullHook
+from tlfast.hooks.attachment import _FullHook
 
 NO_ROWS = "ignore:capture. no backward reached the points"
 

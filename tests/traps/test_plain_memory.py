@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tlfast
-from tlfast.plain import plain
+from tlfast.backends.plain import plain
 
 NO_ROWS = "ignore:capture. no backward reached the points"
 NESTED = "ignore:The PyTorch API of nested tensors is in prototype stage"
@@ -169,7 +169,7 @@ def test_trap_41_of_an_ordinary_loss(backend, attach):
 @pytest.mark.parametrize("kind", MEANT)
 def test_trap_40_41_the_op_itself(backend, kind, monkeypatch):
     if backend == "python":
-        monkeypatch.setattr("tlfast.ops.native", lambda: None)
+        monkeypatch.setattr("tlfast.backends.choice.native", lambda: None)
     grad = MEANT[kind]()
     mask = torch._efficientzerotensor((3, 4), dtype=torch.bool)
     out = tlfast.reduce_into(torch.full((3, 6), torch.nan), grad, "sum", 1)
@@ -238,7 +238,7 @@ def test_trap_42_other_kinds_of_gradients_are_refused(backend, attach, kind):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_reduce_into_refuses_other_kinds(backend, kind, monkeypatch):
     if backend == "python":
-        monkeypatch.setattr("tlfast.ops.native", lambda: None)
+        monkeypatch.setattr("tlfast.backends.choice.native", lambda: None)
     make, error_type, text, got, remedy = REFUSED[kind]
     remedy = "Pass a plain tensor." if remedy == ANOTHER else remedy
     out = torch.full((3, 6), torch.nan)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from ..collecting.progress import whole_line
+from ..collecting.unit_queue import share_of
 from ..errors import broken_rule
-from ..progress import whole_line
-from ..shares import share_of
 
 # 128 + the number of the signal, as shells say it: SIGINT, SIGPIPE.
 OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141

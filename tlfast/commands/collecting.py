@@ -11,16 +11,23 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from .. import __version__
-from ..collect_text import collect_text
+from ..backends.choice import backend
+from ..collecting.from_text import collect_text
+from ..collecting.progress import whole_line
+from ..collecting.ray_cluster import collect_with_ray
+from ..collecting.settings import CollectSettings, load_settings
+from ..collecting.signals import LeaveAtOnce, Terminated
 from ..dataset.errors import extra
-from ..dataset.upload import UploadError
+from ..dataset.write.upload import UploadError
 from ..errors import broken_rule
-from ..ops import backend
-from ..progress import whole_line
-from ..ray_engine import collect_with_ray
-from ..settings import CollectSettings, load_settings
-from ..stopping import LeaveAtOnce, Terminated
-from .arguments import FAILED, INTERRUPTED, OK, complain, nearest, rank
+from .arguments import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    complain,
+    nearest,
+    rank,
+)
 
 
 def collect(args: list[str]) -> int:

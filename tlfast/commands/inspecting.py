@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
-from ..dataset.commits import file_sizes
-from ..dataset.completeness import Part, completeness
-from ..dataset.description import read_description
 from ..dataset.errors import NoDataset
-from ..doctor import diagnose
+from ..dataset.format.commits import file_sizes
+from ..dataset.format.coverage import Part, completeness
+from ..dataset.format.description import read_description
 from .arguments import FAILED, OK, Arguments
 from .bar import bar
+from .doctor import diagnose
 
 
 def info(args: list[str]) -> int:

@@ -1,19 +1,26 @@
 """The dataset on disk: written unit by unit, each whole or absent; read by memory mapping. See docs/format.md."""
 
-from .background import BackgroundWriter
-from .columns import GradientColumn
+from .check.repair import Repair, repair_dataset
+from .check.verify import Problem, Report, verify_dataset
 from .errors import DatasetError
-from .export import export_dataset
-from .folder import check_disk_space
-from .joined import Join, join_datasets
-from .layout import Column
-from .plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Plan, Unit
-from .reader import GradientDataset, open_dataset
-from .repair import Repair, repair_dataset
-from .row_dataset import RowDataset
-from .shuffled_batches import ShuffledBatches
-from .verify import Problem, Report, verify_dataset
-from .writer import DatasetWriter, estimate_bytes
+from .export.export import export_dataset
+from .format.layout import Column
+from .format.plan import (
+    FLAG_MISSING,
+    FLAG_NON_FINITE,
+    FLAG_SATURATED,
+    Example,
+    Plan,
+    Unit,
+)
+from .read.columns import GradientColumn
+from .read.joined import Join, join_datasets
+from .read.reader import GradientDataset, open_dataset
+from .read.row_dataset import RowDataset
+from .read.shuffled_batches import ShuffledBatches
+from .write.background import BackgroundWriter
+from .write.folder import check_disk_space
+from .write.writer import DatasetWriter, estimate_bytes
 
 __all__ = [
     "FLAG_MISSING",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..dataset import GradientDataset
-from ..points import glob_to_regex, is_glob
+from ..hooks.points import glob_to_regex, is_glob
 
 _CHUNK_BYTES = 32 << 20  # of gradients in memory at a time
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..dataset import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, GradientDataset
-from ..dataset.rows import NORM
+from ..dataset.format.row_table import NORM
 
 # Norms are counted in bins of a 40th of a decade: a percentile out of them is right to 6 %.
 PER_DECADE = 40

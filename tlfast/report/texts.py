@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..dataset import GradientDataset
-from ..dataset.decoding import given_tokenizer, text_of, tokenizer_fingerprint
+from ..dataset.read.decoding import given_tokenizer, text_of, tokenizer_fingerprint
 
 _LONGEST = 600  # characters
 

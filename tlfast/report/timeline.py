@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..dataset import GradientDataset, extension
+from ..dataset import GradientDataset
+from ..dataset.format import extension
 
 _BINS = 48
 # A gap so many times the usual one for its rows, and longer than a process takes to start, is a pause, not slow work.

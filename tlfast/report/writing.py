@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..dataset import GradientDataset, open_dataset
-from ..dataset.completeness import completeness, missing_units
-from ..dataset.durable import write_small
 from ..dataset.errors import dataset_error, extra
-from ..dataset.export import beside
+from ..dataset.export.export import beside
+from ..dataset.format.coverage import completeness, missing_units
+from ..dataset.places.durable import write_small
 from . import charts
 from .page import render
 from .positions import norms_by_position, points_with_positions

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import Capture, Change
+from ..hooks.captured import Capture, Change
 from ..spec import Over, Reduction, Spec, as_specs
-from .handles import ListedTap, ListedWithGradients, SameNorm, TapHandle, convert_at, norm_of
+from .handles import (
+    ListedTap,
+    ListedWithGradients,
+    SameNorm,
+    TapHandle,
+    convert_at,
+    norm_of,
+)
 from .names import (
     NamesFilter,
     by_identity,

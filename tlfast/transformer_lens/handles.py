@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import steps as python_steps
-from ..attachment import CacheHook, ForwardPreHook, _Hook, hook_module
+from ..backends import ledger as python_steps
+from ..backends.choice import pick_native
+from ..backends.taps import SinkTap
 from ..errors import broken_rule
-from ..ops import pick_native
-from ..taps import SinkTap
+from ..hooks.attachment import CacheHook, ForwardPreHook, _Hook, hook_module
 from .library import lens_handle
 from .names import conversion_of
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import broken_rule
-from ..points import glob_to_regex, is_glob
+from ..hooks.points import glob_to_regex, is_glob
 from .library import full_name, root_module_type
 
 # None is every point; a tuple like ("resid_post", 3) is one name in the short form of TransformerLens.

@@ -12,13 +12,20 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from .. import steps as python_steps
-from .. import tensor_cache as python_cache
-from ..attachment import CachingHooks, caching_hook, caching_id
+from ..backends import ledger as python_steps
+from ..backends import tensor_cache as python_cache
+from ..backends.choice import pick_native, reduce_into
+from ..backends.reference import normal_dims, reduced_shape
 from ..errors import broken_rule
-from ..ops import pick_native, reduce_into
-from ..reference import normal_dims, reduced_shape
-from ..spec import REDUCTIONS, Over, Reduction, one_of, parse_over, stored_dtype
+from ..hooks.attachment import CachingHooks, caching_hook, caching_id
+from ..spec import (
+    REDUCTIONS,
+    Over,
+    Reduction,
+    one_of,
+    parse_over,
+    stored_dtype,
+)
 from .handles import CheckedCacheHook, ListedTap, OwnHooks, convert_at
 from .library import position_slice
 from .names import is_by_head, position_dim

@@ -1,0 +1,89 @@
+"""What a collection says of its rows in dataset.json: two runs make one dataset where this is equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..dataset.format.plan import Example
+from ..errors import broken_rule
+from ..spec import Spec
+from .batches import Batching
+from .fingerprint import describe_model, describe_spec, examples_fingerprint
+from .function_identity import called, describe_function
+from .loss import next_token_loss
+
+
+def describe_examples(examples: Sequence[Example], skipped: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """What a dataset, or an extension of it, says of its examples and of the bad ones that were left out."""
+    return {
+        "tokens": sum(example.length for example in examples),
+        "sha256": examples_fingerprint(examples),
+        "skipped": [list(entry) for entry in skipped],
+    }
+
+
+def describe_loss(loss: Any, identity: Any, header: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """What a dataset says of its loss, and what of it can't be told.
+
+    Its name, and its code; in place of that what the user vouches for: ``identity``, or the ``header`` where it names
+    the loss.
+
+    Raises:
+        TypeError: for a loss that can't be called.
+        ValueError: for an ``identity`` that says nothing.
+    """
+    if not callable(loss):
+        remedy = "Pass a function of model and batch."
+        raise TypeError(broken_rule("collect", "loss", "be a function", type(loss).__name__, remedy))
+    if not isinstance(identity, str) or (identity and loss is next_token_loss):
+        got = f"{identity!r}{' with the default loss' if loss is next_token_loss else ''}"
+        raise ValueError(broken_rule("collect", "identity", "name the loss= that is given", got, "Leave it out."))
+    if loss is next_token_loss:
+        return {"loss": "next-token cross-entropy, summed over each example's tokens"}, []
+    module = called(getattr(loss, "__module__", type(loss).__module__))
+    name = {"loss": f"{module}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"}
+    if identity:
+        return name | {"loss_identity": identity}, []
+    if isinstance(header, Mapping) and "loss" in header:
+        return name, []
+    code, unknown = describe_function(loss)
+    return name | {"loss_code": code}, unknown
+
+
+def describe_collection(
+    model: nn.Module,
+    specs: Sequence[Spec],
+    loss: Mapping[str, Any],
+    batching: Batching,
+    examples: Mapping[str, Any],
+    more: Mapping[str, Any] | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The header of dataset.json; ``settings`` stand in it by their names, ``more`` is merged into it.
+
+    Raises:
+        ValueError: where ``more`` can't be merged.
+    """
+    identity = {
+        "model": describe_model(model),
+        "specs": [describe_spec(model, spec) for spec in specs],
+        **loss,
+        "batching": {
+            "batch_tokens": batching.batch_tokens, "width": batching.width,
+            "padding_side": batching.padding_side, "pad_id": batching.pad_id,
+        } | ({} if batching.buckets is None else {"buckets": list(batching.buckets)}),
+        "examples": dict(examples),
+        **settings,
+    }  # fmt: skip
+    if not isinstance(more, (Mapping, type(None))):
+        raise ValueError(broken_rule("collect", "header", "be a mapping", type(more).__name__, "Give a dict."))
+    for key, value in (more or {}).items():
+        known = identity.get(key)
+        if isinstance(known, dict) and not isinstance(value, Mapping):
+            remedy = "It is merged into what is said there; or take another key."
+            raise ValueError(broken_rule("collect", f"header[{key!r}]", "be a mapping", repr(value), remedy))
+        identity[key] = {**known, **value} if isinstance(known, dict) else value
+    return identity

@@ -1,0 +1,98 @@
+"""The loop of a collection: one unit after the other through the model, to the host, to the writing thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..dataset.format.plan import Example, Unit
+from ..dataset.write.background import BackgroundWriter, Contents
+from ..dataset.write.remote_writer import LocalWriter, RemoteWriter
+from ..hooks.freeze import Embedding, freeze
+from .drain import Arrived, Drain
+from .progress import Progress
+from .signals import LeaveAtOnce
+from .unit import Oddities, Runner
+from .unit_queue import Todo
+
+
+class _Overtaken(Exception):
+    """Another process has committed the unit at hand: the rest of it would be work for nothing."""
+
+
+def run_units(
+    runner: Runner,
+    drain: Drain,
+    todo: Todo,
+    examples: Sequence[Example],
+    background: BackgroundWriter,
+    writer: LocalWriter | RemoteWriter,
+    shown: Progress,
+    oddities: Oddities,
+    with_missing: bool,
+    stop_if_asked: Callable[[], None],
+) -> None:
+    """Take the units ``todo`` through; returns when the last is durable where it belongs.
+
+    Between two batches, and while it waits, ``stop_if_asked`` may raise, and so does a write that has failed.
+    """
+    cap = runner.cap
+
+    def step_done(n_examples: int, n_tokens: int) -> None:
+        shown.full_s = background.full_s
+        shown.n_bytes, shown.waited_s = background.bytes_written, background.waited_s + writer.waited_s
+        shown.n_nonfinite, shown.n_saturated = oddities.n_nonfinite_rows, oddities.n_saturated
+        shown.n_elsewhere = todo.n_rows_elsewhere
+        shown.step(n_examples, n_tokens)
+        background.check()
+        stop_if_asked()
+
+    def batch_done(n_examples: int, n_tokens: int) -> None:
+        step_done(n_examples, n_tokens)
+        if todo.overtaken():
+            raise _Overtaken
+
+    def wait_for_room() -> None:
+        while not background.wait_for_room(1.0):
+            step_done(0, 0)
+
+    def finish(unit: Unit, arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:
+        block, counters = arrived()  # in the thread that writes
+        return block, oddities.flags(block, counters, missing, n_writes, unit)
+
+    try:
+        for unit in todo:
+            part = examples[unit.start : unit.stop]
+            n_done = shown.n_done
+            try:
+                places = runner.fill_ring(part, batch_done)
+            except _Overtaken:
+                shown.n_done = n_done
+                continue
+            missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
+            rings = {name: cap[name] for name in cap.names}
+            arrived = drain.drain(rings, cap.counters, places, wait_for_room)
+            background.submit_unfinished(unit, partial(finish, unit, arrived, missing, cap.n_writes), part)
+        while not (background.flush(1.0) and writer.flush(1.0)):
+            step_done(0, 0)
+    except LeaveAtOnce:
+        background.abandon()
+        writer.abandon()
+        raise
+
+
+@contextmanager
+def at_work(model: nn.Module, embedding: Embedding | None = None) -> Iterator[None]:
+    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with freeze(model, embedding), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,164 @@
+"""The loss whose gradients are collected: a sum over examples, so that no row depends on its batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..dataset.format.plan import Example
+from ..errors import broken_rule
+from .batches import Batch, Batching
+
+_TRIAL_TOKENS = 32  # enough for every token to have some before it and some behind
+_ROUNDINGS = 2  # the same sums in another order, either time
+
+
+@lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The names that a forward takes, and whether it takes any others too."""
+    parameters = inspect.signature(forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return frozenset(parameters), inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _accepted(model: nn.Module) -> frozenset[str]:
+    """The names that a model takes; through ``**kwargs`` also those of the model that it wraps, as PEFT's do."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    names, others = _parameters(type(model).forward)
+    if others:
+        for child in model.children():
+            inner = _accepted(child)
+            if "input_ids" in inner:
+                return names | inner
+    return names
+
+
+def _first_position(model: nn.Module) -> int:
+    """What position a model gives to the first token: RoBERTa's kin count on from the padding's index."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and "position" in name.rpartition(".")[2]
+            and module.padding_idx is not None
+        ):
+            return module.padding_idx + 1
+    return 0
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The keyword arguments of ``model.forward`` that the batch asks for, out of those that it accepts.
+
+    Whether the model makes of them what it should is tried before a collection begins (`tlfast.collecting.probe`).
+    """
+    wanted: dict[str, Any] = {"use_cache": False}
+    if batch.mask is not None:
+        wanted["attention_mask"] = batch.mask.long()
+        positions = batch.position_ids
+        if positions is not None:
+            wanted["position_ids"] = positions + _first_position(model)
+    accepted = _accepted(model)
+    return {name: value for name, value in wanted.items() if name in accepted}
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of the next token, summed over the real tokens of each example and over the examples.
+
+    Under a mean, a row would be divided by the number of tokens in its batch.
+
+    Args:
+        model: a Hugging Face causal LM, or any module that returns logits [B, P, V], or has them first in a tuple.
+        batch: the tokens.
+
+    Returns:
+        A scalar in float32 (float64 for float64 logits).
+
+    Example:
+        >>> import torch
+        >>> from tlfast.collecting.batches import Batch
+        >>> from tlfast.collecting.loss import next_token_loss
+        >>> model = torch.nn.Embedding(4, 4)  # its output is the logits
+        >>> next_token_loss(model, Batch(torch.tensor([[0, 1, 2]]), None)).shape
+        torch.Size([])
+    """
+    logits = _logits(model, batch)
+    # The tokens are shifted, not the logits: a slice of those would be copied.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, 1), batch.next_tokens.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    output = model(batch.input_ids, **model_inputs(model, batch))
+    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):
+        logits = output[0]
+    if not isinstance(logits, torch.Tensor):
+        remedy = "Pass loss=, a function of model and batch."
+        raise ValueError(broken_rule("collect", "model", "return logits", type(output).__name__, remedy))
+    if logits.shape[:-1] != batch.input_ids.shape:
+        extra = logits.shape[1] - batch.input_ids.shape[1] if logits.dim() == 3 else 0
+        rule = f"return logits [B, P, V] for tokens {list(batch.input_ids.shape)}"
+        remedy = "Pass loss=, a function of model and batch."
+        if extra > 0:
+            remedy = f"It adds {extra} positions (virtual tokens?), that no mask covers. Collect a model without them."
+        raise ValueError(broken_rule("collect", "model", rule, list(logits.shape), remedy))
+    return logits
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Example]) -> None:
+    """Take an example through, and again with another last token, which `next_token_loss` asks a model to predict.
+
+    Where the model doesn't see it, the logits before it are the same up to rounding: a mixture of experts may compute
+    them in another order, as it may for two examples in a batch. The model is called three times, whatever comes out,
+    since the ranks of a sharded one must agree on that.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    ids = list(examples[0].input_ids[:_TRIAL_TOKENS])
+    n, tokens = len(ids), (token for part in (ids, *(e.input_ids for e in examples)) for token in part)
+    other = next((token for token in tokens if token != ids[-1]), None)
+    if other is None:  # there is one token in all examples
+        return
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def take(*rows: list[int]) -> torch.Tensor:
+        batch = batching.batch([Example(k, row, "", 0, n) for k, row in enumerate(rows)], batching.n_positions(n))
+        logits = _logits(model, batch.to(device))[0]
+        start = len(logits) - n if batching.padding_side == "left" else 0
+        return logits[start : start + n - 1].flatten(1).double()
+
+    before, twice, after = take(ids), take(ids, ids), take([*ids[:-1], other])
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo().eps)
+    rounding, change = (float(((x - before).norm(dim=1) / before.norm(dim=1)).max()) for x in (twice, after))
+    if change > _ROUNDINGS * (rounding + eps):
+        rule = "not see the token that it is to predict"
+        got = f"{type(model).__name__}, whose logits change by {change:.1e} with the token behind them"
+        remedy = "Give a causal model; or loss=, a function of model and batch, which `tlfast collect` doesn't take."
+        raise ValueError(broken_rule("collect", "model", rule, got, remedy))
+
+
+def checked_loss(loss: object) -> torch.Tensor:
+    """What a loss function returned, if a backward can begin there; TypeError or ValueError if it can't."""
+    who = "collect"
+    if not isinstance(loss, torch.Tensor):
+        remedy = "Return the tensor that the backward begins at."
+        if loss is None:
+            remedy = "The function lacks a return, or the model was given no labels and has no loss."
+        raise TypeError(broken_rule(who, "loss", "return a tensor", type(loss).__name__, remedy))
+    if loss.numel() != 1:
+        remedy = "Sum it over the examples."
+        raise ValueError(broken_rule(who, "loss", "return one number", f"a tensor {list(loss.shape)}", remedy))
+    if not loss.requires_grad:
+        remedy = (
+            "Detach nothing. If the model doesn't start at its embedding, name the module: embedding= (--embedding)."
+        )
+        raise ValueError(broken_rule(who, "loss", "be made of the model's output", "a tensor without a graph", remedy))
+    return loss

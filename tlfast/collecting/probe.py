@@ -1,0 +1,337 @@
+"""The first look, before anything is written: real examples, alone and as the run batches them, and what that shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+from torch import nn
+
+from ..backends.reference import accumulator, normal_dims, reduce_gradient
+from ..dataset.format.layout import Column
+from ..dataset.format.plan import Example
+from ..errors import broken_rule
+from ..hooks.captured import Capture
+from ..hooks.dimensions import Seen, has_positions
+from ..hooks.freeze import starting_modules
+from ..spec import Spec, stored_dtype
+from .batches import Batching, PaddingSide
+from .loss import next_token_loss
+from .unit import Loss, Runner
+
+Enter = Callable[[int, Sequence[Spec]], Capture]
+
+_ENOUGH_TOKENS = 8  # fewer may give no gradient at some points: a softmax over one position has none
+# How much further than in other roundings of the same example a row may be off. Over 150 kinds of causal LM, on both
+# sides, in float32 and bfloat16: 0.7 times as far where padding is right, 10 times at least where it isn't.
+_MARGIN = 4
+_FACTORS = (0.7, 0.8, 0.9)  # of the loss; no powers of two, so that backward is rounded anew
+_OURS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the first look has shown."""
+
+    columns: dict[str, Column]
+    devices: set[torch.device]
+    unmasked: set[str]  # columns whose gradients have no positions for a mask to cover
+
+
+@dataclass
+class _Pass:
+    """One forward and backward, and what came out."""
+
+    examples: Sequence[Example]
+    n_positions: int
+    seen: dict[str, Seen] = field(default_factory=dict)  # by point; of the gradient that fired last: the first call's
+    sizes: dict[str, float] = field(default_factory=dict)  # by column: the norm of the row of the magnitudes
+    n_terms: dict[str, int] = field(default_factory=dict)  # by point: elements of the gradient of one example
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)  # by column, where the point fired
+    error: Exception | None = None
+
+    def row(self, column: str, example: Example) -> torch.Tensor | None:
+        """The row of an example as float64; None where there is none."""
+        number = next((i for i, one in enumerate(self.examples) if one is example), None)
+        return None if number is None or column not in self.rows else self.rows[column][number].double()
+
+
+class Probe:
+    """Takes a few of the examples through the model as the run will, each alone and then together.
+
+    Args:
+        model, batching, loss, grad_scale: of the run.
+        enter: (rows, specs) -> a capture as in the run.
+        specs: what the run keeps.
+        examples: all of them, one at least.
+        most: how many examples a unit has at most; None: any number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        enter: Enter,
+        specs: Sequence[Spec],
+        batching: Batching,
+        loss: Loss,
+        examples: Sequence[Example],
+        grad_scale: float = 1.0,
+        most: int | None = None,
+    ):
+        self.model, self.enter, self.specs, self.batching, self.loss = model, enter, specs, batching, loss
+        self.grad_scale, self.most = grad_scale, most or len(examples)
+        self.wanted = enter(1, specs).wanted
+        first_of: dict[int, Example] = {}
+        for example in examples:
+            first_of.setdefault(example.length, example)
+        self.by_length = [first_of[length] for length in sorted(first_of)]
+        self.short, self.other = self._pair(examples)
+
+    def look(self) -> Probed:
+        """Run the model a few times; say what is wrong with the rows, or what they will be.
+
+        Raises:
+            ValueError: if the model or a point gives no gradient, not a row for each example, or rows that depend on
+                what stands beside them in a batch.
+        """
+        alone = [self._alone(self.short)]
+        if self.other is not None and self.other.length != self.short.length and (alone[0].seen or not alone[0].error):
+            alone.append(self._alone(self.other))
+        try:
+            unmasked = self._unmasked(alone)
+        except ValueError:
+            self._unmasked([*alone, *self._together(None)])  # says the same, with the sizes of one more batch
+            raise
+        _raise_first(alone)
+        together = self._together(unmasked)
+        unmasked = self._unmasked([*alone, *together])
+        _raise_first(together)
+        for beside in together:
+            self._check_rows(alone, beside, unmasked)
+        passes = [*alone[::-1], *together] if self.batching.width is None or not together else together
+        rows = {column: ring for one in passes for column, ring in one.rows.items()}
+        absent = ", ".join(column for column in self.wanted if column not in rows)
+        if absent:  # missing="nan", and none of these examples reaches the point
+            raise _no_gradient(f"no gradient at {absent} in the first examples")
+        return Probed(
+            {name: Column(stored_dtype("collect", spec.dtype) or rows[name].dtype, tuple(rows[name].shape[1:]))
+             for name, (_, spec) in self.wanted.items()},
+            {ring.device for ring in rows.values()}, unmasked,
+        )  # fmt: skip
+
+    # Which examples.
+
+    def _n_together(self, length: int) -> int:
+        """How many examples a batch holds whose longest has this length."""
+        return min(self.batching.n_examples(self.batching.n_positions(length)), self.most)
+
+    def _pair(self, examples: Sequence[Example]) -> tuple[Example, Example | None]:
+        """Two examples of few tokens, of different lengths if there are any; None where there is but one."""
+        if len(self.by_length) == 1:
+            return examples[0], examples[1] if len(examples) > 1 else None
+        below = self.by_length[:-1]
+        short = next((one for one in below if one.length >= _ENOUGH_TOKENS), below[-1])
+        longer = [one for one in self.by_length if one.length > short.length]
+        fitting = [one for one in longer if self._n_together(one.length) > 1]
+        twice = [one for one in fitting if one.length >= 2 * short.length]  # much padding shows more
+        return short, (twice[:1] or fitting[-1:] or longer[:1])[0]
+
+    @property
+    def pads(self) -> bool:
+        """Whether some batch of the run is padded."""
+        lengths = [example.length for example in self.by_length]
+        if any(self.batching.n_positions(length) > length for length in lengths):
+            return True
+        return len(lengths) > 1 and self._n_together(lengths[1]) > 1
+
+    # The passes.
+
+    def _alone(self, example: Example, factor: float = 1.0) -> _Pass:
+        """An example by itself, without padding."""
+        buckets = None if self.batching.buckets is None else (example.length,)  # a batch of graphs has a mask, always
+        return self._pass([example], replace(self.batching, width=None, buckets=buckets), None, factor)
+
+    def _together(self, unmasked: set[str] | None, side: PaddingSide | None = None) -> list[_Pass]:
+        """The examples as the run has them in a batch; nothing where that is what `_alone` does.
+
+        ``unmasked`` are the columns without a mask; None: all.
+        """
+        batching = replace(self.batching, padding_side=side or self.batching.padding_side)
+        if self.other is not None and self._n_together(self.other.length) > 1:
+            return [self._pass([self.other, self.short], batching, unmasked)]
+        if batching.n_positions(self.short.length) > self.short.length:
+            return [self._pass([self.short], batching, unmasked)]
+        return []
+
+    def _pass(
+        self, examples: Sequence[Example], batching: Batching, unmasked: set[str] | None, factor: float = 1.0
+    ) -> _Pass:
+        done = _Pass(examples, batching.n_positions(max(example.length for example in examples)))
+        # As wide as the gradients: what the cast to the stored type rounds away has nothing to do with padding.
+        cap = self.enter(len(examples), [replace(spec, dtype=None) for spec in self.specs])
+        columns_at: dict[str, list[str]] = {}
+        for column, (point, _) in self.wanted.items():
+            columns_at.setdefault(point, []).append(column)
+
+        def see(point: str, grad: torch.Tensor) -> None:
+            done.seen[point] = Seen(len(examples), done.n_positions, tuple(grad.shape))
+            done.n_terms[point] = grad.numel() // max(1, len(examples))
+            for column in columns_at[point] if len(examples) == 1 and grad.dim() else ():
+                spec = self.wanted[column][1]
+                dims = normal_dims(f"collect at {point}", spec.dims, grad.dim())
+                size = reduce_gradient(grad.abs(), spec.reduce, dims, None).double().norm().item()
+                done.sizes[column] = done.sizes.get(column, 0.0) + size / (self.grad_scale * factor)
+
+        try:
+            with cap.unmasked(self.wanted if unmasked is None else unmasked).watched(see):
+                runner = Runner(self.model, cap, batching, self.loss, self.grad_scale * factor)
+                runner.step(batching.batch(examples, done.n_positions).to(runner.device))
+                missing = cap.missing
+                done.rows = {column: cap[column] for column in cap.names if not missing[column].any()}
+        except torch.OutOfMemoryError:
+            raise
+        except _OURS as error:
+            done.error = error
+        return done
+
+    # What they show.
+
+    def _unmasked(self, passes: Sequence[_Pass]) -> set[str]:
+        """The columns that a mask has nothing to do with; ValueError where dimensions are not what they should be."""
+        one_width = self.batching.width is not None or len(self.by_length) == 1
+        unmasked = set()
+        for column, (point, spec) in self.wanted.items():
+            seen = [one.seen[point] for one in passes if point in one.seen]
+            if seen and not has_positions(point, spec, seen, self.pads, one_width, self._without_padding()):
+                unmasked.add(column)
+        return unmasked
+
+    def _without_padding(self) -> str:
+        if self.batching.width is not None:
+            return f"Give examples of {self.batching.width} tokens each."
+        graphs = ' with cuda_graph="off" (--cuda-graph off)' if self.batching.buckets is not None else ""
+        return f"Give examples of one length, or one a batch: batch_tokens=1 (--batch-tokens 1){graphs}."
+
+    def _check_rows(self, alone: Sequence[_Pass], together: _Pass, unmasked: set[str]) -> None:
+        """ValueError where a row isn't that of its example alone, by more than rounding explains."""
+        side = self.batching.padding_side
+        rounding = self._explained(alone)
+        found = self._worst(alone, together, side, rounding)
+        if found is None:
+            return
+        rounding = self._measured(alone, rounding)
+        found = self._worst(alone, together, side, rounding)
+        if found is None:
+            return
+        column, off, explained = found
+        lengths = " and ".join(str(example.length) for example in together.examples)
+        got = f"a row at {column} that is off by {off:.2g} of its size, where rounding explains {explained:.2g}"
+        if not self.pads:
+            remedy = "The loss must be a sum over examples; batch_tokens=1 (--batch-tokens 1) takes each alone."
+            got += f" (a batch of {lengths} tokens)"
+        else:
+            remedy = self._without_padding()
+            other: PaddingSide = "right" if side == "left" else "left"
+            turned = self._together(unmasked, other)
+            if all(not one.error and self._worst(alone, one, other, rounding) is None for one in turned):
+                remedy = f'padding_side="{other}" (--padding-side {other}) gives the right rows. Or: {remedy}'
+            if self.loss is not next_token_loss:
+                remedy = f"Check that the loss is a sum over examples, and gives the model batch.mask. Or: {remedy}"
+            got += f" (a batch of {lengths} tokens, padded on the {side} to {together.n_positions})"
+        raise ValueError(broken_rule("collect", "a row", "be the same as with its example alone", got, remedy))
+
+    def _explained(self, alone: Sequence[_Pass]) -> dict[str, float]:
+        """How far rounding may move a row, by column, where it is rounded once and summed once."""
+        largest = max(size for one in alone for size in one.sizes.values())
+        moved: dict[str, float] = {}
+        for column, (point, _) in self.wanted.items():
+            for one in (one for one in alone if column in one.rows):
+                dtype = one.rows[column].dtype
+                # Models compute parts in float32 whatever their type is.
+                eps = max(torch.finfo(accumulator(dtype)).eps, torch.finfo(torch.float32).eps)
+                relative = torch.finfo(dtype).eps / 2 + math.sqrt(one.n_terms[point]) * eps
+                moved[column] = max(moved.get(column, 0.0), relative * one.sizes[column] + eps * largest)
+        return moved
+
+    def _measured(self, alone: Sequence[_Pass], rounding: dict[str, float]) -> dict[str, float]:
+        """The same, with how far rows do move where everything is rounded in other ways."""
+        noise: dict[str, float] = {}
+        for number, factor in enumerate(_FACTORS):
+            with _shaken(self.model, number):
+                again = self._alone(self.short, factor)
+            for column in alone[0].rows.keys() & again.rows.keys():
+                off = _distance(alone[0].rows[column][0], again.rows[column][0], "right")
+                noise[column] = max(noise.get(column, 0.0), off)
+        sizes = {column: max(one.sizes.get(column, 0.0) for one in alone) for column in noise}
+        # Of a row of few values, chance may make it small: so at least what is usual at the others.
+        usual = median([off / alone[0].sizes[c] for c, off in noise.items() if alone[0].sizes[c]] or [0.0])
+        return {
+            column: least + _MARGIN * max(usual * sizes[column], noise[column] * sizes[column] / alone[0].sizes[column])
+            if alone[0].sizes.get(column) and column in noise else least
+            for column, least in rounding.items()
+        }  # fmt: skip
+
+    def _worst(
+        self, alone: Sequence[_Pass], together: _Pass, side: str, rounding: dict[str, float]
+    ) -> tuple[str, float, float] | None:
+        """(column, how far off, how far rounding explains) of the row furthest off, in parts of its size; None."""
+        worst = None
+        for one in alone:
+            for column, explained in rounding.items():
+                true, found = one.row(column, one.examples[0]), together.row(column, one.examples[0])
+                if true is None or found is None:
+                    continue
+                off, size = _distance(true, found, side), true[true.isfinite()].norm().item() or math.inf
+                if not off <= explained and (worst is None or off / size > worst[1]):
+                    worst = column, off / size, explained / size
+        return worst
+
+
+def _distance(true: torch.Tensor, found: torch.Tensor, side: str) -> float:
+    """The norm of the difference of two rows, the second of which may be padded; inf where it alone isn't finite."""
+    for d, n in enumerate(true.shape):
+        if found.shape[d] > n:
+            found = found.narrow(d, found.shape[d] - n if side == "left" else 0, n)
+    finite = true.isfinite()
+    off = torch.where(finite, found.double() - true.double(), 0.0).norm().item()
+    return off if math.isfinite(off) else math.inf
+
+
+@contextmanager
+def _shaken(model: nn.Module, seed: int) -> Iterator[None]:
+    """Change each value of the embeddings by one rounding at most, up or down, so that all after it is rounded anew."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def shake(module: nn.Module, args: object, output: object) -> torch.Tensor | None:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        step = torch.randint(-1, 2, output.shape, generator=draw).to(output.device)
+        return output + output * (step * torch.finfo(output.dtype).eps).to(output.dtype)
+
+    modules = {module for module in model.modules() if isinstance(module, nn.Embedding)}
+    handles = [module.register_forward_hook(shake) for module in {*starting_modules(model), *modules}]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _no_gradient(reason: str) -> ValueError:
+    rule = "give a gradient at every point, one row for each example"
+    remedy = "Check that the model can run backward, and the points."
+    if "deterministic" in reason:
+        remedy = 'deterministic="warn" (--deterministic warn) runs it; a resumed run may then differ in last bits.'
+    return ValueError(broken_rule("collect", "model", rule, f"<{reason}>", remedy))
+
+
+def _raise_first(passes: Sequence[_Pass]) -> None:
+    for one in passes:
+        if one.error is not None:
+            if str(one.error).startswith("collect: "):  # it says already what is wrong with the loss
+                raise one.error
+            raise _no_gradient(" ".join(str(one.error).split())) from one.error

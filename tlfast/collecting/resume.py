@@ -1,0 +1,121 @@
+"""A dataset that is there already: which of the examples it holds, and whether the rest is to be added to it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ..dataset.errors import dataset_error
+from ..dataset.format.description import read_description
+from ..dataset.format.plan import Example
+from ..dataset.places.remote import url_of
+from ..dataset.places.store import as_store
+from ..dataset.write.remote_folder import holds_dataset, refuse_foreign
+from ..dataset.write.remote_writer import LocalWriter, RemoteWriter
+from ..errors import broken_rule
+from .identity import describe_examples
+
+Resume = Literal["auto", "must", "never"]
+Place = str | os.PathLike[str]
+Skipped = Sequence[Sequence[Any]]
+
+
+def check_folder(out: Place, resume: Resume, overwrite: bool, staging: Place | None = None) -> None:
+    """DatasetError where ``out`` is a stranger's, or there, or not, against ``resume``; for ``staging`` of a folder."""
+    if staging is not None and not url_of(out):
+        remedy = "A folder needs none."
+        raise dataset_error("collect", "staging", "be left out unless out is a URL", f"{str(staging)!r}", remedy)
+    refuse_foreign(out, "collect")
+    if resume == "must" and not holds_dataset(out, "collect"):
+        remedy = 'resume="auto" begins one.'
+        raise dataset_error("collect", "out", 'be a dataset with resume="must"', f"none at {out}", remedy)
+    if resume == "never" and not overwrite and holds_dataset(out, "collect"):
+        remedy = 'resume="auto" continues it, overwrite removes it.'
+        raise dataset_error("collect", "out", 'be a new folder with resume="never"', f"a dataset at {out}", remedy)
+
+
+def has_units(out: Place) -> bool:
+    """Whether a dataset with a unit at least lies in ``out``."""
+    return holds_dataset(out, "collect") and bool(as_store(out).sizes("commits", "collect", optional=True))
+
+
+def own_part(
+    out: Place, examples: Sequence[Example], skipped: Skipped, overwrite: bool, extend: bool
+) -> tuple[int, int]:
+    """How many of the examples, and of the skipped ones, belong to dataset.json itself and not to an extension.
+
+    All of them, unless a dataset is there that begins with the same ones: with a unit, or an extension, since what has
+    neither was begun and failed.
+    """
+    there = read_description(out, "collect") if not overwrite and holds_dataset(out, "collect") else None
+    if there is not None and (extend or there.extensions or has_units(out)):
+        n, said = there.examples[0]
+        n_skipped = _n_skipped(said)
+        if n <= len(examples) and _agree(said, examples[:n], skipped[:n_skipped]):
+            return n, n_skipped
+    return len(examples), len(skipped)
+
+
+def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], overwrite: bool) -> dict[str, Any]:
+    """What is said of the loss (`describe_loss`), as the dataset that it continues says it: that may know less of it.
+
+    A loss that can't be compared is warned of, unless the user vouches for it.
+    """
+    more = {"loss_code", "loss_identity"}
+    if overwrite or not more & set(said) or not holds_dataset(out, "collect"):
+        return said
+    there = read_description(out, "collect").header
+    known = {key: there[key] for key in more if key in there}
+    vouched = "loss_identity" in said
+    if there.get("loss") != said["loss"] or (vouched and "loss_identity" in known):
+        return said
+    if not vouched and (unknown or not known):
+        got = f"unknown {', '.join(unknown[:3])}" if known else f"the name {said['loss']} alone"
+        rule = "be known by its code in the dataset, to be compared"
+        remedy = "Make sure that it is the same; identity=, a text of your own, says that you have."
+        warnings.warn(broken_rule("collect", "loss", rule, got, remedy), RuntimeWarning, stacklevel=3)
+    return {"loss": said["loss"], **known} if vouched or not known else said
+
+
+def add_the_rest(
+    writer: LocalWriter | RemoteWriter,
+    examples: Sequence[Example],
+    skipped: Skipped,
+    extend: bool,
+    config: str | Mapping[str, Any],
+) -> None:
+    """Extend the dataset by the examples that it lacks.
+
+    Raises:
+        DatasetError: where it lacks some and ``extend`` is False, or has others.
+    """
+    start = bad = 0
+    for number, (n, said) in enumerate(writer.description.examples):
+        if number and start == len(examples):
+            rule = f"be all {writer.plan.n_examples} of the dataset, which was extended"
+            remedy = "Give the old examples and the new ones."
+            raise dataset_error("collect", "examples", rule, f"the first {start} of them", remedy)
+        n_skipped = _n_skipped(said)
+        if number and not _agree(said, examples[start : start + n], skipped[bad : bad + n_skipped]):
+            rule = f"be those of the dataset, of which extension {number} has {n}"
+            got, remedy = f"others from example {start} on", "Give the same as then, or another folder."
+            raise dataset_error("collect", "examples", rule, got, remedy)
+        start, bad = start + n, bad + n_skipped
+    n_new, n_bad = len(examples) - start, len(skipped) - bad
+    if (n_new or n_bad) and not extend:
+        got = f"the same first {start}, {n_new} more and {n_bad} more bad ones"
+        remedy = "extend=True (--extend) appends the new ones; or give another folder."
+        raise dataset_error("collect", "examples", "be those of the dataset", got, remedy)
+    if n_new:
+        writer.extend(n_new, describe_examples(examples[start:], skipped[bad:]), config)
+
+
+def _n_skipped(said: Mapping[str, Any]) -> int:
+    skipped = said.get("skipped")
+    return len(skipped) if isinstance(skipped, list) else 0
+
+
+def _agree(said: Mapping[str, Any], examples: Sequence[Example], skipped: Skipped) -> bool:
+    return all(said.get(key) == value for key, value in describe_examples(examples, skipped).items())

@@ -1,0 +1,48 @@
+"""Examples that can't be used: skipped and remembered with the reason, or the end of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from ..errors import broken_rule
+
+BadPolicy = Literal["skip", "stop"]
+
+MOST = 100_000  # recorded in one JSON file, which every reader holds in memory
+
+
+class BadExamples:
+    """What was left out, and why.
+
+    Args:
+        policy: "skip", or "stop" to end at the first.
+        skipped: (source, start, reason) of those that were left out before.
+        most: how many may be skipped: more are a mistake, not an exception.
+    """
+
+    def __init__(
+        self, policy: BadPolicy = "stop", skipped: Iterable[tuple[str, int, str]] = (), most: int = MOST
+    ) -> None:
+        self._policy, self._most = policy, most
+        self.skipped: list[list[str | int]] = []  # as it stands in dataset.json
+        for source, start, reason in skipped:
+            self.leave_out(source, start, reason)
+
+    def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
+        """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
+        if error is not None and self._policy == "stop":
+            raise ValueError(error)
+        if len(self.skipped) == self._most:
+            got = f"one more: {source!r} at {start}, {reason}"
+            remedy = 'bad_examples="stop" ends at the first, to look at it.'
+            raise ValueError(broken_rule("collect", "examples", f"have {self._most} bad ones at most", got, remedy))
+        self.skipped.append([source, start, reason])
+
+    def __len__(self) -> int:
+        return len(self.skipped)
+
+    def __str__(self) -> str:
+        first = "; ".join(f"{source or 'one'} at {start}: {reason}" for source, start, reason in self.skipped[:3])
+        more = f"; and {len(self) - 3} more" if len(self) > 3 else ""
+        return f"{len(self)} bad example{'s' * (len(self) != 1)} skipped ({first}{more})"

@@ -1,0 +1,147 @@
+"""One unit of work: its examples through the model into the ring, and what is odd about the rows that come out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..dataset.format.plan import FLAG_MISSING, FLAG_NON_FINITE, FLAG_SATURATED, Example, Unit
+from ..errors import broken_rule
+from ..hooks.captured import Capture
+from .batches import Batch, Batching
+from .graph_cache import Replays
+from .loss import checked_loss
+from .progress import NonFinite
+
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+_MOST_NAMED = 5  # rows that are not finite
+_REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second
+
+
+class Runner:
+    """Takes examples through the model inside one capture, as CUDA graphs where ``replays`` is given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cap: Capture,
+        batching: Batching,
+        loss: Loss,
+        grad_scale: float,
+        replays: Replays | None = None,
+    ):
+        self.model, self.cap, self.batching, self.loss, self.grad_scale = model, cap, batching, loss, grad_scale
+        self.replays = replays
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def step(self, batch: Batch) -> None:
+        """One forward and one backward: a row for each example of the batch, on the device."""
+        with self.cap.batch(batch.mask, range(len(batch.input_ids)), self.grad_scale):
+            loss = checked_loss(self.loss(self.model, batch))
+            (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
+
+    def n_steps(self, examples: Sequence[Example]) -> int:
+        """How many batches `fill_ring` makes of these examples."""
+        return len(self.batching.parts(examples, self.batching.order(examples)))
+
+    def idle(self, n_steps: int, example: Example) -> None:
+        """Take an example through so many times and forget the rows: for ranks that wait for this one in each step."""
+        for _ in range(n_steps):
+            self.cap.clear()
+            self.step(self.batching.batch([example], self.batching.n_positions(example.length)).to(self.device))
+
+    def fill_ring(self, examples: Sequence[Example], step_done: Callable[[int, int], None]) -> torch.Tensor:
+        """Fill the ring; return where the row of each example lies in it, int64 [examples], on the host.
+
+        ``step_done`` hears of each batch: its examples and its tokens. Which batches are replayed depends on these
+        examples alone, since a replay may round in another way.
+        """
+        self.cap.clear()
+        order = self.batching.order(examples)
+        shapes = Counter((len(rows), n_positions) for rows, n_positions in self.batching.parts(examples, order))
+        for rows, batch in self.batching.batches(examples, order):
+            shape = (len(rows), batch.input_ids.shape[1])
+            batch = batch.to(self.device)
+            full = shape[0] == self.batching.n_examples(shape[1])
+            if self.replays is None or not full or shapes[shape] < _REPLAYED_FROM:
+                self.step(batch)
+            else:
+                self.replays.step(self.step, batch)
+            step_done(len(rows), sum(examples[i].length for i in rows))
+        return torch.tensor(order).argsort()
+
+
+class Oddities:
+    """What is wrong with the rows of a unit, looked at closely only where the capture counted something.
+
+    Belongs to the thread that writes; the totals may be read from any.
+
+    Args:
+        stop: a row that is not finite is an error, unless a point of it did not fire.
+    """
+
+    def __init__(self, stop: bool = False) -> None:
+        self.n_nonfinite_rows = 0
+        self.n_saturated = 0
+        self.first: list[NonFinite] = []  # of the rows that are not finite
+        self._stop = stop
+        self._before: torch.Tensor | int = 0
+
+    def flags(
+        self,
+        block: Mapping[str, torch.Tensor],
+        counters: torch.Tensor,
+        missing: torch.Tensor | None = None,
+        n_writes: Sequence[int] | None = None,
+        unit: Unit | None = None,
+    ) -> list[int] | None:
+        """FLAG_... bits of each row of the unit captured last, or None where there is nothing to say.
+
+        Args:
+            block: the rows of each column.
+            counters: int64 [columns, 3]: the values of each column that were non-finite, and saturated, until now, and
+                how often its rows were written.
+            missing: bool [examples]: a point did not fire.
+            n_writes: how often the rows of each column should have been written.
+            unit: whose rows they are, to name them.
+
+        Raises:
+            RuntimeError: if they were not: a GPU has lost work, and these rows can't be trusted.
+            FloatingPointError: for a row that is not finite, if that is to stop the run.
+        """
+        for name, n_done, n_wanted in zip(block, counters[:, 2].tolist(), n_writes or (), strict=n_writes is not None):
+            if n_done != n_wanted:
+                who, rule = f"collect at {name}", f"have been written {n_wanted} times"
+                raise RuntimeError(broken_rule(who, "rows", rule, n_done, "Run again: the device has lost work."))
+        n_nonfinite, n_saturated, _ = (counters - self._before).unbind(1)
+        self._before = counters.clone()
+        if not n_nonfinite.any() and (missing is None or not missing.any()):
+            return None
+        flags = torch.zeros(len(next(iter(block.values()))), dtype=torch.int64)
+        if missing is not None:
+            flags |= missing * FLAG_MISSING
+        for (name, rows), saturated in zip(block.items(), n_saturated.tolist(), strict=True):
+            flat = rows.flatten(1)
+            odd = (~flat.isfinite()).any(1)
+            if unit is not None:
+                self._name(unit, name, odd if missing is None else odd & ~missing, flags)
+            flags |= odd * FLAG_NON_FINITE
+            if saturated:  # counted for the column, so a gradient that was infinite itself is flagged beside it
+                flags |= flat.isinf().any(1) * FLAG_SATURATED
+        self.n_nonfinite_rows += int((flags & FLAG_NON_FINITE).count_nonzero())
+        self.n_saturated += int(n_saturated.sum())
+        return [int(bits) for bits in flags.tolist()]
+
+    def _name(self, unit: Unit, point: str, odd: torch.Tensor, flags: torch.Tensor) -> None:
+        """Remember the first rows that are odd at a point and were not at those before it."""
+        new = odd & (flags & FLAG_NON_FINITE == 0)
+        if self._stop and new.any():
+            row = NonFinite(unit.name, unit.start + int(new.nonzero()[0]), point)
+            remedy = 'non_finite="flag" (--non-finite flag) keeps and flags such rows.'
+            raise FloatingPointError(broken_rule("collect", "rows", "be finite", f"NaN or infinity in {row}", remedy))
+        for i in new.nonzero().flatten().tolist()[: _MOST_NAMED - len(self.first)]:
+            self.first.append(NonFinite(unit.name, unit.start + i, point))

@@ -1,0 +1,96 @@
+"""`tlfast export`, `push`, `pull` and `report`: a dataset in the form, or at the place, where others read it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from ..dataset import export_dataset, open_dataset
+from ..dataset.export.formats import FORMATS
+from ..dataset.read.hub import download
+from ..hooks.points import match_names
+from ..report import write_report
+from .arguments import OK, Arguments
+from .bar import bar
+
+_HTTP_LIBRARIES = {"httpcore", "httpx", "httpx2", "requests"}  # of the versions of huggingface_hub
+
+
+def export(args: list[str]) -> int:
+    """Write a dataset in another format."""
+    arguments = Arguments("export", "Write a dataset in another format.", "a dataset folder and --to FORMAT")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    arguments.add_argument("--out", metavar="PATH", help="the new file or folder; without it, beside DIR")
+    arguments.add_argument("--points", nargs="+", metavar="GLOB", help="the points to export; without it, all")
+    arguments.add_argument("--partial", action="store_true", help="the units that are there, although some are missing")
+    wanted = arguments.read(args)
+    points, n_rows = None, 0
+    if wanted.to in FORMATS:  # else export_dataset says it
+        dataset = open_dataset(wanted.dir, partial=wanted.partial)
+        n_rows = len(dataset)
+        if wanted.points is not None:
+            points = match_names("tlfast export", dataset.points, wanted.points)
+    with bar("export", n_rows, "rows") as progress:
+        options = {"to": wanted.to, "points": points, "partial": wanted.partial}
+        made = export_dataset(wanted.dir, wanted.out, **options, progress=progress)
+    print(f"{n_rows} rows: {made}")
+    return OK
+
+
+def push(args: list[str]) -> int:
+    """Upload a dataset to the Hugging Face hub."""
+    arguments = Arguments("push", "Upload a dataset to the Hugging Face hub.", "a dataset folder and a repository")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("repo", metavar="REPO", help="user/name; made if it isn't there")
+    arguments.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    arguments.add_argument("--revision", metavar="BRANCH", help="the branch; without it, main")
+    arguments.add_argument("--partial", action="store_true", help="the units that are there, although some are missing")
+    wanted = arguments.read(args)
+    dataset = open_dataset(wanted.dir, partial=wanted.partial)
+    with _connected():
+        url = dataset.push_to_hub(wanted.repo, private=wanted.private, revision=wanted.revision)
+    print(f"{len(dataset)} rows: {url}")
+    return OK
+
+
+def pull(args: list[str]) -> int:
+    """Download a dataset from the Hugging Face hub into a folder."""
+    arguments = Arguments("pull", "Download a dataset from the Hugging Face hub.", "a repository and a new folder")
+    arguments.add_argument("repo", metavar="REPO", help="user/name")
+    arguments.add_argument("dir", metavar="DIR", help="the folder; one from a pull that was cut short is continued")
+    arguments.add_argument("--revision", metavar="REVISION", help="a branch, a tag or a commit; without it, main")
+    wanted = arguments.read(args)
+    with _connected():
+        download(wanted.repo, wanted.revision, to=wanted.dir)
+    dataset = open_dataset(wanted.dir, partial=True)
+    missing = dataset.plan.n_units - len(dataset.units)
+    print(f"{len(dataset)} rows{f', {missing} units are missing' if missing else ''}: {wanted.dir}")
+    return OK
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Make an OSError, which ends a command in one line, of what the hub's HTTP library raises without a network."""
+    try:
+        with redirect_stdout(sys.stderr):  # nothing but the answer goes to stdout
+            yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES and not isinstance(error, OSError):
+            raise ConnectionError(f"the hub can't be reached: {error}") from error
+        raise
+
+
+def report(args: list[str]) -> int:
+    """Write a page about a dataset."""
+    arguments = Arguments("report", "Write an HTML page about a dataset, complete or not.")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
+    arguments.add_argument("--out", metavar="PAGE", help="the page; without it, DIR-report.html")
+    arguments.add_argument("--tokenizer", metavar="NAME", help="a folder or a name on the hub; to decode texts")
+    wanted = arguments.read(args)
+    n_rows = len(open_dataset(wanted.dir, partial=True))
+    with bar("report", n_rows, "rows") as progress:
+        made = write_report(wanted.dir, wanted.out, tokenizer=wanted.tokenizer, progress=progress)
+    print(f"{n_rows} rows: {made}")
+    return OK

@@ -1,0 +1,1 @@
+"""Whether a dataset is whole, and dropping what isn't."""

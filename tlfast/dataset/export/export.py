@@ -1,0 +1,143 @@
+"""Export a dataset: into another format, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+from ..errors import dataset_error, extra
+from ..places.durable import sync_folder
+from ..read.reader import GradientDataset, open_dataset
+from ..write.folder import check_disk_space
+from .formats import FORMATS, Format
+from .parts import Rows
+
+_WHO = "export_dataset"
+_EXAMPLE_TOKENS = 512  # tokens per example where the dataset doesn't say
+
+
+def export_dataset(
+    path: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    to: str,
+    points: Sequence[str] | None = None,
+    partial: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write the dataset in folder ``path`` in another format, streamed in parts of 32 MiB.
+
+    Args:
+        path: the dataset's folder.
+        out: the new file or folder; None: beside the dataset, named after it. Nothing may be there.
+        to: "parquet" or "arrow" (one file: the columns of the row tables and ``grad:<point>``, flat lists of fixed
+            size), "npy" (a folder: an array per point, ids.npy and points.json), "hf" (a folder for
+            `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder
+            with gradients.bin and info.json). bfloat16 becomes float32, which holds it exactly.
+        points: the points to export, in this order; None: all.
+        partial: export the committed units although others are missing.
+        progress: called with the number of rows just written.
+
+    Returns:
+        The path of what was made. It appears under this name when it is whole and on the disk.
+
+    Raises:
+        DatasetError: where the dataset is incomplete or damaged, ``out`` exists, or the disk is too full.
+        ImportError: naming the extra that the format needs.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import DatasetWriter, Example, Plan, export_dataset
+        >>> folder, plan = tempfile.mkdtemp(), Plan(1, 1)
+        >>> writer = DatasetWriter(folder + "/ds", header={}, columns={"h": (torch.float32, (2,))}, plan=plan)
+        >>> writer.write_unit(plan.unit(0), {"h": torch.tensor([[3.0, 4.0]])}, [Example(0, [1], "a", 0, 1)])
+        True
+        >>> export_dataset(folder + "/ds", to="npy").name
+        'ds-npy'
+    """
+    if to not in FORMATS:
+        raise dataset_error(_WHO, "to", f"be one of {', '.join(FORMATS)}", repr(to), "Choose a format.")
+    form = FORMATS[to]
+    for library, name in form.needs:
+        extra(library, _WHO, name)
+    dataset = open_dataset(path, partial=partial)
+    if not len(dataset):
+        raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
+    rows = Rows(dataset, _known(dataset, points), progress)
+    target = beside(dataset, form.ending) if out is None else Path(out)
+    if os.path.lexists(target):
+        raise _exists(target)
+    if not target.absolute().parent.is_dir():
+        raise dataset_error(_WHO, "out", "lie in a folder that exists", target, "Make the folder first.")
+    check_disk_space(target, _estimate(rows), _WHO)
+    with _made_whole(target, form) as folder:
+        form.write(rows, folder)
+    return target
+
+
+def beside(dataset: GradientDataset, ending: str) -> Path:
+    """Return a path named after the dataset: beside its folder, or in the working folder if it lies elsewhere."""
+    if isinstance(dataset.path, Path):
+        return Path(f"{os.path.abspath(dataset.path) if dataset.path.name in ('', '..') else dataset.path}{ending}")
+    return Path(dataset.path.rstrip("/").rpartition("/")[2] + ending)
+
+
+def _known(dataset: GradientDataset, points: Sequence[str] | None) -> list[str]:
+    if points is None:
+        return dataset.points
+    wanted = list(dict.fromkeys([points] if isinstance(points, str) else points))
+    unknown = [point for point in wanted if point not in dataset]
+    if unknown or not wanted:
+        rule = f"be some of {', '.join(dataset.points[:5])}{', ...' if len(dataset.points) > 5 else ''}"
+        raise dataset_error(_WHO, "points", rule, ", ".join(map(repr, unknown)) or "none", "See ds.points.")
+    return wanted
+
+
+def _exists(target: Path) -> Exception:
+    rule = "be a new name"
+    return dataset_error(_WHO, "out", rule, f"{target}, which exists", "Choose another; nothing is overwritten.")
+
+
+def _estimate(rows: Rows) -> int:
+    tokens = rows.dataset.header.get("examples", {}).get("tokens")
+    per_example = tokens / rows.dataset.plan.n_examples if isinstance(tokens, int) else _EXAMPLE_TOKENS
+    norms_and_numbers = 4 * len(rows.dataset.points) + 64
+    return int(len(rows) * (rows.row_bytes + 4 * per_example + norms_and_numbers))
+
+
+@contextmanager
+def _made_whole(target: Path, form: Format) -> Iterator[Path]:
+    """Give a folder to write in; what is in it gets the name ``target`` once all of it is on the disk."""
+    folder = target.absolute().parent / f".tlfast-{secrets.token_hex(8)}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+        _sync_all(folder)
+        try:
+            if form.is_file:
+                os.link(folder / "data", target)
+            else:
+                os.rename(folder, target)  # an empty folder of this name is replaced, anything else refused
+        except OSError as error:
+            if os.path.lexists(target):  # somebody was faster
+                raise _exists(target) from error
+            raise
+        sync_folder(target.absolute().parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_all(folder: Path) -> None:
+    for inner, _, files in os.walk(folder):
+        for name in files:
+            fd = os.open(os.path.join(inner, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(inner))

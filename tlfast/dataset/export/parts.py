@@ -1,0 +1,125 @@
+"""The rows of a dataset as another format wants them, part by part: numpy arrays beside a table of examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import dataset_error, extra
+from ..format.layout import DTYPE_NAMES, Column
+from ..format.row_table import row_schema
+from ..read.reader import GradientDataset
+
+PART_BYTES = 32 << 20  # of gradients in memory at a time: large enough for the disk, far below a unit
+GRADIENTS = "grad:"  # a point's rows stand in the column "grad:<point>", beside "norm:<point>"
+_WHO = "export_dataset"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive rows: their examples as an Arrow table, their gradients as arrays [rows, *row_shape]."""
+
+    examples: Any
+    arrays: dict[str, np.ndarray[Any, Any]]
+
+
+class Rows:
+    """The rows of ``points``, to be written in another format. bfloat16 becomes float32, which holds it exactly.
+
+    Args:
+        dataset: where they are.
+        points: which points; DatasetError for an empty row shape, which other formats can't hold.
+        progress: called with the number of rows just written.
+    """
+
+    def __init__(
+        self, dataset: GradientDataset, points: Sequence[str], progress: Callable[[int], None] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.columns: dict[str, Column] = {}
+        for point in points:
+            dtype, row_shape = dataset[point].dtype, dataset[point].shape[1:]
+            if not prod(row_shape):
+                rule = "have a value in each row"
+                raise dataset_error(_WHO, f"point {point!r}", rule, f"shape {list(row_shape)}", "Leave it out.")
+            self.columns[point] = Column(torch.float32 if dtype == torch.bfloat16 else dtype, row_shape)
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the gradients of one row, as they are exported."""
+        return sum(column.row_bytes for column in self.columns.values())
+
+    def parts(self) -> Iterator[Part]:
+        """Yield all rows in order; a part belongs to one unit and has at most PART_BYTES, or one row."""
+        most = max(1, PART_BYTES // max(1, self.row_bytes))
+        first = 0
+        for k, unit in enumerate(self.dataset.units):
+            self.dataset.verify_unit(unit)  # the copy has no checksums, so what goes into it must be right
+            table = self.dataset.examples.table(k)
+            for start in range(0, len(unit), most):
+                stop = min(start + most, len(unit))
+                rows = slice(first + start, first + stop)
+                arrays = {
+                    point: self.dataset[point][rows].to(column.dtype).numpy() for point, column in self.columns.items()
+                }
+                yield Part(table.slice(start, stop - start), arrays)
+                if self._progress is not None:
+                    self._progress(stop - start)
+            first += len(unit)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the file says of itself: how the data were made, and each point as it was stored."""
+        info = self.dataset.info()
+        return {
+            "format": "tlfast export",
+            "rows": len(self),
+            "planned_rows": info["planned_rows"],
+            "header": info["header"],
+            "config_hash": info["config_hash"],
+            "points": {point: info["points"][point] for point in self.columns},
+            "bfloat16": "exported as float32, exactly",
+        }
+
+    def schema(self, gradients: bool = True) -> Any:
+        """Return the Arrow schema: the columns of the row table, then ``grad:<point>``, flat lists of fixed size."""
+        pa = extra("pyarrow", _WHO)
+        schema = row_schema(self.dataset.points)
+        for point, column in self.columns.items() if gradients else ():
+            said = {"point": point, "shape": json.dumps(column.row_shape), "stored": self._stored(point)}
+            schema = schema.append(pa.field(GRADIENTS + point, _list_type(column), nullable=False, metadata=said))
+        return schema.with_metadata({"tlfast": json.dumps(self.provenance())})
+
+    def batches(self, schema: Any) -> Iterator[Any]:
+        """Yield the parts as Arrow record batches of ``schema``."""
+        pa = extra("pyarrow", _WHO)
+        for part in self.parts():
+            columns = [column.combine_chunks() for column in part.examples.columns]
+            columns += [_lists(part.arrays[point], column) for point, column in self.columns.items()]
+            yield pa.record_batch(columns[: len(schema)], schema=schema)
+
+    def _stored(self, point: str) -> str:
+        return DTYPE_NAMES[self.dataset[point].dtype]
+
+
+def _list_type(column: Column) -> Any:
+    pa = extra("pyarrow", _WHO)
+    value = pa.from_numpy_dtype(torch.empty(0, dtype=column.dtype).numpy().dtype)
+    if not column.row_shape:
+        return value
+    return pa.list_(pa.field("item", value, nullable=False), prod(column.row_shape))
+
+
+def _lists(array: np.ndarray[Any, Any], column: Column) -> Any:
+    pa = extra("pyarrow", _WHO)
+    values = pa.array(array.reshape(-1))
+    return values if not column.row_shape else pa.FixedSizeListArray.from_arrays(values, type=_list_type(column))

@@ -1,0 +1,141 @@
+"""The row table of a unit: one Parquet row per example, beside the gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import dataset_error, extra
+from ..places.store import Store
+from .plan import Example, Unit
+from .row_limits import check_unpacked, unpack
+
+NORM = "norm:"  # a point's float32 L2 norms stand in the column "norm:<point>"
+_READER = "GradientDataset"
+
+
+def row_schema(points: Iterable[str]) -> Any:
+    """Return the pyarrow schema of a row table."""
+    pa = extra("pyarrow", "tlfast.dataset")
+    fields = [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("input_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("flags", pa.int32(), nullable=False),
+    ]
+    return pa.schema(fields + [pa.field(NORM + point, pa.float32(), nullable=False) for point in points])
+
+
+def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+    """Return the Parquet file of a unit's examples; DatasetError where a value does not fit its type."""
+    pa, parquet = extra("pyarrow", "DatasetWriter"), extra("pyarrow.parquet", "DatasetWriter")
+    schema = row_schema(norms)
+    try:
+        values = [
+            pa.array([example.id for example in examples], pa.int64()),
+            pa.array([example.input_ids for example in examples], schema.field("input_ids").type),
+            pa.array([example.source for example in examples], pa.string()),
+            pa.array([example.start for example in examples], pa.int64()),
+            pa.array([example.length for example in examples], pa.int32()),
+            pa.array(list(flags), pa.int32()),
+            *(pa.array(norm, pa.float32()) for norm in norms.values()),
+        ]
+        table = pa.table(values, schema=schema)
+        sink = pa.BufferOutputStream()
+        parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        check_unpacked(2 * table.nbytes, sink.tell())  # what couldn't be read again is not written
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        rule = "hold ints below 2**31 as input_ids, length and flags, text as source"
+        raise dataset_error("DatasetWriter", "examples", rule, str(error)[:200], "Check the examples.") from error
+    return bytes(sink.getvalue())
+
+
+def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | None = None) -> Any:
+    """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples.
+
+    ``path`` is the name that its commit gives it, where that isn't the plain one.
+    """
+    path = path or f"rows/{unit.name}.parquet"
+    file = store.open(path, _READER)
+    schema = row_schema(points)
+    try:
+        data = file.read(0, file.size)
+        table = unpack(data, schema, len(unit))
+        table.validate(full=True)
+        if table.column("id").to_pylist() != list(range(unit.start, unit.stop)) or any(
+            column.null_count for column in table.columns
+        ):
+            raise ValueError("other examples, or nulls")
+    except Exception as error:  # whatever a damaged Parquet file makes of pyarrow
+        rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points"
+        raise dataset_error(_READER, store.where(path), rule, str(error)[:300], "Run `tlfast verify`.") from error
+    return table
+
+
+class ExampleTable(Sequence[dict[str, Any]]):
+    """The examples of a dataset, read unit by unit when asked: ``ds.examples[i]`` is a dict."""
+
+    KEPT_BYTES = 256 << 20  # of row tables held in memory, besides the last used
+
+    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str], paths: Sequence[str]) -> None:
+        self._store = store
+        self._paths = paths
+        self._units = units
+        self._points = list(points)
+        self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
+        self._tables: OrderedDict[int, Any] = OrderedDict()
+        self._held = 0  # bytes
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._stops[-1]) if len(self._stops) else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an example as a dict (id, input_ids, source, start, length, flags, norms); for a slice a list."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = int(index.__index__())
+        row = i + len(self) if i < 0 else i
+        if not 0 <= row < len(self):
+            raise IndexError(f"GradientDataset: example must be in 0..{len(self) - 1}, got {i}. See len(ds).")
+        k = int(np.searchsorted(self._stops, row, side="right"))
+        local = row - (int(self._stops[k - 1]) if k else 0)
+        flat: dict[str, Any] = self.table(k).slice(local, 1).to_pylist()[0]
+        norms = {point: flat.pop(NORM + point) for point in self._points}
+        return flat | {"norms": norms}
+
+    def norms(self, point: str) -> torch.Tensor:
+        """Return the float32 L2 norm of every row of ``point``: shape [rows]."""
+        parts = [self.table(k).column(NORM + point).to_numpy() for k in range(len(self._units))]
+        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
+
+    def tokens(self, start: int, stop: int) -> list[torch.Tensor]:
+        """Return the input_ids of the rows ``start`` to ``stop``: int64, each of its own length."""
+        found: list[torch.Tensor] = []
+        while start < stop:
+            k = int(np.searchsorted(self._stops, start, side="right"))
+            first, end = (int(self._stops[k - 1]) if k else 0), min(stop, int(self._stops[k]))
+            lists = self.table(k).column("input_ids").combine_chunks()
+            offsets = lists.offsets.to_numpy()[start - first : end - first + 1]
+            values = torch.from_numpy(lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64))
+            found += values.split(np.diff(offsets).tolist())
+            start = end
+        return found
+
+    def table(self, k: int) -> Any:
+        """Return the row table of committed unit number ``k`` as a pyarrow Table."""
+        with self._lock:
+            if k not in self._tables:
+                self._tables[k] = decode_rows(self._store, self._units[k], self._points, self._paths[k])
+                self._held += self._tables[k].nbytes
+                while len(self._tables) > 1 and self._held > self.KEPT_BYTES:
+                    self._held -= self._tables.popitem(last=False)[1].nbytes
+            self._tables.move_to_end(k)
+            return self._tables[k]

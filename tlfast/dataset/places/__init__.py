@@ -1,0 +1,1 @@
+"""Where files lie: this machine's disks, object stores, and what each guarantees."""

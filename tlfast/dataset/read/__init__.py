@@ -1,0 +1,1 @@
+"""Reading a dataset: rows by number, in batches, joined, shown, from the hub."""

@@ -1,0 +1,251 @@
+"""Reading a dataset: points as columns of rows, examples beside them, nothing loaded before it is asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from ...errors import broken_rule
+from ..check.verify import Report, check_unit, missing_names, verify_dataset
+from ..errors import dataset_error
+from ..format.commits import Commit, read_commits, read_folder
+from ..format.description import Description, skipped_examples
+from ..format.layout import DTYPE_NAMES
+from ..format.plan import Plan, Unit
+from ..format.row_table import ExampleTable
+from ..places.store import LocalStore, Store, as_store
+from .columns import GradientColumn, integers, row_numbers
+from .decoding import given_tokenizer, recorded_tokenizer
+from .hub import OnHub
+from .showing import Sample, described, take_sample
+from .unit_files import UnitFiles
+
+_WHO = "open_dataset"
+
+
+Access = Literal["auto", "mmap", "pread"]
+
+
+def open_dataset(
+    path: str | PathLike[str] | Store, *, partial: bool = False, access: Access = "auto"
+) -> GradientDataset:
+    """Open the dataset in folder ``path`` for reading.
+
+    Args:
+        path: the folder that tlfast wrote, or another store that holds one.
+        partial: open it although units are missing; rows are then those of the committed units, in order.
+        access: how rows here and there are read. "mmap" copies them out of mapped files; "pread" never maps, and
+            reads 16 at once over a network. "auto" is "pread" on network filesystems and where nothing can be mapped.
+
+    Returns:
+        A GradientDataset: ``ds.points``, ``len(ds)``, ``ds[point][rows]``, ``ds.examples[row]``.
+
+    Raises:
+        DatasetError: where the folder is no dataset, is damaged, lacks units, or cannot be read by ``access``.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import DatasetWriter, Example, Plan, open_dataset
+        >>> out, plan = tempfile.mkdtemp(), Plan(1, 1)
+        >>> writer = DatasetWriter(out, header={}, columns={"h": (torch.float32, (2,))}, plan=plan)
+        >>> writer.write_unit(plan.unit(0), {"h": torch.tensor([[3.0, 4.0]])}, [Example(0, [1], "a", 0, 1)])
+        True
+        >>> open_dataset(out)["h"][0]
+        tensor([3., 4.])
+    """
+    if access not in get_args(Access):
+        rule = f"be one of {', '.join(get_args(Access))}"
+        raise dataset_error(_WHO, "access", rule, repr(access), "Leave it out to let tlfast choose.")
+    store = as_store(path)
+    description, names = read_folder(store, _WHO)
+    commits = read_commits(store, description, _WHO, names)
+    absent = description.plan.n_units - len(commits)
+    if absent and not partial:
+        first = ", ".join(missing_names(description, names, 3))
+        rule = f"hold all {description.plan.n_units} units of its plan"
+        remedy = "Run the collection again to complete it, or open it with partial=True."
+        raise dataset_error(_WHO, "path", rule, f"{store.where('')} without {absent} ({first}, ...)", remedy)
+    if access == "mmap" and not store.maps:
+        remedy = 'Use access="auto".'
+        raise dataset_error(_WHO, "access", "be auto or pread for this store", "mmap", remedy)
+    mapped = access == "mmap" or (access == "auto" and store.maps and not store.network())
+    return GradientDataset(store, description, commits, partial=partial, mapped=mapped)
+
+
+class GradientDataset(OnHub):
+    """A dataset of gradients; made by open_dataset."""
+
+    def __init__(
+        self, store: Store, description: Description, commits: Sequence[Commit], *, partial: bool, mapped: bool
+    ) -> None:
+        self._store = store
+        self._description = description
+        self._commits = commits
+        self._partial = partial
+        self._files = UnitFiles(store, commits, description.columns, mapped)
+        paths = [commit.files[1].path for commit in commits]
+        self.examples = ExampleTable(store, self.units, list(description.columns), paths)
+
+    @classmethod
+    def _open(cls, place: Any, partial: bool) -> GradientDataset:
+        return open_dataset(place, partial=partial)
+
+    @property
+    def path(self) -> Path | str:
+        """The folder, or the URL, of the dataset."""
+        return self._store.folder if isinstance(self._store, LocalStore) else self._store.where("").rstrip("/")
+
+    @property
+    def points(self) -> list[str]:
+        """The names of the points, in the order of the collection."""
+        return list(self._description.columns)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """How the data were made: the header that the writer was given."""
+        return self._description.header
+
+    @property
+    def examples_fingerprint(self) -> tuple[str, ...] | None:
+        """SHA-256 of all planned examples, of each extension too; None where the writer didn't say."""
+        found = [part.get("sha256") for _, part in self._description.examples]
+        return tuple(map(str, found)) if all(found) else None
+
+    @property
+    def plan(self) -> Plan:
+        """Which examples form which unit."""
+        return self._description.plan
+
+    @property
+    def skipped(self) -> list[tuple[str, int, str]]:
+        """The bad examples that were left out: source, start in it, and the reason of each."""
+        return skipped_examples(self._description, _WHO)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units that are there."""
+        return [commit.unit for commit in self._commits]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The example's id of every row: int64 [rows], rising. In a complete dataset row r is example r."""
+        return self.ids_of(np.arange(len(self)))
+
+    @property
+    def unit_bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The rows of each unit that is there: where they start, and where they stop; int64 [units] each."""
+        return self._files.starts, self._files.stops
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, point: object) -> bool:
+        return point in self._description.columns
+
+    def __getitem__(self, point: str) -> GradientColumn:
+        """Return the rows of ``point``, lazily; KeyError where there is no such point."""
+        if point not in self._description.columns:
+            known = ", ".join(self.points[:5]) + (", ..." if len(self.points) > 5 else "")
+            raise KeyError(f"GradientDataset: point must be one of {known}, got {point!r}. See ds.points.")
+        return GradientColumn(point, self._description.columns[point], self._files)
+
+    def rows(self, index: Any, points: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Return the indexed rows of several points (all by default): ``{point: ds[point][index]}``."""
+        return {point: self[point][index] for point in (self.points if points is None else points)}
+
+    def ids_of(self, rows: Any) -> torch.Tensor:
+        """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""
+        numbers = row_numbers(rows, len(self))
+        k = self._files.unit_of(numbers)
+        return torch.from_numpy(np.asarray(numbers + (self._files.firsts - self._files.starts)[k]))
+
+    def rows_of(self, ids: Any) -> torch.Tensor:
+        """Return in which rows the examples with these ids are: int64, of the shape of ``ids``.
+
+        ``ds[point][ds.rows_of(ids)]``, ``ds.examples[int(ds.rows_of(7))]``. KeyError where a unit with one is missing.
+        """
+        wanted = integers("GradientDataset", "ids", ids)
+        firsts, lengths, starts = self._files.firsts, self._files.lengths, self._files.starts
+        flat = wanted.reshape(-1)
+        k = np.searchsorted(firsts, flat, side="right") - 1  # -1 is before the first unit: the 0 behind the last
+        within = flat - np.append(firsts, 0)[k]
+        absent = (k < 0) | (within >= np.append(lengths, 0)[k])
+        if absent.any():
+            example, n = int(flat[absent][0]), self.plan.n_examples
+            rule = "be of a unit that is there" if 0 <= example < n else f"be in 0..{n - 1}"
+            raise KeyError(broken_rule("GradientDataset", "id", rule, example, "See ds.ids; complete the dataset."))
+        return torch.from_numpy(np.append(starts, 0)[k] + within).reshape(wanted.shape)
+
+    def norms(self, point: str) -> torch.Tensor:
+        """Return the float32 L2 norm of every row of ``point`` from the row tables: shape [rows]."""
+        self[point]
+        return self.examples.norms(point)
+
+    def sample(
+        self, n: int = 5, *, seed: int = 0, tokenizer: Any = None, points: Iterable[str] | None = None
+    ) -> Sample:
+        """Return ``n`` examples picked at random, with their text and the norms of their rows; it prints as a table.
+
+        Args:
+            n: how many; all where there are fewer.
+            seed: the same examples for the same seed.
+            tokenizer: anything with a method ``decode``, or the name or folder of one. By default the one that the
+                dataset names, if it is on this machine; otherwise the text is the tokens as numbers.
+            points: whose norms are shown; all by default.
+        """
+        shown = self.points if points is None else [self[point].name for point in points]
+        used = self.tokenizer() if tokenizer is None else given_tokenizer(tokenizer)
+        return take_sample(self.examples, shown, n, seed, used)
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that the examples were cut with; None where it isn't here. Asks no network."""
+        return recorded_tokenizer(self._store, self.header)
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> Report:
+        """Re-read every byte against its checksum; see verify_dataset."""
+        return verify_dataset(self._store, partial=self._partial, progress=progress)
+
+    def verify_unit(self, unit: Unit) -> None:
+        """Re-read every byte of one unit against its checksum; DatasetError where something is wrong."""
+        check_unit(self._store, unit, self._description)
+
+    def info(self) -> dict[str, Any]:
+        """Return what is inside, as JSON-able values; reads nothing."""
+        columns = self._description.columns
+        return {
+            "path": str(self.path),
+            "rows": len(self),
+            "planned_rows": self.plan.n_examples,
+            "units": len(self._commits),
+            "planned_units": self.plan.n_units,
+            "bytes": sum(commit.n_bytes for commit in self._commits),
+            "non_finite_rows": sum(commit.non_finite for commit in self._commits),
+            "points": {
+                name: {"dtype": DTYPE_NAMES[c.dtype], "shape": list(c.row_shape)} for name, c in columns.items()
+            },
+            "header": self.header,
+            "examples": self._description.all_examples(),
+            "about": self._description.about,
+            "config_hash": self._description.config_hash,
+        }
+
+    def __repr__(self) -> str:
+        n_bytes = sum(commit.n_bytes for commit in self._commits)
+        units = f"{len(self._commits)} of {self.plan.n_units} units"
+        lines = [f"GradientDataset({str(self.path)!r}): {len(self)} rows, {units}, {n_bytes / 1e6:.1f} MB"]
+        lines += [f"  {self[name]!r}" for name in self.points[:8]]
+        return "\n".join(lines + ([f"  and {len(self.points) - 8} more points"] if len(self.points) > 8 else []))
+
+    def _repr_html_(self) -> str:
+        return described(repr(self).splitlines()[0], self._description.columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers of a DataLoader open the files themselves, and see the units that are seen here.
+        opened = functools.partial(GradientDataset, partial=self._partial, mapped=self._files.mapped)
+        return opened, (self._store, self._description, self._commits)

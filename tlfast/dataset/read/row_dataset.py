@@ -1,0 +1,75 @@
+"""A dataset as a map-style torch dataset: rows by number, many at once where a DataLoader asks for many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ...errors import broken_rule
+from .columns import integers, row_numbers
+from .reader import GradientDataset
+
+Batch = dict[str, Any]
+_OWN = ("id", "input_ids")  # entries of an item beside its points
+
+
+def checked_points(who: str, ds: GradientDataset, points: Iterable[str] | None, input_ids: bool) -> list[str]:
+    """Return the points that were asked for; KeyError or ValueError for one that there isn't, or that has no place."""
+    chosen = ds.points if points is None else [points] if isinstance(points, str) else list(points)
+    for point in chosen:
+        ds[point]
+        if point in _OWN[: 1 + input_ids]:
+            remedy = "Leave it out, and read it by ds[point]."
+            raise ValueError(broken_rule(who, "points", "not include the name of another entry", repr(point), remedy))
+    return chosen
+
+
+class RowDataset(Dataset[Batch]):
+    """A map-style torch dataset: item r is ``{"id": int, point: row r, ...}``.
+
+    A list of row numbers is read at once: ``DataLoader(rows, sampler=BatchSampler(...), batch_size=None)`` gives
+    batches without a copy more; ``DataLoader(rows, batch_size=...)`` works as well.
+
+    Args:
+        ds: an open dataset.
+        points: names of points; all by default.
+        input_ids: whether items hold the example's tokens as well, an int64 tensor of its length; lists of rows hold
+            a list of them.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import DatasetWriter, Example, Plan, RowDataset, open_dataset
+        >>> out, plan = tempfile.mkdtemp(), Plan(1, 1)
+        >>> writer = DatasetWriter(out, header={}, columns={"h": (torch.float32, (2,))}, plan=plan)
+        >>> writer.write_unit(plan.unit(0), {"h": torch.tensor([[3.0, 4.0]])}, [Example(0, [1], "a", 0, 1)])
+        True
+        >>> RowDataset(open_dataset(out))[0]
+        {'id': 0, 'h': tensor([3., 4.])}
+    """
+
+    def __init__(self, ds: GradientDataset, points: Iterable[str] | None = None, *, input_ids: bool = False) -> None:
+        self.ds = ds
+        self.points = checked_points("RowDataset", ds, points, input_ids)
+        self.input_ids = input_ids
+
+    def __len__(self) -> int:
+        return len(self.ds)
+
+    def __getitem__(self, index: Any) -> Batch:
+        rows = row_numbers(index, len(self)) if not isinstance(index, slice) else np.arange(len(self))[index]
+        item: Batch = {"id": self.ds.ids_of(rows)} | self.ds.rows(rows, self.points)
+        if self.input_ids:
+            item["input_ids"] = [self.ds.examples.tokens(row, row + 1)[0] for row in rows.reshape(-1).tolist()]
+        if rows.ndim == 0:
+            item["id"] = int(item["id"])
+            item.update({"input_ids": item["input_ids"][0]} if self.input_ids else {})
+        return item
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Read many rows at once; what a DataLoader calls."""
+        batch = self[integers("RowDataset", "indices", indices)]
+        batch["id"] = batch["id"].tolist()
+        return [{name: values[k] for name, values in batch.items()} for k in range(len(indices))]

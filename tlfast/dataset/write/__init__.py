@@ -1,0 +1,1 @@
+"""Writing a dataset: the folder, units, their commits, the background thread, uploads."""

@@ -1,0 +1,252 @@
+"""Put a tap on a module: the hooks that PyTorch calls, for both attachments, eager and compiled."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
+
+from ..backends.ledger import refuse_compiled_autograd
+from ..backends.outputs import replace_output, select_output
+from ..backends.plain import check_full_hook
+from ..backends.taps import fire_op
+from ..errors import broken_rule
+
+
+def _inert(*_: object) -> None:
+    """What a copied or unpickled hook becomes: a copy of a model carries no capture."""
+
+
+def _copied() -> Any:
+    return _inert
+
+
+class _Hook:
+    """A hook of ours: the copy of a hooked model holds `_inert` in its place."""
+
+    def __init__(self, tap: Any):
+        self.tap = tap
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return _inert
+
+    def __reduce__(self) -> Any:
+        return _copied, ()
+
+
+class ForwardPreHook(_Hook):
+    """Tells the tap that its module is entered, and keeps its forward hook the last one.
+
+    A full backward hook wraps the output after all forward hooks have run, so a tap that fires on the same gradient
+    must attach after all of them, also those registered after it.
+    """
+
+    hook_id = -1
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.move_last(module)
+        if not torch.compiler.is_compiling():
+            self.tap.forward_pre()
+
+    def move_last(self, module: nn.Module) -> None:
+        hooks: Any = module._forward_hooks  # an OrderedDict
+        if next(reversed(hooks), -1) != self.hook_id and self.hook_id in hooks:
+            hooks.move_to_end(self.hook_id)
+
+
+class _ForwardHook(_Hook):
+    def __init__(self, tap: Any):
+        super().__init__(tap)
+        # For compiled code, which can't look into a native object: the tap is a number, and the op that fires it must
+        # change a tensor from outside the graph, or it would be dropped as unused.
+        self.output, self.number, self.fire_op, self.token = tap.output, tap.number, fire_op(tap), torch.zeros(1)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._trace(output)
+        return self.tap.forward(args, output)
+
+    def _trace(self, output: Any) -> Any:
+        """The compiled path: a Python tensor hook that calls a registered op and returns the gradient."""
+        tensor, key = select_output(output, self.output)
+        if tensor is None or not tensor.requires_grad:
+            return None
+        tensor = tensor.view_as(tensor)  # an edge of its own: the gradient through this module alone
+
+        def fire(grad: torch.Tensor) -> torch.Tensor:
+            self.fire_op(self.token, grad, self.number)
+            return grad
+
+        tensor.register_hook(fire)
+        return replace_output(output, key, tensor)
+
+
+class _NativePreHook(ForwardPreHook):
+    """The same; `_C.call_natively` makes the interpreter call native code, and Dynamo still reads `__call__`."""
+
+
+class _NativeForwardHook(_ForwardHook):
+    """The same."""
+
+
+class CacheHook(_Hook):
+    """The forward hook of a tap that caches; it isn't for compiled code."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.tap.forward(args, output)
+
+
+class _NativeCacheHook(CacheHook):
+    """The same, called natively."""
+
+
+class _CheckInputsHook(_Hook):
+    """Before a full hook wraps the inputs: can it?"""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            check_full_hook(f"capture at {self.tap.name}", "an input", args)
+
+
+class _CheckHook(_Hook):
+    """Before a full hook wraps the output: can it, and can the output have a gradient at all?"""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.tap.check_full(output)
+        if not torch.compiler.is_compiling():
+            outputs = output if isinstance(output, tuple) else (output,)
+            check_full_hook(f"capture at {self.tap.name}", "the output", outputs)
+
+
+class _FullHook(_Hook):
+    def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        refuse_compiled_autograd()
+        self.tap.full(grad_output)
+
+
+# Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
+# runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
+# its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
+for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckInputsHook, _CheckHook, _FullHook):
+    set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+@lru_cache(maxsize=1)
+def _learn_references(native: ModuleType) -> None:
+    """Let the native hooks learn how often an output is referenced that nobody else holds.
+
+    Only such an output's own node may be hooked: whoever else holds the tensor can send it gradients that did not pass
+    through the module, as a penalty that the module keeps for itself does.
+    """
+
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    probe = Doubled()
+    tap = native.Tap(native.Step(1, "raise"), "probe", [], None, "raise")
+    tap.learn_references()
+    probe.register_forward_hook(_NativeForwardHook(tap))
+    with torch.inference_mode(False), torch.enable_grad():
+        probe(torch.zeros(1, requires_grad=True))
+
+
+def _prepare(native: ModuleType) -> None:
+    """Make the native hooks native; without what is learnt here, every output gets an identity node."""
+    native.call_natively(_NativePreHook, _NativeForwardHook)
+    if not _global_forward_hooks:  # one that keeps what it sees would be taken for nobody
+        _learn_references(native)
+
+
+def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | None) -> list[Any]:
+    """Register a tap's hooks on a module; the handles remove them.
+
+    "auto" is "tensor": it is equal to "full" wherever both exist, and works where full hooks don't (in-place
+    operations, mapping outputs).
+    """
+    if native is not None:
+        _prepare(native)
+    pre = ForwardPreHook(tap) if native is None else _NativePreHook(tap)
+    handles = [module.register_forward_pre_hook(pre)]
+    if attach == "full":
+        handles.append(module.register_forward_hook(_CheckHook(tap)))
+        handles.append(module.register_forward_pre_hook(_CheckInputsHook(tap)))
+        handles.append(module.register_full_backward_hook(_FullHook(tap)))
+    else:
+        handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))
+    pre.hook_id = handles[1].id
+    return handles
+
+
+class CachingHooks:
+    """The hooks of a caching tap on its module; `remove` takes it off.
+
+    A run hooks every point of a model and unhooks it again. Registering hooks one by one costs more than what they do,
+    so all of a run's hooks stand under the one ``id`` of a handle that was made for it. There is no pre-hook that keeps
+    this one the last: it is registered when the run begins, behind all that are there. And the hook counts the call.
+    """
+
+    __slots__ = ("id", "module")
+
+    def __init__(self, module: nn.Module, hook: CacheHook, handle_id: int):
+        self.module, self.id = module, handle_id
+        module._forward_hooks[handle_id] = hook
+
+    def remove(self) -> None:
+        self.module._forward_hooks.pop(self.id, None)
+
+
+def caching_hook(tap: Any, native: ModuleType | None) -> CacheHook:
+    """The forward hook of a tap that caches."""
+    return CacheHook(tap) if native is None else _NativeCacheHook(tap)
+
+
+def caching_id(native: ModuleType | None) -> int:
+    """The id under which a run's hooks stand."""
+    if native is not None:
+        native.call_natively(_NativePreHook, _NativeCacheHook)
+    handle: int = RemovableHandle(OrderedDict()).id
+    return handle
+
+
+def check_not_compiled(who: str, model: nn.Module) -> None:
+    """RuntimeError if a compiled call of the model exists already: hooks added now would silently never fire."""
+    if "torch._dynamo" not in sys.modules:  # nothing was ever compiled, and the import would cost a second
+        return
+    from torch._dynamo import eval_frame
+
+    for name, module in model.named_modules():
+        compiled = isinstance(module, eval_frame.OptimizedModule) or module._compiled_call_impl is not None
+        inner = getattr(module, "_orig_mod", module)
+        if compiled and _has_compiled_code(inner):
+            raise RuntimeError(
+                broken_rule(
+                    who, "a compiled model", "be captured before its first call", f"{name or type(inner).__name__}",
+                    "Enter the capture first, or call torch._dynamo.reset().",
+                )
+            )  # fmt: skip
+
+
+def anything_compiled() -> bool:
+    """Whether Dynamo has compiled any code since its last reset; which modules it holds can't be seen."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    from torch._dynamo import convert_frame
+
+    return any(code() is not None for code in convert_frame.input_codes.seen)
+
+
+def _has_compiled_code(module: nn.Module) -> bool:
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    functions = [type(module).forward, type(module)._call_impl, type(module)._wrapped_call_impl]
+    return any(_debug_get_cache_entry_list(f.__code__) for f in functions if hasattr(f, "__code__"))

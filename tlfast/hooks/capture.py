@@ -1,0 +1,168 @@
+"""The two ways in: capture the gradients of a model's points, or attach a sink to one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends.choice import pick_native
+from ..backends.ledger import Step
+from ..backends.plain import destination
+from ..backends.reference import capture as capture_in_python
+from ..backends.taps import SinkTap
+from ..errors import broken_rule
+from ..spec import (
+    REDUCTIONS,
+    Over,
+    Points,
+    Reduction,
+    Spec,
+    as_specs,
+    one_of,
+    parse_over,
+)
+from .attachment import check_not_compiled, hook_module
+from .captured import Capture
+
+Sink = Callable[[torch.Tensor], None] | torch.Tensor
+
+
+def capture(
+    model: nn.Module,
+    points: Points | Spec | Sequence[Spec],
+    *,
+    rows: int,
+    reduce: Reduction = "none",
+    over: Over = "pos",
+    dtype: torch.dtype | str | None = None,
+    output: int | str | None = None,
+    attach: str = "auto",
+    backend: str = "auto",
+    calls: str = "raise",
+    missing: str = "raise",
+) -> Capture:
+    """Capture the gradient with respect to the output of some modules, while backward runs.
+
+    Args:
+        model: any module, not yet compiled.
+        points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
+            list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and
+            ``output`` are theirs).
+        rows: how many rows to hold; memory is taken at the first gradient.
+        reduce: none, sum, mean, last, norm or absmax.
+        over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
+        dtype: the stored dtype, or its name ("bfloat16"); None keeps the gradient's.
+        output: index or key of the output to take; None is the first tensor.
+        attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
+        backend: "native", "python" or "auto".
+        calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
+            reduction), "last" (the last one to fire, which is the first call), "stack" (call index before the row's
+            dimensions).
+        missing: for a point without a gradient in a backward: "raise", or "nan" rows, flagged in ``cap.missing``.
+
+    Returns:
+        A context manager; ``cap[name]`` is Tensor[rows, ...]; row r is the same example at every point.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before any hook is registered.
+
+    Example:
+        >>> import torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
+        >>> with tlfast.capture(model, "0", rows=8) as cap:
+        ...     model(torch.ones(2, 4)).sum().backward()
+        >>> cap["0"].shape
+        torch.Size([2, 3])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
+    specs = as_specs("capture", points, reduce, over, dtype, output)
+    return Capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+
+
+class AttachHandle:
+    """Takes a sink off its module: `remove`, or the end of a ``with`` block."""
+
+    def __init__(self, step: Any, handles: list[Any]):
+        self._step, self._handles = step, handles
+
+    def remove(self) -> None:
+        """Detach; a backward whose forward ran before doesn't reach the sink any more."""
+        self._step.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> AttachHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach(
+    module: nn.Module,
+    sink: Sink,
+    *,
+    reduce: Reduction = "none",
+    over: Over = "pos",
+    output: int | str | None = None,
+    attach: str = "auto",
+    backend: str = "auto",
+) -> AttachHandle:
+    """Send every gradient with respect to a module's output to a sink: for authors of hook libraries.
+
+    Args:
+        module: the module whose output's gradient is wanted, not yet compiled.
+        sink: a preallocated tensor, into which each gradient is reduced and cast (natively, without the GIL), or a
+            callable that is given each gradient. The gradient belongs to autograd: read it, clone what is to be kept,
+            and return nothing.
+        reduce: the reduction of a tensor sink.
+        over: the dimensions that it reduces.
+        output: index or key of the output to take; None is the first tensor.
+        attach: "tensor", "full" or "auto", as in `capture`.
+        backend: "native", "python" or "auto".
+
+    Returns:
+        A handle with ``remove()``, also a context manager. Calls without a gradient don't reach the sink.
+
+    Raises:
+        TypeError: if the sink is neither a tensor nor callable. What a callable raises ends the backward.
+
+    Example:
+        >>> import torch, tlfast
+        >>> layer, row = torch.nn.Linear(2, 3), torch.empty(3)
+        >>> with tlfast.attach(layer, row, reduce="sum", over="batch"):
+        ...     layer(torch.ones(4, 2)).sum().backward()
+        >>> row
+        tensor([4., 4., 4.])
+    """
+    who = "attach"
+    if not isinstance(module, nn.Module):
+        raise TypeError(broken_rule(who, "module", "be an nn.Module", type(module).__name__, "Pass the module."))
+    if not isinstance(sink, torch.Tensor) and not callable(sink):
+        raise TypeError(
+            broken_rule(who, "sink", "be a tensor or callable", type(sink).__name__, "Pass a function of the gradient.")
+        )
+    if isinstance(sink, torch.Tensor):
+        sink = destination(who, "sink", sink)
+    one_of(who, "attach", attach, ("auto", "tensor", "full"))
+    one_of(who, "backend", backend, ("auto", "native", "python"))
+    one_of(who, "reduce", reduce, REDUCTIONS)
+    dims = () if reduce == "none" else parse_over(who, over)
+    check_not_compiled(who, module)
+    devices = {p.device.type for p in module.parameters()}
+    native = pick_native(who, backend, devices | ({sink.device.type} if isinstance(sink, torch.Tensor) else set()))
+    name = type(module).__name__
+    step: Any = Step(1, "nan") if native is None else native.Step(1, "nan")
+    if native is not None:
+        tap = native.Tap.to_sink(step, name, sink, reduce, dims, output)
+    elif isinstance(sink, torch.Tensor):
+        out = sink
+        tap = SinkTap(step, name, lambda grad: capture_in_python(out, grad, reduce, dims, who=who), output)
+    else:
+        tap = SinkTap(step, name, sink, output)
+    return AttachHandle(step, hook_module(module, tap, attach, native))

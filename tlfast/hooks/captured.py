@@ -1,0 +1,293 @@
+"""Register the taps on a model: the capture and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends import ledger as python_steps
+from ..backends import rows as python_ring
+from ..backends import taps as python_taps
+from ..backends.choice import pick_native
+from ..backends.plain import plain
+from ..errors import broken_rule
+from ..spec import Points, Spec, one_of, stored_dtype
+from .attachment import anything_compiled, check_not_compiled, hook_module
+from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
+from .points import find_points
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+See = Callable[[str, torch.Tensor], None]
+
+
+def _seen(see: See, name: str, convert: Change | None) -> Change:
+    def shown(grad: torch.Tensor) -> torch.Tensor:
+        converted = grad if convert is None else convert(grad)
+        see(name, converted)
+        return converted
+
+    return shown
+
+
+class Capture:
+    """The gradients of some points, one row an example; made by `tlfast.capture`, used as a context manager.
+
+    ``cap[name]`` is Tensor[rows, ...]; ``cap.names``, ``cap.rows``, ``cap.ids``, ``cap.missing`` and ``cap.counts``
+    tell what is there; ``cap.batch(...)`` says what the next step is about and ``cap.clear()`` makes room.
+
+    Raises:
+        RuntimeError, ValueError: in the forward or backward that breaks a rule, naming the point. No row of that step
+            is kept, and every earlier one is.
+
+    Example:
+        >>> import torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.GELU())
+        >>> with tlfast.capture(model, ["0", "1"], rows=8) as cap:
+        ...     with cap.batch(ids=["a", "b"]):
+        ...         model(torch.ones(2, 4)).sum().backward()
+        >>> cap.names, cap.rows, cap.ids
+        (['0', '1'], 2, ['a', 'b'])
+    """
+
+    def __init__(
+        self, model: nn.Module, specs: list[Spec], *, rows: int, attach: str, backend: str, calls: str, missing: str
+    ):
+        who = "capture"
+        if type(rows) is not int or rows < 1:
+            raise ValueError(broken_rule(who, "rows", "be a positive number", repr(rows), "Give the rows to hold."))
+        one_of(who, "attach", attach, ("auto", "tensor", "full"))
+        one_of(who, "backend", backend, ("auto", "native", "python"))
+        one_of(who, "calls", calls, ("raise", "sum", "last", "stack"))
+        one_of(who, "missing", missing, ("raise", "nan"))
+        devices = {p.device.type for p in model.parameters() if not p.is_meta}  # meta: kept elsewhere till it is used
+        module = pick_native(who, backend, devices)
+        self._native = module
+        self.backend = "python" if module is None else "native"
+        self.capacity = rows
+        self._model, self._attach = model, attach
+        ring_type: Any = python_ring.Ring if module is None else module.Ring
+        tap_type: Any = python_taps.Tap if module is None else module.Tap
+        self._step: Any = python_steps.Step(rows, missing) if module is None else module.Step(rows, missing)
+        self._rings: dict[str, Any] = {}
+        self.wanted: dict[str, tuple[str, Spec]] = {}  # column -> its point and what is kept there
+        self._taps: list[tuple[nn.Module, Any]] = []
+        found = [self._find(spec.points) for spec in specs]
+        modules = {name: module for points in found for name, module in points.items()}
+        for name in dict.fromkeys(name for points in found for name in points):
+            here = [spec for spec, points in zip(specs, found, strict=True) if name in points]
+            if len({spec.output for spec in here}) > 1:
+                raise ValueError(
+                    broken_rule(who, "output", f"be the same in all specs of {name}", [s.output for s in here],
+                                "Use one capture for each output.")
+                )  # fmt: skip
+            rings = []
+            for spec in here:
+                column = name if len(here) == 1 else f"{name}:{spec.label}"
+                if column in self._rings:
+                    raise ValueError(
+                        broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
+                    )
+                dtype = stored_dtype(who, spec.dtype)
+                self._rings[column] = ring_type(column, spec.reduce, spec.dims, dtype, rows)
+                rings.append(self._rings[column])
+                self.wanted[column] = name, spec
+            tap = tap_type(self._step, name, rings, here[0].output, calls)
+            self._taps.append((modules[name], tap))
+        self.names: list[str] = list(self._rings)
+        self._handles: list[Any] = []
+        self._ids: list[Any] = []
+        self._see: See | None = None
+        self._entered = self._compiled_before = False
+
+    # The context.
+
+    def __enter__(self) -> Capture:
+        if self._entered:
+            raise RuntimeError(
+                broken_rule("capture", "a Capture", "be entered once", "a second time", "Call capture again.")
+            )
+        check_not_compiled("capture", self._model)
+        self._compiled_before = anything_compiled()
+        self._entered = True
+        self._backwards_before = n_backwards()
+        try:
+            for module, tap in self._taps:
+                self._handles += self._hook(module, tap)
+                if self._see is not None:
+                    tap.set_convert(_seen(self._see, tap.name, self._conversion(module)))
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+        if isinstance(error, RuntimeError) and changed_in_place(error):
+            called = max((tap for _, tap in self._taps), key=lambda tap: tap.last_call, default=None)
+            raise in_place_error(called.name if called is not None else "?") from error
+        if error is None and not self._step.n_ended:
+            tell_no_rows(self._compiled_before, any(tap.last_call for _, tap in self._taps), self._why_no_rows(0))
+
+    def _why_no_rows(self, calls_before: int) -> str:
+        before, now = self._backwards_before, n_backwards()
+        ran = None if self._step.n_ended or before is None or now is None else now > before + 1
+        return why_no_rows([tap for _, tap in self._taps], calls_before, ran)
+
+    def watched(self, see: See) -> Capture:
+        """Show each gradient and its point's name to ``see`` before anything is checked; say so before entering."""
+        self._see = see
+        return self
+
+    def unmasked(self, columns: Iterable[str]) -> Capture:
+        """Leave the masks of `batch` out at these columns, whose gradients have no positions."""
+        for column in columns:
+            self._rings[column].masked = False
+        return self
+
+    def _conversion(self, module: nn.Module) -> Change | None:
+        """What `_hook` lets be made of each gradient at a module."""
+        return None
+
+    def _find(self, points: Points) -> dict[str, Any]:
+        return find_points("capture", self._model, points)
+
+    def _hook(self, module: nn.Module, tap: Any) -> list[Any]:
+        return hook_module(module, tap, self._attach, self._native)
+
+    def _detach(self) -> None:
+        self._step.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # The rows.
+
+    @property
+    def rows(self) -> int:
+        """The number of committed rows, the same at every point."""
+        n_rows: int = self._step.extent[0]
+        return n_rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __bool__(self) -> bool:
+        return True  # also without a row: it is asked whether there is a capture
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The committed rows of one column: Tensor[rows, ...], a view of the ring that `clear` lets go.
+
+        Raises:
+            KeyError: for a name that isn't in `names`.
+            RuntimeError: if nothing was ever written there.
+        """
+        if name not in self._rings:
+            raise KeyError(
+                broken_rule("capture", "a name", f"be one of {', '.join(self.names[:8])}", repr(name), "See cap.names.")
+            )
+        rows = self._rings[name].rows
+        if rows is None:
+            raise RuntimeError(
+                broken_rule("capture", f"the column {name}", "have been written", "no row", "Run a backward first.")
+            )
+        n_rows, end = self._step.extent
+        if n_rows < end:  # a failed backward left a hole between two others that ran beside it
+            return torch.cat([rows[base : base + n] for base, n, _ in self._step.committed()])
+        view: torch.Tensor = rows[:end]
+        return view
+
+    @property
+    def ids(self) -> list[Any]:
+        """The example id of each row, as given to `batch`; None where none was given."""
+        return self._ids + [None] * (self.rows - len(self._ids))
+
+    @property
+    def missing(self) -> dict[str, torch.Tensor]:
+        """For each column Bool[rows]: True where the point did not fire and the row is NaN (``missing="nan"``)."""
+        out = {name: torch.zeros(self.rows, dtype=torch.bool) for name in self.names}
+        start = 0
+        for _, n, absent in self._step.committed():
+            for index in absent:
+                for ring in self._taps[index][1].rings:
+                    out[ring.column][start : start + n] = True
+            start += n
+        return out
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each column how many stored values were non-finite, and how many of them only through the cast."""
+        kinds = ("nonfinite", "saturated")
+        return {name: dict(zip(kinds, ring.counted, strict=True)) for name, ring in self._rings.items()}
+
+    @property
+    def counters(self) -> list[torch.Tensor]:
+        """What `counts` reads and how often rows were written: for each column int64 [3] on its ring's device."""
+        return [ring.counters for ring in self._rings.values()]
+
+    @property
+    def n_writes(self) -> list[int]:
+        """How often the rows of each column were, or are still to be, written by what was launched until now."""
+        return [ring.n_writes for ring in self._rings.values()]
+
+    def clear(self) -> None:
+        """Forget all rows; the next may have other shapes. RuntimeError while a backward is running.
+
+        The memory stays in use where the shape stays; where it doesn't, a CUDA graph that was recorded before is an
+        error when it is replayed.
+        """
+        self._step.clear()
+        self._ids.clear()
+
+    @contextmanager
+    def batch(
+        self, mask: torch.Tensor | None = None, ids: Sequence[Any] | None = None, grad_scale: float = 1.0
+    ) -> Iterator[None]:
+        """Say what the next forward and backward are about.
+
+        Args:
+            mask: bool [B, P], True at real tokens: reductions leave the others out, ``none`` stores zeros there.
+            ids: one id for each example, kept in `ids`.
+            grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
+
+        Raises:
+            ValueError: if mask and ids don't fit each other, or later the gradients.
+            RuntimeError: if no backward was committed inside.
+        """
+        who = "batch"
+        mask = None if mask is None else plain(who, "mask", mask)
+        if mask is not None and (mask.dtype != torch.bool or mask.dim() < 1):
+            raise ValueError(
+                broken_rule(who, "mask", "be boolean [B, P]", f"{mask.dtype} {list(mask.shape)}", "Use mask.bool().")
+            )
+        if ids is not None and mask is not None and len(ids) != mask.shape[0]:
+            raise ValueError(
+                broken_rule(who, "ids", f"have one id for each of {mask.shape[0]} examples", len(ids), "Check both.")
+            )
+        if not grad_scale > 0:
+            raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
+        ended, calls_before = self._step.n_ended, self._step.n_calls
+        self._ids += [None] * (self.rows - len(self._ids))
+        self._step.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
+        try:
+            yield
+        finally:
+            self._step.set_batch(None, -1, 1.0)
+            written = self.rows - len(self._ids)  # clear() inside the block empties both
+            if ids is not None and len(ids):
+                self._ids += list(ids) * (written // len(ids))
+            else:
+                self._ids += [None] * written
+        if self._step.n_ended == ended:
+            raise RuntimeError(
+                broken_rule(
+                    who, "the block", "hold a forward and a backward", "no committed row",
+                    self._why_no_rows(calls_before),
+                )
+            )  # fmt: skip
