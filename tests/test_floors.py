@@ -9,7 +9,8 @@ import pytest
 from source_rules import (
     CORE_LIBRARIES,
     FLOORS,
-    MAX_LINES,
+    MOST_LINES,
+    MOST_PARAMETERS,
     NATIVE_FLOORS,
     broken_laws,
     module_name,
@@ -124,7 +125,11 @@ def test_an_upward_include_is_found():
 @pytest.mark.parametrize(
     "path, source",
     [
-        ("tlfast/spec.py", '"""What is kept."""\n' + "x = 1\n" * MAX_LINES),
+        ("tlfast/spec.py", '"""What is kept."""\ndef f():\n' + "    x = 1\n" * (MOST_LINES + 2)),
+        (
+            "tlfast/spec.py",
+            f'"""What is kept."""\ndef f({", ".join(f"a{k}" for k in range(MOST_PARAMETERS + 1))}): pass',
+        ),
         ("tlfast/spec.py", "import os\n"),
         ("tlfast/spec.py", ""),
         ("tlfast/spec.py", '"""\nWhat is kept.\n"""\n'),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from dataset_cases import make_dataset, make_writer
 from test_dataset_damage import flip
-from tlfast.dataset.export.formats import FORMATS
 
 from tlfast.dataset import DatasetError, export_dataset
+from tlfast.dataset.export.formats import FORMATS
 
 
 @pytest.fixture(scope="module")
