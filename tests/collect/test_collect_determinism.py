@@ -86,7 +86,7 @@ def test_a_dataset_says_what_it_was_begun_with(tmp_path):
 
 def test_another_kind_of_device_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["tlfast.collect"], "describe_machine", lambda model: {"device": "NVIDIA H100", "threads": 1}
+        sys.modules["tlfast.collecting.run"], "describe_machine", lambda model: {"device": "NVIDIA H100", "threads": 1}
     )
     collect(tiny_model(), tmp_path, EXAMPLES, rows_per_unit=6)
     monkeypatch.undo()

@@ -28,7 +28,7 @@ def drained(request, monkeypatch):
     """Rows straight to the host, or by way of the device, where copies lag behind until somebody waits for them."""
     if request.param == "staged":
         made = []
-        module = sys.modules["tlfast.collect"]  # `tlfast.collect` is the function
+        module = sys.modules["tlfast.collecting.run"]
         monkeypatch.setattr(
             module, "streams_for", lambda devices: made.append(FakeStreams(Random(1), lagging=("side",))) or made[-1]
         )

@@ -55,7 +55,7 @@ def graphs(monkeypatch):
 
     def use(**settings):
         fake = FakeGraphs(**settings)
-        module = sys.modules["tlfast.collect"]  # `tlfast.collect` is the function
+        module = sys.modules["tlfast.collecting.run"]
         monkeypatch.setattr(module, "graphs_wanted", lambda cuda_graph, devices, backend: cuda_graph != "off")
         monkeypatch.setattr(module, "graph_step", fake.graph_step)
         return fake

@@ -108,7 +108,7 @@ def test_examples_of_one_length_are_padded_where_rows_are_wider(tmp_path):
 
 
 def test_graphs_pad_too(tmp_path, monkeypatch):
-    module = sys.modules["tlfast.collect"]  # `tlfast.collect` is the function
+    module = sys.modules["tlfast.collecting.run"]
     monkeypatch.setattr(module, "graphs_wanted", lambda cuda_graph, devices, backend: cuda_graph != "off")
     monkeypatch.setattr(Replays, "step", lambda self, eager, batch: eager(batch))
     remedy = f'{ALONE.removesuffix(".")} with cuda_graph="off" (--cuda-graph off).'

@@ -23,7 +23,7 @@ def recorded(rerun, monkeypatch):
         made.append(graph)
         return recorded_step
 
-    module = sys.modules["tlfast.collect"]  # `tlfast.collect` is the function
+    module = sys.modules["tlfast.collecting.run"]
     monkeypatch.setattr(module, "graphs_wanted", lambda cuda_graph, devices, backend: cuda_graph != "off")
     monkeypatch.setattr(module, "graph_step", graph_step)
     return made
@@ -33,7 +33,7 @@ def recorded(rerun, monkeypatch):
 def test_the_bytes_are_those_of_single_steps(tmp_path, recorded, monkeypatch, reduce):
     collect(tiny_model(), tmp_path / "recorded", EXAMPLES, reduce=reduce, **SETTINGS)
     assert sum(graph.n_replays for graph in recorded) > len(recorded) > 0
-    monkeypatch.setattr(sys.modules["tlfast.collect"], "graph_step", refuse)
+    monkeypatch.setattr(sys.modules["tlfast.collecting.run"], "graph_step", refuse)
     with pytest.warns(RuntimeWarning, match="no CUDA graph could be made of this model: not now"):
         collect(tiny_model(), tmp_path / "steps", EXAMPLES, reduce=reduce, **SETTINGS)
     assert unit_bytes(tmp_path / "recorded") == unit_bytes(tmp_path / "steps")
@@ -51,7 +51,7 @@ def test_a_unit_of_lost_rows_is_not_written(tmp_path, recorded, rerun, monkeypat
             graph.instead = lambda: None
         return recorded_step
 
-    monkeypatch.setattr(sys.modules["tlfast.collect"], "graph_step", graph_step)
+    monkeypatch.setattr(sys.modules["tlfast.collecting.run"], "graph_step", graph_step)
     with pytest.raises(RuntimeError, match=r"collect at transformer\.h\.0: rows must have been written \d+ times, got"):
         collect(tiny_model(), tmp_path, EXAMPLES, **SETTINGS)
     assert len(recorded) >= 2
