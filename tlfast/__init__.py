@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .backends.choice import backend, reduce_into
-from .collecting.run import collect  # not on demand: the function must win over the module of the same name
-from .dataset import open_dataset
-from .hooks.capture import attach, capture
-from .hooks.captured import Capture
-from .hooks.freeze import freeze
-from .hooks.graph_step import graph_step
-from .spec import Spec
+if TYPE_CHECKING:
+    from .backends.choice import backend, reduce_into
+    from .collecting.run import collect
+    from .dataset import open_dataset
+    from .hooks.capture import attach, capture
+    from .hooks.captured import Capture
+    from .hooks.freeze import freeze
+    from .hooks.graph_step import graph_step
+    from .spec import Spec
+
+# What is imported when it is first asked for: `tlfast --help` needs no torch, a capture no dataset.
+_HOMES = {
+    "Capture": "hooks.captured",
+    "Spec": "spec",
+    "attach": "hooks.capture",
+    "backend": "backends.choice",
+    "capture": "hooks.capture",
+    "collect": "collecting.run",
+    "freeze": "hooks.freeze",
+    "graph_step": "hooks.graph_step",
+    "open_dataset": "dataset",
+    "reduce_into": "backends.choice",
+}
+_ROOMS = ("backends", "batches", "collecting", "dataset", "hooks", "loss", "report", "stopping", "transformer_lens")
 
 
 def __getattr__(name: str) -> Any:
-    """`tlfast.transformer_lens`, imported on request: it needs TransformerLens."""
-    if name == "transformer_lens":
-        return import_module(f"{__name__}.transformer_lens")
+    if name in _HOMES:
+        found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return found
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __version__ = "0.1.0"

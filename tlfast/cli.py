@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from . import __version__
-from .commands import collecting, inspecting, sharing
 from .commands.arguments import (
     BAD_INPUT,
     FAILED,
@@ -33,15 +33,16 @@ USAGE = """usage: tlfast COMMAND ...
 
 `tlfast COMMAND --help` says more of a command."""
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "collect": collecting.collect,
-    "info": inspecting.info,
-    "verify": inspecting.verify,
-    "export": sharing.export,
-    "report": sharing.report,
-    "push": sharing.push,
-    "pull": sharing.pull,
-    "doctor": inspecting.doctor,
+# Each command's module, imported when it is called: the others need other libraries, and --help none.
+COMMANDS = {
+    "collect": "collecting",
+    "info": "inspecting",
+    "verify": "inspecting",
+    "export": "sharing",
+    "report": "sharing",
+    "push": "sharing",
+    "pull": "sharing",
+    "doctor": "inspecting",
 }
 
 
@@ -74,7 +75,8 @@ def _run(args: list[str]) -> int:
         remedy = nearest(args[0], [*COMMANDS, "--help", "--version"], "See tlfast --help.")
         return complain(broken_rule("tlfast", "command", rule, repr(args[0]), remedy), BAD_INPUT)
     try:
-        return COMMANDS[args[0]](args[1:])
+        command: Callable[[list[str]], int] = getattr(import_module(f"tlfast.commands.{COMMANDS[args[0]]}"), args[0])
+        return command(args[1:])
     except (ValueError, TypeError, ImportError) as error:
         return complain(str(error), BAD_INPUT)
     except BrokenPipeError:

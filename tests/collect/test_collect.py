@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from tiny_models import N_LAYERS, WIDTH, collect, sequences, tiny_model, unit_bytes
@@ -117,12 +115,6 @@ def test_a_plain_module_and_a_loss_of_ones_own(tmp_path):
     collect(model, tmp_path, [[1, 2, 3], [4, 5]], points="1", loss=lambda m, batch: (m(batch.input_ids) * 2).sum())
     assert tlfast.open_dataset(tmp_path)["1"][:].tolist() == [[2.0] * 3] * 2
     assert "lambda" in tlfast.open_dataset(tmp_path).header["loss"]
-
-
-def test_functions_are_not_hidden_by_modules():
-    for room in ("backends.choice", "collecting.run", "hooks.capture", "hooks.freeze"):
-        importlib.import_module(f"tlfast.{room}")
-    assert all(callable(f) for f in (tlfast.backend, tlfast.capture, tlfast.collect, tlfast.freeze, tlfast.graph_step))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, in torch's own imports

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from ..collecting.progress import whole_line
-from ..collecting.unit_queue import share_of
 from ..errors import broken_rule
 
 # 128 + the number of the signal, as shells say it: SIGINT, SIGPIPE.
@@ -18,6 +16,8 @@ OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 def complain(text: str, code: int) -> int:
     """Say what is wrong in one line on stderr; return the exit code."""
+    from ..collecting.progress import whole_line  # not above: `tlfast --help` needs no torch
+
     whole_line(rank() + " ".join(text.split()), sys.stderr)
     return code
 
@@ -32,6 +32,8 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
 
 def rank() -> str:
     """What a line begins with where several processes print theirs into one output."""
+    from ..collecting.unit_queue import share_of
+
     try:
         return str(share_of())
     except ValueError:  # `collect` complains of it
