@@ -59,10 +59,10 @@ test-models: $(STAMPS)/install ## collect with every kind of causal LM that tran
 	$(PY) -m pytest -q -m every_model tests $(TEST_ARGS)
 
 # Torch is its own, all else is that of the environment above, by a .pth file. So is the module, built for the CPU alone:
-# the one of the checkout stays as it is. These tests are of what is asked of torch: its engine, its hooks and compilers.
+# the one of the checkout stays as it is. These tests are of what is asked of torch: its engine, its hooks, its compilers.
 OLDEST := build/torch/$(TORCH_OLDEST)
-OLDEST_TESTS := test_attach test_capture test_compile test_freeze test_outputs test_reduce test_streams_cuda test_threads
-OLDEST_TESTS := $(OLDEST_TESTS:%=tests/%.py) tests/cuda tests/graphs tests/traps
+OLDEST_TESTS := test_attach test_capture test_compile test_freeze test_outputs test_threads cuda/test_cuda_capture
+OLDEST_TESTS := $(OLDEST_TESTS:%=tests/%.py) tests/traps
 
 test-torch: $(OLDEST)/installed ## the core tests beside the oldest torch that is promised (TORCH_OLDEST=2.11.0)
 	@echo "test-torch: building into $(OLDEST)/package"
