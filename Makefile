@@ -77,7 +77,7 @@ build/torch/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 	@echo "set-up: installing torch $* into build/torch/$*"
 	@rm -rf build/torch/$*
 	@$(PY) -m venv build/torch/$*
-	@build/torch/$*/bin/python -m pip --disable-pip-version-check install -q "torch==$*" > build/torch-$*.log 2>&1 \
+	@build/torch/$*/bin/python -m pip --disable-pip-version-check install -q "torch==$*" "setuptools>=77" > build/torch-$*.log 2>&1 \
 	  || { tail -n 40 build/torch-$*.log; exit 1; }
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$(build/torch/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_outer.pth
