@@ -1,4 +1,4 @@
-"""`python -m bench [hooks kernel step collect dataset gpu lens] [--quick] [--rehearse] [--out FILE]`."""
+"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens] [--quick] [--rehearse] [--out FILE]`."""
 
 from __future__ import annotations
 
