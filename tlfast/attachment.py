@@ -98,7 +98,8 @@ class _ForwardHook(_Hook):
         tensor, key = select_output(output, self.output)
         if tensor is None or not tensor.requires_grad:
             return None
-        return replace_output(output, key, _Traced.apply(tensor, self.fire_op, self.token, self.number))
+        traced = _Traced.apply(tensor, self.fire_op, self.token, self.number)  # type: ignore[no-untyped-call]
+        return replace_output(output, key, traced)
 
 
 class _NativePreHook(ForwardPreHook):
