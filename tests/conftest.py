@@ -77,8 +77,10 @@ def native():
 
 
 @pytest.fixture
-def cuda():
+def cuda(request):
     """A CUDA device; skips where there is none, and fails if there must be one."""
+    if request.node.get_closest_marker("gpu") is None:
+        pytest.fail("a test on a CUDA device must be marked gpu, or tools/gpu_check.sh leaves it out")
     try:
         return torch.empty(0, device="cuda").device
     except (RuntimeError, AssertionError) as error:
