@@ -33,18 +33,24 @@ import os, sys, threading
 from dataset_cases import *
 from tlfast.dataset import BackgroundWriter
 writer, fsync, go = make_writer(sys.argv[1]), os.fsync, threading.Event()
-os.fsync = lambda fd: (go.wait(), fsync(fd))  # a disk that answers no sooner than Ctrl-C comes
+go.set()
+os.fsync = lambda fd: (go.wait(), fsync(fd))
 with BackgroundWriter(writer) as background:
     wait = background._changed.wait
     def told(seconds=None):
         if threading.current_thread() is threading.main_thread():
             print("waiting", flush=True)
         return wait(seconds)
+    def submit(unit):
+        background.submit(unit, rows_of(unit, truth()), examples(unit))
+        print("submitted", flush=True)
+    submit(PLAN.unit(0))
+    background.flush()
     background._changed.wait = told
+    go.clear()  # from here on the disk answers no sooner than Ctrl-C comes
     try:
-        for unit in PLAN.units * 1000:
-            background.submit(unit, rows_of(unit, truth()), examples(unit))
-            print("submitted", flush=True)
+        for unit in PLAN.units[1:]:
+            submit(unit)
     finally:
         go.set()
 """
