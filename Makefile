@@ -52,8 +52,12 @@ setup: $(STAMPS)/install ## the environment and the native build, and nothing el
 demo: $(STAMPS)/install ## train a small model, collect its gradients, verify and draw them (DEMO_ARGS=--quick)
 	$(PY) demo/run.py $(DEMO_ARGS)
 
-test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name')
-	$(PY) -m pytest -q tests $(TEST_ARGS)
+# One process for each core that this shell may use, eight at most: each holds torch. A process that is done takes over
+# half of what another one has left.
+WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: [0])(0))))')
+
+test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name', WORKERS=0 for one process)
+	$(PY) -m pytest -q tests -n $(WORKERS) --dist worksteal --durations=20 --durations-min=1 $(TEST_ARGS)
 
 test-models: $(STAMPS)/install ## collect with every kind of causal LM that transformers has, padded on both sides
 	$(PY) -m pytest -q -m every_model tests $(TEST_ARGS)
