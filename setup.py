@@ -112,7 +112,7 @@ def native_sources():
         alone["streams"] = "tests/simt/streams.cpp"
     made = []
     for name, stems in TOGETHER.items() if not SANITIZE else ():
-        path = ROOT / "build" / "together" / f"{name}.cpp"
+        path = ROOT / "build" / ("together_simt" if SIMT else "together") / f"{name}.cpp"
         text = "".join(f'#include "../../{alone.pop(stem)}"\n' for stem in stems)
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
