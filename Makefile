@@ -10,6 +10,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 TORCH_VERSION := 2.13.0
+# The oldest one that pyproject.toml allows.
+TORCH_OLDEST ?= 2.11.0
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 OWN := $(CURDIR)/.venv/bin/python
 HAS_TORCH = $(shell "$(1)" -c 'import importlib.util as u; print(u.find_spec("torch") is not None)' 2>/dev/null)
@@ -39,8 +41,8 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-models test-lens test-lens-all lint format bench sanitize simt fuzz soak cuda-compile
-.PHONY: clean distclean
+.PHONY: help setup demo test test-models test-torch test-lens test-lens-all lint format bench sanitize simt fuzz soak
+.PHONY: cuda-compile gpu-module clean distclean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,11 +52,42 @@ setup: $(STAMPS)/install ## the environment and the native build, and nothing el
 demo: $(STAMPS)/install ## train a small model, collect its gradients, verify and draw them (DEMO_ARGS=--quick)
 	$(PY) demo/run.py $(DEMO_ARGS)
 
-test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name')
-	$(PY) -m pytest -q tests $(TEST_ARGS)
+# One process for each core that this shell may use, eight at most: each holds torch. A process that is done takes over
+# half of what another one has left.
+WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: [0])(0))))')
+
+test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name', WORKERS=0 for one process)
+	$(PY) -m pytest -q tests -n $(WORKERS) --dist worksteal --durations=20 --durations-min=1 $(TEST_ARGS)
 
 test-models: $(STAMPS)/install ## collect with every kind of causal LM that transformers has, padded on both sides
 	$(PY) -m pytest -q -m every_model tests $(TEST_ARGS)
+
+# Torch is its own, all else is that of the environment above, by a .pth file. So is the module, built for the CPU alone:
+# the one of the checkout stays as it is. These tests are of what is asked of torch: its engine, its hooks, its compilers.
+OLDEST := build/torch/$(TORCH_OLDEST)
+OLDEST_TESTS := test_attach test_capture test_compile test_freeze test_outputs test_threads cuda/test_cuda_capture
+OLDEST_TESTS := $(OLDEST_TESTS:%=tests/%.py) tests/traps
+
+test-torch: $(OLDEST)/installed ## the core tests beside the oldest torch that is promised (TORCH_OLDEST=2.11.0)
+	@echo "test-torch: building into $(OLDEST)/package"
+	@rm -rf $(OLDEST)/package; mkdir -p $(OLDEST)/package
+	@TLFAST_BUILD=cpu $(OLDEST)/bin/python setup.py -q build --build-lib $(OLDEST)/package > $(OLDEST)/build.log 2>&1 \
+	  || { tail -n 60 $(OLDEST)/build.log; exit 1; }
+	cd $(OLDEST)/package && PYTHONPATH=$(CURDIR)/$(OLDEST)/package TLFAST_REQUIRE_NATIVE=1 \
+	  ../bin/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(OLDEST_TESTS:%=$(CURDIR)/%) $(TEST_ARGS)
+
+build/torch/%/installed: $(STAMPS)/torch | $(STAMPS)/install
+	@echo "set-up: installing torch $* into build/torch/$*"
+	@rm -rf build/torch/$*
+	@$(PY) -m venv build/torch/$*
+	@build/torch/$*/bin/python -m pip --disable-pip-version-check install -q "torch==$*" "setuptools>=77" > build/torch-$*.log 2>&1 \
+	  || { tail -n 40 build/torch-$*.log; exit 1; }
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(build/torch/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_outer.pth
+	@build/torch/$*/bin/python -c 'import torch; given = torch.__version__.partition("+")[0]; \
+	  assert given == "$*", f"set-up: torch must be $*, got {given}"'
+	@touch $@
 
 # One environment for each version of TransformerLens. Torch is that of the environment above, by a .pth file: the native
 # build fits no other. The pins are what old versions need beside a new torch and Python.
@@ -141,6 +174,10 @@ simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
 # Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
 cuda-compile: ## compile the CUDA kernels; a spill, or a loop that waits for each load, fails (needs nvcc, no GPU)
 	@$(if $(wildcard $(PY)),$(PY),python3) tools/cuda_resources.py
+
+# For a machine that has that Python and that torch, and no time to build: nothing is installed into the environment.
+gpu-module: ## the module that tools/gpu_check.sh takes elsewhere (PYTHON=/path/to/python with its torch; needs nvcc)
+	PYTHON="$(PY)" tools/gpu_check.sh module
 
 clean: ## forget what was built; the environment stays
 	rm -rf build dist *.egg-info tlfast/_C.*.so tlfast/_build_info.py .pytest_cache .mypy_cache .ruff_cache .hypothesis

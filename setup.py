@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,6 +33,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 import cuda_build  # noqa: E402
 
 CHOICES = ("auto", "cpu", "cuda", "none")
+# Compiled as one file each: reading torch's headers takes most of a file's time. Every other file is compiled alone.
+TOGETHER = {
+    "with_python": ("cuda_status", "module", "plain", "py_callable", "py_tap", "py_unit_writer"),
+    "with_tensors": ("backward", "capture", "device", "ring", "step", "streams", "tap", "tensor_cache"),
+}
 OLDEST_TORCH = (2, 11)
 SANITIZE = os.environ.get("TLFAST_SANITIZE") == "1"
 SIMT = os.environ.get("TLFAST_SIMT") == "1"
@@ -99,8 +105,24 @@ def compile_flags(torch):
     return flags
 
 
+def native_sources():
+    """Return the files to compile; those of TOGETHER are written to build/. With sanitizers each file stands alone."""
+    alone = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")}
+    if SIMT:  # the CPU has no streams: those of the tests take notes
+        alone["streams"] = "tests/simt/streams.cpp"
+    made = []
+    for name, stems in TOGETHER.items() if not SANITIZE else ():
+        path = ROOT / "build" / ("together_simt" if SIMT else "together") / f"{name}.cpp"
+        text = "".join(f'#include "../../{alone.pop(stem)}"\n' for stem in stems)
+        if not path.is_file() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        made.append(str(path.relative_to(ROOT)))
+    return sorted([*alone.values(), *made])
+
+
 def native_extension(choice):
-    """Return the extension tlfast._C: every csrc/*.cpp, against torch's libraries for the CPU."""
+    """Return the extension tlfast._C: csrc/*.cpp, against torch's libraries for the CPU."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     flags = compile_flags(choice.torch)
@@ -109,14 +131,10 @@ def native_extension(choice):
     if choice.cuda or SIMT:
         flags.append("-DTLFAST_CUDA=1")
     if SIMT:
-        flags.append("-DTLFAST_SIMT=1")
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    if SIMT:  # the CPU has no streams: those of the tests take notes
-        sources = [*(path for path in sources if path != "csrc/streams.cpp"), "tests/simt/streams.cpp"]
-        flags.append(f"-I{ROOT / 'csrc'}")
+        flags += ["-DTLFAST_SIMT=1", f"-I{ROOT / 'csrc'}"]
     return Extension(
         "tlfast._C",
-        sources=sources,
+        sources=native_sources(),
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hc]*")),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
@@ -126,25 +144,34 @@ def native_extension(choice):
     )
 
 
-def add_kernels(extension, choice):
-    """Compile the CUDA kernels and link them into the extension, with a CUDA runtime that nobody else sees."""
+def compile_simt(extension, choice):
+    """Compile the CUDA kernels for the CPU and link them into the extension."""
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch)]
     try:
-        if SIMT:
-            command = [*shlex.split(os.environ.get("CXX") or "c++"), *compile_flags(choice.torch)]
-            library = cuda_build.compile_for_cpu(command)
-            extension.extra_link_args += [str(library), f"-Wl,-rpath,{library.parent}"]
-        else:
-            started = time.monotonic()
-            made, new = cuda_build.compile_kernels(choice.cuda, choice.archs)
-            took = f"compiled in {time.monotonic() - started:.0f} s" if new else "up to date"
-            print(f"tlfast: {cuda_build.SOURCE} {took}", flush=True)
-            # torch may have loaded another CUDA runtime for all to see: without this its functions would take the
-            # place of ours, which are of another version.
-            extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
-            extension.extra_link_args += [str(choice.cuda.runtime), "-ldl", "-lrt", "-lpthread"]
-            extension.extra_objects.append(str(made))
+        library = cuda_build.compile_for_cpu(command)
     except cuda_build.CannotBuildCuda as error:
-        sys.exit(f"setup.py: {error}" + ("" if SIMT else ". TLFAST_BUILD=cpu builds without CUDA."))
+        sys.exit(f"setup.py: {error}")
+    extension.extra_link_args += [str(library), f"-Wl,-rpath,{library.parent}"]
+
+
+def link_cuda(extension, choice):
+    """Link the object of the CUDA kernels into the extension, with a CUDA runtime that nobody else sees."""
+    # torch may have loaded another CUDA runtime for all to see: without this its functions would take the place of
+    # ours, which are of another version.
+    extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
+    extension.extra_link_args += [str(choice.cuda.runtime), "-ldl", "-lrt", "-lpthread"]
+    extension.extra_objects.append(str(cuda_build.OBJECT))
+
+
+def compile_cuda(choice):
+    """Compile the CUDA kernels, and say what it took."""
+    started = time.monotonic()
+    try:
+        _, new = cuda_build.compile_kernels(choice.cuda, choice.archs)
+    except cuda_build.CannotBuildCuda as error:
+        sys.exit(f"setup.py: {error}. TLFAST_BUILD=cpu builds without CUDA.")
+    took = f"compiled in {time.monotonic() - started:.0f} s" if new else "up to date"
+    print(f"tlfast: {cuda_build.SOURCE} {took}", flush=True)
 
 
 def choose():
@@ -230,6 +257,8 @@ if CHOICE.torch is not None:
     class BuildNative(BuildExtension):
         """Keeps the object files between builds, apart for each Python, torch and kind of build."""
 
+        kernels = None  # the future of the object of the CUDA kernels
+
         def finalize_options(self):
             super().finalize_options()
             kind = "cuda" if CHOICE.cuda else "cpu"
@@ -237,13 +266,27 @@ if CHOICE.torch is not None:
             name = f"{kind}-{sys.implementation.cache_tag}-torch{CHOICE.torch.__version__}"
             self.build_temp = str(Path("build") / name)
 
+        def get_libraries(self, extension):
+            """What setuptools asks for when everything is compiled, before it links."""
+            if self.kernels:
+                self.kernels.result()
+            return super().get_libraries(extension)
+
         def run(self):
             info = (ROOT / "tlfast" if self.inplace else Path(self.build_lib) / "tlfast") / "_build_info.py"
             # Another kind of build must be linked anew, also where the module is newer than every source.
             self.force = self.force or not info.is_file() or info.read_text() != build_info(CHOICE)
-            if CHOICE.cuda or SIMT:
-                add_kernels(self.extensions[0], CHOICE)
-            super().run()
+            if SIMT:
+                compile_simt(self.extensions[0], CHOICE)
+            if CHOICE.cuda:
+                link_cuda(self.extensions[0], CHOICE)
+            # nvcc works beside the C++ compiler: the object of the kernels is asked for when all is linked.
+            with ThreadPoolExecutor(1) as beside:
+                if CHOICE.cuda:
+                    self.kernels = beside.submit(compile_cuda, CHOICE)
+                super().run()
+                if self.kernels:
+                    self.kernels.result()
             info.parent.mkdir(parents=True, exist_ok=True)
             info.write_text(build_info(CHOICE))
 

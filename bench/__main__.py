@@ -1,4 +1,4 @@
-"""`python -m bench [hooks kernel step collect dataset gpu lens] [--quick] [--rehearse] [--out FILE]`."""
+"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens] [--quick] [--rehearse] [--out FILE]`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 
 from tlfast.errors import broken_rule
 
+from . import gpu
 from .clock import NoGpu, gpu_clock
 from .report import Result, save, show
 
 BENCHES = ("hooks", "kernel", "step", "collect", "dataset", "gpu")
-ON_REQUEST = ("lens", "dataset_read", "dataset_resume")  # needs TransformerLens; parts of dataset
+GPU_PARTS = {f"gpu_{name}": name for name in gpu.PARTS}  # each in a process of its own: a GPU that failed stays failed
+ON_REQUEST = ("lens", "dataset_read", "dataset_resume", *GPU_PARTS)  # needs TransformerLens; parts of dataset, of gpu
 
 
 def lacks_gpu() -> str:
@@ -44,9 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.rehearse and not options.quick:
         parser.error("bench: --rehearse must come with --quick, got none. Its figures say nothing of a GPU.")
     lacks = "" if options.rehearse else lacks_gpu()
-    if "gpu" in options.benches and lacks:
+    asked = next((name for name in options.benches if name.startswith("gpu")), "")
+    if asked and lacks:
         print(
-            broken_rule("bench", "gpu", "run on a CUDA device with the native code", lacks, "See tlfast doctor."),
+            broken_rule("bench", asked, "run on a CUDA device with the native code", lacks, "See tlfast doctor."),
             file=sys.stderr,
         )
         raise SystemExit(2)
@@ -54,9 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     results: list[Result] = []
     for name in options.benches or [name for name in BENCHES if name != "gpu" or not lacks]:
-        module, settings = importlib.import_module(f".{name}", __package__), {"quick": options.quick}
-        if name == "gpu":
-            settings["rehearse"] = options.rehearse
+        on_gpu, settings = name.startswith("gpu"), {"quick": options.quick}
+        module = gpu if on_gpu else importlib.import_module(f".{name}", __package__)
+        if on_gpu:
+            settings |= {"rehearse": options.rehearse, "only": GPU_PARTS.get(name, "")}
             if options.out is not None and options.out.is_dir():
                 settings["part_done"] = lambda result: save([result], options.out)
         results.append(module.run(**settings))

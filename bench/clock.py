@@ -128,7 +128,7 @@ class CudaClock:
     def waits(self, run: Callable[[], object]) -> list[str]:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
             run()
         return [event.name for event in profiled.events()]
 
@@ -176,7 +176,7 @@ class CpuClock:
     def waits(self, run: Callable[[], object]) -> list[str]:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
             run()
         return [event.name for event in profiled.events()]
 

@@ -11,7 +11,7 @@ from .collect import SCRATCH, file_system
 from .measure import machine
 from .report import Result
 
-PARTS = {"kernel": gpu_kernel, "host": gpu_host, "step": gpu_step, "collect": gpu_collect}
+PARTS = {"host": gpu_host, "kernel": gpu_kernel, "step": gpu_step, "collect": gpu_collect}
 
 
 def add_part(result: Result, name: str, clock: Clock, quick: bool) -> None:
@@ -31,8 +31,9 @@ def run(
     clock: Clock | None = None,
     rehearse: bool = False,
     part_done: Callable[[Result], object] = lambda result: None,
+    only: str = "",
 ) -> Result:
-    """Run all parts on the GPU, or rehearse them on the CPU.
+    """Run all parts (or the one that is named) on the GPU, or rehearse them on the CPU.
 
     A part where a variant computes something else than the truth, or a step waits for the GPU, is a failure of the
     result; its figures are dropped. ``part_done`` gets the result after each part: a run that is stopped has it.
@@ -42,15 +43,16 @@ def run(
     """
     done: list[str] = []
     clock = clock or (CpuClock() if rehearse else gpu_clock())
+    parts = [only] if only else list(PARTS)
     result = Result(
-        "gpu", "; ".join(part.PREDICTION for part in PARTS.values()),
+        f"gpu_{only}" if only else "gpu", "; ".join(PARTS[name].PREDICTION for name in parts),
         {"stored": "float32 (kernel), bfloat16 (host, step, collect)", "timed_by": clock.how, "rounds": 7,
          "rounds_of_host": 9, "rounds_of_collect": 3, "disk": file_system(SCRATCH),
          "cache_bytes": clock.cache_bytes, "cold": f"gradients in turn that hold {gpu_kernel.COLD} times the cache",
          "quick": quick, "parts": done},
         machine={**machine(), **clock.facts()},
     )  # fmt: skip
-    for name in PARTS:
+    for name in parts:
         add_part(result, name, clock, quick)
         done.append(name)
         part_done(result)

@@ -52,9 +52,25 @@ int64_t for_real_rows(const View& view, const uint8_t* mask, bool last_only, Use
   return n;
 }
 
-template <class G, class O, class R>
-Counts run(const View& v, Reduction reduction, const G* grad, O* out, const uint8_t* mask, double scale) {
-  using A = typename AccumulatorOf<G>::type;
+// Finish and store the results of a task. It is called through a pointer, once a task: loops over the gradient that
+// were compiled anew for each stored dtype would take most of the build's time.
+template <class A>
+using StoreTask = void (*)(void* out, int64_t at, const A* acc, int64_t length, int64_t stride, Reduction reduction,
+                           int64_t n, A scale, Counts* counts);
+
+template <class A, class O>
+void store_task(void* out, int64_t at, const A* acc, int64_t length, int64_t stride, Reduction reduction, int64_t n,
+                A scale, Counts* counts) {
+  O* const o = static_cast<O*>(out) + at;
+  if (stride == 1)
+    For<Store<A, O, true>>::here(o, acc, length, stride, reduction, n, scale, counts);
+  else  // one by one in every instruction set, and large where it is vectorised
+    Store<A, O, false>::run(o, acc, length, stride, reduction, n, scale, counts);
+}
+
+template <class G, class R, class A = typename AccumulatorOf<G>::type>
+Counts run(const View& v, Reduction reduction, const G* grad, void* out, StoreTask<A> store, const uint8_t* mask,
+           double scale) {
   const bool row = v.inner_reduced;
   const int64_t whole = row ? 1 : v.inner.size;
   // The cut of the inner dimension changes no result: each of its elements is added up on its own.
@@ -74,7 +90,6 @@ Counts run(const View& v, Reduction reduction, const G* grad, O* out, const uint
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = (task % n_blocks) * block, length = std::min(block, whole - first);
       const G* g = grad + walk.grad + first * v.inner.grad;
-      O* o = out + walk.out + first * v.inner.out;
       int64_t n;
       For<Start<A>>::here(acc, row ? kLanes : length);
       const uint8_t* m = mask ? mask + walk.mask : nullptr;
@@ -96,10 +111,7 @@ Counts run(const View& v, Reduction reduction, const G* grad, O* out, const uint
             For<Columns<G, R, false>>::here(acc, g, offsets, held, length, stride, false);
         });
       }
-      if (v.inner.out == 1 || row)
-        For<Store<A, O, true>>::here(o, acc, length, int64_t(1), reduction, n, A(scale), &counts);
-      else
-        For<Store<A, O, false>>::here(o, acc, length, v.inner.out, reduction, n, A(scale), &counts);
+      store(out, walk.out + first * v.inner.out, acc, length, row ? 1 : v.inner.out, reduction, n, A(scale), &counts);
       if (task % n_blocks == n_blocks - 1) walk.next();
     }
     nonfinite += counts.nonfinite;
@@ -113,35 +125,35 @@ Counts run(const View& v, Reduction reduction, const G* grad, O* out, const uint
   return {nonfinite, saturated};
 }
 
-template <class G, class O>
-Counts pick_reduction(const View& v, Reduction r, const void* grad, void* out, const uint8_t* mask, double scale) {
-  const G* g = static_cast<const G*>(grad);
-  O* o = static_cast<O*>(out);
-  switch (r) {
-    case Reduction::sum:
-    case Reduction::mean:
-      return run<G, O, Add>(v, r, g, o, mask, scale);
-    case Reduction::norm:
-      return run<G, O, AddSquare>(v, r, g, o, mask, scale);
-    case Reduction::absmax:
-      return run<G, O, MaxAbs>(v, r, g, o, mask, scale);
+template <class A>
+StoreTask<A> pick_store(Dtype out_dtype) {
+  switch (out_dtype) {
+    case Dtype::bf16:
+      return store_task<A, bf16>;
+    case Dtype::f16:
+      return store_task<A, f16>;
+    case Dtype::f64:
+      return store_task<A, double>;
     default:
-      return run<G, O, Keep>(v, r, g, o, mask, scale);
+      return store_task<A, float>;
   }
 }
 
 template <class G>
-Counts pick_out(const View& v, Reduction r, Dtype out_dtype, const void* grad, void* out, const uint8_t* mask,
-                double scale) {
-  switch (out_dtype) {
-    case Dtype::bf16:
-      return pick_reduction<G, bf16>(v, r, grad, out, mask, scale);
-    case Dtype::f16:
-      return pick_reduction<G, f16>(v, r, grad, out, mask, scale);
-    case Dtype::f64:
-      return pick_reduction<G, double>(v, r, grad, out, mask, scale);
+Counts pick_reduction(const View& v, Reduction r, Dtype out_dtype, const void* grad, void* out, const uint8_t* mask,
+                      double scale) {
+  const G* g = static_cast<const G*>(grad);
+  const auto store = pick_store<typename AccumulatorOf<G>::type>(out_dtype);
+  switch (r) {
+    case Reduction::sum:
+    case Reduction::mean:
+      return run<G, Add>(v, r, g, out, store, mask, scale);
+    case Reduction::norm:
+      return run<G, AddSquare>(v, r, g, out, store, mask, scale);
+    case Reduction::absmax:
+      return run<G, MaxAbs>(v, r, g, out, store, mask, scale);
     default:
-      return pick_reduction<G, float>(v, r, grad, out, mask, scale);
+      return run<G, Keep>(v, r, g, out, store, mask, scale);
   }
 }
 
@@ -151,13 +163,13 @@ Counts capture_cpu(const View& v, Reduction r, Dtype grad_dtype, Dtype out_dtype
                    const uint8_t* mask, double scale) {
   switch (grad_dtype) {
     case Dtype::bf16:
-      return pick_out<bf16>(v, r, out_dtype, grad, out, mask, scale);
+      return pick_reduction<bf16>(v, r, out_dtype, grad, out, mask, scale);
     case Dtype::f16:
-      return pick_out<f16>(v, r, out_dtype, grad, out, mask, scale);
+      return pick_reduction<f16>(v, r, out_dtype, grad, out, mask, scale);
     case Dtype::f64:
-      return pick_out<double>(v, r, out_dtype, grad, out, mask, scale);
+      return pick_reduction<double>(v, r, out_dtype, grad, out, mask, scale);
     default:
-      return pick_out<float>(v, r, out_dtype, grad, out, mask, scale);
+      return pick_reduction<float>(v, r, out_dtype, grad, out, mask, scale);
   }
 }
 

@@ -145,7 +145,7 @@ PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
     : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
 
 void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
-  for (const py::type& hook : {pre_hook, forward_hook}) {
+  for (const py::handle hook : {pre_hook, forward_hook}) {
     auto* type = reinterpret_cast<PyTypeObject*>(hook.ptr());
     const bool ours_to_change = PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE) && type->tp_call;
     TORCH_CHECK_TYPE(ours_to_change, broken_rule("call_natively", "a hook", "be a class with a __call__",

@@ -2,12 +2,18 @@
 
 import importlib.util
 import os
+import random
 import signal
 
 import pytest
+from hypothesis import settings
+
+# Threads of torch that wait for each other sleep: on a busy machine one that spins keeps the other from its core.
+# OpenMP reads this when torch is loaded; a user's own choice stands.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from backends import ATTACHMENTS, usable
-from hypothesis import settings
 
 import tlfast
 
@@ -39,7 +45,17 @@ NEEDS = {
 }  # fmt: skip
 
 
+def pytest_addoption(parser):
+    text = "run the files in a random order, drawn from this number"
+    parser.addoption("--random-files", type=int, metavar="SEED", help=text)
+
+
 def pytest_collection_modifyitems(config, items):
+    if (seed := config.option.random_files) is not None:
+        files = sorted({item.path for item in items})
+        random.Random(seed).shuffle(files)
+        place = {path: number for number, path in enumerate(files)}
+        items.sort(key=lambda item: place[item.path])
     if "every_model" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("every_model")]
         config.hook.pytest_deselected(items=left_out)
@@ -77,8 +93,10 @@ def native():
 
 
 @pytest.fixture
-def cuda():
+def cuda(request):
     """A CUDA device; skips where there is none, and fails if there must be one."""
+    if request.node.get_closest_marker("gpu") is None:
+        pytest.fail("a test on a CUDA device must be marked gpu, or tools/gpu_check.sh leaves it out")
     try:
         return torch.empty(0, device="cuda").device
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""A Python process of its own, on this checkout: for what happens at import and in a build."""
+"""A Python process of its own, on the tlfast that is tested: for what happens at import and in a build."""
 
 import os
 import subprocess
@@ -9,11 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command, folder=ROOT, **env):
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # The package of another build comes before the checkout, which is the folder too, hence PYTHONSAFEPATH.
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env},
         capture_output=True,
         text=True,
         check=False,

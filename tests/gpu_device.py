@@ -78,7 +78,7 @@ class Gpu:
             before = self._asked()
             run()
             return self._asked() - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
             run()
         events = profiled.profiler.kineto_results.events()
         return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)

@@ -185,6 +185,7 @@ def test_beside_a_capture(backend, attach):
 
 
 @pytest.mark.parametrize("which", ["python", "native"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo itself, in torch 2.11
 def test_compiled(which):
     import torch._dynamo
 

@@ -67,6 +67,16 @@ def test_a_rehearsal_runs_every_part_and_is_kept_nowhere_else(native, tmp_path, 
         assert all(math.isfinite(number) for number in numbers), table["title"]
 
 
+def test_one_part_has_a_file_of_its_own(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    command.main(["gpu_kernel", "--quick", "--rehearse", "--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("gpu_kernel-")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert (result["bench"], result["settings"]["parts"]) == ("gpu_kernel", ["kernel"])
+    assert result["prediction"] == gpu_kernel.PREDICTION
+
+
 def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):
     def no_gpu():
         raise NoGpu("no driver is installed")

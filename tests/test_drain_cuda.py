@@ -22,12 +22,13 @@ WIDTH = 1024
 COLUMNS = {"a": Column(torch.float32, (WIDTH,)), "b": Column(torch.bfloat16, (2, WIDTH))}
 
 
+@pytest.mark.gpu
 def test_a_wait_of_the_host_is_noticed(cuda):
     with no_wait_of_the_host(), pytest.raises(RuntimeError, match="synchron"):
         torch.ones(1, device=cuda).item()
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request):
     """A device and its streams: a GPU's, or fake ones that lag behind on the CPU."""
     if request.param == "cpu":

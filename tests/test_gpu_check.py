@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -16,46 +17,64 @@ from source_rules import MACHINE_PATHS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
-PARTS = ["machine", "build", "doctor", "suite", "memcheck", "racecheck", "initcheck", "graphs", "streams", "bench"]
+PARTS = {
+    "tests": ["machine", "module", "doctor", "shim", "tests", "memcheck", "racecheck"],
+    "bench": ["machine", "module", "doctor", "host", "kernel", "step", "collect"],
+}
+FILES = 8  # as many as may come back from a machine that is lent
 
-# Stands for Python, nvidia-smi and compute-sanitizer: writes down how it was called, and fails where it is told to.
+# Stands for Python, nvidia-smi and compute-sanitizer: writes down how it was called, and fails where it is told to. As
+# setup.py it leaves a module.
 STUB = """#!/usr/bin/env bash
 printf '%s\\n' "${0##*/} $* [${TLFAST_REQUIRE_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-} ${TLFAST_BUILD:-}]" >> "$CALLS"
-case "$*" in
-  *get_device_capability*) [[ -n ${NO_GPU:-} ]] && exit 1; echo 9.0; exit 0 ;;
-  *"import xdist"*) exit 1 ;;
-  *"import google_crc32c"*) exit "${NO_CRC32C:-0}" ;;
-  *tools/cuda_resources*) exit 0 ;;
-esac
 [[ -n ${FAIL:-} && "${0##*/} $*" == *$FAIL* ]] && { echo "1 failed"; exit 1; }
-echo "3 passed in 1s"
+case "$*" in
+  *get_device_capability*) echo 9.0 ;;
+  *"import xdist"*) exit "${NO_XDIST:-0}" ;;
+  *setup.py*) mkdir -p "${!#}/tlfast" && touch "${!#}"/tlfast/{_C.stub.so,_build_info.py} ;;
+  *tlfast.backend*) echo "native (stub)" ;;
+  *) echo "3 passed in 1s" ;;
+esac
 """
 
 
 @pytest.fixture
 def check(tmp_path):
-    """Runs the script with stubs for all that it calls; what it said, its summary as {part: outcome}, and the calls."""
+    """Runs the script with stubs for all that it calls; what it said, its summary as {part: outcome}, and the calls.
+
+    In a copy of what it reads of the repository, since it leaves a module and a package in build/.
+    """
     if shutil.which("bash") is None or shutil.which("timeout") is None:
         pytest.skip("bash and timeout must be on the PATH")
-    tools = tmp_path / "bin"
+    tools, copy = tmp_path / "bin", tmp_path / "copy"
     tools.mkdir()
-    for name in ("python-stub", "nvidia-smi", "compute-sanitizer", "nvcc"):
+    for name in ("python-stub", "nvidia-smi", "compute-sanitizer"):
         (tools / name).write_text(STUB)
         (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
+    for folder in ("csrc", "tlfast", "tools"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "setup.py", copy)
 
     def run(*arguments, **environment):
-        calls = tmp_path / "calls"
+        calls, out = tmp_path / "calls", tmp_path / "out"
         calls.write_text("")
+        shutil.rmtree(out, ignore_errors=True)
         env = os.environ | {
-            "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python-stub"), "OUT": str(tmp_path / "out"),
+            "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python-stub"), "OUT": str(out),
             "CALLS": str(calls), "CUDA_HOME": str(tmp_path), **environment,
         }  # fmt: skip
         done = subprocess.run(
-            ["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True, check=False, timeout=300
-        )
-        lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+            ["bash", str(copy / "tools" / "gpu_check.sh"), *arguments],
+            env=env, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        summaries = list(out.glob("*_summary.txt"))
+        lines = summaries[0].read_text().splitlines() if summaries else []
+        if lines:
+            assert lines == done.stdout.splitlines()
+            assert len(list(out.iterdir())) <= FILES - (4 if arguments[-1] == "bench" else 0)  # a file for each bench
         return done, dict(line.split()[:2] for line in lines[1:-1]), calls.read_text(), lines
 
+    run.copy = copy
     return run
 
 
@@ -73,67 +92,139 @@ def test_the_shell_is_right():
         assert done.returncode == 0, done.stdout
 
 
-def test_all_parts_pass(check, tmp_path):
-    done, outcomes, calls, lines = check()
+def test_it_runs_all_tests_that_need_a_gpu():
+    named = set(re.findall(r'"\$ROOT/(tests/[\w/.]+)"', SCRIPT.read_text()))
+    marked = {path for path in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", path.read_text())}
+    marked -= {Path(__file__)}
+    assert {str(path.relative_to(ROOT)).removesuffix("/conftest.py") for path in marked} == named
+
+
+@pytest.mark.parametrize("word", PARTS)
+def test_all_parts_pass(check, word):
+    done, outcomes, calls, lines = check(word)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(outcomes) == PARTS
+    assert sorted(outcomes) == sorted(PARTS[word])
     assert set(outcomes.values()) == {"passed"}
-    assert lines[-1].startswith("0 of 10 parts failed")
-    assert len(list((tmp_path / "out").iterdir())) <= 8
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        assert f"compute-sanitizer --tool {tool} --error-exitcode 1" in calls
-    assert "setup.py -q build_ext --inplace [1 9.0 cuda]" in calls
-    assert "-m bench gpu --out" in calls
-    for name in ("tests/test_capture.py", "tests/cuda/test_cuda_graphs.py"):  # dealt out, each to one process
-        assert sum(name in line for line in calls.splitlines()) >= 1
+    assert lines[-1].startswith("0 of 7 parts failed")
+    assert "nothing is in build/gpu_module; built here" in next(line for line in lines if line.startswith("module"))
+    assert re.search(r"setup.py -q build_ext --build-lib \S+/build/gpu_module \[1 9.0 cuda\]", calls)
+
+
+def test_what_each_call_runs(check):
+    tests, bench = (check(word)[2] for word in ("tests", "bench"))
+    for tool in ("memcheck", "racecheck"):
+        (call,) = re.findall(rf"compute-sanitizer --tool {tool} .*", tests)
+        assert "--kernel-name kernel_substring=tlfast --error-exitcode 1" in call
+        assert call.endswith("-k each_kernel or not_finite [1  ]")
+        assert re.search(r"--time-limit \d+ -m gpu ", call)
+    (call,) = (line for line in tests.splitlines() if "test_drain_cuda.py" in line)
+    assert re.search(r"-m pytest -v .*-p time_limit --time-limit \d+ -m gpu -p xdist.plugin -n \d", call)
+    assert re.findall(r"-m bench (gpu_\w+) --out", bench) == ["gpu_host", "gpu_kernel", "gpu_step", "gpu_collect"]
+    assert "-m bench" not in tests
+    assert "-m pytest" not in bench
+
+
+def test_every_kernel_has_the_name_that_the_sanitizers_ask_for():
+    for name in ("capture_cuda.cu", "capture_cuda.cuh"):
+        text = (ROOT / "csrc" / name).read_text()
+        inside = text[text.index("namespace tlfast::cuda {") : text.index("}  // namespace tlfast::cuda")]
+        assert text.count("__global__") == inside.count("__global__")
 
 
 @pytest.mark.parametrize(
-    "fail, failed",
+    "word, fail, failed",
     [
-        ("stub setup.py", {"build"}),
-        ("tests/test_capture.py", {"suite"}),
-        ("--tool racecheck", {"racecheck"}),
-        ("-m bench", {"bench"}),
-        ("nvidia-smi", {"machine"}),
-        ("tests/cuda/test_cuda_graphs.py -k", {"graphs"}),
+        ("tests", "stub setup.py", {"module"}),
+        ("tests", "tlfast.backend", {"module"}),
+        ("tests", "--dist worksteal", {"tests"}),
+        ("tests", "--tool racecheck", {"racecheck"}),
+        ("tests", "simt_build", {"shim"}),
+        ("tests", "nvidia-smi", {"machine"}),
+        ("bench", "gpu_host", {"host"}),
+        ("bench", "gpu_step", {"step"}),
     ],
 )
-def test_every_part_runs_after_one_that_failed(check, fail, failed):
-    done, outcomes, _, lines = check(FAIL=fail)
+def test_every_part_runs_after_one_that_failed(check, word, fail, failed):
+    done, outcomes, _, lines = check(word, FAIL=fail)
     assert done.returncode == 1
-    assert list(outcomes) == PARTS
+    assert sorted(outcomes) == sorted(PARTS[word])
     assert {part for part, outcome in outcomes.items() if outcome != "passed"} == failed
-    assert lines[-1].startswith("1 of 10 parts failed")
+    assert lines[-1].startswith("1 of 7 parts failed")
 
 
-def test_without_a_gpu_the_build_fails(check):
-    done, outcomes, _, _ = check(NO_GPU="1")
+def test_without_a_gpu_the_module_is_not_built(check):
+    done, outcomes, _, _ = check("tests", FAIL="get_device_capability")
     assert done.returncode == 1
-    assert outcomes["build"] == "failed"
+    assert outcomes["module"] == "failed"
 
 
-def test_a_dry_run_leaves_out_what_needs_a_gpu_and_says_so(check):
-    done, outcomes, calls, lines = check("--dry-run", NO_GPU="1")
+def test_a_module_of_the_same_sources_is_taken(check):
+    assert check("module")[0].returncode == 0
+    for word in ("tests", "bench"):
+        done, _, calls, _ = check(word)
+        assert "build/gpu_module runs: native (stub)" in done.stdout
+        assert "setup.py" not in calls
+    (check.copy / "csrc" / "module.cpp").write_text("// changed\n")
+    done, _, calls, _ = check("bench")
+    assert "build/gpu_module is of other sources; built here" in done.stdout
+    assert "setup.py" in calls
+    assert "build/gpu_module runs" in check("bench")[0].stdout  # what was built is there for the next call
+
+
+def test_a_module_that_does_not_run_is_built_anew(check):
+    assert check("module")[0].returncode == 0
+    _, outcomes, calls, _ = check("tests", FAIL="tlfast.backend")
+    assert "setup.py" in calls
+    assert outcomes["module"] == "failed"  # nor does the new one
+
+
+@pytest.mark.parametrize("word", PARTS)
+def test_a_dry_run_leaves_out_what_needs_a_gpu_and_says_so(check, word):
+    (check.copy / "tlfast" / "_C.stub.so").touch()
+    (check.copy / "tlfast" / "_build_info.py").touch()
+    done, outcomes, calls, lines = check("--dry-run", word)
     assert done.returncode == 0, done.stdout + done.stderr
     left_out = {part for part, outcome in outcomes.items() if outcome == "left-out"}
-    assert left_out == {"build", "suite", "memcheck", "racecheck", "initcheck"}
+    assert left_out == {"module", *(["memcheck", "racecheck"] if word == "tests" else [])}
     assert "nothing is shown of a GPU" in lines[-1]
-    assert "--rehearse" in calls
-    assert "compute-sanitizer" not in calls
+    assert "setup.py" not in calls
     assert "[1 " not in calls  # TLFAST_REQUIRE_CUDA
-    assert check("--dry-run", NO_GPU="1", FAIL="--collect-only")[0].returncode == 1
+    assert calls.count("--rehearse") == (4 if word == "bench" else 0)
+    assert calls.count("-m not gpu") == (3 if word == "tests" else 0)
+    wrong = {"tests": ("-m not gpu", "--require-cuda-init no true"), "bench": ("--rehearse",)}[word]
+    for fail in wrong:
+        assert check("--dry-run", word, FAIL=fail)[0].returncode == 1
 
 
-def test_a_missing_crc32c_is_stood_in_for(check):
-    assert "stand_ins" in check(NO_CRC32C="1")[0].stdout
-    assert "stand_ins" not in check()[0].stdout
+def test_without_xdist_one_process_has_all_tests(check):
+    _, outcomes, calls, _ = check("tests", NO_XDIST="1")
+    assert outcomes["tests"] == "passed"
+    assert "-n " not in calls
 
 
-def test_another_argument_is_refused():
-    done = subprocess.run(["bash", str(SCRIPT), "--quick"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("arguments", [[], ["--quick"], ["tests", "bench"], ["--dry-run"]])
+def test_other_arguments_are_refused(arguments):
+    done = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("gpu_check: the argument must be --dry-run or none, got '--quick'.")
+    given = " ".join(word for word in arguments if word != "--dry-run")
+    assert done.stderr.startswith(f"gpu_check: the argument must be tests, bench or module, got '{given}'.")
+
+
+def test_a_test_that_takes_too_long_ends_its_process(tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n\ndef test_first():\n    pass\n\ndef test_waits():\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "time_limit", "--time-limit", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "test_first PASSED" in done.stdout
+    assert "Timeout (0:00:02)!" in done.stderr
+    assert "in test_waits" in done.stderr
+    within = subprocess.run(
+        [*command[:-1], "60", "-k", "first"], cwd=tmp_path, env=env, capture_output=True, check=False
+    )
+    assert within.returncode == 0
 
 
 def test_the_stand_in_counts_as_the_library_does():

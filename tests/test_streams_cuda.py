@@ -13,7 +13,7 @@ import tlfast
 B, P, D = 2, 3, 4
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def gpu(request):
     """A GPU, or the CPU in its place: one queue for all streams."""
     usable("native")
@@ -79,11 +79,13 @@ def test_replays_have_the_rows_of_steps(gpu):
     torch.testing.assert_close(*rows_of_steps_and_replays(gpu))
 
 
+@pytest.mark.gpu
 def test_a_step_recorded_on_the_second_gpu(two_gpus):
     for device in two_gpus:  # torch's own stream for recordings is of the device that it saw first
         torch.testing.assert_close(*rows_of_steps_and_replays(Gpu(device)))
 
 
+@pytest.mark.gpu
 def test_a_mask_for_a_model_on_two_gpus(two_gpus):
     first, second = nn.Linear(D, D).to(two_gpus[0]), nn.Linear(D, D).to(two_gpus[1])
     model = nn.ModuleList((first, second))

@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("csrc/capture_cuda.cu")
 FOLDER = Path("build/cuda")
+OBJECT = FOLDER / "capture_cuda.o"
 # A100 and H100 as machine code; what is newer compiles the PTX when it first runs.
 DEFAULT_ARCHS = ("sm_80", "sm_90", "compute_90")
 SHIM = ("scheduler", "fiber", "shared_memory")  # what tests/simt/simt.h declares
@@ -125,8 +126,7 @@ def find_toolkit(archs: tuple[str, ...]) -> Toolkit:
 def compile_kernels(toolkit: Toolkit, archs: tuple[str, ...]) -> tuple[Path, bool]:
     """The object file of the kernels, and whether it had to be made; the log of ptxas lies beside it (.log)."""
     flags = ["-Werror=all-warnings"] if os.environ.get("TLFAST_WERROR") == "1" else []
-    target = FOLDER / "capture_cuda.o"
-    return target, compile_object([*toolkit.command(archs), *flags], SOURCE, target)
+    return OBJECT, compile_object([*toolkit.command(archs), *flags], SOURCE, OBJECT)
 
 
 def compile_for_cpu(command: list[str]) -> Path:

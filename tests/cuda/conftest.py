@@ -6,7 +6,7 @@ from backends import usable
 from gpu_device import Gpu
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.simt), "cuda"])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.simt), pytest.param("cuda", marks=pytest.mark.gpu)])
 def gpu(request):
     """A device with the native code."""
     usable("native")

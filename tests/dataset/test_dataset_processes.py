@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import time
 
 from dataset_cases import PLAN, check_rows, run_python, same_bits, truth
 
@@ -30,24 +29,37 @@ def test_a_program_that_never_closes_still_ends(tmp_path):
 
 
 INTERRUPTED = """
-import os, sys, time
+import os, sys, threading
 from dataset_cases import *
 from tlfast.dataset import BackgroundWriter
-writer, fsync = make_writer(sys.argv[1]), os.fsync
-os.fsync = lambda fd: (time.sleep(0.2), fsync(fd))
+writer, fsync, go = make_writer(sys.argv[1]), os.fsync, threading.Event()
+go.set()
+os.fsync = lambda fd: (go.wait(), fsync(fd))
 with BackgroundWriter(writer) as background:
-    for unit in PLAN.units * 1000:
+    wait = background._changed.wait
+    def told(seconds=None):
+        if threading.current_thread() is threading.main_thread():
+            print("waiting", flush=True)
+        return wait(seconds)
+    def submit(unit):
         background.submit(unit, rows_of(unit, truth()), examples(unit))
         print("submitted", flush=True)
+    submit(PLAN.unit(0))
+    background.flush()
+    background._changed.wait = told
+    go.clear()  # from here on the disk answers no sooner than Ctrl-C comes
+    try:
+        for unit in PLAN.units[1:]:
+            submit(unit)
+    finally:
+        go.set()
 """
 
 
 def test_ctrl_c_ends_at_once_and_keeps_whole_units(tmp_path):
     process = run_python("-c", INTERRUPTED, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == "submitted\n"
-    assert process.stdout.readline() == "submitted\n"
-    time.sleep(0.1)  # it now waits in the third submit
-    process.send_signal(signal.SIGINT)
+    assert [process.stdout.readline() for _ in range(3)] == ["submitted\n", "submitted\n", "waiting\n"]
+    process.send_signal(signal.SIGINT)  # it waits in the third submit
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == -signal.SIGINT, errors
     assert errors.rstrip().endswith("KeyboardInterrupt")

@@ -62,6 +62,25 @@ class ForwardPreHook(_Hook):
             hooks.move_to_end(self.hook_id)
 
 
+class _Traced(torch.autograd.Function):
+    """In compiled code: an edge of its own, so that the gradient through this module alone fires the tap.
+
+    Not a tensor hook: for one on a tensor inside of a graph, Dynamo of torch 2.11 moves all that the hook uses behind
+    that tensor. A module called twice would use its token before it is there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, *firing: Any) -> torch.Tensor:
+        ctx.firing = firing
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        fire_op, token, number = ctx.firing
+        fire_op(token, grad, number)
+        return grad, None, None, None
+
+
 class _ForwardHook(_Hook):
     def __init__(self, tap: Any):
         super().__init__(tap)
@@ -75,18 +94,12 @@ class _ForwardHook(_Hook):
         return self.tap.forward(args, output)
 
     def _trace(self, output: Any) -> Any:
-        """The compiled path: a Python tensor hook that calls a registered op and returns the gradient."""
+        """The compiled path: an identity whose backward calls a registered op."""
         tensor, key = select_output(output, self.output)
         if tensor is None or not tensor.requires_grad:
             return None
-        tensor = tensor.view_as(tensor)  # an edge of its own: the gradient through this module alone
-
-        def fire(grad: torch.Tensor) -> torch.Tensor:
-            self.fire_op(self.token, grad, self.number)
-            return grad
-
-        tensor.register_hook(fire)
-        return replace_output(output, key, tensor)
+        traced = _Traced.apply(tensor, self.fire_op, self.token, self.number)  # type: ignore[no-untyped-call]
+        return replace_output(output, key, traced)
 
 
 class _NativePreHook(ForwardPreHook):
