@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 
 import tlfast
+import tlfast.backends.choice
+import tlfast.backends.cuda_status
 
 from .measure import Sections, no_collector, repeat
 

@@ -122,7 +122,7 @@ def test_trap_29_the_module_itself_knows_its_torch():
     out, _ = run(
         """
         import sys, types
-        import tlfast
+        import tlfast.backends.choice
         fake = types.ModuleType("tlfast._C")
         fake.TORCH_VERSION = "2.10"
         sys.modules["tlfast._C"] = tlfast._C = fake

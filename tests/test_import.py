@@ -12,14 +12,18 @@ HEAVY = "{'torch', 'numpy', 'tlfast.dataset', 'tlfast.collecting'}"
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["colect"]])
 def test_the_command_line_answers_without_torch(words):
-    program = f"from tlfast.cli import main; import sys; main({words!r}); print({HEAVY} & set(sys.modules), file=sys.stderr)"
-    done = run(program)
+    program = (
+        f"from tlfast.cli import main; import sys; main({words!r}); print({HEAVY} & set(sys.modules), file=sys.stderr)"
+    )
+    done = run("-c", program)
     heavy = "set()" if words != ["colect"] else "tlfast.collecting"  # a complaint asks for the rank
     assert heavy in done.stderr.splitlines()[-1]
 
 
 def test_an_import_is_of_nothing_else():
-    done = run(f"import sys, tlfast; print({HEAVY} & set(sys.modules)); tlfast.capture; print('torch' in sys.modules)")
+    done = run(
+        "-c", f"import sys, tlfast; print({HEAVY} & set(sys.modules)); tlfast.capture; print('torch' in sys.modules)"
+    )
     assert done.stdout.split("\n")[:2] == ["set()", "True"]
 
 
@@ -38,4 +42,4 @@ for room in ("backends.choice", "collecting.run", "hooks.capture", "hooks.freeze
     importlib.import_module(f"tlfast.{room}")
 print([callable(getattr(tlfast, name)) for name in tlfast.__all__].count(False))
 """
-    assert run(program).stdout.strip() == "0"
+    assert run("-c", program).stdout.strip() == "0"

@@ -10,6 +10,7 @@ from models import HookPoint, chain, inputs
 from torch import nn
 
 import tlfast
+import tlfast.backends.choice
 from tlfast.hooks import attachment
 
 pytestmark = pytest.mark.sanitize

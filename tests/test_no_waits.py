@@ -11,6 +11,7 @@ from tiny_models import sequences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlfast
+import tlfast.backends.rows
 from tlfast.backends import reference
 from tlfast.collecting.batches import Batching, as_examples
 from tlfast.collecting.unit import Runner

@@ -6,6 +6,7 @@ import torch
 from backends import usable
 
 import tlfast
+import tlfast.backends.reference
 
 HALVES = {torch.bfloat16: 8, torch.float16: 11}  # bits of the significand
 

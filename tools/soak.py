@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import tlfast
+import tlfast.collecting.batches
 from tlfast.dataset import (
     BackgroundWriter,
     DatasetWriter,

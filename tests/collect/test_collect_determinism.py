@@ -12,6 +12,7 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
+import tlfast.collecting.run
 from tlfast.collecting import determinism
 from tlfast.collecting.determinism import as_begun, describe_machine, deterministic
 from tlfast.collecting.loss import next_token_loss

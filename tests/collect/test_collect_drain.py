@@ -12,6 +12,7 @@ from fake_streams import FakeStreams
 from tiny_models import POINTS, collect, sequences, tiny_model
 
 import tlfast
+import tlfast.collecting.run
 from tlfast.collecting.batches import Batching, as_examples
 from tlfast.collecting.progress import Progress
 from tlfast.collecting.unit import Oddities

@@ -10,6 +10,8 @@ import torch
 from tiny_models import collect, sequences, tiny_model, unit_bytes
 
 import tlfast
+import tlfast.collecting.loss
+import tlfast.collecting.run
 from tlfast.collecting.batches import Batch, Batching, as_examples, bucket_lengths
 from tlfast.collecting.graph_cache import MOST_GRAPHS, Replays, graphs_wanted
 from tlfast.dataset import DatasetError

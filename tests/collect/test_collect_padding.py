@@ -13,6 +13,7 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
+import tlfast.collecting.run
 from tlfast.collecting.batches import Batching, as_examples
 from tlfast.collecting.graph_cache import Replays
 from tlfast.collecting.loss import next_token_loss

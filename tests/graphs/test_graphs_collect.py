@@ -6,6 +6,7 @@ import pytest
 from tiny_models import collect, sequences, tiny_model, unit_bytes
 
 import tlfast
+import tlfast.collecting.run
 
 pytestmark = pytest.mark.simt
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import tlfast
+import tlfast.collecting.loss
 from tlfast.collecting.fingerprint import describe_model
 from tlfast.collecting.fsdp import is_sharded
 from tlfast.dataset.format.plan import Plan
