@@ -55,12 +55,13 @@ demo: $(STAMPS)/install ## train a small model, collect its gradients, verify an
 # One process for each core that this shell may use, eight at most: each holds torch. A process that is done takes over
 # half of what another one has left.
 WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: [0])(0))))')
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name', WORKERS=0 for one process)
-	$(PY) -m pytest -q tests -n $(WORKERS) --dist worksteal --durations=20 --durations-min=1 $(TEST_ARGS)
+	$(PY) -m pytest -q tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
 
 test-models: $(STAMPS)/install ## collect with every kind of causal LM that transformers has, padded on both sides
-	$(PY) -m pytest -q -m every_model tests $(TEST_ARGS)
+	$(PY) -m pytest -q -m every_model tests $(PARALLEL) $(TEST_ARGS)
 
 # Torch is its own, all else is that of the environment above, by a .pth file. So is the module, built for the CPU alone:
 # the one of the checkout stays as it is. These tests are of what is asked of torch: its engine, its hooks, its compilers.
@@ -75,7 +76,7 @@ test-torch: $(OLDEST)/installed ## the core tests beside the oldest torch that i
 	  || { tail -n 60 $(OLDEST)/build.log; exit 1; }
 	cd $(OLDEST)/package && PYTHONPATH=$(CURDIR)/$(OLDEST)/package TLFAST_REQUIRE_NATIVE=1 \
 	  ../bin/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  $(OLDEST_TESTS:%=$(CURDIR)/%) $(TEST_ARGS)
+	  $(OLDEST_TESTS:%=$(CURDIR)/%) $(PARALLEL) $(TEST_ARGS)
 
 build/torch/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 	@echo "set-up: installing torch $* into build/torch/$*"
@@ -101,7 +102,7 @@ LENS_PINS_2.2.2 := $(LENS_PINS_2.2.1)
 test-lens: $(LENS_VERSIONS:%=build/lens/%/installed) ## the TransformerLens adapter (LENS_VERSIONS="4.3.0 2.18.0")
 	@for version in $(LENS_VERSIONS); do \
 	  echo "test-lens: TransformerLens $$version"; \
-	  build/lens/$$version/bin/python -m pytest -q tests/lens $(TEST_ARGS) || exit 1; \
+	  build/lens/$$version/bin/python -m pytest -q tests/lens $(PARALLEL) $(TEST_ARGS) || exit 1; \
 	done
 
 test-lens-all: override TEST_ARGS += --every-kind
@@ -169,7 +170,8 @@ simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
 	@TLFAST_BUILD=cpu TLFAST_SIMT=1 $(PY) setup.py -q build --build-lib $(SIMT) > $(SIMT)/build.log 2>&1 \
 	  || { tail -n 60 $(SIMT)/build.log; exit 1; }
 	cd $(SIMT) && PYTHONPATH=$(CURDIR)/$(SIMT) TLFAST_EXPECT_SIMT=1 TLFAST_REQUIRE_NATIVE=1 \
-	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests $(TEST_ARGS)
+	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests $(PARALLEL) \
+	  $(TEST_ARGS)
 
 # Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
 cuda-compile: ## compile the CUDA kernels; a spill, or a loop that waits for each load, fails (needs nvcc, no GPU)
