@@ -17,7 +17,7 @@ struct Event {
 
 namespace {
 
-thread_local int64_t current = 0;
+thread_local int64_t current_id = 0;
 std::atomic<int64_t> next_event{0};
 std::mutex mutex;
 bool noting = false;
@@ -31,7 +31,7 @@ void note(const char* what, const c10::Stream& stream, int64_t event = -1) {
 }
 
 // Make a stream the current one of this thread; returns the one before.
-int64_t set_stream(int64_t id) { return std::exchange(current, id); }
+int64_t set_stream(int64_t id) { return std::exchange(current_id, id); }
 
 void start_notes() {
   std::lock_guard<std::mutex> lock(mutex);
@@ -49,7 +49,7 @@ std::vector<std::string> take_notes() {
 
 bool on_gpu(const at::Tensor& tensor) { return tensor.is_cpu(); }
 
-c10::Stream current_stream(const at::Device& device) { return c10::Stream(c10::Stream::UNSAFE, device, current); }
+c10::Stream current_stream(const at::Device& device) { return c10::Stream(c10::Stream::UNSAFE, device, current_id); }
 
 void* native(const c10::Stream& stream) {
   note("launch", stream);
