@@ -17,6 +17,8 @@ from tiny_models import collect, sequences, tiny_model, unit_bytes
 from torch import nn
 
 import tlfast
+from tlfast import Capture, freeze, graph_step, reduce_into
+from tlfast.collecting.batches import Batch
 from tlfast.collecting.function_identity import describe_function
 from tlfast.collecting.loss import next_token_loss
 from tlfast.dataset import DatasetError
@@ -302,3 +304,21 @@ def test_what_is_given_and_not_used_is_refused(tmp_path, change, error, text):
     with pytest.raises(error, match=text):
         collect(tiny_model(), tmp_path / "out", EXAMPLES, **change)
     assert not (tmp_path / "out").exists()
+
+
+def all_of_ours(model, batch):
+    return Batch, next_token_loss, freeze, graph_step, reduce_into, Capture, tlfast
+
+
+def test_an_identity_names_our_functions_as_the_first_datasets_did():
+    told, unknown = describe_function(all_of_ours)
+    assert unknown == []
+    assert told["globals"] == {
+        "Batch": "tlfast.batches.Batch",
+        "Capture": "tlfast.hooks.Capture",
+        "freeze": {"name": "contextlib.helper", "wraps": "tlfast.freeze.freeze"},
+        "graph_step": "tlfast.graphs.graph_step",
+        "next_token_loss": "tlfast.loss.next_token_loss",
+        "reduce_into": "tlfast.ops.reduce_into",
+        "tlfast": "tlfast",
+    }
