@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import steps as python_steps
-from ..attachment import CacheHook, ForwardPreHook, _Hook, hook_module
+from ..attachment import CacheHook, ForwardPreHook, _Hook, behind_full_hook, fires_at_output, hook_module
 from ..errors import broken_rule
 from ..ops import pick_native
 from ..taps import SinkTap
@@ -132,6 +132,8 @@ class Sinks:
             hook.remove()
 
     def forward(self, args: Any, output: Any) -> Any:
+        if fires_at_output(args, output):
+            return behind_full_hook(self._point, [handle.sink for handle in self.handles], args, output)
         found = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(found, torch.Tensor) or not passes_on(args, output):
             return None  # a full backward hook isn't called here
