@@ -50,6 +50,8 @@ struct IdentityNode : Node {
   variable_list apply(variable_list&& grads) override {
     if (grads[0].defined())
       tap->fire(grads[0]);
+    else if (tap->cache)  // as a full backward hook, which is given no gradient, and passes zeros on
+      grads[0] = input_metadata(0).zeros_like();
     else if (tap->step->active)
       tap->fire(input_metadata(0).zeros_like());
     grads.resize(num_outputs());  // nothing for the anchor

@@ -66,6 +66,7 @@ MORE = {
         text_config=dict(intermediate_size_mlp=32),
         vision_config=dict(vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)),
     "Mamba2ForCausalLM": dict(head_dim=8, n_groups=2),
+    "MuseGlimmerForConditionalGeneration": dict(projector_hidden_size=16, out_hidden_size=64),
     "NemotronHForCausalLM": dict(layers_block_type=["mamba", "attention"], n_groups=2),
     "Qwen3NextForCausalLM": LINEAR,
     "Qwen3_5ForCausalLM": LINEAR,
@@ -186,9 +187,10 @@ def kinds():
     return found
 
 
-# An encoder with a decoder, norms that fail with hooks, images, points within points; what is no bridge.
+# An encoder with a decoder, norms that fail with hooks, images, points within points, a point that is given a tuple;
+# what is no bridge.
 DRAWN = (
-    "T5ForConditionalGeneration", "OlmoForCausalLM", "ViTModel", "OPTForCausalLM",
+    "T5ForConditionalGeneration", "OlmoForCausalLM", "ViTModel", "OPTForCausalLM", "JambaForCausalLM",
     "hooked, plain", "hooked, split", "hooked, encoder", "root module",
 )  # fmt: skip
 

@@ -57,12 +57,12 @@ def outcome(model, call):
 def described(value):
     """A tensor as its bytes and all that is told about it; a container as its class, its order and what is in it."""
     if isinstance(value, torch.Tensor):
-        raw = value.detach().contiguous().flatten()
+        raw = value.detach().clone(memory_format=torch.contiguous_format).flatten()
         return {
             "class": type(value).__name__, "shape": tuple(value.shape), "dtype": str(value.dtype),
-            "strides": value.stride(), "device": str(value.device),
+            "strides": strides_that_matter(value), "device": str(value.device),
             "graph": value.grad_fn.name() if value.grad_fn is not None else value.requires_grad,
-            "bytes": raw.view(torch.uint8).clone() if raw.numel() else raw,
+            "bytes": raw.view(torch.uint8) if raw.numel() else raw,
         }  # fmt: skip
     if isinstance(value, Mapping):
         return {"order": list(value), **{str(name): described(inner) for name, inner in value.items()}}
@@ -70,6 +70,12 @@ def described(value):
         inside = {str(place): described(inner) for place, inner in enumerate(value)}
         return {"class": type(value).__name__, "order": len(value), **inside}
     return value if type(value) in PLAIN else type(value).__name__
+
+
+def strides_that_matter(tensor):
+    """The strides by which something is reached: those of a dimension of size 1, or of no element, are arbitrary."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(stride for size, stride in steps if size > 1) if tensor.numel() else ()
 
 
 def marks(model):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from lens_calls import OURS, REFUSED, Call, compared, going
+from lens_calls import OURS, REFUSED, Call, compared, going, of_any_backward
 from lens_models import root_module
 from lens_outcomes import changes, differences, marks, outcome
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 import tlfast.transformer_lens as lens
 
 LONG = torch.arange(6.0).view(2, 3)
+TEXTS = ("Full backward hook is firing when it does", "another")
 
 
 def seen(call, model=None):
@@ -49,6 +51,22 @@ def test_a_tensor_that_differs(other, where):
     wrong = differences(returning(a=LONG), returning(a=other))
     assert wrong
     assert any(text.startswith(where) for text in wrong)
+
+
+@pytest.mark.parametrize(
+    "shape, strides, others, matter",
+    [
+        ((2, 1, 3), (3, 3, 1), (3, 1, 1), False),
+        ((1, 1), (1, 1), (5, 7), False),
+        ((0, 2), (2, 1), (1, 1), False),
+        ((2, 1, 3), (3, 3, 1), (1, 3, 2), True),
+        ((2,), (1,), (2,), True),
+    ],
+)
+def test_strides_that_reach_something(shape, strides, others, matter):
+    one, other = torch.zeros(8).as_strided(shape, strides), torch.zeros(8).as_strided(shape, others)
+    wrong = differences(returning(a=one), returning(a=other))
+    assert [text.split(":")[0] for text in wrong] == ["cache.a.strides"] * matter
 
 
 def test_not_a_number_is_itself():
@@ -93,6 +111,18 @@ def test_warnings_and_random_numbers():
     assert differences(seen(lambda: warning("a")), seen(lambda: warning("b")))[0].startswith("warned: ")
     drawn = seen(lambda: (torch.rand(1) * 0 + 1, {}))
     assert [text.split(":")[0] for text in differences(plain, drawn)] == ["random.bytes"]
+
+
+def test_a_warning_of_the_backward_has_no_place_and_others_have():
+    def warning(text):
+        warnings.warn(text, stacklevel=1)
+        return torch.ones(1), {}
+
+    plain, *found = (seen(call) for call in (lambda: (torch.ones(1), {}), *(partial(warning, text) for text in TEXTS)))
+    backward, other = (of_any_backward(one) for one in found)
+    assert backward.warned == [("UserWarning", TEXTS[0])]
+    assert other.warned == found[1].warned
+    assert differences(of_any_backward(plain), backward)[0].startswith("warned: ")
 
 
 def test_parameter_gradients():

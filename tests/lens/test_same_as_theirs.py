@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from lens_models import CACHING, called_several_times, root_module, state, tokens
@@ -89,6 +93,101 @@ def test_a_point_that_another_calls_in_a_hook_has_its_gradient_first(backend):
     ]  # fmt: skip
     for params in (True, False):
         assert differing(cache, ours(model, x, calls="last", params=params, backend=backend)[1]) == []
+
+
+def calling(first, last):
+    """A root module: ``first`` gives two tensors to a point, ``last`` makes one of what comes out."""
+    model = root_module()
+
+    def forward(x):
+        inner = model.hook_in(model.layer(x))
+        outer = last(*first(model.hook_twice, inner, inner * 2))
+        return model.hook_out(outer.tanh()).square().sum()
+
+    model.forward = forward
+    return model
+
+
+def as_tuple(point, one, other):
+    return point((one, other))
+
+
+def by_keyword(point, one, other):
+    return point(x=one), other
+
+
+class NoGradient(torch.autograd.Function):
+    """The sum of two, whose first has no gradient, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, one, other):
+        return one + other
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+def hooked_by_pytorch(model, x):
+    """The gradients of full backward hooks at the points, those of the parameters, and the warnings."""
+    cache, handles = {}, []
+    for name, point in model.hook_dict.items():
+
+        def keep(module, grad_input, grad_output, name=name):
+            if grad_output[0] is not None:
+                cache[f"{name}_grad"] = grad_output[0]
+
+        handles.append(point.register_full_backward_hook(keep))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model(x).backward()
+    for handle in handles:
+        handle.remove()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return cache, grads, [str(one.message) for one in warned]
+
+
+@pytest.mark.parametrize("params", [True, False])
+@pytest.mark.parametrize(
+    "first, last, fires, warns",
+    [
+        (by_keyword, lambda one, other: one, True, True),
+        (as_tuple, lambda one, other: one, True, True),
+        (as_tuple, lambda one, other: one * other, True, True),
+        (as_tuple, lambda one, other: other, False, True),
+        (as_tuple, lambda one, other: one.detach() * other, False, True),
+        (lambda point, one, other: (point(one), other), NoGradient.apply, False, False),
+        (lambda point, one, other: (point(one), other), lambda one, other: one * other, True, False),
+    ],
+)
+def test_what_a_point_is_given_decides_where_it_fires(backend, params, first, last, fires, warns):
+    """In a tuple, by keyword, or as itself; PyTorch warns where a full backward hook fires at the output."""
+    model, x = calling(first, last), torch.randn(2, 3, 16)
+    expected, grads, warned = hooked_by_pytorch(model, x)
+    assert (len(warned), "hook_twice_grad" in expected) == (warns, fires)
+    with warnings.catch_warnings(record=True) as ours_warned:
+        warnings.simplefilter("always")
+        _, cache, our_grads = ours(model, x, calls="last", params=params, backend=backend)
+    assert [str(one.message) for one in ours_warned] == warned
+    assert differing(expected, {name: kept for name, kept in cache.items() if name.endswith("_grad")}) == []
+    assert differing(grads, our_grads if params else grads) == []
+
+
+def test_caching_hooks_warn_as_full_backward_hooks_do():
+    model, x = calling(by_keyword, torch.add), torch.randn(2, 3, 16)
+    found = []
+    for context in (nullcontext, partial(lens.accelerate, model)):
+        with context(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            cache = model.add_caching_hooks(incl_bwd=True)
+            model(x).backward()
+            model.reset_hooks()
+        found.append((cache, [(str(one.message), one.filename, one.lineno) for one in warned]))
+    (theirs_cache, theirs_warned), (our_cache, our_warned) = found
+    assert len(theirs_warned) == 1
+    assert our_warned == theirs_warned
+    assert differing(theirs_cache, our_cache) == []
 
 
 @pytest.mark.parametrize("name", ["blocks.0.ln1.hook_normalized", "blocks.1.ln1.hook_scale", "blocks.1.hook_resid_pre"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import broken_rule
 from .ledger import Step
 from .outputs import alias, replace_output
 from .reference import accumulator
-from .taps import Tap
+from .taps import Tap, _Identity
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,6 +101,20 @@ class TensorCache:
         return [(point, self._places[point].clash) for point in self._gradients if self._places[point].clash]
 
 
+class _CachingIdentity(_Identity):
+    """For a cache: where no gradient comes it fires no tap and passes zeros on, as a full backward hook does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.zeros = partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
+        return _Identity.forward(ctx, x, tap, anchor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor, None, None]:
+        return _Identity.backward(ctx, grad) if grad is not None else (ctx.zeros(), None, None)
+
+
 class CachingTap(Tap):
     """A tap that keeps outputs and gradients in a cache, and no rows."""
 
@@ -128,6 +143,9 @@ class CachingTap(Tap):
         through: Any = self.identity(found)
         replaced: object = replace_output(output, 0 if in_tuple else None, through)
         return replaced
+
+    def identity(self, tensor: torch.Tensor) -> Any:
+        return _CachingIdentity.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def fire(self, grad: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.nn.modules.module import _global_forward_hooks
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from ..backends.ledger import refuse_compiled_autograd
 from ..backends.outputs import replace_output, select_output
@@ -110,15 +110,52 @@ class _NativeForwardHook(_ForwardHook):
     """The same."""
 
 
+def fires_at_output(args: Any, output: Any) -> bool:
+    """Whether a full backward hook of a module fires at its output, with a warning of PyTorch's.
+
+    There is a gradient in the output, and in nothing that the module was given, as PyTorch looks for it: a tensor in a
+    tuple or by keyword counts for none.
+    """
+    if not torch.is_grad_enabled() or any(isinstance(one, torch.Tensor) and one.requires_grad for one in args):
+        return False
+    items = output if isinstance(output, tuple) else (output,)
+    return any(isinstance(one, torch.Tensor) and one.requires_grad for one in items)
+
+
+def behind_full_hook(module: nn.Module, hooks: list[Any], args: Any, output: Any, *more: torch.Tensor) -> Any:
+    """The output of such a module behind full backward hooks, as PyTorch puts it there.
+
+    All tensors of a tuple go through one node, which leads to ``more``, too.
+    """
+    full = BackwardHook(module, hooks, [])
+    full.setup_input_hook(args)
+    items = output if isinstance(output, tuple) else (output,)
+    behind = full.setup_output_hook((*items, *more))[: len(items)]
+    if not isinstance(output, tuple):
+        return behind[0]
+    return behind if type(output) is tuple else type(output)(*behind)
+
+
 class CacheHook(_Hook):
     """The forward hook of a tap that caches; it isn't for compiled code."""
 
+    anchor: torch.Tensor | None = None  # as the tap has it
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.tap.forward(args, output)
+        if self.anchor is None or not fires_at_output(args, output):
+            return self.tap.forward(args, output)
+        self.tap.forward_pre()
+        with torch.no_grad():  # to keep the output, and to attach nowhere
+            self.tap.forward((), output)
+
+        def full(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+            self.tap.full(grad_output[:-1])
+
+        return behind_full_hook(module, [full], args, output, self.anchor)
 
 
 class _NativeCacheHook(CacheHook):
-    """The same, called natively."""
+    """The same, called natively where the module puts out the one tensor that it was given."""
 
 
 class _CheckInputsHook(_Hook):

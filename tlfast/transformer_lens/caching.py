@@ -78,7 +78,7 @@ def run_with_cache(
         loss, cache = run_with_cache(model, tokens, return_type="loss", incl_bwd=True, names_filter="blocks.*.hook_z")
     """
     known = hook_points("run_with_cache", model)
-    found = find_names("run_with_cache", model, names_filter, gated, known)
+    found = find_names("run_with_cache", model, names_filter, gated, known, own_sweep=True)
     found = with_own_names(model, known, found, names_filter is None or callable(names_filter))
     kept = Kept("run_with_cache", pos_slice, reduce, over, dtype, device)
     own = own_run_with_cache(model)

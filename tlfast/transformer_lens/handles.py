@@ -132,6 +132,8 @@ class Sinks:
             hook.remove()
 
     def forward(self, args: Any, output: Any) -> Any:
+        if fires_at_output(args, output):
+            return behind_full_hook(self._point, [handle.sink for handle in self.handles], args, output)
         found = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(found, torch.Tensor) or not passes_on(args, output):
             return None  # a full backward hook isn't called here

@@ -70,7 +70,12 @@ def gate(model: nn.Module, exact: bool = False) -> Callable[[str, Any], str | No
 
 
 def find_names(
-    who: str, model: nn.Module, names_filter: NamesFilter, gated: str = "raise", known: dict[str, Any] | None = None
+    who: str,
+    model: nn.Module,
+    names_filter: NamesFilter,
+    gated: str = "raise",
+    known: dict[str, Any] | None = None,
+    own_sweep: bool = False,
 ) -> dict[str, Any]:
     """The hook points that a filter means, by the names that were asked for, in the model's order.
 
@@ -83,12 +88,14 @@ def find_names(
             warning as for one that a predicate or a glob matches. Under None they are left out; "keep" keeps them
             there, since they do no harm where a point may stay silent.
         known: the model's points where they were read before: a bridge makes them anew at each reading.
+        own_sweep: whether a predicate leaves out exactly what the model's own would.
 
     Raises:
         ValueError: for a name that isn't there, or is gated; TypeError for anything else than names.
     """
-    known, why_off = hook_points(who, model) if known is None else known, gate(model)
+    known = hook_points(who, model) if known is None else known
     words = named_filter(who, model, names_filter, known)
+    why_off = gate(model, exact=own_sweep and callable(words))
     if words is None and gated == "keep":
         return known
     if words is None:

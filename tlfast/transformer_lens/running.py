@@ -127,6 +127,7 @@ class Run:
                     continue
                 convert_at(point, tap)
                 hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.native)
+                hook.anchor = self.anchor
                 if point._forward_hooks and self.anchor is not None:  # which may call other points
                     entered.append(point.register_forward_pre_hook(partial(self._entered, place)))
                 listed.append(ListedTap(point, CachingHooks(point, hook, handle_id), lists, permanent=False))
@@ -180,10 +181,10 @@ class Run:
         level = getattr(model, "context_level", 0) + 1
         for point, names in zip(self.points, self.names, strict=True):
             select = self.kept.at(model, known, names[0], point)
-            point.add_hook(_filling(cache, names, select, no_batch), dir="fwd", level=level)
+            point.add_hook(_filling(cache, names, select, no_batch, outputs=True), dir="fwd", level=level)
             if self.anchor is not None:
                 keys = [name + "_grad" for name in names]
-                point.add_hook(_filling(cache, keys, select, no_batch), dir="bwd", level=level)
+                point.add_hook(_filling(cache, keys, select, no_batch, outputs=False), dir="bwd", level=level)
 
     def finished(self, no_batch: bool) -> dict[str, Any]:
         """All that a run_with_cache puts into its cache."""
@@ -230,10 +231,13 @@ def without_batch(tensor: Any) -> Any:
     return tensor[0] if tensor is not None and tensor.dim() and tensor.shape[0] == 1 else tensor
 
 
-def _filling(cache: dict[str, Any], keys: list[str], select: Select | None, no_batch: bool) -> Callable[..., None]:
+def _filling(
+    cache: dict[str, Any], keys: list[str], select: Select | None, no_batch: bool, outputs: bool
+) -> Callable[..., None]:
     def keep(value: Any, hook: Any) -> None:
         found = value[0] if isinstance(value, tuple) and value else value
-        if found is not None and not isinstance(found, torch.Tensor):
+        # No gradient is None, of an output in a tuple that nothing was made of; it isn't kept.
+        if not isinstance(found, torch.Tensor) and not (outputs and found is None):
             return
         kept = found if found is None else found.detach()
         kept = kept if kept is None or select is None else select(kept)
