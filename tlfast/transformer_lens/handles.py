@@ -15,7 +15,14 @@ from ..backends import ledger as python_steps
 from ..backends.choice import pick_native
 from ..backends.taps import SinkTap
 from ..errors import broken_rule
-from ..hooks.attachment import CacheHook, ForwardPreHook, _Hook, hook_module
+from ..hooks.attachment import (
+    CacheHook,
+    ForwardPreHook,
+    _Hook,
+    behind_full_hook,
+    fires_at_output,
+    hook_module,
+)
 from .library import lens_handle
 from .names import conversion_of
 
