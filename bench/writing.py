@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tlfast.backends import choice
 from tlfast.collecting.drain import UnitMemory
 from tlfast.dataset import DatasetWriter, Example, Plan
 from tlfast.dataset.format.layout import PAGE_BYTES, Column, as_integers, unit_layout
@@ -87,7 +88,7 @@ def unit_file(native: bool) -> Callable[[Input, Path], None]:
         with PendingFile(out / "unit.safetensors", layout.n_bytes) as file:
             file.start_with(layout.header)
             in_order = {name: unit.tensors[name] for name in layout.blocks}
-            with writing(file, in_order, native.loaded() if native else None):
+            with writing(file, in_order, choice.loaded() if native else None):
                 pass
             file.seal()
             file.rename()

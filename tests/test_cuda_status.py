@@ -188,7 +188,7 @@ mark("torch is there")
 import tlfast
 mark("tlfast is there")
 tlfast.backend()
-from tlfast import ops
+from tlfast.backends import choice
 module = choice.loaded()
 print(int(module is not None and module.cuda_status()["built"] and not module.cuda_status()["simt"]))
 """

@@ -70,7 +70,7 @@ def check(tmp_path):
         summaries = list(out.glob("*_summary.txt"))
         lines = summaries[0].read_text().splitlines() if summaries else []
         if lines:
-            assert lines == done.stdout.splitlines()
+            assert sorted(lines) == sorted(done.stdout.splitlines())  # some parts run at a time
             assert len(list(out.iterdir())) <= FILES - (4 if arguments[-1] == "bench" else 0)  # a file for each bench
         return done, dict(line.split()[:2] for line in lines[1:-1]), calls.read_text(), lines
 
