@@ -141,7 +141,7 @@ def test_a_branch_and_a_revision(hub, ds, tmp_path):
 
 def test_damage_is_not_handed_on(hub, ds):
     flip(ds.path / "data" / "u000001.safetensors", 4100, 2)
-    with pytest.raises(DatasetError, match=r"push_to_hub: dataset must be right before it is handed on, got .*CRC32C"):
+    with pytest.raises(DatasetError, match=r"push_to_hub: dataset must be right before it is shared, got .*CRC32C"):
         open_dataset(ds.path).push_to_hub("me/gradients", token="t")
     assert hub.repos == {}
 

@@ -1,4 +1,4 @@
-"""Traps 44 and 45: what an identity node hands on of an output: its tangent, its class, its attributes."""
+"""Traps 44 and 45: what an identity node passes on of an output: its tangent, its class, its attributes."""
 
 import pytest
 import torch

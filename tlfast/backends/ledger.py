@@ -238,7 +238,7 @@ class Step:
         with self._lock:
             run = self._find(task, device)
             if run is None:
-                # What may end in another thread can't be handed on there. Nor are there frames in a thread of the
+                # What may end in another thread can't be passed on there. Nor are there frames in a thread of the
                 # pool, to which the engine goes over where more than 60 backwards lie inside each other.
                 elsewhere = self._nested(device) and device.type not in _OF_THE_CALLER
                 if elsewhere or _n_backwards(device) == 0:

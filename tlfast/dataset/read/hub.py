@@ -94,7 +94,7 @@ class OnHub:
         report = self.verify()
         if not report.ok:
             remedy = "Run `tlfast verify --repair`, then resume."
-            raise dataset_error(who, "dataset", "be right before it is handed on", report.problems[0], remedy)
+            raise dataset_error(who, "dataset", "be right before it is shared", report.problems[0], remedy)
         api = hub.HfApi(token=token)
         url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         if revision is not None and not revision.startswith("refs/"):

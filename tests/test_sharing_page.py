@@ -1,4 +1,4 @@
-"""The examples of docs/handing_on.md run one after the other."""
+"""The examples of docs/sharing.md run one after the other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from test_readme import ROOT, code_blocks, run_block
 
 
 def test_the_examples_of_the_page_run(tmp_path):
-    blocks = [code for _, code in code_blocks((ROOT / "docs" / "handing_on.md").read_text(encoding="utf-8"), "python")]
+    blocks = [code for _, code in code_blocks((ROOT / "docs" / "sharing.md").read_text(encoding="utf-8"), "python")]
     assert len(blocks) == 4
     done = run_block("\n".join(blocks), tmp_path)
     assert done.returncode == 0, done.stderr
