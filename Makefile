@@ -204,7 +204,7 @@ $(STAMPS)/torch: FORCE | $(PY)
 	@mkdir -p $(@D)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "set-up: Python must be 3.10 or newer, got " + sys.version)'
 	@if [ "$(call HAS_TORCH,$(PY))" != True ]; then \
-	  echo "set-up: installing torch $(TORCH_VERSION) into $(BIN)"; $(PIP) install -q "torch==$(TORCH_VERSION)"; \
+	  echo "set-up: installing torch $(TORCH_VERSION) into $(BIN)"; $(PIP) install -q --no-compile "torch==$(TORCH_VERSION)"; \
 	fi
 	@new=$$(mktemp $@.XXXXXX); \
 	{ $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'; \
@@ -212,12 +212,20 @@ $(STAMPS)/torch: FORCE | $(PY)
 	if cmp -s $$new $@; then rm $$new; else mv $$new $@; fi
 
 # Quiet but for warnings and the outcome; all of it when something fails. The same step rebuilds when a source changed.
+# The compilers work while pip installs what is missing; the last line finds the module built. Nothing is compiled to
+# bytecode in advance: most of it is never imported, and the rest when it is.
+EXTRAS := collect device-map hub lance plot ray s3 dev
+SHOW = { grep -E 'error|ERROR' $(1) | head -n 20 || true; tail -n 40 $(1); exit 1; }
 $(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py tools/cuda_build.py $(NATIVE) $(ENVIRONMENT)
-	@echo "set-up: installing what is missing into $(BIN)"
-	@$(PIP) install -q -c $< "setuptools>=77" wheel ninja
-	@echo "set-up: building tlfast against $$(head -n 1 $<)"
-	@$(PIP) install -v -c $< --no-build-isolation -e '.[collect,device-map,hub,lance,plot,ray,s3,dev]' > build/install.log 2>&1 \
-	  || { grep -E 'error|ERROR' build/install.log | head -n 20 || true; tail -n 40 build/install.log; exit 1; }
+	@echo "set-up: installing what is missing into $(BIN), and building tlfast against $$(head -n 1 $<)"
+	@$(PIP) install -q --no-compile -c $< "setuptools>=77" wheel ninja
+	@$(PY) setup.py -v build_ext --inplace > build/install.log 2>&1 & built=$$!; \
+	  $(PY) tools/requirements.py $(EXTRAS) > build/requirements.txt; \
+	  $(PIP) install -q --no-compile -c $< -r build/requirements.txt > build/requirements.log 2>&1 \
+	    || $(call SHOW,build/requirements.log); \
+	  wait $$built || $(call SHOW,build/install.log)
+	@$(PIP) install -v --no-compile --no-deps -c $< --no-build-isolation -e . > build/editable.log 2>&1 \
+	  || $(call SHOW,build/editable.log)
 	@grep -hoE 'tlfast: building .*' build/install.log | head -n 1 || true
 	@grep -hE 'warning: .*\[-W' build/install.log | sort -u || true
 	@$(PY) -c 'import tlfast; print("set-up: tlfast runs", tlfast.backend())'

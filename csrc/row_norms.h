@@ -6,7 +6,8 @@
 namespace tlfast {
 
 // The square of value i is added to lane i % kNormLanes, by rising i; then lane j gets lane j + 16, j + 8, ... j + 1.
-// All in float64. tlfast/dataset/format/norms.py does the same to the bit, so this is a part of the format: docs/format.md.
+// All in float64. tlfast/dataset/format/norms.py does the same to the bit, so this is a part of the format:
+// docs/format.md.
 constexpr int64_t kNormLanes = 32;
 
 // Rows of one column, one after the other in memory; what is found goes to `norms` and `odd`, one of each per row.
