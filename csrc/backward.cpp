@@ -36,27 +36,38 @@ std::optional<at::Tensor> Backward::mask_on(const at::Device& device) {
 void Backward::write_on(const c10::Stream& stream, bool again, const std::vector<Done>& failed) {
   if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
     streams_.push_back(stream);
-    if (!block->cursor)  // a recording begins when the device is idle, and can wait only for what it holds
+    if (!block->cursor) {  // a recording begins when the device is idle, and can wait only for what it holds
       for (const Done& done : failed) wait_for(done, stream);
+      if (waited_.empty()) waited_ = failed;
+    }
   }
   if (!again) return;
   for (const c10::Stream& other : streams_)
     if (other != stream) wait_for(done_by_now(other), stream);
 }
 
-void Backward::join_streams() {
-  for (const c10::Stream& stream : streams_)
-    if (const auto caller = current_stream(stream.device()); caller != stream) wait_for(done_by_now(stream), caller);
+std::vector<c10::Stream> Backward::join_streams() {
+  std::vector<c10::Stream> joined;
+  for (const c10::Stream& stream : streams_) {
+    const c10::Stream caller = current_stream(stream.device());
+    if (caller == stream) continue;
+    wait_for(done_by_now(stream), caller);
+    joined.push_back(caller);
+  }
   streams_.clear();
+  return joined;
 }
 
-std::vector<Done> Backward::written() const noexcept {
-  std::vector<Done> out;
+void Backward::give_up(std::vector<Done>& failed) const noexcept {
+  if (streams_.empty() || (block && block->cursor)) return;
   try {
-    for (const c10::Stream& stream : streams_) out.push_back(done_by_now(stream));
+    std::vector<Done> written;
+    for (const c10::Stream& stream : streams_) written.push_back(done_by_now(stream));
+    std::erase_if(failed,
+                  [&](const Done& done) { return std::find(waited_.begin(), waited_.end(), done) != waited_.end(); });
+    failed.insert(failed.end(), written.begin(), written.end());
   } catch (const std::exception&) {  // the device itself has failed, and does nothing more
   }
-  return out;
 }
 
 }  // namespace tlfast

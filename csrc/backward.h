@@ -54,16 +54,18 @@ struct Backward {
   void write_on(const c10::Stream& stream, bool again, const std::vector<Done>& failed);
 
   // Let the current streams, those of the caller, wait for all that was written: the engine does so for the streams of
-  // the leaves alone.
-  void join_streams();
+  // the leaves alone. Returns those that had to wait.
+  std::vector<c10::Stream> join_streams();
 
-  // What happens when all is written that was begun and not joined. It is asked for where nothing may be thrown.
-  std::vector<Done> written() const noexcept;
+  // Put into `failed` what happens when all is written that was begun and not joined, in place of what that has waited
+  // for. It is called where nothing may be thrown.
+  void give_up(std::vector<Done>& failed) const noexcept;
 
  private:
   std::mutex copying_;
   std::vector<Mask> masks_elsewhere_;
   std::vector<c10::Stream> streams_;  // on which gradients were written
+  std::vector<Done> waited_;          // what they have come after
 };
 
 }  // namespace tlfast

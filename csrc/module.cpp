@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
       .def("committed", &Step::committed)
       .def_property_readonly("extent", &Step::extent)
       .def("clear", &Step::clear)
+      .def("settle", &Step::settle)
       .def("start_recording", &Step::start_recording)
       .def("stop_recording", &Step::stop_recording)
       .def("start_trial", &Step::start_trial)

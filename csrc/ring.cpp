@@ -7,6 +7,7 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -42,14 +43,20 @@ int64_t Ring::n_rows(at::IntArrayRef shape) const { return keeps_batch(shape) ? 
 at::Tensor Ring::fitting(at::IntArrayRef row_shape, const at::Tensor& like) {
   std::lock_guard<std::mutex> lock(mutex_);
   const at::ScalarType dtype = dtype_.value_or(like.scalar_type());
-  if (rows_.defined() && std::exchange(reshapable_, false) &&
-      (rows_.sizes().slice(1) != row_shape || rows_.scalar_type() != dtype))
+  const bool reshapable = std::exchange(reshapable_, false);
+  if (rows_.defined() && reshapable && (rows_.sizes().slice(1) != row_shape || rows_.scalar_type() != dtype)) {
     rows_.reset();
+    forget_known();
+  }
   if (!rows_.defined()) {
     std::vector<int64_t> shape{capacity_};
     shape.insert(shape.end(), row_shape.begin(), row_shape.end());
     rows_ = at::full(shape, std::numeric_limits<double>::quiet_NaN(), like.options().dtype(dtype));
-    if (on_gpu(rows_)) rows_filled_ = done_by_now(current_stream(rows_.device()));
+    if (on_gpu(rows_)) {
+      filled_on_ = current_stream(rows_.device());
+      used_on_.clear();
+      rows_filled_ = done_by_now(*filled_on_);
+    }
   } else if (rows_.sizes().slice(1) != row_shape) {
     TORCH_CHECK_VALUE(
         false,
@@ -113,6 +120,7 @@ std::shared_ptr<const Ring::Known> Ring::learn(const at::Tensor& grad, const std
   if (on_gpu(grad)) {
     made->scratch = scratch_for(made->plan.call(nullptr, nullptr, nullptr, 1.0), grad);
     come_after_filling(place, *stream);
+    used_on(*stream);
   }
   std::lock_guard<std::mutex> lock(mutex_);
   if (known_.size() < kGeometries)
@@ -148,7 +156,12 @@ void Ring::launch(const Known& known, const Place& place, const at::Tensor& grad
   call.row_elements = known.row_elements;
   call.counters = counters;
   call.scratch = known.scratch.defined() ? known.scratch.mutable_data_ptr() : nullptr;
-  launch_capture(who, *known.stream, call);
+  {
+    // Of a reduction that is split, the merge must come right behind its parts, whose scratch others may use.
+    std::unique_lock<std::mutex> both(launching_, std::defer_lock);
+    if (known.scratch.defined()) both.lock();
+    launch_capture(who, *known.stream, call);
+  }
   launched(place);
   if (!place.cursor || !known.scratch.defined()) return;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -162,6 +175,22 @@ void Ring::come_after_filling(const Place& place, const c10::Stream& stream) con
   std::lock_guard<std::mutex> lock(mutex_);
   wait_for(rows_filled_, stream);
   wait_for(counters_filled_, stream);
+}
+
+void Ring::used_on(const c10::Stream& stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!rows_.defined() || !filled_on_ || stream == *filled_on_ || stream.device() != filled_on_->device() ||
+      std::find(used_on_.begin(), used_on_.end(), stream) != used_on_.end())
+    return;
+  used_on_.push_back(stream);
+  read_on(stream, rows_);
+  if (counters_.defined()) read_on(stream, counters_);
+}
+
+// They hold the address of the rows.
+void Ring::forget_known() {
+  known_.clear();
+  oldest_known_ = 0;
 }
 
 at::Tensor Ring::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
@@ -201,6 +230,7 @@ void Ring::put(const Place& place, const at::Tensor& rows, const at::Tensor& val
   if (plan.empty) return;
   const c10::Stream stream = current_stream(out.device());
   come_after_filling(place, stream);
+  used_on(stream);
   CudaCapture call = plan.call(values.const_data_ptr(), out.mutable_data_ptr(), nullptr, 1.0);
   call.cursor = place.cursor;
   call.row_elements = out.stride(0);
@@ -223,8 +253,7 @@ void Ring::fill_nan(const Place& place, int64_t n) {
 void Ring::clear() {
   std::lock_guard<std::mutex> lock(mutex_);
   reshapable_ = true;
-  known_.clear();  // they hold the address of the rows
-  oldest_known_ = 0;
+  forget_known();
 }
 
 void Ring::replayed(int64_t n_writes) {

@@ -44,6 +44,9 @@ class Ring {
   // Forget the shape of the rows; the memory stays in use if the next ones fit it.
   void clear();
 
+  // Tell the allocator that a stream of a GPU uses the rows, which are memory of the stream that filled them.
+  void used_on(const c10::Stream& stream);
+
   // Mark rows as never written.
   void fill_nan(const Place& place, int64_t n);
 
@@ -102,16 +105,20 @@ class Ring {
   void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
   void come_after_filling(const Place& place, const c10::Stream& stream) const;
   bool keeps_batch(at::IntArrayRef shape) const;
+  void forget_known();
   at::Tensor fitting(at::IntArrayRef row_shape, const at::Tensor& like);
 
   const Reduction reduction_;
   const std::vector<int64_t> dims_;
   const std::optional<at::ScalarType> dtype_;
   const int64_t capacity_;
-  mutable std::mutex mutex_;            // two backwards may meet at the first gradient
-  at::Tensor rows_, counters_, saved_;  // counters_: of rows on a GPU
-  Done rows_filled_, counters_filled_;  // on the stream of the first gradient
-  bool reshapable_ = false;             // nothing was written since `clear`
+  mutable std::mutex mutex_;              // two backwards may meet at the first gradient
+  at::Tensor rows_, counters_, saved_;    // counters_: of rows on a GPU
+  Done rows_filled_, counters_filled_;    // on the stream of the first gradient
+  std::optional<c10::Stream> filled_on_;  // of rows on a GPU: that stream,
+  std::vector<c10::Stream> used_on_;      // and the others that the allocator knows of
+  std::mutex launching_;                  // held over the launches of a reduction that is split
+  bool reshapable_ = false;               // nothing was written since `clear`
   int64_t saved_writes_ = 0;
   static constexpr size_t kGeometries = 8;
   std::vector<std::shared_ptr<const Known>> known_;  // at most that many: a new one takes the place of the oldest

@@ -194,7 +194,9 @@ void Step::end(int64_t task) {
   const auto found = running_.find(task);
   if (found == running_.end() || !found->second->block || !active) return abort_locked(task);
   const auto run = found->second;
-  run->join_streams();
+  for (const c10::Stream& caller : run->join_streams())
+    for (const auto& point : points)
+      for (const auto& ring : point->rings) ring->used_on(caller);
   if (run->spoilt) {
     abort_locked(task);
     TORCH_CHECK(false, broken_rule("capture", "a backward", "hold no other one that failed",
@@ -210,6 +212,7 @@ void Step::end(int64_t task) {
     abort_locked(task);
     TORCH_CHECK(false, text);
   }
+  if (!missing.empty() && !block.cursor) come_after_failed();
   for (int64_t index : missing)
     for (const auto& ring : points[index]->rings) ring->fill_nan(block.place(), block.n);
   for (const auto& point : points)
@@ -286,8 +289,7 @@ void Step::abort_locked(int64_t task) {
   if (found == running_.end()) return;
   const auto run = found->second;
   calls_before_ = n_calls;
-  if (!recording_)
-    for (Done& done : run->written()) failed_.push_back(std::move(done));
+  run->give_up(failed_);
   forget(run);
   if (run->block && run->block->state == Block::State::open) {
     run->block->state = Block::State::aborted;
@@ -329,6 +331,20 @@ std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> Step::committed(
   for (const auto& block : blocks_)
     if (block->state == Block::State::committed) out.emplace_back(block->base, block->n, block->missing);
   return out;
+}
+
+// Let the current streams of the devices that hold rows wait for what failed backwards have begun to write.
+void Step::come_after_failed() const {
+  if (failed_.empty()) return;
+  for (const auto& point : points)
+    for (const auto& ring : point->rings)
+      if (const at::Tensor rows = ring->rows(); rows.defined() && on_gpu(rows))
+        for (const Done& done : failed_) wait_for(done, current_stream(rows.device()));
+}
+
+void Step::settle() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  come_after_failed();
 }
 
 void Step::check_at_rest(const char* who) const {
@@ -409,6 +425,7 @@ void Step::replay(const Recording& recording) {
                 broken_rule("graph_step", "a recorded step", "find the rows where they were when it was recorded",
                             "others at " + write.ring->column, "Record it again: after clear() their shape changed."));
   const int64_t base = check_room("capture", recording.n_rows);
+  come_after_failed();
   if (cursor_stands_ != base) launch_set_cursor(cursor_, base);
   cursor_stands_ = base + recording.n_rows;
   blocks_.push_back(std::make_shared<Block>(Block{base, recording.n_rows, Block::State::open, recording.missing}));

@@ -84,6 +84,9 @@ class Step : public std::enable_shared_from_this<Step> {
 
   void clear();
 
+  // Let the current streams see all that was counted, also by backwards that failed.
+  void settle() const;
+
   // Between these two, one backward is recorded by a CUDA graph: its kernels find their rows by the cursor on the
   // device, and move it on at the end. It makes no rows until it is replayed.
   void start_recording(const at::Device& device);
@@ -121,6 +124,7 @@ class Step : public std::enable_shared_from_this<Step> {
   int64_t next_base() const { return blocks_.empty() ? 0 : blocks_.back()->base + blocks_.back()->n; }
   int64_t check_room(const std::string& who, int64_t n) const;
   void check_at_rest(const char* who) const;
+  void come_after_failed() const;
   void abort_locked(int64_t task);
   void finish(const Point& point, Backward& run);
   std::string no_gradient(const Backward& run, const std::vector<int64_t>& missing) const;

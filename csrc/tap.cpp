@@ -204,10 +204,12 @@ void Tap::fire(const at::Tensor& given) {
                                   "have one shape in all calls to be summed (" +
                                       list_of(held.empty() ? grad.sizes() : held[0][0].sizes()) + ")",
                                   list_of(grad.sizes()), "Choose calls=\"last\" or \"stack\"."));
-    if (held.empty())
+    if (held.empty()) {
       held.push_back({grad.to(accumulator(grad.scalar_type()), /*non_blocking=*/false, /*copy=*/true)});
-    else
+    } else {
+      if (on_gpu(grad)) read_on(current_stream(grad.device()), held[0][0]);  // memory of the first call's stream
       held[0][0].add_(grad);
+    }
   } else {
     TORCH_CHECK(n_fired == 1 || point->calls != Calls::sum,
                 broken_rule(point->who, "a point", "fire as often as it was called since the last step", "once more",

@@ -34,6 +34,14 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
   if (first) gradients_.push_back(point);
   place.summed = sum;
   place.dtype = given.scalar_type();
+  if (sum && on_gpu(given)) {
+    const c10::Stream here = current_stream(given.device());
+    if (!first && place.stream && here != *place.stream && place.gradient.defined()) {
+      wait_for(done_by_now(*place.stream), here);
+      read_on(here, place.gradient);
+    }
+    place.stream = here;
+  }
   if (first || !sum) {
     place.gradient = kept;
     return;

@@ -5,9 +5,12 @@
 
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "streams.h"
 
 namespace tlfast {
 
@@ -48,6 +51,7 @@ class TensorCache {
     std::string clash;    // why its gradients can't be added up
     bool summed = false;  // the gradient is the sum so far, nothing of which was selected yet
     at::ScalarType dtype = at::ScalarType::Undefined;  // of the gradients that are summed
+    std::optional<c10::Stream> stream;                 // of a GPU, on which the sum was made
   };
 
   mutable std::mutex

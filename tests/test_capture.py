@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparison import assert_captured, assert_rows, assert_same_bits, assert_untouched
 from models import SETUPS, Chain, Experts, Repeated, Setup, activation_gradients, hooks_left, inputs, uneven
+from torch import nn
 
 import tlfast
 
@@ -294,3 +295,18 @@ def test_points_given_themselves(backend, attach):
     for cap in (one, two, three):
         for name in cap.names:
             assert_rows(cap, name, right[name][0])
+
+
+def test_clear_before_the_first_step_lets_no_later_shape_pass(backend, attach):
+    """A shape that came after it would take the memory of the rows from under a geometry that is known."""
+    model = nn.Sequential(nn.Identity())
+    with tlfast.capture(model, "0", rows=12, attach=attach, backend=backend) as cap:
+        cap.clear()
+        for length, accepted in ((3, True), (5, False), (3, True)):
+            x = torch.full((2, length, 4), float(length), requires_grad=True)
+            if accepted:
+                model(x).sum().backward()
+            else:
+                with pytest.raises(ValueError, match=r"a row must have shape \[3, 4\] in every step, got \[5, 4\]"):
+                    model(x).sum().backward()
+        assert cap["0"].tolist() == torch.ones(4, 3, 4).tolist()

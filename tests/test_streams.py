@@ -10,7 +10,7 @@ from torch import nn
 
 import tlfast
 from tlfast import _build_info
-from tlfast.backends import ledger, rows, streams, taps
+from tlfast.backends import ledger, rows, streams, taps, tensor_cache
 
 B, P, D = 2, 3, 4
 pytestmark = pytest.mark.simt
@@ -27,9 +27,9 @@ def gpu(request, monkeypatch):
         torch.ops.tlfast_simt.set_stream(0)
         return
     fakes = FakeStreams()
-    for module in (streams, ledger, taps):
+    for module in (streams, ledger, rows, taps, tensor_cache):
         monkeypatch.setattr(module, "current_stream", fakes.current_stream)
-    for module in (streams, taps):
+    for module in (streams, rows, taps, tensor_cache):
         monkeypatch.setattr(module, "read_on", fakes.read_on)
     for name in ("_capture", "put_stack", "fill_nan"):
         monkeypatch.setattr(rows.Ring, name, fakes.launching(getattr(rows.Ring, name)))
@@ -175,3 +175,60 @@ def test_rows_that_one_stream_fills_are_written_on_another(gpu):
         waits = [note for note in ops.take_notes() if note.startswith("wait 2")]
         if backend == "native":
             assert any(note.split()[2] in filled for note in waits)
+
+
+def test_backwards_that_fail_again_and_again(gpu):
+    """What is waited for doesn't grow: the last of them has waited for those before."""
+    backend, ops = gpu
+    model = nn.Sequential(nn.Identity())
+    with tlfast.capture(model, "0", rows=B, backend=backend) as cap:
+        for _ in range(20):
+            with pytest.raises(pytest.fail.Exception, match="on purpose"):
+                step(ops, model, (1,), fails=True)
+            ops.set_stream(0)
+        ops.start_notes()
+        step(ops, model, (2,))
+        notes = ops.take_notes()
+        assert sum(note.startswith("wait 2") for note in notes) <= 4
+        assert cap.rows == B
+
+
+def test_counts_come_after_a_backward_that_failed(gpu):
+    backend, ops = gpu
+    model = nn.Sequential(nn.Identity())
+    with tlfast.capture(model, "0", rows=B, backend=backend) as cap:
+        ops.start_notes()
+        with pytest.raises(pytest.fail.Exception, match="on purpose"):
+            step(ops, model, (1,), fails=True)
+        ops.set_stream(0)
+        assert cap.counts == {"0": {"nonfinite": 0, "saturated": 0}}
+        assert 0 in launches_before(ops.take_notes())[0][-1]
+        step(ops, model, (0,))
+
+
+def test_the_allocator_knows_who_reads_the_rows(gpu):
+    """They are memory of the first gradient's stream: who uses them on another tells so, once."""
+    backend, ops = gpu
+    model = nn.Sequential(nn.Identity())
+    with tlfast.capture(model, "0", rows=4 * B, backend=backend):
+        for number, told in ((1, {"read 0"}), (1, set()), (2, {"read 2"}), (2, set())):
+            ops.start_notes()
+            step(ops, model, (number,))
+            assert {note for note in ops.take_notes() if note.startswith("read")} == told
+
+
+def test_a_sum_in_a_cache_over_several_streams(gpu):
+    backend, ops = gpu
+    if backend == "native":
+        pytest.skip("only taps reach the native cache")
+    cache = tensor_cache.TensorCache()
+    cache.add("0", None)
+    ops.start_notes()
+    for number in (1, 2):
+        ops.set_stream(number)
+        cache.gradient(0, torch.ones(2), summed=True)
+    ops.set_stream(0)
+    notes = ops.take_notes()
+    made = next(note.split()[2] for note in notes if note.startswith("record 1"))
+    assert notes.index(f"wait 2 {made}") < notes.index("read 2")
+    assert cache.gradients()[0][1].tolist() == [2.0, 2.0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from types import FrameType
 from typing import Protocol
 
@@ -54,6 +55,7 @@ class Backward:
         self.mask, self.n_expected, self.scale = mask, n_expected, scale
         self._masks = {} if mask is None else {mask.tensor.device: mask}
         self._streams: list[torch.cuda.Stream] = []  # on which gradients were written
+        self._waited: list[torch.cuda.Event] = []  # what they have come after
 
     def mask_on(self, device: torch.device) -> torch.Tensor | None:
         """The mask where a gradient is: a model may be spread over several devices of one kind."""
@@ -75,23 +77,32 @@ class Backward:
             self._streams.append(stream)
             for done in failed:
                 stream.wait_event(done)
+            self._waited = self._waited or list(failed)
         for other in self._streams if again else ():
             if other != stream:
                 stream.wait_event(other.record_event())
 
-    def join_streams(self) -> None:
+    def join_streams(self) -> list[torch.cuda.Stream]:
         """Let the current streams, those of the caller, wait for all that was written: the engine does so for the
-        streams of the leaves alone.
+        streams of the leaves alone. Returns those that had to wait.
         """
+        joined = []
         for stream in self._streams:
             caller = current_stream(stream.device)
             if caller is not None and caller != stream:
                 caller.wait_event(stream.record_event())
+                joined.append(caller)
         self._streams = []
+        return joined
 
-    def written(self) -> list[torch.cuda.Event]:
-        """What happens when all is written that was begun and not joined."""
-        return [stream.record_event() for stream in self._streams]
+    def give_up(self, failed: list[torch.cuda.Event]) -> None:
+        """Put into ``failed`` what happens when all is written that was begun and not joined, in place of what that has
+        waited for.
+        """
+        with suppress(RuntimeError):  # the device itself has failed, and does nothing more
+            written = [stream.record_event() for stream in self._streams]
+            if written:
+                failed[:] = [done for done in failed if done not in self._waited] + written
 
 
 def refuse_compiled_autograd() -> None:
@@ -302,7 +313,9 @@ class Step:
             if run is None or run.block is None or not self.active:
                 self.abort(task)
                 return
-            run.join_streams()
+            for caller in run.join_streams():
+                for ring in (ring for tap in self.taps for ring in tap.rings):
+                    ring.used_on(caller)
             if run.spoilt:
                 self.abort(task)
                 raise RuntimeError(
@@ -317,6 +330,8 @@ class Step:
                 error = self._no_gradient(run, absent)
                 self.abort(task)
                 raise error
+            if absent:
+                self._come_after_failed()
             for tap in absent:
                 for ring in tap.rings:
                     ring.fill_nan(run.block.base, run.block.n)
@@ -355,7 +370,7 @@ class Step:
             if run is None:
                 return
             self._calls_before = self.n_calls
-            self._failed += run.written()
+            run.give_up(self._failed)
             self._forget(run)
             if run.block is not None and run.block.state == "open":
                 run.block.state = "aborted"
@@ -411,6 +426,19 @@ class Step:
             for tap in self.taps:
                 for ring in tap.rings:
                     ring.clear()
+
+    def _come_after_failed(self) -> None:
+        """Let the current streams of the devices that hold rows wait for what failed backwards have begun to write."""
+        for rows in (ring.rows for tap in self.taps for ring in tap.rings if self._failed):
+            stream = None if rows is None else current_stream(rows.device)
+            if stream is not None:
+                for done in self._failed:
+                    stream.wait_event(done)
+
+    def settle(self) -> None:
+        """Let the current streams see all that was counted, also by backwards that failed."""
+        with self._lock:
+            self._come_after_failed()
 
     def close(self) -> None:
         """From now on a firing tap does nothing."""

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import broken_rule
 from .reference import capture, normal_dims, reduced_shape
+from .streams import current_stream, read_on
 
 
 class Ring:
@@ -25,6 +26,7 @@ class Ring:
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
         self.rows: torch.Tensor | None = None
         self._reshapable = False  # nothing was written since `clear`
+        self._used_on: list[torch.cuda.Stream | None] = []  # the streams that the allocator knows of
         self._lock = threading.Lock()  # several backwards may write at once, into rows of their own
         # Non-finite values, saturated values, writes; on the rows' device, where adding up doesn't make the host wait.
         self.counters = torch.zeros(3, dtype=torch.int64)
@@ -48,6 +50,14 @@ class Ring:
         shape = reduced_shape(grad.shape, normal_dims(self.who, self.dims, grad.dim()))
         return self._fitting(shape[1:] if self._keeps_batch(grad.shape) else shape, grad)
 
+    def used_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Tell the allocator that a stream of a GPU uses the rows, which are memory of the stream that filled them."""
+        with self._lock:
+            if stream is None or self.rows is None or stream in self._used_on or stream.device != self.rows.device:
+                return
+            self._used_on.append(stream)
+            read_on(stream, self.rows)
+
     def clear(self) -> None:
         """Forget the shape of the rows; the memory stays in use if the next ones fit it."""
         self._reshapable = True
@@ -55,13 +65,12 @@ class Ring:
     def _fitting(self, row_shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         with self._lock:
             dtype = self.dtype or like.dtype
-            if self.rows is not None and self._reshapable:
-                if self.rows.shape[1:] != row_shape or self.rows.dtype != dtype:
-                    self.rows = None
-                self._reshapable = False
+            reshapable, self._reshapable = self._reshapable, False
+            if self.rows is not None and reshapable and (self.rows.shape[1:] != row_shape or self.rows.dtype != dtype):
+                self.rows = None
             if self.rows is None:
                 self.rows = torch.full((self.capacity, *row_shape), float("nan"), dtype=dtype, device=like.device)
-                self.counters = self.counters.to(like.device)  # a stack's parts are counted before its rows are there
+                self._used_on = [current_stream(like.device)]
         if self.rows.shape[1:] != row_shape:
             raise ValueError(
                 broken_rule(
@@ -74,6 +83,7 @@ class Ring:
     def _capture(self, out: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         counts = capture(out, grad, self.reduce, self.dims, mask if self.masked else None, scale, self.who)
         with self._lock:
+            self.counters = self.counters.to(counts.device)  # a stack's parts are counted before its rows are there
             self.counters[:2] += counts
             self.counters[2] += 1
             self.n_writes += 1
@@ -81,6 +91,7 @@ class Ring:
     def write(self, base: int, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
         """Reduce, cast and copy ``grad`` into the rows from ``base`` on."""
         rows = self.check(grad)
+        self.used_on(current_stream(grad.device))
         out = rows[base : base + grad.shape[0]] if self._keeps_batch(grad.shape) else rows[base]
         self._capture(out, grad, mask, scale)
 

@@ -186,6 +186,8 @@ class Tap:
                     )
                 )  # fmt: skip
             if held:
+                if (stream := current_stream(grad.device)) is not None:
+                    read_on(stream, held[0][0])  # memory of the first call's stream
                 held[0][0] += grad
             else:
                 held.append([grad.to(accumulator(grad.dtype), copy=True)])

@@ -13,6 +13,7 @@ from ..errors import broken_rule
 from .ledger import Step
 from .outputs import alias, replace_output
 from .reference import accumulator
+from .streams import current_stream, read_on
 from .taps import Tap, _Identity
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -26,6 +27,7 @@ class _Place:
         self.summed = False  # the gradient is the sum so far, nothing of which was selected yet
         self.dtype: torch.dtype | None = None  # of the gradients that are summed
         self.clash = ""  # why its gradients can't be added up
+        self.stream: torch.cuda.Stream | None = None  # of a GPU, on which the sum was made
 
 
 class TensorCache:
@@ -50,7 +52,7 @@ class TensorCache:
 
     def gradient(self, point: int, grad: torch.Tensor, summed: bool) -> None:
         """Keep a gradient in place of the one before, or add it to that."""
-        place = self._places[point]
+        place, here = self._places[point], current_stream(grad.device)
         with self._lock:
             if place.clash:
                 return
@@ -59,6 +61,7 @@ class TensorCache:
             place.summed, place.dtype = summed, grad.dtype
             if first or not summed:
                 place.gradient = place.select(grad) if place.select and not summed else grad
+                place.stream = here
                 return
             assert place.gradient is not None
             if place.gradient.shape != grad.shape:  # which + would broadcast
@@ -69,7 +72,10 @@ class TensorCache:
                 )  # fmt: skip
                 place.gradient = None
                 return
-            place.gradient = place.gradient.to(accumulator(grad.dtype)) + grad
+            if here is not None and place.stream is not None and here != place.stream:
+                here.wait_event(place.stream.record_event())
+                read_on(here, place.gradient)
+            place.gradient, place.stream = place.gradient.to(accumulator(grad.dtype)) + grad, here
 
     @property
     def n_outputs(self) -> int:

@@ -224,11 +224,13 @@ class Capture:
     def counts(self) -> dict[str, dict[str, int]]:
         """For each column how many stored values were non-finite, and how many of them only through the cast."""
         kinds = ("nonfinite", "saturated")
+        self._step.settle()
         return {name: dict(zip(kinds, ring.counted, strict=True)) for name, ring in self._rings.items()}
 
     @property
     def counters(self) -> list[torch.Tensor]:
         """What `counts` reads and how often rows were written: for each column int64 [3] on its ring's device."""
+        self._step.settle()
         return [ring.counters for ring in self._rings.values()]
 
     @property
