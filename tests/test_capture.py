@@ -310,3 +310,15 @@ def test_clear_before_the_first_step_lets_no_later_shape_pass(backend, attach):
                 with pytest.raises(ValueError, match=r"a row must have shape \[3, 4\] in every step, got \[5, 4\]"):
                     model(x).sum().backward()
         assert cap["0"].tolist() == torch.ones(4, 3, 4).tolist()
+
+
+def test_a_capture_is_a_mapping_of_its_columns(backend):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with tlfast.capture(model, ["0", "1"], rows=4, backend=backend) as cap:
+        assert repr(cap) == f"<tlfast.Capture of 0, 1: 0 of 4 rows, {backend}>"
+        model(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert list(cap) == cap.keys() == ["0", "1"]
+    assert "0" in cap
+    assert "2" not in cap
+    assert {name: rows.shape for name, rows in dict(cap).items()} == {"0": (2, 3), "1": (2, 3)}
+    assert len(cap) == 2  # rows

@@ -174,8 +174,13 @@ def test_info_and_verify_of_an_incomplete_dataset(folder, tmp_path, capsys):
     (tmp_path / "out" / "commits" / "u000001.json").unlink()
     capsys.readouterr()
     assert main(["info", str(tmp_path / "out")]) == 0
-    assert "1 units are missing" in capsys.readouterr().out
+    config = tmp_path / "out" / "config.yaml"
+    assert f"1 units are missing; `tlfast collect {config}` makes them\n" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 1
+    config.write_text("")  # as of a dataset that the function made
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert "1 units are missing; tlfast.collect(...), called again as it was, makes them\n" in capsys.readouterr().out
 
 
 def test_verify_finds_a_flipped_bit(folder, tmp_path, capsys):

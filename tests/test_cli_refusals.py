@@ -131,6 +131,7 @@ def test_a_model_that_cannot_be_read_is_refused(folder, tmp_path, capsys):
         ("model: a\ntext: b\npoints: c\nrows: 3\n", "config must hold model, .*, got unknown rows in"),
         ("model: a\n", "config must hold model, text, points and other settings .*, got only model in"),
         ("- model\n", "config must be a mapping, got list in"),
+        ("", "config must hold the settings of a run of the command, got an empty file"),
         ("model: a\ntext: b\npoints: c\ncuda_graph: 1.5\n", r"cuda_graph must be str, got 1\.5 in"),
         ("model: [\n", "config must be a readable YAML file"),
         ("model: a\ntext: b\npoints: 3\n", "points must be a list of text, got 3 in"),

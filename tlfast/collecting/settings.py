@@ -212,6 +212,10 @@ def load_settings(path: str | os.PathLike[str]) -> CollectSettings:
     except (OSError, DatasetError, UnicodeDecodeError, yaml.YAMLError) as error:
         got = f"{str(path)!r}: {error}"
         raise ValueError(broken_rule(who, "config", "be a readable YAML file", got, "Check the path.")) from error
+    if values is None:
+        rule, got = "hold the settings of a run of the command", f"an empty file, {str(path)!r}"
+        remedy = "The dataset was made by tlfast.collect(...): call it again, as it was."
+        raise ValueError(broken_rule(who, "config", rule, got, remedy))
     if not isinstance(values, Mapping):
         got = f"{type(values).__name__} in {str(path)!r}"
         raise ValueError(broken_rule(who, "config", "be a mapping", got, "Write one setting per line."))

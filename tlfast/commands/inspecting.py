@@ -12,7 +12,8 @@ from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify
 from ..dataset.errors import NoDataset
 from ..dataset.format.commits import file_sizes
 from ..dataset.format.coverage import Part, completeness
-from ..dataset.format.description import read_description
+from ..dataset.format.description import CONFIG, MAX_BYTES, read_description
+from ..dataset.places.store import as_store
 from .arguments import FAILED, OK, Arguments
 from .bar import bar
 from .doctor import diagnose
@@ -38,6 +39,15 @@ def info(args: list[str]) -> int:
     return OK
 
 
+def _completing(path: str) -> str:
+    """What completes a dataset: the command, where its settings were kept; else whoever called the function."""
+    try:
+        kept = as_store(path).read(CONFIG, "info", MAX_BYTES)
+    except (DatasetError, OSError):
+        kept = b""
+    return f"`tlfast collect {path}/{CONFIG}`" if kept.strip() else "tlfast.collect(...), called again as it was,"
+
+
 def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> None:
     header, absent = info["header"], info["planned_units"] - info["units"]
     print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
@@ -48,7 +58,7 @@ def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> Non
     if reasons:
         print(f"skipped       {_reasons(reasons)}")
     if absent:
-        print(f"incomplete    {absent} units are missing; `tlfast collect {info['path']}/config.yaml` makes them")
+        print(f"incomplete    {absent} units are missing; {_completing(info['path'])} makes them")
     for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
         if part in header:
             print(f"{part:<13} {_line(header[part])}")

@@ -178,6 +178,19 @@ class Capture:
     def __len__(self) -> int:
         return self.rows
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rings
+
+    def keys(self) -> list[str]:
+        """The same as `names`, so that ``dict(cap)`` has the rows of each column."""
+        return list(self.names)
+
+    def __repr__(self) -> str:
+        return f"<tlfast.Capture of {', '.join(self.names)}: {self.rows} of {self.capacity} rows, {self.backend}>"
+
     def __bool__(self) -> bool:
         return True  # also without a row: it is asked whether there is a capture
 
