@@ -26,7 +26,7 @@ FILES = 8  # as many as may come back from a machine that is lent
 # Stands for Python, nvidia-smi and compute-sanitizer: writes down how it was called, and fails where it is told to. As
 # setup.py it leaves a module.
 STUB = """#!/usr/bin/env bash
-printf '%s\\n' "${0##*/} $* [${TLFAST_REQUIRE_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-} ${TLFAST_BUILD:-}]" >> "$CALLS"
+printf '%s\\n' "${0##*/} $* [${TLFAST_REQUIRE_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-} ${TLFAST_BUILD:-}]" > "$CALLS/$$"
 [[ -n ${FAIL:-} && "${0##*/} $*" == *$FAIL* ]] && { echo "1 failed"; exit 1; }
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
@@ -36,6 +36,11 @@ case "$*" in
   *) echo "3 passed in 1s" ;;
 esac
 """
+
+
+def in_order(calls):
+    """The lines of all calls as they came; each has a file, since bash writes a long line in several pieces."""
+    return "".join(file.read_text() for file in sorted(calls.iterdir(), key=lambda file: file.stat().st_mtime_ns))
 
 
 @pytest.fixture
@@ -57,7 +62,8 @@ def check(tmp_path):
 
     def run(*arguments, **environment):
         calls, out = tmp_path / "calls", tmp_path / "out"
-        calls.write_text("")
+        shutil.rmtree(calls, ignore_errors=True)
+        calls.mkdir()
         shutil.rmtree(out, ignore_errors=True)
         env = os.environ | {
             "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python-stub"), "OUT": str(out),
@@ -72,7 +78,7 @@ def check(tmp_path):
         if lines:
             assert sorted(lines) == sorted(done.stdout.splitlines())  # some parts run at a time
             assert len(list(out.iterdir())) <= FILES - (4 if arguments[-1] == "bench" else 0)  # a file for each bench
-        return done, dict(line.split()[:2] for line in lines[1:-1]), calls.read_text(), lines
+        return done, dict(line.split()[:2] for line in lines[1:-1]), in_order(calls), lines
 
     run.copy = copy
     return run
