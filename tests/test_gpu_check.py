@@ -21,7 +21,7 @@ PARTS = {
     "tests": ["machine", "module", "doctor", "shim", "tests", "memcheck", "racecheck"],
     "bench": ["machine", "module", "doctor", "host", "kernel", "step", "collect"],
 }
-FILES = 8  # as many as may come back from a machine that is lent
+FILES = 8  # no more, so that a call leaves little to bring back
 
 # Stands for Python, nvidia-smi and compute-sanitizer: writes down how it was called, and fails where it is told to. As
 # setup.py it leaves a module.
