@@ -134,9 +134,10 @@ StoreTask<A> pick_store(Dtype out_dtype) {
       return store_task<A, f16>;
     case Dtype::f64:
       return store_task<A, double>;
-    default:
-      return store_task<A, float>;
+    case Dtype::f32:
+      break;
   }
+  return store_task<A, float>;
 }
 
 template <class G>
@@ -152,9 +153,11 @@ Counts pick_reduction(const View& v, Reduction r, Dtype out_dtype, const void* g
       return run<G, AddSquare>(v, r, g, out, store, mask, scale);
     case Reduction::absmax:
       return run<G, MaxAbs>(v, r, g, out, store, mask, scale);
-    default:
-      return run<G, Keep>(v, r, g, out, store, mask, scale);
+    case Reduction::none:
+    case Reduction::last:
+      break;
   }
+  return run<G, Keep>(v, r, g, out, store, mask, scale);
 }
 
 }  // namespace
@@ -168,9 +171,10 @@ Counts capture_cpu(const View& v, Reduction r, Dtype grad_dtype, Dtype out_dtype
       return pick_reduction<f16>(v, r, out_dtype, grad, out, mask, scale);
     case Dtype::f64:
       return pick_reduction<double>(v, r, out_dtype, grad, out, mask, scale);
-    default:
-      return pick_reduction<float>(v, r, out_dtype, grad, out, mask, scale);
+    case Dtype::f32:
+      break;
   }
+  return pick_reduction<float>(v, r, out_dtype, grad, out, mask, scale);
 }
 
 const char* cpu_features() { return isa_name(); }
