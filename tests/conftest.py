@@ -17,11 +17,12 @@ from backends import ATTACHMENTS, usable
 
 import tlfast
 
-# What a user's machine tells libraries, clusters and clouds by variables doesn't change what is tested. Libraries read
+# What a user's machine tells libraries, clusters, clouds and compilers by variables doesn't change what is tested. Libraries read
 # some of it when they are imported, which no import above does; processes that tests start don't inherit it either.
 _FOREIGN = (
     "AWS_", "HF_", "HUGGING_FACE_", "HUGGINGFACE_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "NCCL_", "RANK",
     "RAY_", "SLURM_", "TORCHELASTIC_", "TRANSFORMERS_", "WORLD_SIZE",
+    "MAX_JOBS", "TLFAST_BUILD", "TLFAST_SANITIZE", "TLFAST_SIMT", "TLFAST_WERROR", "TORCH_CUDA_ARCH_LIST",  # of builds
 )  # fmt: skip
 for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
     del os.environ[_name]

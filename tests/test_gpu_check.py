@@ -65,7 +65,8 @@ def check(tmp_path):
         shutil.rmtree(calls, ignore_errors=True)
         calls.mkdir()
         shutil.rmtree(out, ignore_errors=True)
-        env = os.environ | {
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("TLFAST_", "TORCH_CUDA_"))}
+        env |= {
             "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python-stub"), "OUT": str(out),
             "CALLS": str(calls), "CUDA_HOME": str(tmp_path), **environment,
         }  # fmt: skip

@@ -43,7 +43,10 @@ def test_a_worker_is_killed_and_ray_tries_again(undisturbed, tmp_path):
         assert n_commits(out) < N_UNITS, "the signal came too late to prove anything"
         shown, errors = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, errors
-    assert f"{4 * N_UNITS} rows" in shown.splitlines()[-1]
+    said = shown.splitlines()[-1]
+    counts = re.match(r"(\d+) rows in \d+ units(?:, (\d+) by other processes)?,", said)
+    assert counts is not None, said
+    assert sum(int(n or 0) for n in counts.groups()) == 4 * N_UNITS, said
     check_equal(undisturbed, out)
     assert load_settings(out / "config.yaml").engine == "local", "another engine may go on"
 
@@ -65,9 +68,10 @@ class FakeRay:
 
     exceptions = SimpleNamespace(RayTaskError=Failure, RayActorError=Died)
 
-    def __init__(self, n_units, resources=None, choose=lambda tasks: tasks[0], fails=None):
+    def __init__(self, n_units, resources=None, choose=lambda tasks: tasks[0], fails=None, lost=()):
         self.missing = dict.fromkeys(range(n_units), 10)
         self.resources, self.choose, self.fails = resources or {"CPU": 4.0}, choose, fails or {}
+        self.lost = lost  # units that were committed, and their reports not given
         self.options_given, self.workers, self.started, self.killed = {}, [], [], []
 
     def cluster_resources(self):
@@ -105,6 +109,8 @@ class FakeRay:
             raise self.fails[unit]
         if unit is None:
             return 10 * len(self.missing) + 5, dict(self.missing)
+        if unit in self.lost:
+            return Report(Path("out"), 0, 10, 0, 0, 0, 0, 0, 1.0, 0.0, 0, 2, ())
         return Report(Path("out"), 10, 0, 1, 100, 1000, 0, 0, 1.0, 0.0, 0, 2, ())
 
     def kill(self, worker):
@@ -124,6 +130,11 @@ def test_every_unit_is_one_task(capsys):
     assert len(ray.workers) == 4
     assert (report.n_rows, report.n_rows_before, report.n_units, report.n_tokens) == (200, 5, 20, 2000)
     assert (report.n_bytes, report.n_skipped) == (20_000, 2)
+
+
+def test_a_report_that_died_with_its_worker_is_counted():
+    report = run(FakeRay(20, lost=(3, 7)))
+    assert (report.n_rows, report.n_units, report.n_rows_elsewhere) == (180, 18, 20)
 
 
 def test_a_worker_that_never_answers_holds_nothing_up():

@@ -132,7 +132,7 @@ class Cluster:
                 self._take(first, rows, reports, shown)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{len(reports)} more units are kept in {self._settings.out}") from None
-        return _total(self._settings.out, n_before, list(reports.values()), shown.time_s)
+        return _total(self._settings.out, n_before, sum(rows.values()), list(reports.values()), shown.time_s)
 
     def close(self) -> None:
         """End the workers, also those that are at a copy of a unit, or wait for room."""
@@ -190,8 +190,12 @@ class Cluster:
             raise OSError(f"{what}{text}") from error
 
 
-def _total(out: str, n_before: int, reports: Sequence[Report], time_s: float) -> Report:
-    """The reports of all units as that of one run."""
+def _total(out: str, n_before: int, n_missing: int, reports: Sequence[Report], time_s: float) -> Report:
+    """The reports of all units as that of one run.
+
+    A worker may die when its unit is committed and its report isn't given yet: whoever is asked next finds the unit
+    there. All rows that were missing are there at the end, so those that no report has were made by another process.
+    """
 
     def add(name: str) -> Any:
         return sum(getattr(report, name) for report in reports)
@@ -199,7 +203,7 @@ def _total(out: str, n_before: int, reports: Sequence[Report], time_s: float) ->
     return Report(
         out=out, n_rows=add("n_rows"), n_rows_before=n_before, n_units=add("n_units"), n_tokens=add("n_tokens"),
         n_bytes=add("n_bytes"), n_nonfinite_rows=add("n_nonfinite_rows"), n_saturated=add("n_saturated"),
-        time_s=time_s, waited_s=add("waited_s"), n_rows_elsewhere=add("n_rows_elsewhere"),
+        time_s=time_s, waited_s=add("waited_s"), n_rows_elsewhere=n_missing - add("n_rows"),
         n_skipped=max((report.n_skipped for report in reports), default=0),
         non_finite=tuple(row for report in reports for row in report.non_finite)[:5],
     )  # fmt: skip
