@@ -32,8 +32,7 @@ BIN := $(dir $(PY))
 # The first line of stamp `torch` is the constraint that keeps pip from replacing torch; a change in the file rebuilds.
 STAMPS := build/stamps$(subst /,_,$(PY))
 ENVIRONMENT := $(wildcard $(BIN)../pyvenv.cfg)
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
-FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 PIP := $(PY) -m pip --disable-pip-version-check
 SANITIZED := build/sanitize
 SIMT := build/simt-package
@@ -66,7 +65,7 @@ test-models: $(STAMPS)/install ## collect with every kind of causal LM that tran
 # Torch is its own, all else is that of the environment above, by a .pth file. So is the module, built for the CPU alone:
 # the one of the checkout stays as it is. These tests are of what is asked of torch: its engine, its hooks, its compilers.
 OLDEST := build/torch/$(TORCH_OLDEST)
-OLDEST_TESTS := test_attach test_capture test_compile test_freeze test_outputs test_threads cuda/test_cuda_capture
+OLDEST_TESTS := $(addprefix hooks/test_,attach capture compile freeze outputs threads) cuda/test_cuda_capture
 OLDEST_TESTS := $(OLDEST_TESTS:%=tests/%.py) tests/traps
 
 test-torch: $(OLDEST)/installed ## the core tests beside the oldest torch that is promised (TORCH_OLDEST=2.11.0)
@@ -102,7 +101,7 @@ LENS_PINS_2.2.2 := $(LENS_PINS_2.2.1)
 test-lens: $(LENS_VERSIONS:%=build/lens/%/installed) ## the TransformerLens adapter (LENS_VERSIONS="4.3.0 2.18.0")
 	@for version in $(LENS_VERSIONS); do \
 	  echo "test-lens: TransformerLens $$version"; \
-	  build/lens/$$version/bin/python -m pytest -q tests/lens $(PARALLEL) $(TEST_ARGS) || exit 1; \
+	  build/lens/$$version/bin/python -m pytest -q tests/transformer_lens $(PARALLEL) $(TEST_ARGS) || exit 1; \
 	done
 
 test-lens-all: override TEST_ARGS += --every-kind
@@ -134,13 +133,13 @@ lint: $(STAMPS)/install ## ruff, mypy --strict, clang-format and the floors
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict tlfast
 	@echo "clang-format --dry-run csrc"
-	@$(if $(FORMATTED),$(BIN)clang-format --dry-run -Werror $(FORMATTED))
-	$(PY) -m pytest -q tests/test_floors.py
+	@$(BIN)clang-format --dry-run -Werror $(NATIVE)
+	$(PY) -m pytest -q tests/house
 
 format: $(STAMPS)/install ## let ruff and clang-format rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(if $(FORMATTED),$(BIN)clang-format -i $(FORMATTED))
+	$(BIN)clang-format -i $(NATIVE)
 
 # A separate build folder, so that the ordinary module stays as it is. The interpreter is not built with ASan, hence the
 # preload; libstdc++ must be there before libasan looks for __cxa_throw. Leaks are off: Python and torch never free all.

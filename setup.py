@@ -107,7 +107,7 @@ def compile_flags(torch):
 
 def native_sources():
     """Return the files to compile; those of TOGETHER are written to build/. With sanitizers each file stands alone."""
-    alone = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")}
+    alone = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp")}
     if SIMT:  # the CPU has no streams: those of the tests take notes
         alone["streams"] = "tests/simt/streams.cpp"
     made = []
@@ -122,20 +122,20 @@ def native_sources():
 
 
 def native_extension(choice):
-    """Return the extension tlfast._C: csrc/*.cpp, against torch's libraries for the CPU."""
+    """Return the extension tlfast._C: csrc/*/*.cpp, against torch's libraries for the CPU."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    flags = compile_flags(choice.torch)
+    flags = [*compile_flags(choice.torch), f"-I{ROOT / 'csrc'}"]
     # -isystem, not -I: warnings of torch's own headers are not ours to fix.
     flags += [word for path in include_paths() for word in ("-isystem", path)]
     if choice.cuda or SIMT:
         flags.append("-DTLFAST_CUDA=1")
     if SIMT:
-        flags += ["-DTLFAST_SIMT=1", f"-I{ROOT / 'csrc'}"]
+        flags.append("-DTLFAST_SIMT=1")
     return Extension(
         "tlfast._C",
         sources=native_sources(),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hc]*")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.[hc]*")),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
         language="c++",
@@ -182,7 +182,7 @@ def choose():
     if wanted == "none":
         return Choice(None, "TLFAST_BUILD=none", None, (), "TLFAST_BUILD=none")
     try:
-        if not any((ROOT / "csrc").glob("*.cpp")):
+        if not any((ROOT / "csrc").glob("*/*.cpp")):
             raise CannotBuild("csrc/ holds no C++ sources")
         torch = find_torch()
         compiler = find_compiler()

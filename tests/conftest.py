@@ -17,8 +17,9 @@ from backends import ATTACHMENTS, usable
 
 import tlfast
 
-# What a user's machine tells libraries, clusters, clouds and compilers by variables doesn't change what is tested. Libraries read
-# some of it when they are imported, which no import above does; processes that tests start don't inherit it either.
+# What a user's machine tells libraries, clusters, clouds and compilers by variables doesn't change what is tested.
+# Libraries read some of it when they are imported, which no import above does; processes that tests start don't inherit
+# it either.
 _FOREIGN = (
     "AWS_", "HF_", "HUGGING_FACE_", "HUGGINGFACE_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "NCCL_", "RANK",
     "RAY_", "SLURM_", "TORCHELASTIC_", "TRANSFORMERS_", "WORLD_SIZE",
@@ -38,7 +39,7 @@ settings.load_profile("tlfast")
 # These tests need a library that a machine without a network may lack.
 NEEDS = {
     "tyro": (
-        "test_cli.py", "test_cli_refusals.py", "test_collect_killed.py", "test_demo.py", "test_device_map.py",
+        "test_cli.py", "test_cli_refusals.py", "test_killed.py", "test_demo.py", "test_device_map.py",
         "test_ray.py", "test_torchrun.py", "test_unit_ranges.py",
     ),
     "accelerate": ("test_device_map.py",),

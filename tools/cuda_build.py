@@ -1,4 +1,4 @@
-"""The CUDA step of the build: find a toolkit, compile csrc/capture_cuda.cu, keep the object; needs no torch and no GPU.
+"""The CUDA step of the build: find a toolkit, compile the kernels, keep the object; needs no torch and no GPU.
 
 torch's own machinery is not used: it wants a torch that was built with CUDA, and this step works beside any torch,
 because the kernels include no header of torch. setup.py links the object; cuda_resources.py reads the log of ptxas.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = Path("csrc/capture_cuda.cu")
+SOURCE = Path("csrc/kernel/capture_cuda.cu")
 FOLDER = Path("build/cuda")
 OBJECT = FOLDER / "capture_cuda.o"
 # A100 and H100 as machine code; what is newer compiles the PTX when it first runs.
@@ -136,7 +136,7 @@ def compile_for_cpu(command: list[str]) -> Path:
     """
     shim = [*command, "-O2", "-fPIC", "-fvisibility=default", "-Itests/simt"]
     shim += ["-fno-extern-tls-init"]  # shared memory needs no constructor
-    kernels = [*shim, "-Icsrc", "-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
+    kernels = [*shim, "-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
     kernels += ["-fsanitize=alignment", "-Wno-unknown-pragmas"]  # an address as a GPU wants it; nvcc's unroll
     sources = {SOURCE: kernels} | {Path("tests/simt") / f"{name}.cpp": shim for name in SHIM}
     made = [Path("build/simt/objects") / f"{source.stem}.o" for source in sources]

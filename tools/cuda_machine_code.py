@@ -21,7 +21,7 @@ _REGISTER = re.compile(r"\bR(\d+)(?:\.64)?\b")
 # Instructions for each element that is taken in by the loop without a mask. Measured with nvcc 13.0 on sm_90, and a
 # third more: Add 2.0 (double) to 3.6 (bfloat16), AddSquare 2.5 to 5.0, MaxAbs 5.4 to 10.8.
 MOST_INSTRUCTIONS = {"Add": 4.8, "AddSquare": 6.7, "MaxAbs": 14.4}
-IN_FLIGHT = 4  # kInFlight and kPieceLoads of csrc/cuda_results.cuh
+IN_FLIGHT = 4  # kInFlight and kPieceLoads of csrc/kernel/cuda_results.cuh
 MOST_BYTES = 48 << 10
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")

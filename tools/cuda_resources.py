@@ -1,7 +1,7 @@
 """Show what each CUDA kernel takes of a GPU (registers, shared memory, stack), and fail where registers spilled.
 
-`make cuda-compile` runs it: it compiles csrc/capture_cuda.cu, or takes the object of the last build if that is still
-right, reads what ptxas said, and then the machine code (cuda_machine_code.py). A stack that is no spill (an array
+`make cuda-compile` runs it: it compiles csrc/kernel/capture_cuda.cu, or takes the object of the last build if that is
+still right, reads what ptxas said, and then the machine code (cuda_machine_code.py). A stack that is no spill (an array
 indexed at run time) is shown and allowed.
 """
 

@@ -32,14 +32,14 @@ fi
 [[ $PY == /* ]] || PY=$ROOT/$PY
 CARRIED=$ROOT/build/gpu_module
 PACKAGE=$ROOT/build/gpu_package # the checkout's Python files and the module: its own module stays as it is
-GPU_TESTS=("$ROOT/tests/cuda" "$ROOT/tests/test_drain_cuda.py" "$ROOT/tests/test_streams_cuda.py")
+GPU_TESTS=("$ROOT/tests/cuda")
 CORES=$(nproc 2> /dev/null || echo 2)
 TOOLKIT=${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}
 [[ -d $TOOLKIT/bin ]] && PATH="$PATH:$TOOLKIT/bin"
 
 # ------------------------------------------------------------------------------------------------------ the module
 
-sources() { cat csrc/* setup.py tools/cuda_build.py | sha256sum; }
+sources() { cat csrc/*/* setup.py tools/cuda_build.py | sha256sum; }
 
 make_module() {
   rm -rf "$CARRIED"
@@ -122,7 +122,7 @@ doctor() { cd "$PACKAGE" && "$PY" -c 'from tlfast.commands.doctor import diagnos
 
 # The kernels compiled for the CPU, whose bits some tests compare with: once, before all processes ask for it.
 shim() {
-  PYTHONPATH="$ROOT/tests/simt:$PYTHONPATH" "$PY" -c 'import simt_build; simt_build.library("capture_simt.cpp")' &&
+  PYTHONPATH="$ROOT/tests/support:$PYTHONPATH" "$PY" -c 'import simt_build; simt_build.library("capture_simt.cpp")' &&
     echo "the kernels are compiled for the CPU"
 }
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
+import simt_capture
 import torch
 from comparison import assert_captured, assert_same_bits
 from gpu_device import moved
 from op_cases import GRAD_DTYPES, REDUCTIONS, Case, cases, left_shape, make_gradient, make_mask, make_out, run_op
 
 import tlfast
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "simt"))
-
-import simt_capture
 
 SHARE = {True: 0.05, False: 0.03}  # of the table; the CPU has a test of its own for it
 EXACT = ("none", "last", "absmax")

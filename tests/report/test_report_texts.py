@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_report import PLAN, make, page_of
+from report_cases import PLAN, make, page_of
 from tiny_models import byte_tokenizer
 
 from tlfast.dataset import DatasetWriter, open_dataset

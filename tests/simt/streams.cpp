@@ -1,6 +1,6 @@
 // Streams where the CPU plays the GPU: numbers, and a note of each launch, event and wait, in the order of the host.
 // Everything is done at once; the notes tell whether a GPU, which may do it later, would have had to keep that order.
-#include "streams.h"
+#include "autograd/streams.h"
 
 #include <torch/library.h>
 

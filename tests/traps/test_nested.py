@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparison import assert_same_bits
-from test_threads import in_threads
+from threads import in_threads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,0 +1,201 @@
+// The fused op: schema, checks, geometry; dispatch by device.
+#include "capture.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cctype>
+
+#include "device.h"
+#include "kernel/errors.h"
+#include "plain.h"
+
+namespace tlfast {
+namespace {
+
+std::string name_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kLong:
+      return "torch.int64";
+    case at::kInt:
+      return "torch.int32";
+    case at::kShort:
+      return "torch.int16";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
+    case at::kComplexFloat:
+      return "torch.complex64";
+    case at::kComplexDouble:
+      return "torch.complex128";
+    default: {  // the rest is called in Python as in C++, in lower case
+      std::string name = c10::toString(dtype);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+      return "torch." + name;
+    }
+  }
+}
+
+std::optional<Dtype> dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kDouble:
+      return Dtype::f64;
+    default:
+      return std::nullopt;
+  }
+}
+
+void check(const std::string& who, const at::Tensor& out, const at::Tensor& grad, at::IntArrayRef dims) {
+  TORCH_CHECK_VALUE(dtype_of(grad.scalar_type()), broken_rule(who, "grad", "be float32, bfloat16, float16 or float64",
+                                                              name_of(grad.scalar_type()), "Cast it first."));
+  const bool stored =
+      dtype_of(out.scalar_type()) && (out.scalar_type() != at::kDouble || grad.scalar_type() == at::kDouble);
+  TORCH_CHECK_VALUE(stored, broken_rule(who, "out", "be float32, bfloat16 or float16 (float64 for float64 gradients)",
+                                        name_of(out.scalar_type()), "Choose another stored dtype."));
+  TORCH_CHECK_VALUE(
+      out.device() == grad.device(),
+      broken_rule(who, "out", c10::str("be on ", grad.device(), ", as grad is"), out.device(), "Move one of them."));
+  const auto want = reduced_shape(grad.sizes(), dims);
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(want), broken_rule(who, "out", "have shape " + list_of(want),
+                                                                      list_of(out.sizes()), "Check over= and shapes."));
+  TORCH_CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes,
+                    broken_rule(who, "out", "have memory of its own for each element", "an expanded tensor",
+                                "Pass a contiguous one."));
+  TORCH_CHECK_VALUE(!out.has_storage() || !out.is_alias_of(grad) || out.numel() == 0,
+                    broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own."));
+}
+
+void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor& grad) {
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, broken_rule(who, "mask", "be boolean", name_of(mask.scalar_type()),
+                                                                 "Use mask.bool(); True means a real token."));
+  std::string remedy = "Pass the attention mask of this very batch.";
+  if (mask.dim() == 2 && grad.dim() > 1 && grad.size(0) == mask.size(0) && grad.size(1) > mask.size(1))
+    remedy +=
+        c10::str(" It covers the positions that a model adds, too: ", grad.size(1) - mask.size(1), " virtual tokens?");
+  const bool leads = mask.dim() > 0 && mask.dim() <= grad.dim() && mask.sizes() == grad.sizes().slice(0, mask.dim());
+  TORCH_CHECK_VALUE(leads,
+                    broken_rule(who, "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
+                                list_of(mask.sizes()), remedy));
+  TORCH_CHECK_VALUE(
+      mask.device() == grad.device(),
+      broken_rule(who, "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(), "Move one of them."));
+}
+
+View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, at::IntArrayRef dims,
+             Reduction reduction) {
+  ViewBuilder builder;
+  int64_t out_dim = 0;
+  for (int64_t d = 0; d < grad.dim(); ++d) {
+    const int64_t mask_stride = mask && d < mask->dim() ? mask->stride(d) : 0;
+    if (std::find(dims.begin(), dims.end(), d) != dims.end())
+      builder.reduce({grad.size(d), grad.stride(d), 0, mask_stride});
+    else
+      builder.keep({grad.size(d), grad.stride(d), out.stride(out_dim++), mask_stride});
+  }
+  return builder.build(reduction == Reduction::last);
+}
+
+void capture_op(at::Tensor out, const at::Tensor& given, c10::string_view reduce, at::IntArrayRef over,
+                const std::optional<at::Tensor>& given_mask, double scale) {
+  const at::Tensor grad = plain("capture", "grad", given);
+  const auto mask = given_mask ? std::optional(plain("capture", "mask", *given_mask)) : std::nullopt;
+  check_destination("capture", "out", out);
+  const Plan plan = make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask);
+  run_plan("capture", plan, out, grad, mask, scale, nullptr);
+}
+
+}  // namespace
+
+Reduction parse_reduction(const std::string& name) {
+  int i = 0;
+  for (const char* known : kReductionNames) {
+    if (name == known) return Reduction(i);
+    ++i;
+  }
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kReductionNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "reduce", rule, "'" + name + "'", "Check the spelling."));
+}
+
+std::vector<int64_t> normal_dims(const std::string& who, at::IntArrayRef dims, int64_t n_dims) {
+  std::vector<int64_t> out;
+  for (int64_t d : dims) {
+    TORCH_CHECK_VALUE(-n_dims <= d && d < n_dims,
+                      broken_rule(who, "over", c10::str("name dimensions of a ", n_dims, "-d gradient"), d,
+                                  "Check the gradient's shape."));
+    out.push_back(d < 0 ? d + n_dims : d);
+  }
+  std::sort(out.begin(), out.end());
+  if (std::adjacent_find(out.begin(), out.end()) != out.end()) {
+    std::string given = list_of(dims);
+    given.front() = '(', given.back() = ')';
+    TORCH_CHECK_VALUE(false, broken_rule(who, "over", "name each dimension once", given, "Remove the repeated one."));
+  }
+  return out;
+}
+
+std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims) {
+  std::vector<int64_t> out;
+  for (int64_t d = 0; d < int64_t(shape.size()); ++d)
+    if (std::find(dims.begin(), dims.end(), d) == dims.end()) out.push_back(shape[d]);
+  return out;
+}
+
+Counts Plan::run(const void* grad, void* out, const void* mask, double scale) const {
+  if (empty) return {};
+  return capture_cpu(view, reduction, grad_dtype, out_dtype, grad, out, static_cast<const uint8_t*>(mask), scale);
+}
+
+CudaCapture Plan::call(const void* grad, void* out, const void* mask, double scale) const {
+  return {view,    reduction, grad_dtype, out_dtype, scale, grad, out, static_cast<const uint8_t*>(mask),
+          nullptr, 0,         nullptr,    nullptr};
+}
+
+Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,
+                const std::optional<at::Tensor>& mask, double scale, int64_t* counters) {
+  if (plan.empty) return {};
+  const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
+  if (!on_gpu(grad)) return plan.run(grad.const_data_ptr(), out.mutable_data_ptr(), mask_data, scale);
+  CudaCapture call = plan.call(grad.const_data_ptr(), out.mutable_data_ptr(), mask_data, scale);
+  const at::Tensor scratch = scratch_for(call, grad);
+  call.scratch = scratch.defined() ? scratch.mutable_data_ptr() : nullptr;
+  call.counters = counters;
+  launch_capture(who, current_stream(grad.device()), call);
+  return {};
+}
+
+Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
+               at::IntArrayRef over, const std::optional<at::Tensor>& mask) {
+  const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims(who, over, grad.dim());
+  check(who, out, grad, dims);
+  if (mask) check_mask(who, *mask, grad);
+  TORCH_CHECK_VALUE(grad.is_cpu() || on_gpu(grad), broken_rule(who, "grad", "be where the native code runs",
+                                                               grad.device(), "Use backend=\"python\"."));
+  return {view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
+          *dtype_of(out.scalar_type()), out.numel() == 0};
+}
+
+TORCH_LIBRARY_FRAGMENT(tlfast, library) {
+  library.def("capture(Tensor(a!) out, Tensor grad, str reduce, int[] over, Tensor? mask=None, float scale=1.0) -> ()",
+              {at::Tag::pt2_compliant_tag});
+}
+
+// For every device and layout: what can't be done is refused in our own words.
+TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) { library.impl("capture", capture_op); }
+
+}  // namespace tlfast

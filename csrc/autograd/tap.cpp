@@ -1,0 +1,248 @@
+// Taps: from the autograd edge to the rows.
+#include "tap.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <array>
+#include <string_view>
+#include <typeinfo>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "kernel/errors.h"
+#include "plain.h"
+
+namespace tlfast {
+namespace {
+
+namespace autograd = torch::autograd;
+using autograd::Node;
+using autograd::variable_list;
+
+[[noreturn]] void refuse_compiled_autograd() {
+  TORCH_CHECK(false,
+              broken_rule("capture", "the backward", "run in the eager engine", "compiled autograd", "Turn it off."));
+}
+
+// On the grad_fn of a fresh output.
+struct PreHook : autograd::FunctionPreHook {
+  PreHook(std::shared_ptr<Tap> tap, uint32_t output_nr) : tap(std::move(tap)), output_nr(output_nr) {}
+  variable_list operator()(const variable_list& grads) override {
+    const at::Tensor& grad = grads[output_nr];
+    if (grad.defined())
+      tap->fire(grad);
+    else if (tap->step->active)
+      tap->fire(autograd::get_current_node()->input_metadata(output_nr).zeros_like());
+    return grads;
+  }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
+  std::shared_ptr<Tap> tap;
+  uint32_t output_nr;
+};
+
+// An identity whose backward fires the tap: the gradient through this module alone.
+struct IdentityNode : Node {
+  explicit IdentityNode(std::shared_ptr<Tap> tap) : tap(std::move(tap)) {}
+  variable_list apply(variable_list&& grads) override {
+    if (grads[0].defined())
+      tap->fire(grads[0]);
+    else if (tap->cache)  // as a full backward hook, which is given no gradient, and passes zeros on
+      grads[0] = input_metadata(0).zeros_like();
+    else if (tap->step->active)
+      tap->fire(input_metadata(0).zeros_like());
+    grads.resize(num_outputs());  // nothing for the anchor
+    return std::move(grads);
+  }
+  std::string name() const override { return "TlfastIdentity"; }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
+  std::shared_ptr<Tap> tap;
+};
+
+// autograd::Edge holds its node by shared_ptr up to torch 2.11 and by intrusive_ptr in 2.13.
+template <class Pointer = decltype(autograd::Edge::function)>
+Pointer make_identity(std::shared_ptr<Tap> tap) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return Pointer(new IdentityNode(std::move(tap)), [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<IdentityNode>(std::move(tap));
+}
+
+// Whether running a node can be seen from outside.
+bool is_seen(Node& node) {
+  if (!node.pre_hooks().empty() || !node.tensor_pre_hooks().empty() || !node.post_hooks().empty() ||
+      !node.retains_grad_hooks().empty())
+    return true;
+  if (const auto* identity = dynamic_cast<IdentityNode*>(&node)) return !identity->tap->anchor.defined();
+  // By its name: libtorch_python doesn't export the type.
+  static const std::string_view written_in_python = "N5torch8autograd6PyNodeE";
+  return typeid(node).name() == written_in_python;
+}
+
+// Taps by number, for compiled code.
+std::mutex registry_mutex;
+std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
+  static auto* taps = new std::unordered_map<int64_t, std::weak_ptr<Tap>>();
+  return *taps;
+}
+std::atomic<int64_t> next_number{0};
+
+void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
+  if (const auto tap = Tap::by_number(number)) tap->fire(grad);
+}
+
+}  // namespace
+
+Calls parse_calls(const std::string& name) {
+  static constexpr std::array kNames{"raise", "sum", "last", "stack"};  // in the order of Calls
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (name == kNames[i]) return Calls(i);
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "calls", rule, "'" + name + "'", "Check the spelling."));
+}
+
+at::Tensor alias_of(const at::Tensor& output) {
+  if (!is_plain(output)) return output.detach();
+  at::TensorImpl* impl = output.unsafeGetTensorImpl();
+  return at::Tensor::wrap_tensor_impl(impl->shallow_copy_and_detach(impl->version_counter(), false));
+}
+
+Tap::Tap(std::shared_ptr<Step> step_, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
+    : step(std::move(step_)),
+      point(new Point{name, "capture at " + name, std::move(rings), calls, step->points.size()}),
+      number(next_number++) {
+  step->points.push_back(point);
+}
+
+std::shared_ptr<Tap> Tap::make(std::shared_ptr<Step> step, const std::string& name,
+                               std::vector<std::shared_ptr<Ring>> rings, Calls calls) {
+  std::shared_ptr<Tap> tap(new Tap(std::move(step), name, std::move(rings), calls));
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[tap->number] = tap;
+  return tap;
+}
+
+Tap::~Tap() {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry().erase(number);
+}
+
+std::shared_ptr<Tap> Tap::by_number(int64_t number) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(number);
+  return found == registry().end() ? nullptr : found->second.lock();
+}
+
+void Tap::forward_pre() {
+  if (!step->active) return;
+  const bool in_backward = step->enter_forward();
+  point->last_call = ++step->n_calls;
+  if (!at::GradMode::is_enabled()) return;
+  const int64_t ended = step->n_ended;
+  if (seen_ended_.exchange(ended) != ended) n_called_ = 0;
+  ++n_called_;
+  recomputed_ = in_backward;
+}
+
+bool Tap::attach_to_node(const at::Tensor& output) {
+  const auto& node = output.grad_fn();
+  // An output that is a view loses its node to an in-place operation. A hook put on the node by the module itself may
+  // change the gradient, and belongs before the point, not behind it.
+  if (!node || output.is_view() || !node->tensor_pre_hooks().empty()) return false;
+  for (const auto& hook : node->pre_hooks())
+    if (!dynamic_cast<PreHook*>(hook.get())) return false;
+  node->add_pre_hook(std::make_unique<PreHook>(shared_from_this(), output.output_nr()));
+  return true;
+}
+
+void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
+  auto node = make_identity(shared_from_this());
+  node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
+                                        : autograd::collect_next_edges(output));
+  autograd::set_history(through, node);
+  // The tangent of forward-mode AD goes through, as it does through any identity.
+  const at::Tensor& tangent = output._fw_grad(/*level=*/0);
+  if (tangent.defined()) through._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+}
+
+bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 || recomputed_); }
+
+void Tap::keep_in(std::shared_ptr<TensorCache> into, Change select) {
+  cache = std::move(into);
+  place_ = cache->add(point->name, std::move(select));
+  sink = [this](const at::Tensor& grad) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    cache->gradient(place_, grad, sums());
+  };
+}
+
+void Tap::cache_output(const at::Tensor& kept) {
+  if (!step->active) return;
+  cache->output(place_, convert && kept.defined() ? convert(kept) : kept);
+}
+
+void Tap::fire(const at::Tensor& given) {
+  if (!step->active) return;
+  at::Tensor grad = plain(point->who, kGradient, given);
+  if (convert) grad = plain(point->who, kGradient, convert(grad));
+  if (sink) return sink(grad);
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const auto [run, block, n_fired] = step->begin(*point, grad);
+  auto& held = run->pending[point->index];
+  const auto mask = run->mask_on(grad.device());
+  if (point->calls == Calls::stack) {
+    std::vector<at::Tensor> parts;
+    for (const auto& ring : point->rings) parts.push_back(ring->part(block->place(), grad, mask, run->scale));
+    held.push_back(std::move(parts));
+  } else if (sums()) {
+    for (const auto& ring : point->rings) ring->check(grad);
+    TORCH_CHECK_VALUE(held.empty() || held[0][0].sizes() == grad.sizes(),  // which add_ would broadcast
+                      broken_rule(point->who, "a point",
+                                  "have one shape in all calls to be summed (" +
+                                      list_of(held.empty() ? grad.sizes() : held[0][0].sizes()) + ")",
+                                  list_of(grad.sizes()), "Choose calls=\"last\" or \"stack\"."));
+    if (held.empty()) {
+      held.push_back({grad.to(accumulator(grad.scalar_type()), /*non_blocking=*/false, /*copy=*/true)});
+    } else {
+      if (on_gpu(grad)) read_on(current_stream(grad.device()), held[0][0]);  // memory of the first call's stream
+      held[0][0].add_(grad);
+    }
+  } else {
+    TORCH_CHECK(n_fired == 1 || point->calls != Calls::sum,
+                broken_rule(point->who, "a point", "fire as often as it was called since the last step", "once more",
+                            "Run one backward for each forward."));
+    for (const auto& ring : point->rings) ring->write(block->place(), grad, mask, run->scale);
+  }
+}
+
+Waiting waiting_in(const at::Tensor& value) {
+  Waiting waiting;
+  std::unordered_set<Node*> known;
+  std::vector<decltype(autograd::Edge::function)> open;
+  const auto reach = [&](const auto& node) {
+    if (node && known.insert(node.get()).second) open.push_back(node);
+  };
+  reach(value.grad_fn());
+  while (!open.empty()) {
+    const auto node = std::move(open.back());
+    open.pop_back();
+    if (const auto* leaf = dynamic_cast<autograd::AccumulateGrad*>(node.get())) {
+      waiting.leaves.push_back(leaf->variable);
+      continue;
+    }
+    for (const auto& edge : node->next_edges()) reach(edge.function);
+    if (is_seen(*node)) waiting.nodes.push_back(node);
+  }
+  return waiting;
+}
+
+TORCH_LIBRARY_FRAGMENT(tlfast, library) {
+  library.def("fire(Tensor(a!) token, Tensor grad, int number) -> ()", {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) { library.impl("fire", fire_op); }
+
+}  // namespace tlfast

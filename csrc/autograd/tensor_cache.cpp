@@ -1,0 +1,96 @@
+// Tensor caches: tensors are held, not copied, where all of them is wanted.
+#include "tensor_cache.h"
+
+#include <ATen/Functions.h>
+
+#include "kernel/errors.h"
+
+namespace tlfast {
+
+size_t TensorCache::add(const std::string& name, Change select) {
+  Place place;
+  place.name = name;
+  place.select = std::move(select);
+  places_.push_back(std::move(place));
+  return places_.size() - 1;
+}
+
+void TensorCache::output(size_t point, const at::Tensor& output) {
+  Place& place = places_[point];
+  const at::Tensor kept = place.select && output.defined() ? place.select(output) : output;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!std::exchange(place.has_output, true)) outputs_.push_back(point);
+  place.output = kept;
+}
+
+void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
+  Place& place = places_[point];
+  // The tensor itself is held: autograd adds to a buffer, or lets a leaf have it, only if nobody else holds it.
+  const at::Tensor given = grad.requires_grad() ? grad.detach() : grad;
+  const at::Tensor kept = place.select && !sum ? place.select(given) : given;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!place.clash.empty()) return;
+  const bool first = !std::exchange(place.has_gradient, true);
+  if (first) gradients_.push_back(point);
+  place.summed = sum;
+  place.dtype = given.scalar_type();
+  if (sum && on_gpu(given)) {
+    const c10::Stream here = current_stream(given.device());
+    if (!first && place.stream && here != *place.stream && place.gradient.defined()) {
+      wait_for(done_by_now(*place.stream), here);
+      read_on(here, place.gradient);
+    }
+    place.stream = here;
+  }
+  if (first || !sum) {
+    place.gradient = kept;
+    return;
+  }
+  if (place.gradient.sizes() != given.sizes()) {  // which add would broadcast
+    place.clash = broken_rule("capture at " + place.name, "a point",
+                              "have one shape in all calls to be summed (" + list_of(place.gradient.sizes()) + ")",
+                              list_of(given.sizes()), "Choose calls=\"last\".");
+    place.gradient = at::Tensor();
+    return;
+  }
+  place.gradient = at::add(place.gradient.to(accumulator(place.dtype)), given);
+}
+
+size_t TensorCache::n_outputs() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return outputs_.size();
+}
+
+TensorCache::Kept TensorCache::outputs() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Kept kept;
+  for (const size_t point : outputs_) kept.emplace_back(point, places_[point].output);
+  return kept;
+}
+
+TensorCache::Kept TensorCache::gradients() const {
+  Kept kept;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // Of its own, or points that share a gradient would share a tensor.
+    for (const size_t point : gradients_)
+      if (places_[point].clash.empty()) kept.emplace_back(point, places_[point].gradient.detach());
+  }
+  for (auto& [point, gradient] : kept) {
+    const Place& place = places_[point];
+    if (!place.summed) continue;
+    gradient = gradient.to(place.dtype);
+    if (place.select) gradient = place.select(gradient);
+  }
+  return kept;
+}
+
+std::vector<std::pair<size_t, std::string>> TensorCache::clashes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::pair<size_t, std::string>> found;
+  for (const size_t point : gradients_)
+    if (!places_[point].clash.empty()) found.emplace_back(point, places_[point].clash);
+  return found;
+}
+
+}  // namespace tlfast

@@ -1,0 +1,300 @@
+// The Python end of a tap, with the GIL held but for the firing itself.
+#include "py_tap.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <atomic>
+
+#include "autograd/plain.h"
+#include "kernel/errors.h"
+#include "py_callable.h"
+
+namespace py = pybind11;
+
+namespace tlfast {
+namespace {
+
+// How often an output, its memory and its node are referenced while a forward hook looks at a plain output that nobody
+// else holds: by the running frames alone. It depends on Python's and torch's versions, so it is learnt, from a module
+// made for it.
+struct References {
+  Py_ssize_t object = 0;
+  size_t tensor = 0, storage = 0, node = 0;
+
+  static References of(PyObject* object, const at::Tensor& tensor) {
+    const auto& node = tensor.grad_fn();
+    const size_t storage = is_plain(tensor) && tensor.has_storage() ? tensor.storage().use_count() : ~size_t(0);
+    return {Py_REFCNT(object), size_t(tensor.use_count()), storage, node ? size_t(node.use_count()) : 0};
+  }
+  bool within(const References& most) const {
+    return object <= most.object && tensor <= most.tensor && storage <= most.storage && node <= most.node;
+  }
+};
+std::atomic<const References*> unshared{nullptr};  // set once, and null until then: taps on nodes come after it
+
+py::object from_outputs(const char* name) { return py::module_::import("tlfast.backends.outputs").attr(name); }
+
+// Python makes the errors that look closely at an output: they are said the same way by both backends.
+[[noreturn]] void throw_python(const py::object& error) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw py::error_already_set();
+}
+
+PyTap& tap_of(PyObject* hook) {
+  static PyObject* const name = PyUnicode_InternFromString("tap");
+  const auto tap = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name));
+  if (!tap) throw py::error_already_set();
+  TORCH_CHECK_TYPE(py::isinstance<PyTap>(tap),
+                   broken_rule("capture", "a hook's tap", "be a native one", type_name(tap), "Leave it as it was."));
+  return tap.cast<PyTap&>();
+}
+
+// What a hook is called with, for the call of a hook may come from anywhere.
+void check_arguments(PyObject* args, PyObject* kwargs, Py_ssize_t n, const char* rule) {
+  const Py_ssize_t given = PyTuple_GET_SIZE(args), named = kwargs ? PyDict_GET_SIZE(kwargs) : 0;
+  TORCH_CHECK_TYPE(given == n && !named,
+                   broken_rule("capture", "a hook", rule, c10::str(given, " arguments and ", named, " by name"),
+                               "Leave the call to the module."));
+}
+
+// An output as torch.Tensor.detach() gives it, but of its own class and with its attributes.
+at::Tensor detached(const py::handle& output) {
+  if (THPVariable_CheckExact(output.ptr())) return alias_of(THPVariable_Unpack(output.ptr()));
+  return from_outputs("alias")(output).cast<at::Tensor>();
+}
+
+// How many hooks were ever registered anywhere: their ids are counted up in one place.
+long long hooks_registered() {
+  static PyObject* const handle_type =
+      py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle")).release().ptr();
+  static PyObject* const name = PyUnicode_InternFromString("next_id");
+  return PyLong_AsLongLong(py::reinterpret_steal<py::object>(PyObject_GetAttr(handle_type, name)).ptr());
+}
+
+template <class Body>
+PyObject* guarded(Body body) {
+  try {
+    return body().release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+  }
+  return nullptr;
+}
+
+// hook(module, args)
+PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    check_arguments(args, kwargs, 2, "be called with (module, args)");
+    PyTap& tap = tap_of(hook);
+    const long long registered = hooks_registered();
+    if (tap.hooks_seen != registered) {
+      py::handle(hook).attr("move_last")(py::handle(PyTuple_GET_ITEM(args, 0)));
+      tap.hooks_seen = registered;
+    }
+    tap.tap->forward_pre();
+    return py::object(py::none());
+  });
+}
+
+// Whether a module put out the one tensor that it was given.
+bool passed_on(PyObject* inputs, PyObject* output) {
+  return PyTuple_Check(inputs) && PyTuple_GET_SIZE(inputs) == 1 && PyTuple_GET_ITEM(inputs, 0) == output &&
+         THPVariable_Check(output);
+}
+
+// hook(module, args, output)
+PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    check_arguments(args, kwargs, 3, "be called with (module, args, output)");
+    PyTap& tap = tap_of(hook);
+    // Where a cached gradient may be one that a full backward hook finds at the output, Python looks: see CacheHook.
+    if (tap.tap->anchor.defined() && !passed_on(PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2)))
+      return py::object(py::handle(hook).attr("__call__")(*py::handle(args)));
+    return tap.forward(PyTuple_GET_ITEM(args, 2));
+  });
+}
+
+}  // namespace
+
+std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::string& name, const py::object& sink,
+                                      const std::string& reduce, std::vector<int64_t> dims, const py::object& output) {
+  Sink takes;
+  if (THPVariable_Check(sink.ptr())) {
+    check_destination("attach", "sink", THPVariable_Unpack(sink.ptr()));
+    takes = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
+             dims = std::move(dims)](const at::Tensor& grad) {
+      run_plan("attach", make_plan("attach", out, grad, reduction, dims, {}), out, grad, {}, 1.0, nullptr);
+    };
+  } else {
+    TORCH_CHECK_TYPE(PyCallable_Check(sink.ptr()), broken_rule("attach", "sink", "be a tensor or callable",
+                                                               type_name(sink), "Pass a function of the gradient."));
+    takes = sink_of(sink);
+  }
+  auto tap = Tap::make(std::move(step), name, {}, Calls::last);
+  tap->sink = std::move(takes);
+  return std::make_unique<PyTap>(std::move(tap), output, py::list());
+}
+
+std::unique_ptr<PyTap> PyTap::to_cache(std::shared_ptr<Step> step, const std::string& name,
+                                       std::shared_ptr<TensorCache> cache, const py::object& select,
+                                       const std::string& calls, const std::optional<at::Tensor>& anchor) {
+  Change change = change_of(select);
+  auto tap = Tap::make(std::move(step), name, {}, parse_calls(calls));
+  if (anchor) tap->anchor = *anchor;
+  tap->keep_in(std::move(cache), std::move(change));
+  return std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
+}
+
+void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(convert); }
+
+PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
+    : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
+
+void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
+  for (const py::handle hook : {pre_hook, forward_hook}) {
+    auto* type = reinterpret_cast<PyTypeObject*>(hook.ptr());
+    const bool ours_to_change = PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE) && type->tp_call;
+    TORCH_CHECK_TYPE(ours_to_change, broken_rule("call_natively", "a hook", "be a class with a __call__",
+                                                 py::str(hook).cast<std::string>(), "Pass one written in Python."));
+  }
+  // The interpreter calls an object through its type's tp_call, Dynamo traces what it finds under `__call__`: so eager
+  // code runs natively, and compiled code sees the Python of these classes.
+  reinterpret_cast<PyTypeObject*>(pre_hook.ptr())->tp_call = call_pre_hook;
+  reinterpret_cast<PyTypeObject*>(forward_hook.ptr())->tp_call = call_forward_hook;
+}
+
+// The output tensor if it can have a gradient; an error, or undefined, where it can't.
+at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) const {
+  const std::string& who = tap->point->who;
+  if (!THPVariable_Check(tensor.ptr())) throw_python(from_outputs("no_tensor")(who, given, output));
+  const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
+  check_output(who, found);
+  if (found.requires_grad()) return found;
+  if (!tap->step->missing_is_nan)
+    throw_python(py::module_::import("tlfast.backends.no_graph").attr("no_graph")(who, given, output));
+  return {};
+}
+
+// A cache keeps the output, too, also where no gradient can reach it. Its one hook counts the call as well.
+py::object PyTap::forward_cached(const py::handle& given) {
+  tap->forward_pre();
+  PyObject* found = given.ptr();
+  if (PyTuple_Check(found) && PyTuple_GET_SIZE(found)) found = PyTuple_GET_ITEM(found, 0);
+  if (!THPVariable_Check(found)) {
+    if (given.is_none()) tap->cache_output({});
+    return py::none();
+  }
+  if (!tap->step->active) return py::none();
+  tap->cache_output(detached(found));
+  if (!tap->anchor.defined() || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
+  const py::object through = behind(found);
+  return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
+}
+
+// The output behind an identity node.
+py::object PyTap::behind(const py::handle& output) const {
+  const at::Tensor through = detached(output);
+  tap->attach_behind(THPVariable_Unpack(output.ptr()), through);
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(through));
+}
+
+py::object PyTap::forward(const py::handle& given) {
+  if (tap->cache) return forward_cached(given);
+  if (!tap->step->active || !at::GradMode::is_enabled()) return py::none();
+  if (THPVariable_Check(given.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(given.ptr());
+    const References references = References::of(given.ptr(), tensor);
+    if (learning_) {
+      const References* none = nullptr;
+      auto learnt = std::make_unique<const References>(references);
+      if (unshared.compare_exchange_strong(none, learnt.get())) learnt.release();
+      return py::none();
+    }
+    const References* const most = unshared.load();
+    const bool own = most && tensor.requires_grad() && references.within(*most);
+    const at::Tensor checked_tensor = checked(given, given);
+    if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
+    return behind(given);
+  }
+  if (PyTuple_CheckExact(given.ptr())) {
+    const Py_ssize_t index = index_in(given);
+    if (index < 0) return forward_slowly(given);
+    if (!checked(PyTuple_GET_ITEM(given.ptr(), index), given).defined()) return py::none();
+    if (!others_noted_) note_others(given, py::int_(index));
+    const py::object through = behind(PyTuple_GET_ITEM(given.ptr(), index));
+    const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
+    auto replaced = py::reinterpret_steal<py::object>(PyTuple_New(n));
+    for (Py_ssize_t i = 0; i < n; ++i)
+      PyTuple_SET_ITEM(replaced.ptr(), i,
+                       py::handle(i == index ? through.ptr() : PyTuple_GET_ITEM(given.ptr(), i)).inc_ref().ptr());
+    return replaced;
+  }
+  return forward_slowly(given);
+}
+
+// Where in a tuple the tensor is, or -1 where Python is to find it: the rules are those of tlfast.backends.outputs.
+Py_ssize_t PyTap::index_in(const py::handle& given) const {
+  const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
+  if (PyLong_CheckExact(output.ptr())) {
+    const Py_ssize_t index = output.cast<Py_ssize_t>();
+    return index >= 0 && index < n && THPVariable_Check(PyTuple_GET_ITEM(given.ptr(), index)) ? index : -1;
+  }
+  if (!output.is_none()) return -1;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(given.ptr(), i);
+    if (THPVariable_Check(item) && at::isFloatingType(THPVariable_Unpack(item).scalar_type())) return i;
+  }
+  return -1;
+}
+
+// Outputs of any other kind: mappings, lists, named tuples.
+py::object PyTap::forward_slowly(const py::handle& given) {
+  const py::tuple found = from_outputs("select_output")(given, output);
+  if (!checked(found[0], given).defined()) return py::none();
+  if (!others_noted_) note_others(given, found[1]);
+  return from_outputs("replace_output")(given, found[1], behind(found[0]));
+}
+
+void PyTap::check_full(const py::handle& given) {
+  // PyTorch makes such an output anew of its items, which no other kind of tuple takes one by one.
+  const bool known = THPVariable_Check(given.ptr()) || PyTuple_CheckExact(given.ptr()) ||
+                     (PyTuple_Check(given.ptr()) && py::hasattr(given, "_make"));
+  if (!known)
+    TORCH_CHECK_TYPE(false, broken_rule(tap->point->who, "the output", "be a tensor or a tuple with attach=\"full\"",
+                                        type_name(given), "Use attach=\"tensor\"."));
+  if (!tap->step->active) return;
+  const py::tuple found = from_outputs("select_output")(given, output);
+  checked(found[0], given);
+  full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<Py_ssize_t>() : 0;
+  if (!others_noted_ && !found[1].is_none()) note_others(given, found[1]);
+}
+
+void PyTap::note_others(const py::handle& given, const py::handle& key) {
+  others_noted_ = true;
+  tap->step->note_others(*tap->point, from_outputs("other_outputs")(given, key).cast<std::string>());
+}
+
+void PyTap::full(const py::tuple& grad_output) const {
+  if (!tap->step->active) return;
+  const Py_ssize_t n = Py_ssize_t(grad_output.size());
+  const py::object grad = grad_output[size_t(full_index_ < 0 ? full_index_ + n : full_index_)];
+  if (!THPVariable_Check(grad.ptr())) return;
+  const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
+  const py::gil_scoped_release release;
+  tap->fire(tensor);
+}
+
+py::tuple waiting(const at::Tensor& value) {
+  const Waiting found = waiting_in(value);
+  py::list leaves, nodes;
+  for (const auto& leaf : found.leaves) leaves.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(leaf)));
+  for (const auto& node : found.nodes)
+    nodes.append(py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node)));
+  return py::make_tuple(leaves, nodes);
+}
+
+}  // namespace tlfast

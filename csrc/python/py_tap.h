@@ -1,0 +1,66 @@
+// The Python end of a tap: what PyTorch's module hooks call.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include "autograd/tap.h"
+
+namespace tlfast {
+
+class PyTap {
+ public:
+  // `output`: which of several outputs is meant; None is the first tensor.
+  PyTap(std::shared_ptr<Tap> tap, pybind11::object output, pybind11::list rings);
+
+  // A tap that hands each gradient to a sink, a tensor or a callable, and keeps no rows.
+  static std::unique_ptr<PyTap> to_sink(std::shared_ptr<Step> step, const std::string& name,
+                                        const pybind11::object& sink, const std::string& reduce,
+                                        std::vector<int64_t> dims, const pybind11::object& output);
+
+  // A tap that keeps outputs and gradients in a cache. `select` is None, or makes what is kept of a tensor;
+  // `anchor` is the leaf that stands for all points in backward(inputs=), or None: outputs alone are kept then.
+  static std::unique_ptr<PyTap> to_cache(std::shared_ptr<Step> step, const std::string& name,
+                                         std::shared_ptr<TensorCache> cache, const pybind11::object& select,
+                                         const std::string& calls, const std::optional<at::Tensor>& anchor);
+
+  // What is to be made of each gradient before anything else; a Python callable or None.
+  void set_convert(const pybind11::object& convert);
+
+  // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
+  pybind11::object forward(const pybind11::handle& given);
+
+  // What a full backward hook needs of an output; called before the hook wraps it.
+  void check_full(const pybind11::handle& given);
+
+  // The body of a full backward hook.
+  void full(const pybind11::tuple& grad_output) const;
+
+  // Make instances of two hook classes run natively when they are called.
+  static void call_natively(const pybind11::type& pre_hook, const pybind11::type& forward_hook);
+
+  // From now on this tap attaches to nothing: `forward` learns how often an output is referenced that nobody but its
+  // caller holds, for all taps. What is learnt first stays.
+  void learn_references() { learning_ = true; }
+
+  const std::shared_ptr<Tap> tap;
+  const pybind11::object output;
+  const pybind11::list rings;
+  long long hooks_seen = -1;  // how many hooks were registered when ours was last put behind the others
+
+ private:
+  at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
+  void note_others(const pybind11::handle& given, const pybind11::handle& key);
+  Py_ssize_t index_in(const pybind11::handle& given) const;
+  pybind11::object behind(const pybind11::handle& output) const;
+  pybind11::object forward_slowly(const pybind11::handle& given);
+  pybind11::object forward_cached(const pybind11::handle& given);
+
+  bool learning_ = false;
+  bool others_noted_ = false;
+  Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
+};
+
+// (leaves, nodes) that wait for gradients of a value: see `waiting_in`.
+pybind11::tuple waiting(const at::Tensor& value);
+
+}  // namespace tlfast
