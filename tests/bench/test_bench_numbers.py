@@ -64,11 +64,6 @@ def test_the_pages_show_what_their_results_say():
         assert numbers.between(page.read_text(encoding="utf-8"))[1] == shown, f"{page.name}: python -m bench.numbers"
 
 
-# The first results that note their commit are held to this; those before them can't be.
-@pytest.mark.xfail(
-    all(result["machine"].get("commit") is None for result in RESULTS.values()),
-    reason="measured before results noted their commit", raises=quoted.Unquotable,
-)  # fmt: skip
 def test_the_figures_are_of_one_machine_and_one_commit():
     numbers.check(RESULTS)
 
