@@ -36,7 +36,10 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 # Compiled as one file each: reading torch's headers takes most of a file's time. Every other file is compiled alone.
 TOGETHER = {
     "with_python": ("cuda_status", "module", "plain", "py_callable", "py_tap", "py_unit_writer"),
-    "with_tensors": ("backward", "capture", "device", "ring", "step", "streams", "tap", "tensor_cache"),
+    "with_tensors": (
+        "backward", "backwards", "capture", "column", "device", "keeper", "ledger", "recipe", "rows", "streams", "tap",
+        "tensor_cache",
+    ),
 }
 OLDEST_TORCH = (2, 11)
 SANITIZE = os.environ.get("TLFAST_SANITIZE") == "1"

@@ -33,10 +33,11 @@ std::optional<at::Tensor> Backward::mask_on(const at::Device& device) {
   return masks_elsewhere_.back().tensor;
 }
 
-void Backward::write_on(const c10::Stream& stream, bool again, const std::vector<Done>& failed) {
+void Backward::write_on(const c10::Stream& stream, bool again, const Ledger& ledger) {
   if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
     streams_.push_back(stream);
     if (!block->cursor) {  // a recording begins when the device is idle, and can wait only for what it holds
+      const auto failed = ledger.failed();
       for (const Done& done : failed) wait_for(done, stream);
       if (waited_.empty()) waited_ = failed;
     }
@@ -58,14 +59,12 @@ std::vector<c10::Stream> Backward::join_streams() {
   return joined;
 }
 
-void Backward::give_up(std::vector<Done>& failed) const noexcept {
+void Backward::give_up(Ledger& ledger) const noexcept {
   if (streams_.empty() || (block && block->cursor)) return;
   try {
     std::vector<Done> written;
     for (const c10::Stream& stream : streams_) written.push_back(done_by_now(stream));
-    std::erase_if(failed,
-                  [&](const Done& done) { return std::find(waited_.begin(), waited_.end(), done) != waited_.end(); });
-    failed.insert(failed.end(), written.begin(), written.end());
+    ledger.note_failed(waited_, written);
   } catch (const std::exception&) {  // the device itself has failed, and does nothing more
   }
 }

@@ -7,20 +7,9 @@
 #include <mutex>
 #include <vector>
 
-#include "ring.h"
+#include "ledger.h"
 
 namespace tlfast {
-
-// The rows of one backward: reserved at its first gradient, counted once it has ended well.
-struct Block {
-  enum class State { open, committed, aborted };
-  int64_t base, n;
-  State state = State::open;
-  std::vector<int64_t> missing;
-  int64_t* cursor = nullptr;  // of a step that is recorded
-
-  Place place() const { return {base, cursor}; }
-};
 
 // The mask of a step on one device, and where it was made.
 struct Mask {
@@ -35,12 +24,20 @@ struct Mask {
   Done made;
 };
 
+// What waits for the end of a backward at one point, where it is called several times.
+struct Pending {
+  at::Tensor sum;                              // of the gradients, for the columns that keep that
+  std::vector<std::vector<at::Tensor>> parts;  // of each column that stacks, those of its calls
+
+  bool empty() const { return !sum.defined() && parts.empty(); }
+};
+
 // One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.
 struct Backward {
   int64_t root;         // the graph task at whose end the rows are committed
   bool spoilt = false;  // a part of it has failed, and the error was caught
   std::vector<int> fired;
-  std::vector<std::vector<std::vector<at::Tensor>>> pending;  // a tap's tensors that wait for the end
+  std::vector<Pending> pending;  // of each point
   std::shared_ptr<Block> block;
   std::optional<Mask> mask;
   int64_t n_expected;
@@ -51,15 +48,15 @@ struct Backward {
 
   // Note that a gradient is written on a stream of a GPU, after what a backward that failed has begun to write. One of
   // another call of the same point, whose rows or sum it may change, was perhaps written on another stream.
-  void write_on(const c10::Stream& stream, bool again, const std::vector<Done>& failed);
+  void write_on(const c10::Stream& stream, bool again, const Ledger& ledger);
 
   // Let the current streams, those of the caller, wait for all that was written: the engine does so for the streams of
   // the leaves alone. Returns those that had to wait.
   std::vector<c10::Stream> join_streams();
 
-  // Put into `failed` what happens when all is written that was begun and not joined, in place of what that has waited
-  // for. It is called where nothing may be thrown.
-  void give_up(std::vector<Done>& failed) const noexcept;
+  // Tell the ledger what happens when all is written that was begun and not joined. It is called where nothing may be
+  // thrown.
+  void give_up(Ledger& ledger) const noexcept;
 
  private:
   std::mutex copying_;

@@ -7,7 +7,6 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <array>
 #include <string_view>
 #include <typeinfo>
 #include <unordered_map>
@@ -30,36 +29,37 @@ using autograd::variable_list;
 
 // On the grad_fn of a fresh output.
 struct PreHook : autograd::FunctionPreHook {
-  PreHook(std::shared_ptr<Tap> tap, uint32_t output_nr) : tap(std::move(tap)), output_nr(output_nr) {}
+  PreHook(std::shared_ptr<Tap> tap, uint32_t output_nr) : call(std::move(tap)), output_nr(output_nr) {}
   variable_list operator()(const variable_list& grads) override {
     const at::Tensor& grad = grads[output_nr];
     if (grad.defined())
-      tap->fire(grad);
-    else if (tap->step->active)
-      tap->fire(autograd::get_current_node()->input_metadata(output_nr).zeros_like());
+      call.tap->fire(call, grad);
+    else if (call.tap->backwards->active)
+      call.tap->fire(call, autograd::get_current_node()->input_metadata(output_nr).zeros_like());
     return grads;
   }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
-  std::shared_ptr<Tap> tap;
+  Call call;
   uint32_t output_nr;
 };
 
 // An identity whose backward fires the tap: the gradient through this module alone.
 struct IdentityNode : Node {
-  explicit IdentityNode(std::shared_ptr<Tap> tap) : tap(std::move(tap)) {}
+  explicit IdentityNode(std::shared_ptr<Tap> tap) : call(std::move(tap)) {}
   variable_list apply(variable_list&& grads) override {
+    Tap& tap = *call.tap;
     if (grads[0].defined())
-      tap->fire(grads[0]);
-    else if (tap->cache)  // as a full backward hook, which is given no gradient, and passes zeros on
+      tap.fire(call, grads[0]);
+    else if (tap.keeper->keeps_outputs())  // as a full backward hook, which is given no gradient, and passes zeros on
       grads[0] = input_metadata(0).zeros_like();
-    else if (tap->step->active)
-      tap->fire(input_metadata(0).zeros_like());
+    else if (tap.backwards->active)
+      tap.fire(call, input_metadata(0).zeros_like());
     grads.resize(num_outputs());  // nothing for the anchor
     return std::move(grads);
   }
   std::string name() const override { return "TlfastIdentity"; }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
-  std::shared_ptr<Tap> tap;
+  Call call;
 };
 
 // autograd::Edge holds its node by shared_ptr up to torch 2.11 and by intrusive_ptr in 2.13.
@@ -76,7 +76,7 @@ bool is_seen(Node& node) {
   if (!node.pre_hooks().empty() || !node.tensor_pre_hooks().empty() || !node.post_hooks().empty() ||
       !node.retains_grad_hooks().empty())
     return true;
-  if (const auto* identity = dynamic_cast<IdentityNode*>(&node)) return !identity->tap->anchor.defined();
+  if (const auto* identity = dynamic_cast<IdentityNode*>(&node)) return !identity->call.tap->anchor.defined();
   // By its name: libtorch_python doesn't export the type.
   static const std::string_view written_in_python = "N5torch8autograd6PyNodeE";
   return typeid(node).name() == written_in_python;
@@ -91,18 +91,10 @@ std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
 std::atomic<int64_t> next_number{0};
 
 void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
-  if (const auto tap = Tap::by_number(number)) tap->fire(grad);
+  if (const auto tap = Tap::by_number(number)) tap->fire(Call(tap, Call::Of::compiled), grad);
 }
 
 }  // namespace
-
-Calls parse_calls(const std::string& name) {
-  static constexpr std::array kNames{"raise", "sum", "last", "stack"};  // in the order of Calls
-  for (size_t i = 0; i < kNames.size(); ++i)
-    if (name == kNames[i]) return Calls(i);
-  const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
-  TORCH_CHECK_VALUE(false, broken_rule("capture", "calls", rule, "'" + name + "'", "Check the spelling."));
-}
 
 at::Tensor alias_of(const at::Tensor& output) {
   if (!is_plain(output)) return output.detach();
@@ -110,16 +102,17 @@ at::Tensor alias_of(const at::Tensor& output) {
   return at::Tensor::wrap_tensor_impl(impl->shallow_copy_and_detach(impl->version_counter(), false));
 }
 
-Tap::Tap(std::shared_ptr<Step> step_, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls)
-    : step(std::move(step_)),
-      point(new Point{name, "capture at " + name, std::move(rings), calls, step->points.size()}),
+Tap::Tap(std::shared_ptr<Backwards> backwards_, const std::string& name, std::shared_ptr<Keeper> keeper_)
+    : backwards(std::move(backwards_)),
+      keeper(std::move(keeper_)),
+      point(new Point{name, "capture at " + name, keeper->columns(), backwards->points.size()}),
       number(next_number++) {
-  step->points.push_back(point);
+  backwards->add(point);
 }
 
-std::shared_ptr<Tap> Tap::make(std::shared_ptr<Step> step, const std::string& name,
-                               std::vector<std::shared_ptr<Ring>> rings, Calls calls) {
-  std::shared_ptr<Tap> tap(new Tap(std::move(step), name, std::move(rings), calls));
+std::shared_ptr<Tap> Tap::make(std::shared_ptr<Backwards> backwards, const std::string& name,
+                               std::shared_ptr<Keeper> keeper) {
+  std::shared_ptr<Tap> tap(new Tap(std::move(backwards), name, std::move(keeper)));
   std::lock_guard<std::mutex> lock(registry_mutex);
   registry()[tap->number] = tap;
   return tap;
@@ -136,16 +129,32 @@ std::shared_ptr<Tap> Tap::by_number(int64_t number) {
   return found == registry().end() ? nullptr : found->second.lock();
 }
 
-void Tap::forward_pre() {
-  if (!step->active) return;
-  const bool in_backward = step->enter_forward();
-  point->last_call = ++step->n_calls;
-  if (!at::GradMode::is_enabled()) return;
-  const int64_t ended = step->n_ended;
-  if (seen_ended_.exchange(ended) != ended) n_called_ = 0;
-  ++n_called_;
-  recomputed_ = in_backward;
+Call::Call(std::shared_ptr<Tap> tap_, Of of)
+    : tap(std::move(tap_)),
+      of(of),
+      recomputed(of == Of::compiled ||
+                 (of == Of::full_hook ? tap->recomputed_.load() : autograd::get_current_graph_task_id() != -1)) {
+  if (of == Of::node) ++tap->n_in_flight_;
 }
+
+Call::~Call() {
+  if (of == Of::node) --tap->n_in_flight_;
+}
+
+void Tap::forward_pre() {
+  if (!backwards->active) return;
+  backwards->enter_forward();
+  point->last_call = ++backwards->n_calls;
+}
+
+void Tap::called_with_full_hook() {
+  const int64_t ended = backwards->ledger->n_ended;
+  if (seen_ended_.exchange(ended) != ended) n_in_flight_ = 0;
+  ++n_in_flight_;
+  recomputed_ = autograd::get_current_graph_task_id() != -1;
+}
+
+void Tap::fire_of_full_hook(const at::Tensor& grad) { fire(Call(shared_from_this(), Call::Of::full_hook), grad); }
 
 bool Tap::attach_to_node(const at::Tensor& output) {
   const auto& node = output.grad_fn();
@@ -168,54 +177,16 @@ void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
   if (tangent.defined()) through._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-bool Tap::sums() const { return point->calls == Calls::sum && (n_called_ != 1 || recomputed_); }
-
-void Tap::keep_in(std::shared_ptr<TensorCache> into, Change select) {
-  cache = std::move(into);
-  place_ = cache->add(point->name, std::move(select));
-  sink = [this](const at::Tensor& grad) {
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    cache->gradient(place_, grad, sums());
-  };
+void Tap::keep_output(const at::Tensor& kept) {
+  if (!backwards->active) return;
+  keeper->output(convert && kept.defined() ? convert(kept) : kept);
 }
 
-void Tap::cache_output(const at::Tensor& kept) {
-  if (!step->active) return;
-  cache->output(place_, convert && kept.defined() ? convert(kept) : kept);
-}
-
-void Tap::fire(const at::Tensor& given) {
-  if (!step->active) return;
-  at::Tensor grad = plain(point->who, kGradient, given);
-  if (convert) grad = plain(point->who, kGradient, convert(grad));
-  if (sink) return sink(grad);
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const auto [run, block, n_fired] = step->begin(*point, grad);
-  auto& held = run->pending[point->index];
-  const auto mask = run->mask_on(grad.device());
-  if (point->calls == Calls::stack) {
-    std::vector<at::Tensor> parts;
-    for (const auto& ring : point->rings) parts.push_back(ring->part(block->place(), grad, mask, run->scale));
-    held.push_back(std::move(parts));
-  } else if (sums()) {
-    for (const auto& ring : point->rings) ring->check(grad);
-    TORCH_CHECK_VALUE(held.empty() || held[0][0].sizes() == grad.sizes(),  // which add_ would broadcast
-                      broken_rule(point->who, "a point",
-                                  "have one shape in all calls to be summed (" +
-                                      list_of(held.empty() ? grad.sizes() : held[0][0].sizes()) + ")",
-                                  list_of(grad.sizes()), "Choose calls=\"last\" or \"stack\"."));
-    if (held.empty()) {
-      held.push_back({grad.to(accumulator(grad.scalar_type()), /*non_blocking=*/false, /*copy=*/true)});
-    } else {
-      if (on_gpu(grad)) read_on(current_stream(grad.device()), held[0][0]);  // memory of the first call's stream
-      held[0][0].add_(grad);
-    }
-  } else {
-    TORCH_CHECK(n_fired == 1 || point->calls != Calls::sum,
-                broken_rule(point->who, "a point", "fire as often as it was called since the last step", "once more",
-                            "Run one backward for each forward."));
-    for (const auto& ring : point->rings) ring->write(block->place(), grad, mask, run->scale);
-  }
+void Tap::fire(const Call& call, const at::Tensor& given) {
+  if (!backwards->active) return;
+  const at::Tensor grad = plain(point->who, kGradient, given);
+  if (!convert) return keeper->gradient(call, grad);
+  keeper->gradient(call, plain(point->who, kGradient, convert(grad)));
 }
 
 Waiting waiting_in(const at::Tensor& value) {

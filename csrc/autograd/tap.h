@@ -5,19 +5,14 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <functional>
-
-#include "step.h"
-#include "tensor_cache.h"
+#include "keeper.h"
 
 namespace tlfast {
 
-using Sink = std::function<void(const at::Tensor&)>;
-
 class Tap : public std::enable_shared_from_this<Tap> {
  public:
-  static std::shared_ptr<Tap> make(std::shared_ptr<Step> step, const std::string& name,
-                                   std::vector<std::shared_ptr<Ring>> rings, Calls calls);
+  static std::shared_ptr<Tap> make(std::shared_ptr<Backwards> backwards, const std::string& name,
+                                   std::shared_ptr<Keeper> keeper);
   ~Tap();
   Tap(const Tap&) = delete;
   Tap& operator=(const Tap&) = delete;
@@ -33,39 +28,53 @@ class Tap : public std::enable_shared_from_this<Tap> {
   // makes no gradient of a parameter.
   void attach_behind(const at::Tensor& output, const at::Tensor& through);
 
-  // Write one gradient into the rows of the running step, or hand it to the sink. Needs no GIL, and touches no Python
-  // object but through a sink or a change made of one.
-  void fire(const at::Tensor& grad);
+  // Give the keeper the gradient of a call. Needs no GIL, and touches no Python object but through a sink or a change
+  // made of one.
+  void fire(const Call& call, const at::Tensor& grad);
 
-  // Make this tap keep outputs and gradients in a cache.
-  void keep_in(std::shared_ptr<TensorCache> cache, Change select);
+  // A module called with a full backward hook, and the gradient that the hook found: it doesn't say of which call.
+  void called_with_full_hook();
+  void fire_of_full_hook(const at::Tensor& grad);
 
-  // Keep the alias of an output in the cache; undefined stands for one that is no tensor.
-  void cache_output(const at::Tensor& kept);
+  // Give the keeper the alias of an output; undefined stands for one that is no tensor.
+  void keep_output(const at::Tensor& kept);
 
   // The tap that compiled code knows by this number, or null when it is gone.
   static std::shared_ptr<Tap> by_number(int64_t number);
 
-  const std::shared_ptr<Step> step;
+  const std::shared_ptr<Backwards> backwards;
+  const std::shared_ptr<Keeper> keeper;
   const std::shared_ptr<Point> point;
   const int64_t number;
   // Set before the tap is hooked:
-  Sink sink;                           // takes the gradients in place of rows
-  Change convert;                      // made of each gradient, and of a cached output, before anything else
-  at::Tensor anchor;                   // a leaf to which every identity node leads too: see `attach_behind`
-  std::shared_ptr<TensorCache> cache;  // where whole tensors are kept
+  Change convert;     // made of each gradient, and of an output that is kept, before anything else
+  at::Tensor anchor;  // a leaf to which every identity node leads too: see `attach_behind`
 
  private:
-  Tap(std::shared_ptr<Step> step, const std::string& name, std::vector<std::shared_ptr<Ring>> rings, Calls calls);
-  bool sums() const;
+  friend struct Call;
+  Tap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper);
 
-  std::atomic<int64_t> n_called_{0};     // forwards since the last committed step; 0 in compiled code
-  std::atomic<bool> recomputed_{false};  // entered inside a backward: a checkpoint, whose other calls may still come
-  std::atomic<int64_t> seen_ended_{-1};
-  size_t place_ = 0;  // in the cache
+  std::atomic<int64_t> n_in_flight_{0};  // calls whose gradients may still come
+  std::atomic<int64_t> seen_ended_{-1};  // with full hooks: when the calls in flight were counted from 0
+  std::atomic<bool> recomputed_{false};  // and whether the last of them was a recomputation
 };
 
-Calls parse_calls(const std::string& name);
+// One forward of one point. Its autograd node owns it; it is gone when that is.
+struct Call {
+  enum class Of { node, full_hook, compiled };
+  explicit Call(std::shared_ptr<Tap> tap, Of of = Of::node);
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // Whether no other call of the point can fire in the backward in which this one fires first: else the gradients of
+  // all of them may have to be added up.
+  bool alone() const { return !recomputed && tap->n_in_flight_ <= 1; }
+
+  const std::shared_ptr<Tap> tap;
+  const Of of;
+  const bool recomputed;  // made inside a backward: of a checkpoint, whose other calls may still come
+};
 
 // The same memory without a history, as output.detach() gives it, at a fifth of its cost.
 at::Tensor alias_of(const at::Tensor& output);

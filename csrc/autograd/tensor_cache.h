@@ -10,15 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include "streams.h"
+#include "column.h"
 
 namespace tlfast {
 
 // What is made of a tensor; an empty one leaves it as it is.
 using Change = std::function<at::Tensor(const at::Tensor&)>;
-
-// The dtype in which gradients of this dtype are added up.
-inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 class TensorCache {
  public:

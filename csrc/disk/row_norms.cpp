@@ -54,7 +54,7 @@ bool has_odd(const G* row, int64_t n_values) {
 constexpr int64_t kAtOnce = 64;  // rows between two looks at their sums
 
 template <class G>
-void norms_of(const Rows& rows, int64_t first, int64_t last) {
+void norms_of(const UnitRows& rows, int64_t first, int64_t last) {
   const G* data = static_cast<const G*>(rows.data);
   double sums[kAtOnce];
   for (int64_t base = first; base < last; base += kAtOnce) {
@@ -71,7 +71,7 @@ void norms_of(const Rows& rows, int64_t first, int64_t last) {
 
 }  // namespace
 
-void row_norms(const Rows& rows, int64_t first, int64_t last) {
+void row_norms(const UnitRows& rows, int64_t first, int64_t last) {
   switch (rows.dtype) {
     case Dtype::f32:
       return norms_of<float>(rows, first, last);

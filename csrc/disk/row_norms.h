@@ -10,8 +10,8 @@ namespace tlfast {
 // docs/format.md.
 constexpr int64_t kNormLanes = 32;
 
-// Rows of one column, one after the other in memory; what is found goes to `norms` and `odd`, one of each per row.
-struct Rows {
+// UnitRows of one column, one after the other in memory; what is found goes to `norms` and `odd`, one of each per row.
+struct UnitRows {
   const void* data;
   int64_t n_rows, n_values;
   Dtype dtype;
@@ -22,6 +22,6 @@ struct Rows {
 };
 
 // The norms of rows first <= r < last.
-void row_norms(const Rows& rows, int64_t first, int64_t last);
+void row_norms(const UnitRows& rows, int64_t first, int64_t last);
 
 }  // namespace tlfast

@@ -43,8 +43,8 @@ bool set_direct(int fd, bool wanted) {
 }
 
 // The checksum goes on from block to block, the norms go row by row; each row is fetched from memory once.
-uint32_t summarise(std::span<const Rows> blocks, uint32_t crc) {
-  for (const Rows& rows : blocks) {
+uint32_t summarise(std::span<const UnitRows> blocks, uint32_t crc) {
+  for (const UnitRows& rows : blocks) {
     const int64_t row_bytes = rows.row_bytes();
     const int64_t step = std::max<int64_t>(1, row_bytes ? kSummaryBytes / row_bytes : rows.n_rows);
     for (int64_t first = 0; first < rows.n_rows; first += step) {
@@ -138,7 +138,7 @@ PayloadStream::PayloadStream(int fd, int64_t position, uint32_t crc, int64_t pie
 
 PayloadStream::~PayloadStream() = default;
 
-void PayloadStream::append(std::span<const Rows> blocks) {
+void PayloadStream::append(std::span<const UnitRows> blocks) {
   wait();
   std::vector<char> kept(kept_, kept_ + n_kept_);
   std::vector<Segment> run;
@@ -153,7 +153,7 @@ void PayloadStream::append(std::span<const Rows> blocks) {
     n_bytes += n;
   };
   add(kept.data(), n_kept_);
-  for (const Rows& rows : blocks) add(rows.data, rows.n_rows * rows.row_bytes());
+  for (const UnitRows& rows : blocks) add(rows.data, rows.n_rows * rows.row_bytes());
 
   const int64_t n_whole = n_bytes / kPage * kPage;
   for (const Segment& segment : run) {

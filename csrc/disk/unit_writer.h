@@ -27,7 +27,7 @@ class PayloadStream {
   // Write blocks of rows, one behind the other; the last bytes that fill no page are kept for the next call.
   // Returns when the norms are there: the memory belongs to the stream until the next call has returned. Memory that
   // goes on from block to block is one run. std::system_error where the disk fails, here or in the next call.
-  void append(std::span<const Rows> blocks);
+  void append(std::span<const UnitRows> blocks);
 
   // Wait for the disk, and write what is left. The content isn't durable before fdatasync.
   void finish();

@@ -6,6 +6,7 @@
 #include "cuda_status.h"
 #include "disk/crc32c.h"
 #include "kernel/errors.h"
+#include "py_callable.h"
 #include "py_tap.h"
 #include "py_unit_writer.h"
 
@@ -18,21 +19,44 @@ void check_rows(int64_t rows) {
   TORCH_CHECK_VALUE(rows > 0, broken_rule("capture", "rows", "be a positive number", rows, "Give the rows to hold."));
 }
 
-std::shared_ptr<Ring> make_ring(const std::string& column, const std::string& reduce, std::vector<int64_t> dims,
-                                const std::optional<at::ScalarType>& dtype, int64_t capacity) {
+std::shared_ptr<Column> make_column(const std::string& name, const std::string& reduce, std::vector<int64_t> dims,
+                                    const std::optional<at::ScalarType>& dtype, int64_t capacity,
+                                    const std::string& calls) {
   check_rows(capacity);
-  return std::make_shared<Ring>(column, parse_reduction(reduce), std::move(dims), dtype, capacity);
+  return std::make_shared<Column>(name, parse_reduction(reduce), std::move(dims), dtype, capacity, parse_calls(calls));
 }
 
-std::shared_ptr<Step> make_step(int64_t rows, const std::string& missing) {
+std::shared_ptr<Ledger> make_ledger(int64_t rows) {
   check_rows(rows);
+  return std::make_shared<Ledger>(rows);
+}
+
+std::shared_ptr<Backwards> make_backwards(std::shared_ptr<Ledger> ledger, const std::string& missing) {
   TORCH_CHECK_VALUE(missing == "raise" || missing == "nan", broken_rule("capture", "missing", "be one of raise, nan",
                                                                         "'" + missing + "'", "Check the spelling."));
-  return Step::make(rows, missing == "nan");
+  return Backwards::make(std::move(ledger), missing == "nan");
 }
 
-void set_batch(Step& step, const std::optional<at::Tensor>& mask, int64_t n_expected, double scale) {
-  step.set_batch(mask ? std::optional(plain("batch", "mask", *mask)) : std::nullopt, n_expected, scale);
+std::shared_ptr<ColumnsKeeper> make_columns(const py::list& columns) {
+  std::vector<std::shared_ptr<Column>> held;
+  for (const py::handle& column : columns) {
+    TORCH_CHECK_TYPE(py::isinstance<Column>(column),
+                     broken_rule("capture", "columns", "hold native columns", py::repr(column).cast<std::string>(),
+                                 "Make them by Column."));
+    held.push_back(column.cast<std::shared_ptr<Column>>());
+  }
+  return std::make_shared<ColumnsKeeper>(std::move(held));
+}
+
+std::shared_ptr<CacheKeeper> make_cache_keeper(std::shared_ptr<TensorCache> cache, const std::string& name,
+                                               const py::object& select, const std::string& calls) {
+  Change change = change_of(select);
+  const Calls known = parse_calls(calls);
+  return std::make_shared<CacheKeeper>(std::move(cache), name, std::move(change), known);
+}
+
+void set_batch(Backwards& backwards, const std::optional<at::Tensor>& mask, int64_t n_expected, double scale) {
+  backwards.set_batch(mask ? std::optional(plain("batch", "mask", *mask)) : std::nullopt, n_expected, scale);
 }
 
 // An argument for which None doesn't stand: pybind11 would make a null pointer of it.
@@ -42,58 +66,51 @@ std::optional<at::Tensor> defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
-std::unique_ptr<PyTap> make_tap(std::shared_ptr<Step> step, const std::string& name, const py::list& rings,
-                                const py::object& output, const std::string& calls) {
-  std::vector<std::shared_ptr<Ring>> held;
-  for (const py::handle& ring : rings) {
-    TORCH_CHECK_TYPE(py::isinstance<Ring>(ring), broken_rule("capture", "rings", "hold native rings",
-                                                             py::repr(ring).cast<std::string>(), "Make them by Ring."));
-    held.push_back(ring.cast<std::shared_ptr<Ring>>());
-  }
-  return std::make_unique<PyTap>(Tap::make(std::move(step), name, held, parse_calls(calls)), output, rings);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The native code of tlfast; tlfast.backends.ledger, taps and ring do the same in Python.";
+  m.doc() = "The native code of tlfast; tlfast.backends.python does the same in Python.";
+  m.attr("NAME") = "native";
   m.attr("TORCH_VERSION") = c10::str(TORCH_VERSION_MAJOR, ".", TORCH_VERSION_MINOR);
   m.def("describe", [] { return c10::str("cpu, ", cpu_features()); });
   m.def("cuda_status", &cuda_status);
   m.def("cuda_capability", &cuda_capability);
   m.def("call_natively", &PyTap::call_natively);
 
-  py::class_<Ring, std::shared_ptr<Ring>>(m, "Ring")
-      .def(py::init(&make_ring))
-      .def_readonly("column", &Ring::column)
-      .def_readwrite("masked", &Ring::masked)
-      .def_property_readonly("rows", [](const Ring& ring) { return defined(ring.rows()); })
-      .def_property_readonly("n_writes", &Ring::n_writes)
-      .def_property_readonly("counters", &Ring::counters)
-      .def_property_readonly("counted", [](const Ring& ring) {
-        const Counts counts = ring.counted();
+  py::class_<Column, std::shared_ptr<Column>>(m, "Column")
+      .def(py::init(&make_column))
+      .def_readonly("name", &Column::name)
+      .def_readwrite("masked", &Column::masked)
+      .def_property_readonly("rows", [](const Column& column) { return defined(column.rows.tensor()); })
+      .def_property_readonly("n_writes", [](const Column& column) { return column.rows.n_writes(); })
+      .def_property_readonly("counters", [](const Column& column) { return column.rows.counters(); })
+      .def_property_readonly("counted", [](const Column& column) {
+        const Counts counts = column.rows.counted();
         return std::pair(counts.nonfinite, counts.saturated);
       });
 
   py::class_<Recording>(m, "Recording").def_readonly("n_rows", &Recording::n_rows);
 
-  py::class_<Step, std::shared_ptr<Step>>(m, "Step")
-      .def(py::init(&make_step))
+  py::class_<Ledger, std::shared_ptr<Ledger>>(m, "Ledger")
+      .def(py::init(&make_ledger))
+      .def("committed", &Ledger::committed)
+      .def_property_readonly("extent", &Ledger::extent)
+      .def_property_readonly("n_ended", [](const Ledger& ledger) { return ledger.n_ended.load(); })
+      .def("clear", &Ledger::clear)
+      .def("settle", &Ledger::settle)
+      .def("start_recording", &Ledger::start_recording)
+      .def("stop_recording", &Ledger::stop_recording)
+      .def("start_trial", &Ledger::start_trial)
+      .def("stop_trial", &Ledger::stop_trial)
+      .def_property_readonly("cursor", [](const Ledger& ledger) { return defined(ledger.cursor()); })
+      .def("replay", &Ledger::replay)
+      .def("take_back", &Ledger::take_back);
+
+  py::class_<Backwards, std::shared_ptr<Backwards>>(m, "Backwards")
+      .def(py::init(&make_backwards), needed("ledger"), py::arg("missing"))
       .def("set_batch", &set_batch)
-      .def("committed", &Step::committed)
-      .def_property_readonly("extent", &Step::extent)
-      .def("clear", &Step::clear)
-      .def("settle", &Step::settle)
-      .def("start_recording", &Step::start_recording)
-      .def("stop_recording", &Step::stop_recording)
-      .def("start_trial", &Step::start_trial)
-      .def("stop_trial", &Step::stop_trial)
-      .def_property_readonly("cursor", [](const Step& step) { return defined(step.cursor()); })
-      .def("replay", &Step::replay)
-      .def("take_back", &Step::take_back)
-      .def("close", &Step::close)
-      .def_property_readonly("n_calls", [](const Step& step) { return step.n_calls.load(); })
-      .def_property_readonly("n_ended", [](const Step& step) { return step.n_ended.load(); });
+      .def("close", &Backwards::close)
+      .def_property_readonly("n_calls", [](const Backwards& backwards) { return backwards.n_calls.load(); });
 
   py::class_<TensorCache, std::shared_ptr<TensorCache>>(m, "TensorCache")
       .def(py::init([] { return std::make_shared<TensorCache>(); }))
@@ -114,12 +131,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.open().direct(); });
 
   m.def("waiting", &waiting);
+  py::class_<Keeper, std::shared_ptr<Keeper>>(m, "Keeper");
+  py::class_<ColumnsKeeper, Keeper, std::shared_ptr<ColumnsKeeper>>(m, "ColumnsKeeper").def(py::init(&make_columns));
+  py::class_<CacheKeeper, Keeper, std::shared_ptr<CacheKeeper>>(m, "CacheKeeper")
+      .def(py::init(&make_cache_keeper), needed("cache"), py::arg("name"), py::arg("select"), py::arg("calls"));
+  py::class_<SinkKeeper, Keeper, std::shared_ptr<SinkKeeper>>(m, "SinkKeeper")
+      .def(py::init(&sink_keeper), needed("sink"), py::arg("reduce"), py::arg("dims"));
   py::class_<PyTap>(m, "Tap")
-      .def(py::init(&make_tap), needed("step"), py::arg("name"), py::arg("rings"), py::arg("output"), py::arg("calls"))
-      .def_static("to_sink", &PyTap::to_sink, needed("step"), py::arg("name"), needed("sink"), py::arg("reduce"),
-                  py::arg("dims"), py::arg("output"))
-      .def_static("to_cache", &PyTap::to_cache, needed("step"), py::arg("name"), needed("cache"), py::arg("select"),
-                  py::arg("calls"), py::arg("anchor"))
+      .def(py::init<std::shared_ptr<Backwards>, const std::string&, std::shared_ptr<Keeper>, py::object,
+                    const std::optional<at::Tensor>&>(),
+           needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"),
+           py::arg("anchor"))
       .def("set_convert", &PyTap::set_convert)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
@@ -127,7 +149,6 @@ PYBIND11_MODULE(_C, m) {
       .def("check_full", &PyTap::check_full)
       .def("full", &PyTap::full)
       .def_readonly("output", &PyTap::output)
-      .def_readonly("rings", &PyTap::rings)
       .def_property_readonly("name", [](const PyTap& tap) { return tap.tap->point->name; })
       .def_property_readonly("others", [](const PyTap& tap) { return tap.tap->point->others; })
       .def_property_readonly("number", [](const PyTap& tap) { return tap.tap->number; })

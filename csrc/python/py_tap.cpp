@@ -120,39 +120,26 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
 
 }  // namespace
 
-std::unique_ptr<PyTap> PyTap::to_sink(std::shared_ptr<Step> step, const std::string& name, const py::object& sink,
-                                      const std::string& reduce, std::vector<int64_t> dims, const py::object& output) {
-  Sink takes;
-  if (THPVariable_Check(sink.ptr())) {
-    check_destination("attach", "sink", THPVariable_Unpack(sink.ptr()));
-    takes = [out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
-             dims = std::move(dims)](const at::Tensor& grad) {
-      run_plan("attach", make_plan("attach", out, grad, reduction, dims, {}), out, grad, {}, 1.0, nullptr);
-    };
-  } else {
+std::shared_ptr<SinkKeeper> sink_keeper(const py::object& sink, const std::string& reduce, std::vector<int64_t> dims) {
+  if (!THPVariable_Check(sink.ptr())) {
     TORCH_CHECK_TYPE(PyCallable_Check(sink.ptr()), broken_rule("attach", "sink", "be a tensor or callable",
                                                                type_name(sink), "Pass a function of the gradient."));
-    takes = sink_of(sink);
+    return std::make_shared<SinkKeeper>(sink_of(sink));
   }
-  auto tap = Tap::make(std::move(step), name, {}, Calls::last);
-  tap->sink = std::move(takes);
-  return std::make_unique<PyTap>(std::move(tap), output, py::list());
-}
-
-std::unique_ptr<PyTap> PyTap::to_cache(std::shared_ptr<Step> step, const std::string& name,
-                                       std::shared_ptr<TensorCache> cache, const py::object& select,
-                                       const std::string& calls, const std::optional<at::Tensor>& anchor) {
-  Change change = change_of(select);
-  auto tap = Tap::make(std::move(step), name, {}, parse_calls(calls));
-  if (anchor) tap->anchor = *anchor;
-  tap->keep_in(std::move(cache), std::move(change));
-  return std::make_unique<PyTap>(std::move(tap), py::none(), py::list());
+  check_destination("attach", "sink", THPVariable_Unpack(sink.ptr()));
+  return std::make_shared<SinkKeeper>([out = THPVariable_Unpack(sink.ptr()), reduction = parse_reduction(reduce),
+                                       dims = std::move(dims)](const at::Tensor& grad) {
+    run_plan("attach", make_plan("attach", out, grad, reduction, dims, {}), out, grad, {}, 1.0, nullptr);
+  });
 }
 
 void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(convert); }
 
-PyTap::PyTap(std::shared_ptr<Tap> tap, py::object output, py::list rings)
-    : tap(std::move(tap)), output(std::move(output)), rings(std::move(rings)) {}
+PyTap::PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
+             py::object output, const std::optional<at::Tensor>& anchor)
+    : tap(Tap::make(std::move(backwards), name, std::move(keeper))), output(std::move(output)) {
+  if (anchor) tap->anchor = *anchor;
+}
 
 void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
   for (const py::handle hook : {pre_hook, forward_hook}) {
@@ -174,7 +161,7 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
   const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
   check_output(who, found);
   if (found.requires_grad()) return found;
-  if (!tap->step->missing_is_nan)
+  if (!tap->backwards->missing_is_nan)
     throw_python(py::module_::import("tlfast.backends.no_graph").attr("no_graph")(who, given, output));
   return {};
 }
@@ -185,11 +172,11 @@ py::object PyTap::forward_cached(const py::handle& given) {
   PyObject* found = given.ptr();
   if (PyTuple_Check(found) && PyTuple_GET_SIZE(found)) found = PyTuple_GET_ITEM(found, 0);
   if (!THPVariable_Check(found)) {
-    if (given.is_none()) tap->cache_output({});
+    if (given.is_none()) tap->keep_output({});
     return py::none();
   }
-  if (!tap->step->active) return py::none();
-  tap->cache_output(detached(found));
+  if (!tap->backwards->active) return py::none();
+  tap->keep_output(detached(found));
   if (!tap->anchor.defined() || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
   const py::object through = behind(found);
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
@@ -203,8 +190,8 @@ py::object PyTap::behind(const py::handle& output) const {
 }
 
 py::object PyTap::forward(const py::handle& given) {
-  if (tap->cache) return forward_cached(given);
-  if (!tap->step->active || !at::GradMode::is_enabled()) return py::none();
+  if (tap->keeper->keeps_outputs()) return forward_cached(given);
+  if (!tap->backwards->active || !at::GradMode::is_enabled()) return py::none();
   if (THPVariable_Check(given.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(given.ptr());
     const References references = References::of(given.ptr(), tensor);
@@ -266,26 +253,26 @@ void PyTap::check_full(const py::handle& given) {
   if (!known)
     TORCH_CHECK_TYPE(false, broken_rule(tap->point->who, "the output", "be a tensor or a tuple with attach=\"full\"",
                                         type_name(given), "Use attach=\"tensor\"."));
-  if (!tap->step->active) return;
+  if (!tap->backwards->active) return;
   const py::tuple found = from_outputs("select_output")(given, output);
-  checked(found[0], given);
+  if (checked(found[0], given).defined()) tap->called_with_full_hook();
   full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<Py_ssize_t>() : 0;
   if (!others_noted_ && !found[1].is_none()) note_others(given, found[1]);
 }
 
 void PyTap::note_others(const py::handle& given, const py::handle& key) {
   others_noted_ = true;
-  tap->step->note_others(*tap->point, from_outputs("other_outputs")(given, key).cast<std::string>());
+  tap->backwards->note_others(*tap->point, from_outputs("other_outputs")(given, key).cast<std::string>());
 }
 
 void PyTap::full(const py::tuple& grad_output) const {
-  if (!tap->step->active) return;
+  if (!tap->backwards->active) return;
   const Py_ssize_t n = Py_ssize_t(grad_output.size());
   const py::object grad = grad_output[size_t(full_index_ < 0 ? full_index_ + n : full_index_)];
   if (!THPVariable_Check(grad.ptr())) return;
   const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
   const py::gil_scoped_release release;
-  tap->fire(tensor);
+  tap->fire_of_full_hook(tensor);
 }
 
 py::tuple waiting(const at::Tensor& value) {

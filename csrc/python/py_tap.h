@@ -9,19 +9,10 @@ namespace tlfast {
 
 class PyTap {
  public:
-  // `output`: which of several outputs is meant; None is the first tensor.
-  PyTap(std::shared_ptr<Tap> tap, pybind11::object output, pybind11::list rings);
-
-  // A tap that hands each gradient to a sink, a tensor or a callable, and keeps no rows.
-  static std::unique_ptr<PyTap> to_sink(std::shared_ptr<Step> step, const std::string& name,
-                                        const pybind11::object& sink, const std::string& reduce,
-                                        std::vector<int64_t> dims, const pybind11::object& output);
-
-  // A tap that keeps outputs and gradients in a cache. `select` is None, or makes what is kept of a tensor;
-  // `anchor` is the leaf that stands for all points in backward(inputs=), or None: outputs alone are kept then.
-  static std::unique_ptr<PyTap> to_cache(std::shared_ptr<Step> step, const std::string& name,
-                                         std::shared_ptr<TensorCache> cache, const pybind11::object& select,
-                                         const std::string& calls, const std::optional<at::Tensor>& anchor);
+  // `output`: which of several outputs is meant; None is the first tensor. `anchor` is the leaf that stands for all
+  // points in backward(inputs=), or None; what keeps outputs keeps them alone, then.
+  PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
+        pybind11::object output, const std::optional<at::Tensor>& anchor);
 
   // What is to be made of each gradient before anything else; a Python callable or None.
   void set_convert(const pybind11::object& convert);
@@ -44,7 +35,6 @@ class PyTap {
 
   const std::shared_ptr<Tap> tap;
   const pybind11::object output;
-  const pybind11::list rings;
   long long hooks_seen = -1;  // how many hooks were registered when ours was last put behind the others
 
  private:
@@ -59,6 +49,10 @@ class PyTap {
   bool others_noted_ = false;
   Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
 };
+
+// A keeper that hands each gradient to a sink, a tensor or a callable.
+std::shared_ptr<SinkKeeper> sink_keeper(const pybind11::object& sink, const std::string& reduce,
+                                        std::vector<int64_t> dims);
 
 // (leaves, nodes) that wait for gradients of a value: see `waiting_in`.
 pybind11::tuple waiting(const at::Tensor& value);

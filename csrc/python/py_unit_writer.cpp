@@ -53,7 +53,7 @@ const PayloadStream& PyPayloadStream::open() const {
 }
 
 void PyPayloadStream::append(const std::vector<Block>& blocks) {
-  std::vector<Rows> rows;
+  std::vector<UnitRows> rows;
   for (const auto& [data, n_rows, n_values, dtype, norms, odd] : blocks) {
     const bool there = n_rows == 0 || (norms && odd && (data || n_values == 0));
     if (n_rows < 0 || n_values < 0 || !there)

@@ -42,10 +42,12 @@ BY_ANNOTATION = {
     "bool": ["yes", object()],
     "str": [None, 1, object()],
     "Sequence[int]": [None, 1, "1", ["1"], [None], [1.5]],
-    "Step": [None, 1, object()],
+    "Ledger": [None, 1, object()],
+    "Backwards": [None, 1, object()],
+    "Keeper": [None, 1, object()],
     "TensorCache": [None, 1, object()],
     "Recording": [None, 1, object()],
-    "list[Ring]": [None, 1, [None], [1], ["0"]],
+    "list[Column]": [None, 1, [None], [1], ["0"]],
     "torch.dtype | None": ["float32", 1, float],
     "torch.device": [None, "cpu", 0],
     "torch.Tensor": [None, 1, object()],
@@ -55,7 +57,7 @@ BY_ANNOTATION = {
     "tuple[torch.Tensor | None, ...]": [None, 1, [torch.ones(2)]],
 }
 UNCHECKED = {  # any value will do
-    ("Tap", "output"), ("to_sink", "output"), ("PayloadStream", "path"), ("forward", "inputs"),
+    ("Tap", "output"), ("PayloadStream", "path"), ("forward", "inputs"),
 }  # fmt: skip
 
 
@@ -74,9 +76,11 @@ class Made:
     """The native module, and what is right at each argument."""
 
     def __init__(self, module, path):
-        self.module, self.step = module, module.Step(4, "raise")
+        self.module, self.ledger = module, module.Ledger(4)
+        self.backwards = module.Backwards(self.ledger, "raise")
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        self.ring = module.Ring("0", "sum", [1], None, 4)
+        self.column = module.Column("0", "sum", [1], None, 4, "raise")
+        self.keeper = module.ColumnsKeeper([self.column])
         self.hooks = [type("Hook", (), {"__call__": lambda *_: None}) for _ in range(2)]
 
     def right(self, name, annotation):
@@ -90,7 +94,8 @@ class Made:
         if annotation.endswith("None"):
             return None
         kinds = {
-            "int": 4, "float": 1.0, "bool": False, "str": "0", "Step": self.step, "list[Ring]": [self.ring],
+            "int": 4, "float": 1.0, "bool": False, "str": "0", "Ledger": self.ledger, "list[Column]": [self.column],
+            "Backwards": self.backwards, "Keeper": self.keeper,
             "Sequence[int]": [1], "torch.device": torch.device("cpu"), "TensorCache": self.module.TensorCache(),
             "object": torch.ones(2, requires_grad=True) * 1, "torch.Tensor": torch.ones((), requires_grad=True) * 1,
             "tuple[object, ...]": (),
@@ -101,8 +106,9 @@ class Made:
         if name == "PayloadStream":
             return self.module.PayloadStream(self.fd, 0, 0, 4096, "path")
         if name == "Tap":
-            return self.module.Tap(self.step, "0", [self.ring], None, "raise")
-        return {"Step": self.step, "Ring": self.ring, "TensorCache": self.module.TensorCache()}[name]
+            return self.module.Tap(self.backwards, "0", self.keeper, None, None)
+        made = {"Ledger": self.ledger, "Backwards": self.backwards, "Column": self.column}
+        return {**made, "TensorCache": self.module.TensorCache()}[name]
 
     def call(self, owner, name, static):
         if owner is None:
@@ -148,23 +154,23 @@ def test_wrong_arguments_raise(made, owner, name, static, arguments):
 def test_nothing_is_left_out_of_the_stub(made):
     public = {name for name in vars(made.module) if not name.startswith("_")}
     stubbed = {node.name for node in STUB.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    assert public - stubbed == {"TORCH_VERSION"}
+    assert public - stubbed == {"NAME", "TORCH_VERSION"}
 
 
 WORDS = {
     "calls": (
-        lambda m: m.Tap(m.Step(1, "nan"), "0", [], None, "stop"),
+        lambda m: m.Column("0", "sum", [1], None, 4, "stop"),
         "capture: calls must be one of raise, sum, last, stack, got 'stop'. Check the spelling.",
     ),
     "missing": (
-        lambda m: m.Step(1, "zero"),
+        lambda m: m.Backwards(m.Ledger(1), "zero"),
         "capture: missing must be one of raise, nan, got 'zero'. Check the spelling.",
     ),
     "reduce": (
-        lambda m: m.Ring("0", "average", [1], None, 4),
+        lambda m: m.Column("0", "average", [1], None, 4, "raise"),
         "capture: reduce must be one of none, sum, mean, last, norm, absmax, got 'average'. Check the spelling.",
     ),
-    "rows": (lambda m: m.Step(0, "nan"), "capture: rows must be a positive number, got 0. Give the rows to hold."),
+    "rows": (lambda m: m.Ledger(0), "capture: rows must be a positive number, got 0. Give the rows to hold."),
     "data": (
         lambda m: m.crc32c(memoryview(b"abcd")[::2], 0),
         "crc32c: data must be contiguous, got a buffer with gaps. Make bytes of it.",
@@ -222,7 +228,7 @@ def test_a_hook_without_its_tap_raises(native):
 
 def test_gradients_of_a_full_hook_in_another_way_raise(native):
     made = tlfast.backends.choice.loaded()
-    tap = made.Tap(made.Step(1, "nan"), "0", [], None, "raise")
+    tap = made.Tap(made.Backwards(made.Ledger(1), "nan"), "0", made.ColumnsKeeper([]), None, None)
     with pytest.raises(IndexError):
         tap.full(())
     tap.check_full((1, torch.ones(2, requires_grad=True) * 1))

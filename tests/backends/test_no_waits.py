@@ -11,7 +11,7 @@ from tiny_models import sequences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlfast
-import tlfast.backends.rows
+import tlfast.backends.column
 from tlfast.backends import reference
 from tlfast.collecting.batches import Batching, as_examples
 from tlfast.collecting.unit import Runner
@@ -65,15 +65,15 @@ def test_the_reference_asks_for_no_value(reduce, masked, dtype):
 
 
 def test_counts_are_kept_where_the_rows_are():
-    ring = tlfast.backends.rows.Ring("point", "none", (), torch.float16, 2)
-    assert ring.counted == (0, 0)
+    column = tlfast.backends.column.Column("point", "none", (), torch.float16, 2, "raise")
+    assert column.counted == (0, 0)
     grad = torch.tensor([[1e6, float("nan"), 1.0], [float("inf"), -1e6, 2.0]])
     with NoQuestions():
-        ring.write(0, grad, None, 1.0)
-        ring.write(0, grad, None, 1.0)
-    assert ring.counters.dtype == torch.int64
-    assert ring.counters.device == ring.rows.device
-    assert ring.counted == (8, 4)
+        column.write(0, grad, None, 1.0)
+        column.write(0, grad, None, 1.0)
+    assert column.counters.dtype == torch.int64
+    assert column.counters.device == column.rows.device
+    assert column.counted == (8, 4)
 
 
 @pytest.mark.parametrize("calls", ["raise", "sum", "last", "stack"])

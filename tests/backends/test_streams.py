@@ -10,7 +10,7 @@ from torch import nn
 
 import tlfast
 from tlfast import _build_info
-from tlfast.backends import ledger, rows, streams, taps, tensor_cache
+from tlfast.backends import backwards, column, keepers, ledger, recipe, rows, streams, tensor_cache
 
 B, P, D = 2, 3, 4
 pytestmark = pytest.mark.simt
@@ -27,12 +27,12 @@ def gpu(request, monkeypatch):
         torch.ops.tlfast_simt.set_stream(0)
         return
     fakes = FakeStreams()
-    for module in (streams, ledger, rows, taps, tensor_cache):
+    for module in (streams, backwards, column, keepers, ledger, rows, tensor_cache):
         monkeypatch.setattr(module, "current_stream", fakes.current_stream)
-    for module in (streams, rows, taps, tensor_cache):
+    for module in (streams, backwards, keepers, rows, tensor_cache):
         monkeypatch.setattr(module, "read_on", fakes.read_on)
-    for name in ("_capture", "put_stack", "fill_nan"):
-        monkeypatch.setattr(rows.Ring, name, fakes.launching(getattr(rows.Ring, name)))
+    for kind, name in ((recipe.Recipe, "write"), (column.Column, "put_stack"), (rows.Rows, "fill_nan")):
+        monkeypatch.setattr(kind, name, fakes.launching(getattr(kind, name)))
     yield "python", fakes
 
 

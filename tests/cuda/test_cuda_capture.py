@@ -63,7 +63,7 @@ def test_rows_of_both_attachments(gpu, model, attach, reduce, masked):
             assert rows.device == gpu.device
             assert_captured(rows.cpu(), right[name], reduce, (1,), mask if masked else None, what=name)
     for name in POINTS:
-        assert_untouched(cap._rings[name].rows.cpu(), 2 * B)
+        assert_untouched(cap._columns[name].rows.cpu(), 2 * B)
         assert cap.counts[name] == {"nonfinite": 0, "saturated": 0}
 
 

@@ -89,7 +89,7 @@ def test_replays_make_the_rows_of_single_steps(gpu, settings, reduce):
             assert replayed.isnan().all()
             assert graph.missing[name].tolist() == [False] * B + [True] * N * B
         else:
-            assert_untouched(graph._rings[name].rows.cpu(), first + N * B)
+            assert_untouched(graph._columns[name].rows.cpu(), first + N * B)
             blocks = replayed.split(B)
             assert not any(torch.equal(a, b) for a, b in itertools.pairwise(blocks))
     assert graph.counts == eager.counts

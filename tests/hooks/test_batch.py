@@ -92,7 +92,7 @@ def test_clear_forgets_rows_and_keeps_memory(backend, attach):
             with cap.batch(ids="abc"):
                 setup.loss().backward()
             first = cap["hook"].clone()
-            memory = cap._rings["hook"].rows.data_ptr()
+            memory = cap._columns["hook"].rows.data_ptr()
             assert (cap.rows, cap.ids) == (3, ["a", "b", "c"])
             cap.clear()
             assert (cap.rows, cap.ids, cap["hook"].shape[0]) == (0, [], 0)
@@ -104,7 +104,7 @@ def test_clear_forgets_rows_and_keeps_memory(backend, attach):
             setup.loss().backward()
     assert cap.ids == ["x", "y", "z"]
     assert_same_bits(cap["hook"], first)
-    assert cap._rings["hook"].rows.data_ptr() == memory
+    assert cap._columns["hook"].rows.data_ptr() == memory
 
 
 def test_a_mask_elsewhere_is_refused_also_where_its_sizes_are_known(backend, attach):
@@ -166,9 +166,9 @@ def test_a_step_and_its_rows_are_found_without_walking_the_steps_before(backend,
         def committed(step):
             raise AssertionError("a step asks for all steps before it")
 
-        monkeypatch.setattr(type(cap._step), "committed", committed)
+        monkeypatch.setattr(type(cap._ledger), "committed", committed)
         if backend == "python":
-            cap._step.blocks = NotWalked()
+            cap._ledger.blocks = NotWalked()
         for number in range(1, 11):
             with cap.batch(ids="abc"):
                 setup.loss().backward()
@@ -190,5 +190,5 @@ def test_rows_are_counted_beside_failed_backwards_and_holes(backend):
             with pytest.raises(ZeroDivisionError):
                 x.backward()
             setup.loss().backward()
-            assert cap.rows == sum(n for _, n, _ in cap._step.committed())
+            assert cap.rows == sum(n for _, n, _ in cap._ledger.committed())
         assert cap.rows == 9

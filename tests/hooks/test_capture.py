@@ -46,7 +46,7 @@ def test_every_reduction_over_several_steps(backend, attach, reduce, dtype):
         setup.loss().backward()
     for name in setup.points:
         assert cap[name].dtype == (dtype or torch.float32)
-        assert_untouched(cap._rings[name].rows, 9)
+        assert_untouched(cap._columns[name].rows, 9)
         for start, used in ((0, None), (3, mask), (6, None)):
             assert_captured(cap[name][start : start + 3], right[name][0], reduce, (1,), used)
         assert_same_bits(cap[name][6:9], cap[name][:3])
@@ -61,7 +61,7 @@ def test_over_other_dimensions(backend, attach, over, dims, n_rows):
     assert cap.rows == n_rows
     value = cap["hook"] if n_rows == 3 else cap["hook"][0]
     assert_captured(value, right, "sum", dims)
-    assert_untouched(cap._rings["hook"].rows, n_rows)
+    assert_untouched(cap._columns["hook"].rows, n_rows)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -109,7 +109,7 @@ def test_rows_are_a_view_and_are_never_part_of_a_graph(backend, attach):
     setup = SETUPS["chain"]()
     with tlfast.capture(setup.model, "hook", rows=4, attach=attach, backend=backend) as cap:
         setup.loss().backward(create_graph=True)
-    assert cap["hook"].data_ptr() == cap._rings["hook"].rows.data_ptr()
+    assert cap["hook"].data_ptr() == cap._columns["hook"].rows.data_ptr()
     assert not cap["hook"].requires_grad
     assert cap["hook"].grad_fn is None
     setup.model.zero_grad()  # breaks the cycle that create_graph made
@@ -194,7 +194,7 @@ def test_zero_examples_make_zero_rows(backend, attach):
     assert cap.rows == 2
     assert cap["hook"].shape == (2, 6)
     assert not cap["hook"].isnan().any()
-    assert math.isnan(cap._rings["hook"].rows[2, 0])
+    assert math.isnan(cap._columns["hook"].rows[2, 0])
 
 
 def test_clear_lets_the_rows_have_another_shape(backend, attach):
@@ -214,7 +214,7 @@ def test_clear_lets_the_rows_have_another_shape(backend, attach):
         for _ in range(2):
             uneven(model(long)).backward()
         assert_same_bits(cap["hook"], right[6].repeat(2, 1, 1))
-        assert cap._rings["hook"].rows[6].isnan().all()
+        assert cap._columns["hook"].rows[6].isnan().all()
         assert_same_bits(held, kept)
         with pytest.raises(ValueError, match=r"a row must have shape \[6, 6\] in every step, got \[4, 6\]"):
             uneven(model(short)).backward()

@@ -86,7 +86,7 @@ def fails(setup, backend, attach, kind, text, step, **options):
     assert not hooks_left(setup.model)
     for name in setup.points:
         assert_same_bits(cap[name], right[name][0].repeat(2, 1, 1), name)
-        assert cap._rings[name].rows[6:].isnan().all() or options["rows"] == 6
+        assert cap._columns[name].rows[6:].isnan().all() or options["rows"] == 6
 
 
 def test_backward_outside_of_batch_sizes(backend, attach):
@@ -240,4 +240,4 @@ def test_aborted_rows_between_good_ones_are_not_counted(backend, attach):
             out.sum().backward()
         setup.loss().backward()
     assert_same_bits(cap["hook"], right["hook"][0].repeat(2, 1, 1))
-    assert_untouched(cap._rings["hook"].rows, 6)
+    assert_untouched(cap._columns["hook"].rows, 6)

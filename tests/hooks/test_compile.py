@@ -53,7 +53,7 @@ def test_trap_26_inductor_without_a_graph_break(backend):
     assert cap.rows == 6
     for name in setup.points:
         torch.testing.assert_close(cap[name], right[name][0].repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
-        assert cap._rings[name].rows[6:].isnan().all()
+        assert cap._columns[name].rows[6:].isnan().all()
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -102,11 +102,11 @@ def test_after_the_capture_compiled_code_writes_nothing(backend):
     with tlfast.capture(setup.model, setup.points, rows=4, backend=backend) as cap:
         step = torch.compile(setup.loss, backend="aot_eager", fullgraph=True)
         step().backward()
-    before = {name: cap._rings[name].rows.clone() for name in cap.names}
+    before = {name: cap._columns[name].rows.clone() for name in cap.names}
     step().backward()
     assert cap.rows == 3
     for name in cap.names:
-        assert_same_bits(cap._rings[name].rows, before[name])
+        assert_same_bits(cap._columns[name].rows, before[name])
     del cap
     step().backward()  # its taps are gone altogether
 

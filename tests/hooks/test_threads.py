@@ -62,7 +62,7 @@ def test_trap_27_several_backwards_through_one_captured_model(backend, attach, c
 
         in_threads(*[lambda x=x: work(x) for x in batches])
     assert cap.rows == n_rows
-    blocks = cap._step.committed()
+    blocks = cap._ledger.committed()
     sizes = sorted(n for _, n, _ in blocks)
     assert sizes == sorted(len(x) for x in batches for _ in range(n_steps))
     for start, n, missing in blocks:

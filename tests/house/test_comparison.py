@@ -151,21 +151,21 @@ def test_assert_untouched_refuses_strays_holes_and_empty_proofs():
 
 
 def test_assert_rows_refuses_a_shifted_column():
-    class Ring:
+    class Column:
         rows = torch.full((4, 2), math.nan)
 
     class Cap:
-        _rings = {"a": Ring}  # noqa: RUF012
+        _columns = {"a": Column}  # noqa: RUF012
 
         def __getitem__(self, name):
-            return self._rings[name].rows[:2]
+            return self._columns[name].rows[:2]
 
-    Ring.rows[:2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    right = Ring.rows[:2].clone()
+    Column.rows[:2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    right = Column.rows[:2].clone()
     assert_rows(Cap(), "a", right)
     for bad in (right.roll(1, 0), right * 2, right[:1]):
         with pytest.raises(AssertionError):
             assert_rows(Cap(), "a", bad)
-    Ring.rows[2] = 0
+    Column.rows[2] = 0
     with pytest.raises(AssertionError):
         assert_rows(Cap(), "a", right)

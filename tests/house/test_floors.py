@@ -106,7 +106,7 @@ def test_an_import_of_a_library_is_found():
 
 def test_an_upward_include_is_found():
     assert len(upward_includes(Path("csrc/kernel/view.h"), '#include "tap.h"\n#include <vector>\n')) == 1
-    assert upward_includes(Path("csrc/autograd/tap.cpp"), '#include "tap.h"\n#include "ring.h"\n') == []
+    assert upward_includes(Path("csrc/autograd/tap.cpp"), '#include "tap.h"\n#include "rows.h"\n') == []
 
 
 @pytest.mark.parametrize(

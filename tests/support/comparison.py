@@ -164,4 +164,4 @@ def assert_untouched(ring: torch.Tensor, written: int) -> None:
 def assert_rows(cap: object, name: str, expected: torch.Tensor) -> None:
     """A column holds ``expected`` to the bit, and nothing lies behind it in the ring."""
     assert_same_bits(cap[name], expected, name)  # type: ignore[index]
-    assert_untouched(cap._rings[name].rows, len(expected))  # type: ignore[attr-defined]
+    assert_untouched(cap._columns[name].rows, len(expected))  # type: ignore[attr-defined]

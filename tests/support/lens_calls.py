@@ -16,6 +16,7 @@ from lens_models import first_example
 from lens_outcomes import changes, differences, marks, outcome
 
 import tlfast.transformer_lens as lens
+from tlfast.backends import python
 
 OURS = ("ours, native", "ours, python")
 WAYS = ("accelerate, native", "accelerate, python", "install, native", *OURS)
@@ -41,8 +42,8 @@ def plain_python():
     """Python instead of native code wherever a backend is chosen."""
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
-            if name.startswith("tlfast.") and hasattr(module, "pick_native"):
-                stack.enter_context(patch.object(module, "pick_native", lambda *_: None))
+            if name.startswith("tlfast.") and hasattr(module, "pick_backend"):
+                stack.enter_context(patch.object(module, "pick_backend", lambda *_: python))
         yield
 
 

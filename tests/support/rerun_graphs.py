@@ -30,8 +30,9 @@ class RerunGraphs:
         run()
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        step, rings = self.cap._step, self.cap._rings.values()
-        written = [t for ring in rings for t in (ring.rows, ring.counters) if t is not None] + [step.cursor]
+        ledger, columns = self.cap._ledger, self.cap._columns.values()
+        written = [t for column in columns for t in (column.rows, column.counters) if t is not None]
+        written.append(ledger.cursor)
         before = [t.clone() for t in written]
         out = run()
         for tensor, value in zip(written, before, strict=True):
@@ -43,11 +44,11 @@ class RerunGraphs:
                 return
             self.n_replays += 1
             ids = list(self.cap._ids)
-            step.start_recording(torch.device("cpu"))
+            ledger.start_recording(torch.device("cpu"))
             try:
                 again = run()
             finally:
-                step.stop_recording()
+                ledger.stop_recording()
                 self.cap._ids[:] = ids
             if out is not None:
                 out.data.copy_(again.data)

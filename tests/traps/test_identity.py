@@ -8,9 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import tlfast
-from tlfast.backends.choice import pick_native
-from tlfast.backends.ledger import Step
-from tlfast.backends.tensor_cache import CachingTap, TensorCache
+from tlfast.backends.choice import pick_backend
 from tlfast.hooks.attachment import CachingHooks, caching_hook, caching_id
 
 NO_ROWS = "ignore:capture. no backward reached the points"
@@ -65,18 +63,17 @@ class Caching:
     """A caching tap on one module, of either backend."""
 
     def __init__(self, module, backend):
-        native = pick_native("a test", backend, set())
-        self.cache = TensorCache() if native is None else native.TensorCache()
-        make = CachingTap if native is None else native.Tap.to_cache
-        self.step = Step(1, "nan") if native is None else native.Step(1, "nan")
-        tap = make(self.step, "0", self.cache, None, "last", torch.zeros((), requires_grad=True))
-        self.hooks = CachingHooks(module, caching_hook(tap, native), caching_id(native))
+        engine = pick_backend("a test", backend, set())
+        self.cache, self.backwards = engine.TensorCache(), engine.Backwards(engine.Ledger(1), "nan")
+        keeper = engine.CacheKeeper(self.cache, "0", None, "last")
+        tap = engine.Tap(self.backwards, "0", keeper, None, torch.zeros((), requires_grad=True))
+        self.hooks = CachingHooks(module, caching_hook(tap, engine), caching_id(engine))
 
     def __enter__(self):
         return self.cache
 
     def __exit__(self, *_):
-        self.step.close()
+        self.backwards.close()
         self.hooks.remove()
 
 

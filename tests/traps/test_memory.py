@@ -28,7 +28,7 @@ def test_trap_20_hooks_return_nothing_and_change_nothing(backend, attach):
     with tlfast.capture(setup.model, setup.points, reduce="mean", rows=4, attach=attach, backend=backend) as cap:
         setup.loss().backward()
         full = _FullHook(cap._taps[0][1])
-        cap._step.close()
+        cap._backwards.close()
         assert full(setup.model, (), (torch.ones(3, 4, 6),)) is None
     for p, want in zip(setup.model.parameters(), plain, strict=True):
         assert_same_bits(p.grad, want)
@@ -38,7 +38,7 @@ def test_trap_22_rows_are_never_resized(backend, attach):
     setup = chain()
     with tlfast.capture(setup.model, "hook", rows=7, attach=attach, backend=backend) as cap:
         setup.loss().backward()
-        raw = cap._rings["hook"].rows
+        raw = cap._columns["hook"].rows
         before = raw.clone()
         with pytest.raises(
             ValueError, match=r"capture at hook: a row must have shape \[4, 6\] in every step, got \[2, 6\]"

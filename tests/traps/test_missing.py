@@ -129,7 +129,7 @@ def test_trap_08_nan_rows_and_a_flag_and_never_stale_ones(backend, attach):
                 "experts.0": [False] * 6, "experts.1": flags, "experts.2": flags,
             }  # fmt: skip
     assert not cap["experts.0"].isnan().any()
-    assert cap._rings["experts.1"].rows[6].isnan().all()
+    assert cap._columns["experts.1"].rows[6].isnan().all()
 
 
 @pytest.mark.parametrize("how", ["detached later", "detached inside", "no_grad"])

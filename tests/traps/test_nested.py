@@ -309,9 +309,9 @@ def test_trap_43_threads_do_not_mix_their_inner_backwards(backend, attach):
 
     with tlfast.capture(cases[0].model, "0", rows=99, attach=attach, backend=backend, calls="stack") as cap:
         in_threads(*[lambda case=case: work(case) for case in cases])
-    assert sorted(n for _, n, _ in cap._step.committed()) == [2] * n_steps + [3] * n_steps
+    assert sorted(n for _, n, _ in cap._ledger.committed()) == [2] * n_steps + [3] * n_steps
     weight = cases[0].model[0].weight.detach().sum(0)
-    for start, n, _ in cap._step.committed():
+    for start, n, _ in cap._ledger.committed():
         rows = cap["0"][start : start + n]
         outer = 2 * 2 * weight if n == 2 else torch.full((4,), 2.0)
         inner = torch.ones(4) if n == 2 else 2 * weight

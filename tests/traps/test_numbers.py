@@ -44,9 +44,9 @@ def test_trap_11_create_graph_leaves_the_ring_out_of_the_graph(backend, attach, 
             for _ in range(2):
                 setup.loss().backward(create_graph=True)
         rows = cap["hook"][:, 0] if calls == "stack" else cap["hook"]
-        assert not cap._rings["hook"].rows.requires_grad
+        assert not cap._columns["hook"].rows.requires_grad
         assert_captured(rows[3:], right, reduce, (1,))
-        assert cap._rings["hook"].rows[6].isnan().all()
+        assert cap._columns["hook"].rows[6].isnan().all()
     setup.model.zero_grad()
 
 
@@ -70,7 +70,7 @@ def test_trap_14_autocast_takes_the_dtype_from_the_gradient(backend, attach, dty
     assert cap["linear"].dtype == (dtype or torch.bfloat16)
     assert next(model.parameters()).dtype == torch.float32
     assert_captured(cap["linear"], grad, "sum", (1,))
-    assert_untouched(cap._rings["linear"].rows, 3)
+    assert_untouched(cap._columns["linear"].rows, 3)
 
 
 def test_trap_14_float64_models_keep_float64(backend, attach):

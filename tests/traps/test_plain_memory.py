@@ -281,9 +281,9 @@ def test_the_op_and_the_taps_check_for_themselves(native):
     with pytest.raises(ValueError, match=r"capture: grad must be dense, got torch._mkldnn. Use to_dense"):
         torch.ops.tlfast.capture(out, torch.ones(3, 6).to_mkldnn(), "none", [])
     with pytest.raises(RuntimeError, match=r"attach: sink must be a tensor with memory of its own, got a lazy view. "):
-        _C.Tap.to_sink(_C.Step(1, "nan"), "0", LAZY["negated"][0](), "none", [], None)
+        _C.SinkKeeper(LAZY["negated"][0](), "none", [])
     with pytest.raises(ValueError, match=r"batch: mask must be dense, got torch.sparse_coo. Use to_dense"):
-        _C.Step(1, "nan").set_batch(torch.ones(2, 2, dtype=torch.bool).to_sparse(), -1, 1.0)
+        _C.Backwards(_C.Ledger(1), "nan").set_batch(torch.ones(2, 2, dtype=torch.bool).to_sparse(), -1, 1.0)
     assert out.isnan().all()
 
 

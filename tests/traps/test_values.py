@@ -46,7 +46,7 @@ def test_trap_01_gradients_of_any_strides(backend, attach, kind, reduce, n_examp
     if n_examples:
         torch.testing.assert_close(cap["0"], right, rtol=1e-6, atol=1e-6)
     assert cap["0"].shape == right.shape
-    assert cap._rings["0"].rows[n_examples:].isnan().all()
+    assert cap._columns["0"].rows[n_examples:].isnan().all()
 
 
 def test_trap_01_the_gradient_of_a_sum_is_expanded(backend, attach):

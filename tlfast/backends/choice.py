@@ -7,12 +7,14 @@ import os
 import warnings
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import broken_rule
 from ..spec import REDUCTIONS, Over, one_of, parse_over
-from . import cuda_status, reference
+from . import cuda_status, python, reference
+from .interface import Backend
 from .plain import destination, plain
 
 
@@ -151,6 +153,17 @@ def pick_native(who: str, wanted: str, devices: set[str]) -> ModuleType | None:
     if module is None and wanted == "native":
         raise RuntimeError(broken_rule(who, "backend", "be usable", f"native: {reason}", 'Pass backend="auto".'))
     return native() if module is None else module
+
+
+if TYPE_CHECKING:  # both are what is asked of a backend
+    from .. import _C as _native
+
+    _BACKENDS: tuple[Backend, Backend] = (_native, python)
+
+
+def pick_backend(who: str, wanted: str, devices: set[str]) -> Backend:
+    """The engine of a capture: as `pick_native`, and the one in Python where that is None."""
+    return pick_native(who, wanted, devices) or python
 
 
 def reduce_into(

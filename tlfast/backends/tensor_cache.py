@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import broken_rule
-from .ledger import Step
-from .outputs import alias, replace_output
 from .reference import accumulator
 from .streams import current_stream, read_on
-from .taps import Tap, _Identity
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -105,58 +101,6 @@ class TensorCache:
     def clashes(self) -> list[tuple[int, str]]:
         """(point, why) of the gradients that couldn't be added up, and are not kept: one point fails no other's."""
         return [(point, self._places[point].clash) for point in self._gradients if self._places[point].clash]
-
-
-class _CachingIdentity(_Identity):
-    """For a cache: where no gradient comes it fires no tap and passes zeros on, as a full backward hook does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.zeros = partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
-        return _Identity.forward(ctx, x, tap, anchor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor, None, None]:
-        return _Identity.backward(ctx, grad) if grad is not None else (ctx.zeros(), None, None)
-
-
-class CachingTap(Tap):
-    """A tap that keeps outputs and gradients in a cache, and no rows."""
-
-    def __init__(
-        self, step: Step, name: str, cache: TensorCache, select: Change | None, calls: str,
-        anchor: torch.Tensor | None,
-    ):  # fmt: skip
-        super().__init__(step, name, [], None, calls)
-        self.cache, self.anchor = cache, anchor
-        self.place = cache.add(name, select)
-
-    def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
-        self.forward_pre()
-        in_tuple = isinstance(output, tuple) and len(output) > 0
-        found = output[0] if isinstance(output, tuple) and output else output
-        if not self.step.active:
-            return None
-        if not isinstance(found, torch.Tensor):
-            if output is None:
-                self.cache.output(self.place, None)
-            return None
-        with torch.no_grad():
-            self.cache.output(self.place, self.converted(alias(found)))
-        if self.anchor is None or not torch.is_grad_enabled() or self.checked_output(found) is None:
-            return None
-        through: Any = self.identity(found)
-        replaced: object = replace_output(output, 0 if in_tuple else None, through)
-        return replaced
-
-    def identity(self, tensor: torch.Tensor) -> Any:
-        return _CachingIdentity.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def fire(self, grad: torch.Tensor) -> None:
-        if self.step.active:
-            self.cache.gradient(self.place, self.taken(grad), self.sums())
 
 
 def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import BackwardHook, RemovableHandle
 
-from ..backends.ledger import refuse_compiled_autograd
+from ..backends.backwards import refuse_compiled_autograd
+from ..backends.interface import Backend
 from ..backends.outputs import replace_output, select_output
 from ..backends.plain import check_full_hook
 from ..backends.taps import fire_op
@@ -191,7 +191,7 @@ for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckInputsHook, _CheckH
 
 
 @lru_cache(maxsize=1)
-def _learn_references(native: ModuleType) -> None:
+def _learn_references(native: Any) -> None:
     """Let the native hooks learn how often an output is referenced that nobody else holds.
 
     Only such an output's own node may be hooked: whoever else holds the tensor can send it gradients that did not pass
@@ -203,36 +203,37 @@ def _learn_references(native: ModuleType) -> None:
             return x * 2
 
     probe = Doubled()
-    tap = native.Tap(native.Step(1, "raise"), "probe", [], None, "raise")
+    tap = native.Tap(native.Backwards(native.Ledger(1), "raise"), "probe", native.ColumnsKeeper([]), None, None)
     tap.learn_references()
     probe.register_forward_hook(_NativeForwardHook(tap))
     with torch.inference_mode(False), torch.enable_grad():
         probe(torch.zeros(1, requires_grad=True))
 
 
-def _prepare(native: ModuleType) -> None:
+def _prepare(native: Any) -> None:
     """Make the native hooks native; without what is learnt here, every output gets an identity node."""
     native.call_natively(_NativePreHook, _NativeForwardHook)
     if not _global_forward_hooks:  # one that keeps what it sees would be taken for nobody
         _learn_references(native)
 
 
-def hook_module(module: nn.Module, tap: Any, attach: str, native: ModuleType | None) -> list[Any]:
+def hook_module(module: nn.Module, tap: Any, attach: str, backend: Backend) -> list[Any]:
     """Register a tap's hooks on a module; the handles remove them.
 
     "auto" is "tensor": it is equal to "full" wherever both exist, and works where full hooks don't (in-place
     operations, mapping outputs).
     """
-    if native is not None:
-        _prepare(native)
-    pre = ForwardPreHook(tap) if native is None else _NativePreHook(tap)
+    native = backend.NAME == "native"
+    if native:
+        _prepare(backend)
+    pre = _NativePreHook(tap) if native else ForwardPreHook(tap)
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))
         handles.append(module.register_forward_pre_hook(_CheckInputsHook(tap)))
         handles.append(module.register_full_backward_hook(_FullHook(tap)))
     else:
-        handles.append(module.register_forward_hook(_ForwardHook(tap) if native is None else _NativeForwardHook(tap)))
+        handles.append(module.register_forward_hook(_NativeForwardHook(tap) if native else _ForwardHook(tap)))
     pre.hook_id = handles[1].id
     return handles
 
@@ -255,15 +256,15 @@ class CachingHooks:
         self.module._forward_hooks.pop(self.id, None)
 
 
-def caching_hook(tap: Any, native: ModuleType | None) -> CacheHook:
+def caching_hook(tap: Any, backend: Backend) -> CacheHook:
     """The forward hook of a tap that caches."""
-    return CacheHook(tap) if native is None else _NativeCacheHook(tap)
+    return _NativeCacheHook(tap) if backend.NAME == "native" else CacheHook(tap)
 
 
-def caching_id(native: ModuleType | None) -> int:
+def caching_id(backend: Any) -> int:
     """The id under which a run's hooks stand."""
-    if native is not None:
-        native.call_natively(_NativePreHook, _NativeCacheHook)
+    if backend.NAME == "native":
+        backend.call_natively(_NativePreHook, _NativeCacheHook)
     handle: int = RemovableHandle(OrderedDict()).id
     return handle
 

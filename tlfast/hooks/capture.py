@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends.choice import pick_native
-from ..backends.ledger import Step
+from ..backends.choice import pick_backend
 from ..backends.plain import destination
-from ..backends.reference import capture as capture_in_python
-from ..backends.taps import SinkTap
 from ..errors import broken_rule
 from ..spec import (
     REDUCTIONS,
@@ -86,12 +83,12 @@ def capture(
 class AttachHandle:
     """Takes a sink off its module: `remove`, or the end of a ``with`` block."""
 
-    def __init__(self, step: Any, handles: list[Any]):
-        self._step, self._handles = step, handles
+    def __init__(self, backwards: Any, handles: list[Any]):
+        self._backwards, self._handles = backwards, handles
 
     def remove(self) -> None:
         """Detach; a backward whose forward ran before doesn't reach the sink any more."""
-        self._step.close()
+        self._backwards.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -155,14 +152,8 @@ def attach(
     dims = () if reduce == "none" else parse_over(who, over)
     check_not_compiled(who, module)
     devices = {p.device.type for p in module.parameters()}
-    native = pick_native(who, backend, devices | ({sink.device.type} if isinstance(sink, torch.Tensor) else set()))
-    name = type(module).__name__
-    step: Any = Step(1, "nan") if native is None else native.Step(1, "nan")
-    if native is not None:
-        tap = native.Tap.to_sink(step, name, sink, reduce, dims, output)
-    elif isinstance(sink, torch.Tensor):
-        out = sink
-        tap = SinkTap(step, name, lambda grad: capture_in_python(out, grad, reduce, dims, who=who), output)
-    else:
-        tap = SinkTap(step, name, sink, output)
-    return AttachHandle(step, hook_module(module, tap, attach, native))
+    made_for = devices | ({sink.device.type} if isinstance(sink, torch.Tensor) else set())
+    engine = pick_backend(who, backend, made_for)
+    backwards = engine.Backwards(engine.Ledger(1), "nan")
+    tap = engine.Tap(backwards, type(module).__name__, engine.SinkKeeper(sink, reduce, dims), output, None)
+    return AttachHandle(backwards, hook_module(module, tap, attach, engine))

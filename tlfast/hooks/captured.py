@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends import ledger as python_steps
-from ..backends import rows as python_ring
-from ..backends import taps as python_taps
-from ..backends.choice import pick_native
+from ..backends.choice import pick_backend
+from ..backends.interface import Column, Tap
 from ..backends.plain import plain
 from ..errors import broken_rule
 from ..spec import Points, Spec, one_of, stored_dtype
@@ -65,17 +63,16 @@ class Capture:
         one_of(who, "calls", calls, ("raise", "sum", "last", "stack"))
         one_of(who, "missing", missing, ("raise", "nan"))
         devices = {p.device.type for p in model.parameters() if not p.is_meta}  # meta: kept elsewhere till it is used
-        module = pick_native(who, backend, devices)
-        self._native = module
-        self.backend = "python" if module is None else "native"
+        self._engine = engine = pick_backend(who, backend, devices)
+        self.backend = engine.NAME
         self.capacity = rows
         self._model, self._attach = model, attach
-        ring_type: Any = python_ring.Ring if module is None else module.Ring
-        tap_type: Any = python_taps.Tap if module is None else module.Tap
-        self._step: Any = python_steps.Step(rows, missing) if module is None else module.Step(rows, missing)
-        self._rings: dict[str, Any] = {}
+        self._ledger: Any = engine.Ledger(rows)
+        self._backwards = engine.Backwards(self._ledger, missing)
+        self._columns: dict[str, Column] = {}
         self.wanted: dict[str, tuple[str, Spec]] = {}  # column -> its point and what is kept there
-        self._taps: list[tuple[nn.Module, Any]] = []
+        self._taps: list[tuple[nn.Module, Tap]] = []
+        self._columns_of: list[list[str]] = []  # of each tap
         found = [self._find(spec.points) for spec in specs]
         modules = {name: module for points in found for name, module in points.items()}
         for name in dict.fromkeys(name for points in found for name in points):
@@ -85,20 +82,21 @@ class Capture:
                     broken_rule(who, "output", f"be the same in all specs of {name}", [s.output for s in here],
                                 "Use one capture for each output.")
                 )  # fmt: skip
-            rings = []
+            columns = []
             for spec in here:
                 column = name if len(here) == 1 else f"{name}:{spec.label}"
-                if column in self._rings:
+                if column in self._columns:
                     raise ValueError(
                         broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
                     )
                 dtype = stored_dtype(who, spec.dtype)
-                self._rings[column] = ring_type(column, spec.reduce, spec.dims, dtype, rows)
-                rings.append(self._rings[column])
+                self._columns[column] = engine.Column(column, spec.reduce, spec.dims, dtype, rows, calls)
+                columns.append(column)
                 self.wanted[column] = name, spec
-            tap = tap_type(self._step, name, rings, here[0].output, calls)
-            self._taps.append((modules[name], tap))
-        self.names: list[str] = list(self._rings)
+            keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
+            self._taps.append((modules[name], engine.Tap(self._backwards, name, keeper, here[0].output, None)))
+            self._columns_of.append(columns)
+        self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
         self._ids: list[Any] = []
         self._see: See | None = None
@@ -132,12 +130,12 @@ class Capture:
         if isinstance(error, RuntimeError) and changed_in_place(error):
             called = max((tap for _, tap in self._taps), key=lambda tap: tap.last_call, default=None)
             raise in_place_error(called.name if called is not None else "?") from error
-        if error is None and not self._step.n_ended:
+        if error is None and not self._ledger.n_ended:
             tell_no_rows(self._compiled_before, any(tap.last_call for _, tap in self._taps), self._why_no_rows(0))
 
     def _why_no_rows(self, calls_before: int) -> str:
         before, now = self._backwards_before, n_backwards()
-        ran = None if self._step.n_ended or before is None or now is None else now > before + 1
+        ran = None if self._ledger.n_ended or before is None or now is None else now > before + 1
         return why_no_rows([tap for _, tap in self._taps], calls_before, ran)
 
     def watched(self, see: See) -> Capture:
@@ -148,7 +146,7 @@ class Capture:
     def unmasked(self, columns: Iterable[str]) -> Capture:
         """Leave the masks of `batch` out at these columns, whose gradients have no positions."""
         for column in columns:
-            self._rings[column].masked = False
+            self._columns[column].masked = False
         return self
 
     def _conversion(self, module: nn.Module) -> Change | None:
@@ -159,10 +157,10 @@ class Capture:
         return find_points("capture", self._model, points)
 
     def _hook(self, module: nn.Module, tap: Any) -> list[Any]:
-        return hook_module(module, tap, self._attach, self._native)
+        return hook_module(module, tap, self._attach, self._engine)
 
     def _detach(self) -> None:
-        self._step.close()
+        self._backwards.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -172,7 +170,7 @@ class Capture:
     @property
     def rows(self) -> int:
         """The number of committed rows, the same at every point."""
-        n_rows: int = self._step.extent[0]
+        n_rows: int = self._ledger.extent[0]
         return n_rows
 
     def __len__(self) -> int:
@@ -182,7 +180,7 @@ class Capture:
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._rings
+        return name in self._columns
 
     def keys(self) -> list[str]:
         """The same as `names`, so that ``dict(cap)`` has the rows of each column."""
@@ -195,24 +193,24 @@ class Capture:
         return True  # also without a row: it is asked whether there is a capture
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The committed rows of one column: Tensor[rows, ...], a view of the ring that `clear` lets go.
+        """The committed rows of one column: Tensor[rows, ...], a view of memory that `clear` lets go.
 
         Raises:
             KeyError: for a name that isn't in `names`.
             RuntimeError: if nothing was ever written there.
         """
-        if name not in self._rings:
+        if name not in self._columns:
             raise KeyError(
                 broken_rule("capture", "a name", f"be one of {', '.join(self.names[:8])}", repr(name), "See cap.names.")
             )
-        rows = self._rings[name].rows
+        rows = self._columns[name].rows
         if rows is None:
             raise RuntimeError(
                 broken_rule("capture", f"the column {name}", "have been written", "no row", "Run a backward first.")
             )
-        n_rows, end = self._step.extent
+        n_rows, end = self._ledger.extent
         if n_rows < end:  # a failed backward left a hole between two others that ran beside it
-            return torch.cat([rows[base : base + n] for base, n, _ in self._step.committed()])
+            return torch.cat([rows[base : base + n] for base, n, _ in self._ledger.committed()])
         view: torch.Tensor = rows[:end]
         return view
 
@@ -226,10 +224,10 @@ class Capture:
         """For each column Bool[rows]: True where the point did not fire and the row is NaN (``missing="nan"``)."""
         out = {name: torch.zeros(self.rows, dtype=torch.bool) for name in self.names}
         start = 0
-        for _, n, absent in self._step.committed():
+        for _, n, absent in self._ledger.committed():
             for index in absent:
-                for ring in self._taps[index][1].rings:
-                    out[ring.column][start : start + n] = True
+                for column in self._columns_of[index]:
+                    out[column][start : start + n] = True
             start += n
         return out
 
@@ -237,19 +235,19 @@ class Capture:
     def counts(self) -> dict[str, dict[str, int]]:
         """For each column how many stored values were non-finite, and how many of them only through the cast."""
         kinds = ("nonfinite", "saturated")
-        self._step.settle()
-        return {name: dict(zip(kinds, ring.counted, strict=True)) for name, ring in self._rings.items()}
+        self._ledger.settle()
+        return {name: dict(zip(kinds, column.counted, strict=True)) for name, column in self._columns.items()}
 
     @property
     def counters(self) -> list[torch.Tensor]:
-        """What `counts` reads and how often rows were written: for each column int64 [3] on its ring's device."""
-        self._step.settle()
-        return [ring.counters for ring in self._rings.values()]
+        """What `counts` reads and how often rows were written: for each column int64 [3] on the device of its rows."""
+        self._ledger.settle()
+        return [column.counters for column in self._columns.values()]
 
     @property
     def n_writes(self) -> list[int]:
         """How often the rows of each column were, or are still to be, written by what was launched until now."""
-        return [ring.n_writes for ring in self._rings.values()]
+        return [column.n_writes for column in self._columns.values()]
 
     def clear(self) -> None:
         """Forget all rows; the next may have other shapes. RuntimeError while a backward is running.
@@ -257,7 +255,7 @@ class Capture:
         The memory stays in use where the shape stays; where it doesn't, a CUDA graph that was recorded before is an
         error when it is replayed.
         """
-        self._step.clear()
+        self._ledger.clear()
         self._ids.clear()
 
     @contextmanager
@@ -287,19 +285,19 @@ class Capture:
             )
         if not grad_scale > 0:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
-        ended, calls_before = self._step.n_ended, self._step.n_calls
+        ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
         self._ids += [None] * (self.rows - len(self._ids))
-        self._step.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
+        self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         try:
             yield
         finally:
-            self._step.set_batch(None, -1, 1.0)
+            self._backwards.set_batch(None, -1, 1.0)
             written = self.rows - len(self._ids)  # clear() inside the block empties both
             if ids is not None and len(ids):
                 self._ids += list(ids) * (written // len(ids))
             else:
                 self._ids += [None] * written
-        if self._step.n_ended == ended:
+        if self._ledger.n_ended == ended:
             raise RuntimeError(
                 broken_rule(
                     who, "the block", "hold a forward and a backward", "no committed row",

@@ -95,26 +95,26 @@ class GraphStep:
             remedy = "The first run allocates what the others use."
             raise ValueError(broken_rule(who, "warmup", "be at least 1", repr(warmup), remedy))
         graphs = graphs_for(inputs[0].device)
-        self._cap, self._native_step = cap, cap._step
+        self._cap, self._ledger = cap, cap._ledger
         # Memory of the graph's own, which every replay reads again.
         self._inputs = tuple(x.detach().clone() for x in inputs)
         n_ids = len(cap._ids)
         try:
             for _ in range(warmup):
-                self._native_step.start_trial()
+                self._ledger.start_trial()
                 try:
                     graphs.warm_up(lambda: step(*self._inputs))
                 finally:
-                    self._native_step.stop_trial()
+                    self._ledger.stop_trial()
                     del cap._ids[n_ids:]
-            self._native_step.start_recording(inputs[0].device)
+            self._ledger.start_recording(inputs[0].device)
             try:
                 self._replay, out = graphs.record(lambda: step(*self._inputs))
             except BaseException:
                 with suppress(RuntimeError):  # says that there is no backward; what went wrong says more
-                    self._native_step.stop_recording()
+                    self._ledger.stop_recording()
                 raise
-            self._recording = self._native_step.stop_recording()
+            self._recording = self._ledger.stop_recording()
             # Without its history: that would keep the nodes of the parameters, whose stream is that of the recording.
             self._out = tree_map_only(torch.Tensor, torch.Tensor.detach, out)
         finally:
@@ -142,11 +142,11 @@ class GraphStep:
             raise ValueError(broken_rule("graph_step", "inputs", f"be {_kinds(self._inputs)}", _kinds(inputs), remedy))
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given, non_blocking=True)
-        self._native_step.replay(self._recording)
+        self._ledger.replay(self._recording)
         try:
             self._replay()
         except BaseException:
-            self._native_step.take_back(self._recording)
+            self._ledger.take_back(self._recording)
             raise
         return self._out
 

@@ -46,7 +46,7 @@ class LensCapture(Capture):
     def _hook(self, module: nn.Module, tap: Any) -> list[Any]:
         convert_at(module, tap)
         # Permanent: the capture ends with its block, and not where the code in it resets the hooks of TransformerLens.
-        hooks = TapHandle(module, tap, self._attach, self._native)
+        hooks = TapHandle(module, tap, self._attach, self._engine)
         listed = ListedTap(module, hooks, ("bwd_hooks",), permanent=True)
         norm = norm_of(self._model, module)
         if norm is None:

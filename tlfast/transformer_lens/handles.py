@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backends import ledger as python_steps
-from ..backends.choice import pick_native
-from ..backends.taps import SinkTap
+from ..backends.choice import pick_backend
+from ..backends.interface import Backend
 from ..errors import broken_rule
 from ..hooks.attachment import (
     CacheHook,
@@ -33,8 +31,8 @@ class TapHandle:
     A backward whose forward ran before still reaches the tap, as it does a full backward hook that is removed.
     """
 
-    def __init__(self, module: Any, tap: Any, attach: str, native: ModuleType | None):
-        self._handles = hook_module(module, tap, attach, native)
+    def __init__(self, module: Any, tap: Any, attach: str, engine: Backend):
+        self._handles = hook_module(module, tap, attach, engine)
         self.id = self._handles[-1].id  # as a RemovableHandle has it
 
     def remove(self) -> None:
@@ -117,7 +115,7 @@ class Sinks:
     def __init__(self, point: Any):
         self._point, self._name = point, str(point.name)
         self._tap: Any = None
-        self._native = pick_native("transformer_lens", "auto", set())
+        self._engine = pick_backend("transformer_lens", "auto", set())
         self.handles: list[SinkHandle] = []
         pre, hook = _SinkPreHook(self), _SinkHook(self)
         self._hooked = [point.register_forward_pre_hook(pre), point.register_forward_hook(hook)]
@@ -158,9 +156,8 @@ class Sinks:
             for hook in hooks:
                 hook(point, (), (grad,))  # TransformerLens' own wrapping: conversions, alias names
 
-        if self._native is None:
-            return SinkTap(python_steps.Step(1, "nan"), self._name, sink, None)
-        return self._native.Tap.to_sink(self._native.Step(1, "nan"), self._name, sink, "none", (), None)
+        backwards = self._engine.Backwards(self._engine.Ledger(1), "nan")
+        return self._engine.Tap(backwards, self._name, self._engine.SinkKeeper(sink, "none", ()), None, None)
 
 
 class _SinkPreHook(ForwardPreHook):

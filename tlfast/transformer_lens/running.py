@@ -12,9 +12,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from ..backends import ledger as python_steps
-from ..backends import tensor_cache as python_cache
-from ..backends.choice import pick_native, reduce_into
+from ..backends.choice import pick_backend, reduce_into
 from ..backends.reference import normal_dims, reduced_shape
 from ..errors import broken_rule
 from ..hooks.attachment import CachingHooks, caching_hook, caching_id
@@ -83,9 +81,9 @@ class Run:
     def __init__(self, who: str, asked: Asked, kept: Kept, calls: str, backend: str, backward: bool):
         one_of(who, "calls", calls, ("sum", "last"))
         one_of(who, "backend", backend, ("auto", "native", "python"))
-        self.native = pick_native(who, backend, set())  # holding a tensor is the same on every device
-        self.step: Any = python_steps.Step(1, "nan") if self.native is None else self.native.Step(1, "nan")
-        self.cache: Any = python_cache.TensorCache() if self.native is None else self.native.TensorCache()
+        self.engine = pick_backend(who, backend, set())  # holding a tensor is the same on every device
+        self.backwards = self.engine.Backwards(self.engine.Ledger(1), "nan")
+        self.cache = self.engine.TensorCache()
         # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter. Without a backward
         # there is none, and the taps keep outputs and change nothing.
         self.anchor = torch.zeros((), requires_grad=True) if backward else None
@@ -110,8 +108,7 @@ class Run:
         backward: its components look there to choose their path.
         """
         lists = ("fwd_hooks",) if self.anchor is None else ("fwd_hooks", "bwd_hooks")
-        make = python_cache.CachingTap if self.native is None else self.native.Tap.to_cache
-        handle_id = caching_id(self.native)
+        handle_id = caching_id(self.engine)
         listed: list[ListedTap | OwnHooks] = []
         entered: list[RemovableHandle] = []
         own_ways = {id(point) for point in of_users_classes(self.points)}
@@ -121,12 +118,13 @@ class Run:
                 select = self.kept.at(self.asked.model, self.asked.known, names[0], point)
                 if select is not None and not self.kept.as_theirs and point._backward_hooks:  # which may change it
                     self.late[place], select = select, None
-                tap = make(self.step, names[0], self.cache, select, self.calls, self.anchor)
+                keeper = self.engine.CacheKeeper(self.cache, names[0], select, self.calls)
+                tap = self.engine.Tap(self.backwards, names[0], keeper, None, self.anchor)
                 if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
                     listed.append(OwnHooks(point, tap, backward=self.anchor is not None))
                     continue
                 convert_at(point, tap)
-                hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.native)
+                hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.engine)
                 hook.anchor = self.anchor
                 if point._forward_hooks and self.anchor is not None:  # which may call other points
                     entered.append(point.register_forward_pre_hook(partial(self._entered, place)))
@@ -134,7 +132,7 @@ class Run:
             yield
         finally:
             self.asked.forget()
-            self.step.close()
+            self.backwards.close()
             for handle in (*listed, *entered):
                 handle.remove()
 
@@ -162,10 +160,11 @@ class Run:
             value.backward()
             return
         # Towards the anchor, and to whatever else waits for a gradient: hooks, leaves that the model doesn't own.
-        leaves, nodes = (python_cache if self.native is None else self.native).waiting(value)
+        leaves, nodes = self.engine.waiting(value)
         own = {id(param) for param in self.asked.model.parameters()}
         edges = [GradientEdge(node, 0) for node in nodes]
-        torch.autograd.backward(value, inputs=[self.anchor, *(leaf for leaf in leaves if id(leaf) not in own), *edges])
+        ways: list[Any] = [self.anchor, *(leaf for leaf in leaves if id(leaf) not in own), *edges]
+        torch.autograd.backward(value, inputs=ways)
 
     def clashes(self) -> dict[str, str]:
         """The points whose gradients of several calls can't be added up, by the names that were asked for, and why."""

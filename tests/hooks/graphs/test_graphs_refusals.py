@@ -51,7 +51,7 @@ def test_no_room_is_told_before_anything_runs(rerun, model, batches):
             step(batches[2])
         assert made.n_replays == 2
         assert_rows(cap, "first", before)
-        assert_untouched(cap._rings["first"].rows, 2 * B)
+        assert_untouched(cap._columns["first"].rows, 2 * B)
 
 
 @pytest.mark.simt
@@ -96,7 +96,7 @@ def test_the_cpu_has_no_graphs(native, model, batches):
         with pytest.raises(RuntimeError, match=r"graph_step: inputs\[0\] must be on a CUDA device, got cpu\."):
             tlfast.graph_step(cap, step_of(model), batches[0])
         with pytest.raises(RuntimeError, match="graph_step: the device must be one of CUDA, got cpu"):
-            cap._step.start_recording(torch.device("cpu"))
+            cap._ledger.start_recording(torch.device("cpu"))
         step_of(model)(batches[0])
         assert cap.rows == B
 
@@ -106,7 +106,7 @@ def test_rows_elsewhere_than_the_cursor(native, model, batches):
         step_of(model)(batches[0])
         text = r"graph_step: all rows must be on meta, as inputs\[0\] is, got cpu at first\. Run the step itself\."
         with pytest.raises(RuntimeError, match=text):
-            cap._step.start_recording(torch.device("meta"))
+            cap._ledger.start_recording(torch.device("meta"))
         step_of(model)(batches[1])
         assert cap.rows == 2 * B
 

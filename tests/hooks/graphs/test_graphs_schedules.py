@@ -64,9 +64,9 @@ def run(cap, order, model, tokens, one_by_one, rerun):
         assert cap.rows == sum(map(len, expected)), (what, which)
         if expected:
             assert_same_bits(cap["first"], torch.cat(expected), (what, which))
-    done = [ring.counters[2].item() - ring.n_writes for ring in cap._rings.values()]
+    done = [ring.counters[2].item() - ring.n_writes for ring in cap._columns.values()]
     assert done == [0]
-    assert cap._rings["first"].n_writes >= n_writes
+    assert cap._columns["first"].n_writes >= n_writes
 
 
 def fails(graph, batch):

@@ -1,0 +1,82 @@
+// A column: what one spec keeps at one point. A recipe, its rows, and what to do about several calls.
+#pragma once
+
+#include <memory>
+#include <mutex>
+
+#include "recipe.h"
+#include "rows.h"
+
+namespace tlfast {
+
+// What to do where a point is called, and so fires, several times in one backward.
+enum class Calls { raise, sum, last, stack };
+Calls parse_calls(const std::string& name);
+
+// The dtype in which gradients of this dtype are added up.
+inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+class Column {
+ public:
+  Column(std::string name, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
+         int64_t capacity, Calls calls);
+
+  // An error unless a gradient makes rows that fit those that are there.
+  void check(const at::Tensor& grad) { fitting(grad); }
+
+  // Reduce, cast and copy a gradient into the rows from `place` on.
+  void write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step, double scale);
+
+  // The same into rows of its own, for one of several calls.
+  at::Tensor part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
+                  double scale);
+
+  // Write the parts of several calls; they become the first dimension of a row.
+  void put_stack(const Place& place, const std::vector<at::Tensor>& parts);
+
+  // An error where the rows lie on another device than the cursor of a recording.
+  void check_recorded_on(const at::Device& device) const;
+
+  const std::string name, who;
+  const Calls calls;
+  bool masked = true;  // false: the gradients have no positions, and a step's mask is not about them
+  const Recipe recipe;
+  Rows rows;
+
+ private:
+  // What was learnt from a gradient of this geometry. A training loop has the same one at every step, buckets of
+  // lengths have a few in turn.
+  struct Known {
+    bool fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+              const std::optional<c10::Stream>& stream) const;
+
+    int64_t generation;  // of the rows, whose address is among what was learnt
+    std::vector<int64_t> sizes, strides, mask_sizes, mask_strides;
+    at::ScalarType dtype;
+    at::Device device;
+    Plan plan;
+    char* rows;
+    int64_t row_bytes;
+    // Of rows on a GPU:
+    std::optional<c10::Stream> stream;
+    int64_t row_elements;
+    at::Tensor scratch;
+  };
+
+  at::Tensor fitting(const at::Tensor& grad);
+  const std::optional<at::Tensor>& own(const std::optional<at::Tensor>& mask) const;
+  std::shared_ptr<const Known> recall(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+                                      const std::optional<c10::Stream>& stream) const;
+  std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
+                                     const std::optional<c10::Stream>& stream);
+  void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
+
+  mutable std::mutex mutex_;
+  std::mutex launching_;  // held over the launches of a reduction that is split
+  static constexpr size_t kGeometries = 8;
+  std::vector<std::shared_ptr<const Known>> known_;  // at most that many: a new one takes the place of the oldest
+  size_t oldest_known_ = 0;
+  std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live
+};
+
+}  // namespace tlfast

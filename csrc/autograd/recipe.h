@@ -1,0 +1,46 @@
+// What a column computes of a gradient: immutable, and knows no memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "capture.h"
+
+namespace tlfast {
+
+class Recipe {
+ public:
+  // `who` is named by its errors; without a dtype the rows have that of the gradients.
+  Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype);
+
+  // How many rows a gradient of this shape makes: one an example, or one where the batch is reduced.
+  int64_t n_rows(at::IntArrayRef shape) const { return keeps_batch(shape) ? shape[0] : 1; }
+
+  // The shape of one of these rows, and its dtype.
+  std::vector<int64_t> row_shape(at::IntArrayRef shape) const;
+  at::ScalarType row_dtype(const at::Tensor& grad) const { return dtype_.value_or(grad.scalar_type()); }
+
+  // Of rows, the first ones, in the shape that this gradient is reduced to.
+  at::Tensor first_of(const at::Tensor& rows, const at::Tensor& grad) const;
+
+  // How a gradient is written into `out`, checked.
+  Plan plan(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask) const;
+
+  // Memory for the rows of one gradient alone, in the shape that it is reduced to.
+  at::Tensor empty_for(const at::Tensor& grad) const;
+
+  bool keeps_batch(at::IntArrayRef shape) const;
+
+ private:
+  std::vector<int64_t> dims_of(at::IntArrayRef shape) const;
+
+  const std::string who_;
+  const Reduction reduction_;
+  const std::vector<int64_t> dims_;
+  const std::optional<at::ScalarType> dtype_;
+};
+
+}  // namespace tlfast

@@ -1,0 +1,107 @@
+"""Keepers, in plain Python: what a tap gives the outputs and gradients of its point to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import broken_rule
+from .backwards import Pending, Point
+from .calls import Call
+from .column import Column
+from .reference import accumulator, capture
+from .streams import current_stream, read_on
+from .tensor_cache import Change, TensorCache
+
+
+class Keeper:
+    """What all keepers are asked for."""
+
+    keeps_outputs = False  # whether outputs are kept, and a call without a gradient passes zeros on
+    columns: Sequence[Column] = ()  # that make rows of a gradient; without one no backward is a step
+
+    def gradient(self, call: Call, grad: torch.Tensor) -> None:
+        """The gradient of one call: plain memory, without a history."""
+        raise NotImplementedError
+
+    def output(self, kept: torch.Tensor | None) -> None:
+        """What a call put out, as an alias without a history; None stands for what is no tensor."""
+
+
+class ColumnsKeeper(Keeper):
+    """Columns of rows."""
+
+    def __init__(self, columns: list[Column]):
+        self.columns = columns
+
+    def gradient(self, call: Call, grad: torch.Tensor) -> None:
+        point: Point = call.tap.point
+        run, block = call.tap.backwards.begin(point, grad.shape, grad.device)
+        held = run.pending.setdefault(point.index, Pending())
+        mask, summed = run.mask_on(grad.device), False
+        for number, column in enumerate(self.columns):
+            if column.calls == "stack":
+                held.parts.setdefault(number, []).append(column.part(grad, mask, run.scale))
+            elif column.calls == "sum" and (not call.alone or held.sum is not None):
+                column.check(grad)
+                if not summed:
+                    _add_to(held, point.who, grad)
+                summed = True
+            elif column.calls == "sum" and run.fired[point.index] > 1:
+                raise RuntimeError(
+                    broken_rule(
+                        point.who, "a point", "fire as often as it was called since the last step", "once more",
+                        "Run one backward for each forward.",
+                    )
+                )  # fmt: skip
+            else:
+                column.write(block.base, grad, mask, run.scale)
+
+
+def _add_to(held: Pending, who: str, grad: torch.Tensor) -> None:
+    """Add a gradient to the sum of those of earlier calls."""
+    if held.sum is None:
+        held.sum = grad.to(accumulator(grad.dtype), copy=True)
+        return
+    if held.sum.shape != grad.shape:  # which += would broadcast
+        raise ValueError(
+            broken_rule(
+                who, "a point", f"have one shape in all calls to be summed ({list(held.sum.shape)})",
+                list(grad.shape), 'Choose calls="last" or "stack".',
+            )
+        )  # fmt: skip
+    if (stream := current_stream(grad.device)) is not None:
+        read_on(stream, held.sum)  # memory of the first call's stream
+    held.sum += grad
+
+
+class CacheKeeper(Keeper):
+    """A cache of whole tensors; several calls are summed, or the last to fire is kept."""
+
+    keeps_outputs = True
+
+    def __init__(self, cache: TensorCache, name: str, select: Change | None, calls: str):
+        self._cache, self._calls = cache, calls
+        self._place = cache.add(name, select)
+
+    def gradient(self, call: Call, grad: torch.Tensor) -> None:
+        self._cache.gradient(self._place, grad, self._calls == "sum" and not call.alone)
+
+    def output(self, kept: torch.Tensor | None) -> None:
+        self._cache.output(self._place, kept)
+
+
+class SinkKeeper(Keeper):
+    """A tensor into which each gradient is reduced, or a callable that takes it."""
+
+    def __init__(self, sink: torch.Tensor | Callable[[torch.Tensor], Any], reduce: str, dims: Sequence[int]):
+        if isinstance(sink, torch.Tensor):
+            out, over = sink, tuple(dims)
+            self._takes: Callable[[torch.Tensor], Any] = lambda grad: capture(out, grad, reduce, over, who="attach")
+        else:
+            self._takes = sink
+
+    def gradient(self, call: Call, grad: torch.Tensor) -> None:
+        self._takes(grad)

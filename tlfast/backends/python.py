@@ -1,0 +1,14 @@
+"""The backend in plain Python: what `tlfast._C` is natively, class for class and error for error."""
+
+from .backwards import Backwards
+from .column import Column
+from .keepers import CacheKeeper, ColumnsKeeper, Keeper, SinkKeeper
+from .ledger import Ledger
+from .taps import Tap
+from .tensor_cache import TensorCache, waiting
+
+NAME = "python"
+__all__ = [
+    "NAME", "Backwards", "CacheKeeper", "Column", "ColumnsKeeper", "Keeper", "Ledger", "SinkKeeper", "Tap",
+    "TensorCache", "waiting",
+]  # fmt: skip
