@@ -140,8 +140,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PyTap>(m, "Tap")
       .def(py::init<std::shared_ptr<Backwards>, const std::string&, std::shared_ptr<Keeper>, py::object,
                     const std::optional<at::Tensor>&>(),
-           needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"),
-           py::arg("anchor"))
+           needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"), py::arg("anchor"))
       .def("set_convert", &PyTap::set_convert)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
