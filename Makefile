@@ -40,7 +40,7 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-models test-torch test-lens test-lens-all lint format bench sanitize simt fuzz soak
+.PHONY: help setup demo test test-long test-models test-torch test-lens test-lens-all lint format bench sanitize simt fuzz soak
 .PHONY: cuda-compile gpu-module clean distclean
 
 help: ## what there is
@@ -56,8 +56,11 @@ demo: $(STAMPS)/install ## train a small model, collect its gradients, verify an
 WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: [0])(0))))')
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-test: $(STAMPS)/install ## all tests (TEST_ARGS='-k name', WORKERS=0 for one process)
+test: $(STAMPS)/install ## the tests (TEST_ARGS='-k name', WORKERS=0 for one process)
 	$(PY) -m pytest -q tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
+
+test-long: $(STAMPS)/install ## the few tests of half a minute or more, which `make test` leaves out
+	$(PY) -m pytest -q -m long tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
 
 test-models: $(STAMPS)/install ## collect with every kind of causal LM that transformers has, padded on both sides
 	$(PY) -m pytest -q -m every_model tests $(PARALLEL) $(TEST_ARGS)

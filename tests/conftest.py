@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import signal
+from zlib import crc32
 
 import pytest
 from hypothesis import settings
@@ -50,6 +51,8 @@ NEEDS = {
 def pytest_addoption(parser):
     text = "run the files in a random order, drawn from this number"
     parser.addoption("--random-files", type=int, metavar="SEED", help=text)
+    text = "of the tests that take long also a fifth, drawn from this word"
+    parser.addoption("--drawn", metavar="WORD", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -58,10 +61,14 @@ def pytest_collection_modifyitems(config, items):
         random.Random(seed).shuffle(files)
         place = {path: number for number, path in enumerate(files)}
         items.sort(key=lambda item: place[item.path])
-    if "every_model" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("every_model")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    asked, word = config.option.markexpr, config.option.drawn
+    left_out = {item for item in items if "every_model" not in asked and item.get_closest_marker("every_model")}
+    if "long" not in asked:
+        long = {item for item in items if item.get_closest_marker("long")}
+        drawn = {item for item in long if word is not None and crc32(f"{word} {item.name}".encode()) % 5 == 0}
+        left_out |= long - drawn
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     for library in (name for name in NEEDS if importlib.util.find_spec(name) is None):
         absent = pytest.mark.skip(reason=f"{library} is not installed")
         for item in items:

@@ -28,6 +28,7 @@ def finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+@pytest.mark.long
 def test_quick_runs_all_benches_and_keeps_machine_floor_and_ratios(tmp_path):
     out = tmp_path / "all.json"
     # A process of its own: one thread, and the warning of a pure-Python install is none of this test's business.

@@ -36,6 +36,7 @@ def tiny_work(n_units=1):
     return gpu_work.make_work(gpu_work.TINY, gpu_work.make_model(gpu_work.TINY, CLOCK), CLOCK, 2, 2, n_units)
 
 
+@pytest.mark.long
 def test_a_rehearsal_runs_every_part_and_is_kept_nowhere_else(native, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     before = sorted((ROOT / "bench" / "results").iterdir())
@@ -66,6 +67,7 @@ def test_a_rehearsal_runs_every_part_and_is_kept_nowhere_else(native, tmp_path, 
         assert all(math.isfinite(number) for number in numbers), table["title"]
 
 
+@pytest.mark.long
 def test_one_part_has_a_file_of_its_own(native, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     command.main(["gpu_kernel", "--quick", "--rehearse", "--out", str(tmp_path)])

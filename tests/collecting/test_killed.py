@@ -60,9 +60,10 @@ def running(folder, out, n_units):
         process.communicate()
 
 
-KILLS = int(os.environ.get("TLFAST_KILLS", "5"))  # a longer run is asked for by hand
+KILLS = 5
 
 
+@pytest.mark.long
 def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     words = arguments(undisturbed, tmp_path)[1:-2]
     program = [sys.executable, str(SUPPORT / "collect_farm.py"), str(tmp_path), str(KILLS), "0", *words]

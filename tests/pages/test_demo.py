@@ -37,6 +37,7 @@ def test_nothing_that_is_collected_was_trained_on():
     assert all((train.STDLIB / name).is_dir() for name in train.HELD_OUT)
 
 
+@pytest.mark.long
 def test_the_demo_runs_over_what_an_earlier_one_left(tmp_path, capfd, monkeypatch):
     collect(tiny_model(), tmp_path / "gradients", sequences(4))
     (tmp_path / "model").mkdir()

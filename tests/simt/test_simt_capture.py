@@ -184,6 +184,7 @@ print(n)
 """
 
 
+@pytest.mark.long
 def test_no_access_out_of_bounds():
     here = simt_build.HERE
     simt_build.library("capture_simt.cpp", sanitize=True)

@@ -123,6 +123,7 @@ def rounds_of(library, grad, reduce, dims):
     return found
 
 
+@pytest.mark.long
 def test_blocks_that_take_more_than_one_item():
     """The grid is never smaller than the work below 2^30 blocks, so here its limit is 2."""
     library = kernels(str(simt_build.changed_kernels("few_blocks", **FEW_BLOCKS)))
@@ -137,6 +138,7 @@ def test_blocks_that_take_more_than_one_item():
                     assert counters.tolist() == [0, 0, 1]
 
 
+@pytest.mark.long
 def test_the_kernels_need_their_barrier_between_items():
     """What the test above would see if the barriers weren't there."""
     changes = FEW_BLOCKS | NO_BARRIERS

@@ -28,8 +28,8 @@ def torchrun(n_ranks, *settings):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks), *settings, "-m", "tlfast"]
 
 
-# Two ranks in the middle of a run are stopped below; to kill one of two as well takes another quarter of a minute.
-@pytest.mark.parametrize("n_ranks", [3, 2] if os.environ.get("TLFAST_LONG_TESTS") == "1" else [3])
+@pytest.mark.long
+@pytest.mark.parametrize("n_ranks", [3, 2])
 def test_a_rank_is_killed_and_all_go_on_after_the_restart(undisturbed, tmp_path, n_ranks):
     out = tmp_path / "out"
     command = [*torchrun(n_ranks, "--max-restarts", "2"), *arguments(undisturbed, out)]

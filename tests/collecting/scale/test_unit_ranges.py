@@ -10,6 +10,7 @@ from tlfast.cli import main
 from tlfast.collecting.settings import load_settings
 
 
+@pytest.mark.long
 def test_jobs_that_overlap_make_one_dataset(undisturbed, tmp_path, capsys):
     out = tmp_path / "out"
     ranges = (":25", "15:-20")
