@@ -56,7 +56,7 @@ std::optional<Dtype> dtype_of(at::ScalarType dtype) {
       return Dtype::f16;
     case at::kDouble:
       return Dtype::f64;
-    default:
+    default:  // of torch's many others
       return std::nullopt;
   }
 }
@@ -162,8 +162,18 @@ Counts Plan::run(const void* grad, void* out, const void* mask, double scale) co
 }
 
 CudaCapture Plan::call(const void* grad, void* out, const void* mask, double scale) const {
-  return {view,    reduction, grad_dtype, out_dtype, scale, grad, out, static_cast<const uint8_t*>(mask),
-          nullptr, 0,         nullptr,    nullptr};
+  return {.view = view,
+          .reduction = reduction,
+          .grad_dtype = grad_dtype,
+          .out_dtype = out_dtype,
+          .scale = scale,
+          .grad = grad,
+          .out = out,
+          .mask = static_cast<const uint8_t*>(mask),
+          .cursor = nullptr,
+          .row_elements = 0,
+          .counters = nullptr,
+          .scratch = nullptr};
 }
 
 Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,

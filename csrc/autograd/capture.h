@@ -26,8 +26,10 @@ struct Plan {
   Dtype grad_dtype, out_dtype;
   bool empty;
 
-  Counts run(const void* grad, void* out, const void* mask, double scale) const;        // on the CPU
-  CudaCapture call(const void* grad, void* out, const void* mask, double scale) const;  // for a GPU
+  Counts run(const void* grad, void* out, const void* mask, double scale) const;  // on the CPU
+
+  // A call on a GPU; where its rows begin and what counts them is filled in by who knows.
+  CudaCapture call(const void* grad, void* out, const void* mask, double scale) const;
 };
 
 // Check everything, in the name of `who`, of plain tensors. `over` is ignored by Reduction::none.

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "kernel/choose.h"
 #include "kernel/isa.h"
 
 namespace tlfast {
@@ -72,16 +73,7 @@ void norms_of(const UnitRows& rows, int64_t first, int64_t last) {
 }  // namespace
 
 void row_norms(const UnitRows& rows, int64_t first, int64_t last) {
-  switch (rows.dtype) {
-    case Dtype::f32:
-      return norms_of<float>(rows, first, last);
-    case Dtype::bf16:
-      return norms_of<bf16>(rows, first, last);
-    case Dtype::f16:
-      return norms_of<f16>(rows, first, last);
-    case Dtype::f64:
-      return norms_of<double>(rows, first, last);
-  }
+  with_dtype(rows.dtype, [&](auto stored) { norms_of<typename decltype(stored)::type>(rows, first, last); });
 }
 
 }  // namespace tlfast

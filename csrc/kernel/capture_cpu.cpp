@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "choose.h"
 #include "isa.h"
 #include "loops.h"
 
@@ -125,56 +126,19 @@ Counts run(const View& v, Reduction reduction, const G* grad, void* out, StoreTa
   return {nonfinite, saturated};
 }
 
-template <class A>
-StoreTask<A> pick_store(Dtype out_dtype) {
-  switch (out_dtype) {
-    case Dtype::bf16:
-      return store_task<A, bf16>;
-    case Dtype::f16:
-      return store_task<A, f16>;
-    case Dtype::f64:
-      return store_task<A, double>;
-    case Dtype::f32:
-      break;
-  }
-  return store_task<A, float>;
-}
-
-template <class G>
-Counts pick_reduction(const View& v, Reduction r, Dtype out_dtype, const void* grad, void* out, const uint8_t* mask,
-                      double scale) {
-  const G* g = static_cast<const G*>(grad);
-  const auto store = pick_store<typename AccumulatorOf<G>::type>(out_dtype);
-  switch (r) {
-    case Reduction::sum:
-    case Reduction::mean:
-      return run<G, Add>(v, r, g, out, store, mask, scale);
-    case Reduction::norm:
-      return run<G, AddSquare>(v, r, g, out, store, mask, scale);
-    case Reduction::absmax:
-      return run<G, MaxAbs>(v, r, g, out, store, mask, scale);
-    case Reduction::none:
-    case Reduction::last:
-      break;
-  }
-  return run<G, Keep>(v, r, g, out, store, mask, scale);
-}
-
 }  // namespace
 
 Counts capture_cpu(const View& v, Reduction r, Dtype grad_dtype, Dtype out_dtype, const void* grad, void* out,
                    const uint8_t* mask, double scale) {
-  switch (grad_dtype) {
-    case Dtype::bf16:
-      return pick_reduction<bf16>(v, r, out_dtype, grad, out, mask, scale);
-    case Dtype::f16:
-      return pick_reduction<f16>(v, r, out_dtype, grad, out, mask, scale);
-    case Dtype::f64:
-      return pick_reduction<double>(v, r, out_dtype, grad, out, mask, scale);
-    case Dtype::f32:
-      break;
-  }
-  return pick_reduction<float>(v, r, out_dtype, grad, out, mask, scale);
+  return with_dtype(grad_dtype, [&](auto grad_type) {
+    using G = typename decltype(grad_type)::type;
+    using A = typename AccumulatorOf<G>::type;
+    const StoreTask<A> store = with_dtype(
+        out_dtype, [](auto out_type) -> StoreTask<A> { return store_task<A, typename decltype(out_type)::type>; });
+    return with_reduction(r, [&](auto reduction) {
+      return run<G, typename decltype(reduction)::type>(v, r, static_cast<const G*>(grad), out, store, mask, scale);
+    });
+  });
 }
 
 const char* cpu_features() { return isa_name(); }

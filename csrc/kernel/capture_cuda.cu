@@ -1,5 +1,8 @@
 // Cuts a call into blocks and launches the CUDA kernels: the C interface of capture_cuda.h.
+#include <type_traits>
+
 #include "capture_cuda.cuh"
+#include "choose.h"
 
 #if !TLFAST_SIMT
 #include <cuda_runtime.h>
@@ -167,30 +170,27 @@ cudaError_t pick(const CudaCapture& c, void* stream) {
   return vectors ? go(picks<G, O, kVector>, kVector) : go(picks<G, O, 1>, 1);
 }
 
+// A float64 result comes of float64 gradients alone: the other kernels aren't made.
+template <class G>
+cudaError_t pick_stored(const CudaCapture& c, void* stream) {
+  return with_dtype(c.out_dtype, [&](auto stored) {
+    using O = typename decltype(stored)::type;
+    if constexpr (sizeof(O) <= sizeof(typename AccumulatorOf<G>::type))
+      return pick<G, O>(c, stream);
+    else
+      return cudaErrorInvalidValue;
+  });
+}
+
 template <class G>
 cudaError_t pick_reduction(const CudaCapture& c, void* stream) {
-  switch (c.reduction) {
-    case Reduction::sum:
-    case Reduction::mean:
-      return pick_width<G, Add>(c, stream);
-    case Reduction::norm:
-      return pick_width<G, AddSquare>(c, stream);
-    case Reduction::absmax:
-      return pick_width<G, MaxAbs>(c, stream);
-    default:
-      break;
-  }
-  switch (c.out_dtype) {
-    case Dtype::bf16:
-      return pick<G, bf16>(c, stream);
-    case Dtype::f16:
-      return pick<G, f16>(c, stream);
-    case Dtype::f64:
-      if constexpr (sizeof(G) == sizeof(double)) return pick<G, double>(c, stream);
-      return cudaErrorInvalidValue;
-    default:
-      return pick<G, float>(c, stream);
-  }
+  return with_reduction(c.reduction, [&](auto reduction) {
+    using R = typename decltype(reduction)::type;
+    if constexpr (std::is_same_v<R, Keep>)
+      return pick_stored<G>(c, stream);
+    else
+      return pick_width<G, R>(c, stream);
+  });
 }
 
 __global__ void set_cursor(int64_t* cursor, int64_t row) { cursor[0] = row; }
@@ -207,16 +207,8 @@ int64_t tlfast_cuda_scratch_bytes(const tlfast::CudaCapture* call) {
 }
 
 int tlfast_cuda_capture(const tlfast::CudaCapture* call, void* stream) {
-  switch (call->grad_dtype) {
-    case tlfast::Dtype::bf16:
-      return pick_reduction<tlfast::bf16>(*call, stream);
-    case tlfast::Dtype::f16:
-      return pick_reduction<tlfast::f16>(*call, stream);
-    case tlfast::Dtype::f64:
-      return pick_reduction<double>(*call, stream);
-    default:
-      return pick_reduction<float>(*call, stream);
-  }
+  return tlfast::with_dtype(call->grad_dtype,
+                            [&](auto grad) { return pick_reduction<typename decltype(grad)::type>(*call, stream); });
 }
 
 int tlfast_cuda_set_cursor(int64_t* cursor, int64_t row, void* stream) {

@@ -120,9 +120,10 @@ __device__ __forceinline__ bool store(Dtype dtype, void* out, int64_t at, A valu
       return store_as<f16>(out, at, value);
     case Dtype::f64:
       return store_as<double>(out, at, value);
-    default:
-      return store_as<float>(out, at, value);
+    case Dtype::f32:
+      break;
   }
+  return store_as<float>(out, at, value);
 }
 
 // Elements from `out` to the first row of this step.

@@ -172,9 +172,12 @@ TLFAST_INLINE A finish(Reduction reduction, A acc, int64_t n) {
       return std::sqrt(acc);
     case Reduction::last:
       return n == 0 ? A(float_of(0x7fc00000u)) : acc;  // NaN over nothing
-    default:
-      return acc;
+    case Reduction::none:
+    case Reduction::sum:
+    case Reduction::absmax:
+      break;
   }
+  return acc;
 }
 
 }  // namespace tlfast

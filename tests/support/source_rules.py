@@ -132,7 +132,7 @@ NATIVE_ROOMS = (
         "kernel",
         (
             ("errors", "isa", "reduce"),
-            ("loops", "view"),
+            ("choose", "loops", "view"),
             ("capture_cpu", "capture_cuda.h"),
             ("cuda_results",),
             ("capture_cuda",),
