@@ -72,7 +72,8 @@ void norms_of(const UnitRows& rows, int64_t first, int64_t last) {
 }  // namespace
 
 void row_norms(const UnitRows& rows, int64_t first, int64_t last) {
-  switch (rows.dtype) {
+  if (!rows.dtype) return;
+  switch (*rows.dtype) {
     case Dtype::f32:
       return norms_of<float>(rows, first, last);
     case Dtype::bf16:
