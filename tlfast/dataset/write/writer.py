@@ -48,7 +48,7 @@ from .folder import (
     remove_unused,
 )
 from .payload import writing
-from .unit_contents import unit_contents
+from .unit_contents import UnitContents, unit_contents
 
 __all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
 
@@ -230,8 +230,7 @@ class DatasetWriter:
             DatasetError: for tensors or examples that are not the unit's.
             OSError: where the disk fails; nothing of the unit exists then.
         """
-        self._check(unit, examples, flags)
-        contents = unit_contents(_WHO, self.columns, unit, tensors, examples)
+        contents = self._checked(unit, tensors, examples, flags)
         if os.path.lexists(self.out / commit_path(unit)):
             self.done.add(unit.name)
             return False
@@ -260,15 +259,23 @@ class DatasetWriter:
         self.done.add(unit.name)
         return won
 
-    def _check(self, unit: Unit, examples: Sequence[Example], flags: Sequence[int] | None) -> None:
+    def _checked(
+        self,
+        unit: Unit,
+        tensors: Mapping[str, torch.Tensor | Encoded],
+        examples: Sequence[Example],
+        flags: Sequence[int] | None,
+    ) -> UnitContents:
         if self.plan.unit_named(unit.name) != unit:
             raise dataset_error(_WHO, "unit", f"be {self.plan.unit_named(unit.name)}", unit, "Take it from the plan.")
+        contents = unit_contents(_WHO, self.columns, unit, tensors, examples)
         if [example.id for example in examples] != list(range(unit.start, unit.stop)):
             ids = [example.id for example in examples][:5]
             rule = f"be {unit.start}..{unit.stop - 1}, in this order"
             raise dataset_error(_WHO, "ids of examples", rule, f"{len(examples)}: {ids}...", "Number them as planned.")
         if flags is not None and len(flags) != len(unit):
             raise dataset_error(_WHO, "flags", f"have {len(unit)} values", len(flags), "Give one per row, or None.")
+        return contents
 
 
 def _tokens_per_example(description: Description) -> tuple[int, ...]:
