@@ -2,13 +2,15 @@
 
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from dataset_cases import same_bits
-from kinds_cases import LENGTHS, example, make_writer, n_rows, rows_of, truth, write_units
+from kinds_cases import COLUMNS, LENGTHS, PLAN, example, make_writer, n_rows, rows_of, truth, write_units
 
 from tlfast.dataset import RowDataset, ShuffledBatches, join_datasets, open_dataset
+from tlfast.dataset.write.remote_writer import RemoteWriter
 
 N = len(LENGTHS)
 
@@ -104,14 +106,22 @@ def test_units_without_a_token(tmp_path):
     empty = {"t": [torch.zeros(0, 5, dtype=torch.float16)] * 3}
     writer = make_writer(tmp_path / "d", columns={"t": make_writer(tmp_path / "x").columns["t"]})
     unit = writer.plan.unit(0)
-    from dataclasses import replace
-
     writer.write_unit(unit, {"t": torch.cat(empty["t"])}, [replace(example(i), length=0) for i in range(3)])
     ds = open_dataset(tmp_path / "d", partial=True)
     assert [part.shape for part in ds["t"][:]] == [(0, 5)] * 3
     assert ds["t"].flat[:].shape == (0, 5)
     assert ds["t"].where()[0].tolist() == []
     assert ds.verify().ok
+
+
+def test_at_a_url(url):
+    with RemoteWriter(url, header={}, columns=COLUMNS, plan=PLAN) as writer:
+        write_units(writer)
+    ds = open_dataset(url)
+    assert ds.verify().ok
+    for i, expected in enumerate(truth()["t"]):
+        assert same_bits(ds["t"][i], expected)
+    assert ds.raw("tq")[4].codes.shape == (4, 2, 3)
 
 
 def test_rows_and_row_datasets_hold_them(ds):

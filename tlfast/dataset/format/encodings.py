@@ -45,7 +45,7 @@ def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None) -> En
     Example:
         >>> import torch
         >>> from tlfast.dataset.format.encodings import encode
-        >>> encode(torch.tensor([[0.5, -127.0, 3.0]]), "int8").codes
+        >>> encode(torch.tensor([[0.25, -127.0, 3.0]]), "int8").codes
         tensor([[   0, -127,    3]], dtype=torch.int8)
     """
     n, shape = len(rows), tuple(rows.shape[1:])

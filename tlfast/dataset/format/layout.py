@@ -60,6 +60,12 @@ class Column(NamedTuple):
         of: what the values are: "grad", "act", or another short text.
         per: whether each example has a row, or each of its tokens.
         encoding: None, or how rows are stored: "int8" (a scale for each row) or "int8:64" (for each 64 values).
+
+    Example:
+        >>> import torch
+        >>> from tlfast.dataset import Column
+        >>> Column(torch.float32, (768,), of="act", per="token", encoding="int8:64").row_bytes  # 768 codes, 12 scales
+        816
     """
 
     dtype: torch.dtype

@@ -61,6 +61,19 @@ class TokenColumn:
     Raises:
         IndexError: for an example outside the dataset.
         TypeError: for any other index.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tlfast.dataset import Column, DatasetWriter, Example, Plan, open_dataset
+        >>> out, plan = tempfile.mkdtemp(), Plan(2, 2)
+        >>> columns = {"h": Column(torch.float32, (), per="token")}
+        >>> writer = DatasetWriter(out, header={}, columns=columns, plan=plan)
+        >>> examples = [Example(0, [7, 8], "a", 0, 2), Example(1, [9], "a", 2, 1)]
+        >>> writer.write_unit(plan.unit(0), {"h": torch.tensor([1.0, 2.0, 3.0])}, examples)
+        True
+        >>> column = open_dataset(out)["h"]
+        >>> column[0], column.flat[2], column.where(2)
+        (tensor([1., 2.]), tensor(3.), (tensor(1), tensor(0)))
     """
 
     def __init__(self, flat: GradientColumn, spans: TokenSpans) -> None:
