@@ -37,7 +37,17 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 TOGETHER = {
     "with_python": ("cuda_status", "module", "plain", "py_callable", "py_tap", "py_unit_writer"),
     "with_tensors": (
-        "backward", "backwards", "capture", "column", "device", "keeper", "ledger", "recipe", "rows", "streams", "tap",
+        "backward",
+        "backwards",
+        "capture",
+        "column",
+        "device",
+        "keeper",
+        "ledger",
+        "recipe",
+        "rows",
+        "streams",
+        "tap",
         "tensor_cache",
     ),
 }

@@ -73,7 +73,8 @@ void norms_of(const UnitRows& rows, int64_t first, int64_t last) {
 }  // namespace
 
 void row_norms(const UnitRows& rows, int64_t first, int64_t last) {
-  with_dtype(rows.dtype, [&](auto stored) { norms_of<typename decltype(stored)::type>(rows, first, last); });
+  if (!rows.dtype) return;
+  with_dtype(*rows.dtype, [&](auto stored) { norms_of<typename decltype(stored)::type>(rows, first, last); });
 }
 
 }  // namespace tlfast

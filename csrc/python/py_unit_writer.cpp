@@ -2,6 +2,7 @@
 #include "py_unit_writer.h"
 
 #include <cerrno>
+#include <optional>
 #include <system_error>
 
 #include "disk/crc32c.h"
@@ -12,12 +13,13 @@ namespace py = pybind11;
 namespace tlfast {
 namespace {
 
-Dtype parse_dtype(const std::string& name) {
+std::optional<Dtype> parse_dtype(const std::string& name) {
+  if (name == "I8") return std::nullopt;
   if (name == "F64") return Dtype::f64;
   if (name == "F32") return Dtype::f32;
   if (name == "F16") return Dtype::f16;
   if (name == "BF16") return Dtype::bf16;
-  throw py::value_error(broken_rule("PayloadStream", "dtype", "be F64, F32, F16 or BF16", name, "Cast it."));
+  throw py::value_error(broken_rule("PayloadStream", "dtype", "be F64, F32, F16, BF16 or I8", name, "Cast it."));
 }
 
 // Do what may wait for the disk, without the GIL; what goes wrong there is an OSError that names the file.
@@ -55,12 +57,13 @@ const PayloadStream& PyPayloadStream::open() const {
 void PyPayloadStream::append(const std::vector<Block>& blocks) {
   std::vector<UnitRows> rows;
   for (const auto& [data, n_rows, n_values, dtype, norms, odd] : blocks) {
-    const bool there = n_rows == 0 || (norms && odd && (data || n_values == 0));
+    const std::optional<Dtype> type = parse_dtype(dtype);
+    const bool there = n_rows == 0 || ((!type || (norms && odd)) && (data || n_values == 0));
     if (n_rows < 0 || n_values < 0 || !there)
       throw py::value_error(broken_rule("PayloadStream", "a block", "have the addresses of what it holds",
                                         c10::str(n_rows, " rows of ", n_values), "Pass what is allocated."));
-    rows.push_back({reinterpret_cast<const void*>(data), n_rows, n_values, parse_dtype(dtype),
-                    reinterpret_cast<float*>(norms), reinterpret_cast<uint8_t*>(odd)});
+    rows.push_back({reinterpret_cast<const void*>(data), n_rows, n_values, type, reinterpret_cast<float*>(norms),
+                    reinterpret_cast<uint8_t*>(odd)});
   }
   open();
   at_the_disk(path, [&] { stream_->append(rows); });

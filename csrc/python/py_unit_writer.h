@@ -13,7 +13,7 @@ uint32_t crc32c_of(const pybind11::buffer& data, uint32_t crc);
 
 struct PyPayloadStream {
   // Address of the rows, how many, values of each, their dtype as tlfast.dataset.format.layout names it
-  // (F64, F32, F16, BF16), addresses of the norms (float32) and of what is odd (one byte), one of each per row.
+  // (F64, F32, F16, BF16, I8), addresses of the norms (float32) and of what is odd (one byte), one of each per row.
   using Block = std::tuple<uintptr_t, int64_t, int64_t, std::string, uintptr_t, uintptr_t>;
 
   // `path` is what an OSError names.

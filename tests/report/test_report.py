@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+import kinds_cases
 import numpy as np
 import pytest
 from report_cases import Page, make, page_of
@@ -87,6 +88,15 @@ def test_nothing_of_the_data_acts(tmp_path):
     assert "</pre></title><script>alert(1)</script>" in page.text
     assert "\x00" not in page.text
     assert "\u202e" not in page.text
+
+
+def test_columns_of_other_kinds(tmp_path):
+    kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))
+    text = " ".join(page_of(tmp_path / "ds").text.split())
+    assert "h BF16 [3]" in text
+    assert "F32 [2, 3], act, per token, as int8" in text
+    assert "F32 [70], as int8:64" in text
+    assert "7 rows 15 tokens 5 points" in text
 
 
 @pytest.mark.parametrize("n", [1, 8, 9, 28, 29, 300])

@@ -28,7 +28,7 @@ def truth(columns=COLUMNS, plan=PLAN, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(plan.n_examples, *shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, (dtype, shape) in columns.items()
+        for name, (dtype, shape, *_) in columns.items()
     }
 
 

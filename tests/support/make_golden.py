@@ -1,7 +1,7 @@
 """The dataset that each version of the format keeps for good: its values, and how ``v<version>`` was written, once.
 
-``python tests/support/make_golden.py FOLDER`` writes one in the version of today: only for a new version, beside
-those that are there, which no change of tlfast may touch.
+``python tests/support/make_golden.py VERSION FOLDER`` writes one: only for a new version, beside those that are there,
+which no change of tlfast may touch.
 """
 
 from __future__ import annotations
@@ -11,20 +11,30 @@ from pathlib import Path
 
 import torch
 
-from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE, DatasetWriter, Example, Plan
+from tlfast.dataset import FLAG_MISSING, FLAG_NON_FINITE, Column, DatasetWriter, Example, Plan
 
 COLUMNS = {
-    "blocks.0.hook_resid_post": (torch.bfloat16, (4,)),
-    "blocks.1.attn": (torch.float32, (2, 3)),
-    "loss": (torch.float16, ()),
-    "double é": (torch.float64, (2,)),
+    "v1": {
+        "blocks.0.hook_resid_post": (torch.bfloat16, (4,)),
+        "blocks.1.attn": (torch.float32, (2, 3)),
+        "loss": (torch.float16, ()),
+        "double é": (torch.float64, (2,)),
+    },
+    "v2": {
+        "h.3": (torch.bfloat16, (4,)),
+        "h.3:act": Column(torch.float16, (4,), of="act"),
+        "tokens": Column(torch.float32, (2, 3), per="token"),
+        "low é": Column(torch.float32, (70,), of="grad*act", encoding="int8:64"),
+        "low tokens": Column(torch.float32, (3,), of="act", per="token", encoding="int8"),
+    },
 }
 SKIPPED = [["b.py", 7, "less than 2 tokens"]]
 HEADER = {"model": {"name": "golden"}, "examples": {"tokens": 14, "sha256": "0" * 64, "skipped": SKIPPED}}
 PLAN = Plan(n_examples=5, rows_per_unit=3)
 BACKEND = "auto"
 MORE = 2  # examples of an extension
-NON_FINITE, MISSING = 1, 4  # the rows with an infinity, and with NaN at the first point
+NON_FINITE, MISSING = 1, 4  # the examples with an infinity at one point, and with NaN at another
+WHERE = {"v1": ("blocks.1.attn", "blocks.0.hook_resid_post"), "v2": ("tokens", "low é")}
 
 
 def example(i: int) -> Example:
@@ -32,29 +42,49 @@ def example(i: int) -> Example:
     return Example(i, [2**31 - 1, *range(i)], f"{'ab'[i % 2]}.py", 10 * i, i + 1)
 
 
-def rows(start: int, stop: int) -> dict[str, torch.Tensor]:
-    """The rows of these examples: eighths, which every dtype holds exactly."""
-    tensors = {}
-    for number, (name, (dtype, shape)) in enumerate(COLUMNS.items()):
-        values = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
-        examples = torch.arange(start, stop, dtype=torch.float64).reshape(-1, *[1] * len(shape))
-        tensors[name] = ((examples - number) / 8 + values).to(dtype)
-        if start <= NON_FINITE < stop and name == "blocks.1.attn":
-            tensors[name][NON_FINITE - start] = -torch.inf
-        if start <= MISSING < stop and name == "blocks.0.hook_resid_post":
-            tensors[name][MISSING - start] = torch.nan
-    return tensors
+def column(version: str, name: str) -> Column:
+    """What a column is."""
+    return Column(*COLUMNS[version][name])
 
 
-def write(out: Path) -> None:
+def row(version: str, name: str, i: int) -> torch.Tensor:
+    """What example ``i`` has at a point, [*row shape] or [tokens, *row shape]: eighths, which every dtype holds."""
+    number, (dtype, shape, _, per, encoding) = list(COLUMNS[version]).index(name), column(version, name)
+    shape = (example(i).length, *shape) if per == "token" else shape
+    values = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    if encoding is not None:  # codes times an eighth, 127 among those of each scale
+        values = 7 * values % 255 - 127
+        values[..., 0] = values[..., -1] = 127
+        values /= 2 ** (i + number)
+    else:
+        values += (i - number) / 8
+    if (i, name) == (NON_FINITE, WHERE[version][0]):
+        values[:] = -torch.inf
+    if (i, name) == (MISSING, WHERE[version][1]):
+        values[:] = torch.nan
+    return values.to(dtype)
+
+
+def rows(version: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+    """The rows of these examples, as they are given to a writer."""
+    found = {}
+    for name in COLUMNS[version]:
+        each = [row(version, name, i) for i in range(start, stop)]
+        found[name] = torch.cat(each) if column(version, name).per == "token" else torch.stack(each)
+    return found
+
+
+def write(version: str, out: Path) -> None:
     """Write two units, extend the plan, and write the unit of the extension."""
-    writer = DatasetWriter(out, header=HEADER, columns=COLUMNS, plan=PLAN, config={"model": "golden"}, backend=BACKEND)
+    columns, config = COLUMNS[version], {"model": "golden"}
+    writer = DatasetWriter(out, header=HEADER, columns=columns, plan=PLAN, config=config, backend=BACKEND)
     if writer.plan == PLAN:
         writer.extend(MORE, {"tokens": 13, "sha256": "1" * 64, "skipped": []})
     for unit in writer.plan.units:
         flags = [FLAG_MISSING | FLAG_NON_FINITE if i == MISSING else 0 for i in range(unit.start, unit.stop)]
-        writer.write_unit(unit, rows(unit.start, unit.stop), [example(i) for i in range(unit.start, unit.stop)], flags)
+        examples = [example(i) for i in range(unit.start, unit.stop)]
+        writer.write_unit(unit, rows(version, unit.start, unit.stop), examples, flags)
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(sys.argv[1], Path(sys.argv[2]))

@@ -10,12 +10,12 @@ from tlfast.dataset.write import payload
 HEADER = b"header".ljust(PAGE_BYTES)
 
 
-def write(folder, tensors, writer):
+def write(folder, tensors, writer, lengths=None):
     """Write tensors as a unit; return the file's bytes, its checksum, the norms, and which rows are odd."""
     n_bytes = len(HEADER) + sum(tensor.nbytes for tensor in tensors.values())
     with PendingFile(folder / "unit", n_bytes) as file:
         file.start_with(HEADER)
-        with payload.writing(file, tensors, writer) as (norms, odd):
+        with payload.writing(file, tensors, writer, lengths) as (norms, odd):
             pass
         file.seal()
         file.rename()

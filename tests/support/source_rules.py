@@ -67,11 +67,11 @@ ROOMS = (
     (
         "dataset.format",
         (
-            ("__init__", "plan", "row_limits", "strict_json"),
+            ("__init__", "encodings", "plan", "row_limits", "strict_json"),
             ("coverage", "extension", "layout"),
-            ("description",),
+            ("description", "norms"),
             ("commits",),
-            ("card", "norms", "row_table"),
+            ("card", "row_table"),
         ),
     ),
     ("dataset.check", (("__init__", "verify"), ("repair",))),
@@ -80,7 +80,7 @@ ROOMS = (
         (
             ("__init__", "pretrained", "shuffle", "unit_files"),
             ("columns", "decoding", "hub"),
-            ("showing",),
+            ("showing", "token_columns"),
             ("reader",),
             ("joined", "row_dataset"),
             ("shuffled_batches",),
@@ -89,7 +89,7 @@ ROOMS = (
     (
         "dataset.write",
         (
-            ("__init__", "background", "folder", "payload"),
+            ("__init__", "background", "folder", "payload", "unit_contents"),
             ("remote_folder", "staging"),
             ("upload", "writer"),
             ("remote_writer",),
@@ -101,7 +101,7 @@ ROOMS = (
         "collecting",
         (
             ("__init__", "determinism", "progress", "signals", "skipped"),
-            ("batches", "checks", "fingerprint", "huggingface", "text", "unit_queue"),
+            ("batches", "checks", "fingerprint", "huggingface", "pack", "text", "unit_queue"),
             ("settings",),
             ("drain", "function_identity", "graph_cache", "loss"),
             ("identity", "unit"),

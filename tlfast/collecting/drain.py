@@ -8,13 +8,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..dataset.format.layout import PAGE_BYTES, Column, payload_spans
+from ..dataset.format.layout import PAGE_BYTES, Column, fields_of, payload_spans
+from ..errors import broken_rule
+from .pack import Block, Pack, Tokens
 
 N_SLOTS = 2  # one is being written while the other is filled
 N_COUNTERS = 3  # of each column: non-finite values, saturated values, writes
 
 Stream = Literal["compute", "side"]
-Block = dict[str, torch.Tensor]
 Arrived = Callable[[], tuple[Block, torch.Tensor]]
 """Waits for the rows of a unit, and returns them with its counters."""
 
@@ -98,33 +99,45 @@ def streams_for(devices: set[torch.device]) -> Streams:
 class UnitMemory:
     """Room for the rows of one unit in one piece of memory, laid out as the payload of its file.
 
-    It begins at a page, so that a unit is written from there as it is: see `dataset.streaming`.
+    It begins at a page, so that a unit is written from there as it is: see `dataset.write.payload`.
 
     Args:
         columns: what a row of each column is.
-        n_rows: the rows of the largest unit.
+        n_rows: the examples of the largest unit.
         device: where it lies.
         pinned: whether a CUDA device copies to it by itself.
+        n_tokens: the tokens of the largest unit, where columns have a row for each.
     """
 
-    def __init__(self, columns: Mapping[str, Column], n_rows: int, device: torch.device, pinned: bool = False):
-        self._columns = columns
-        n_bytes = n_rows * sum(column.row_bytes for column in columns.values())
+    def __init__(
+        self,
+        columns: Mapping[str, Column],
+        n_rows: int,
+        device: torch.device,
+        pinned: bool = False,
+        n_tokens: int = 0,
+    ):
+        self._columns, self._fields = columns, fields_of(columns)
+        n_bytes = self._n_bytes(n_rows, n_tokens)
         room = torch.empty(n_bytes + PAGE_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
         start = -room.data_ptr() % PAGE_BYTES
         self.memory = room[start : start + n_bytes]
 
-    def block(self, n_rows: int) -> Block:
-        """The columns of a unit of ``n_rows``, in their order in the memory."""
-        spans = payload_spans(self._columns, n_rows)
-        return {
-            name: self.memory[start:stop].view(self._columns[name].dtype).view(n_rows, *self._columns[name].row_shape)
-            for name, (start, stop) in spans.items()
-        }
+    def _n_bytes(self, n_rows: int, n_tokens: int) -> int:
+        return max(stop for _, stop in payload_spans(self._columns, n_rows, n_tokens).values())
 
-    def bytes_of(self, n_rows: int) -> torch.Tensor:
-        """All that a unit of ``n_rows`` takes, as bytes."""
-        return self.memory[: n_rows * sum(column.row_bytes for column in self._columns.values())]
+    def block(self, n_rows: int, n_tokens: int = 0) -> Block:
+        """The fields of a unit of ``n_rows`` examples and ``n_tokens`` tokens, in their order in the memory."""
+        block = {}
+        for name, (start, stop) in payload_spans(self._columns, n_rows, n_tokens).items():
+            field = self._fields[name]
+            n = n_tokens if field.per == "token" else n_rows
+            block[name] = self.memory[start:stop].view(field.dtype).view(n, *field.row_shape)
+        return block
+
+    def bytes_of(self, n_rows: int, n_tokens: int = 0) -> torch.Tensor:
+        """All that a unit of so many examples and tokens takes, as bytes."""
+        return self.memory[: self._n_bytes(n_rows, n_tokens)]
 
 
 @dataclass
@@ -147,17 +160,20 @@ class Drain:
         streams: how the device that holds the rings is driven.
         columns: what the rings hold.
         n_rows: the examples of the largest unit.
+        n_tokens: the tokens of the largest unit, where columns have a row for each.
     """
 
-    def __init__(self, streams: Streams, columns: Mapping[str, Column], n_rows: int):
+    def __init__(self, streams: Streams, columns: Mapping[str, Column], n_rows: int, n_tokens: int = 0):
         self.streams = streams
+        self.pack = Pack(columns)
+        self._n_tokens = n_tokens
         self._slots = [self._slot(columns, n_rows) for _ in range(N_SLOTS)]
         self._n_drained = 0
 
     def _slot(self, columns: Mapping[str, Column], n_rows: int) -> _Slot:
         def room(device: torch.device, pinned: bool) -> tuple[UnitMemory, torch.Tensor]:
             counters = torch.zeros(len(columns), N_COUNTERS, dtype=torch.int64, device=device, pin_memory=pinned)
-            return UnitMemory(columns, n_rows, device, pinned), counters
+            return UnitMemory(columns, n_rows, device, pinned, self._n_tokens), counters
 
         device = self.streams.device
         # A copy into memory that isn't pinned would make the device wait for the host, however it is asked for.
@@ -170,43 +186,42 @@ class Drain:
         counters: Sequence[torch.Tensor],
         places: torch.Tensor,
         wait_for_room: Callable[[], object],
+        tokens: Tokens | None = None,
     ) -> Arrived:
         """Queue all that brings one unit to the host; the rings may be overwritten by what is queued after this.
 
         Args:
-            rings: of each column the rows of the unit, in any order.
+            rings: of each column the rows of the unit, in any order; see Pack.
             counters: of each column what was counted until now, int64 [N_COUNTERS], on any device.
             places: where the row of each example lies in the ring, int64 [examples], on the host.
             wait_for_room: waits until the unit before the last is written: its memory on the host is used again.
+            tokens: which positions of each example are real, for columns with a row for each token.
 
         Returns:
-            A function for the thread that writes: it waits until the rows are there, and returns them with what was
-            counted, int64 [columns, N_COUNTERS].
+            A function for the thread that writes: it waits until the rows are there, and returns them by field with
+            what was counted, int64 [columns, N_COUNTERS].
         """
-        slot, n, streams = self._slots[self._n_drained % N_SLOTS], len(places), self.streams
+        size = (len(places), tokens.total if tokens else 0)
+        if size[1] > self._n_tokens:
+            rule, remedy = f"have at most {self._n_tokens} tokens", "Make the Drain for the largest unit."
+            raise ValueError(broken_rule("Drain", "a unit", rule, size[1], remedy))
+        slot, streams = self._slots[self._n_drained % N_SLOTS], self.streams
+        chosen = self.pack.choose(rings, places, tokens, streams.device is not None and streams.device.type == "cuda")
         self._n_drained += 1
 
         def gather() -> None:
-            there = {ring.device: places.to(ring.device, non_blocking=True) for ring in rings.values()}
-            block = slot.device.block(n)
-            for name, ring in rings.items():
-                out = block[name]
-                if out.device == ring.device:
-                    torch.index_select(ring, 0, there[ring.device], out=out)
-                else:
-                    out.copy_(ring.index_select(0, there[ring.device]))
+            self.pack.put(rings, chosen, slot.device.block(*size))
             for kept, counted in zip(slot.device_counters, counters, strict=True):
                 kept.copy_(counted, non_blocking=streams.device is not None)
 
         def copy() -> None:
-            slot.host.bytes_of(n).copy_(slot.device.bytes_of(n), non_blocking=True)
+            slot.host.bytes_of(*size).copy_(slot.device.bytes_of(*size), non_blocking=True)
             slot.host_counters.copy_(slot.device_counters, non_blocking=True)
 
         if streams.device is None:
             wait_for_room()
             gather()
         else:
-            places = places.pin_memory() if streams.device.type == "cuda" else places
             streams.wait("compute", slot.copied)
             streams.run("compute", gather)
             gathered = streams.record("compute")
@@ -218,7 +233,9 @@ class Drain:
 
         def arrived() -> tuple[Block, torch.Tensor]:
             streams.host_wait(copied)
-            block = slot.host.block(n)
-            return {name: block[name] for name in rings}, slot.host_counters
+            block = slot.host.block(*size)
+            return {
+                field: block[field] for name in rings for field in self.pack.columns[name].fields(name)
+            }, slot.host_counters
 
         return arrived

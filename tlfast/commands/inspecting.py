@@ -13,6 +13,7 @@ from ..dataset.errors import NoDataset
 from ..dataset.format.commits import file_sizes
 from ..dataset.format.coverage import Part, completeness
 from ..dataset.format.description import CONFIG, MAX_BYTES, read_description
+from ..dataset.format.layout import notes_of
 from ..dataset.places.store import as_store
 from .arguments import FAILED, OK, Arguments
 from .bar import bar
@@ -63,9 +64,15 @@ def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> Non
         if part in header:
             print(f"{part:<13} {_line(header[part])}")
     print(f"made          {_line(info['about'])}")
-    shapes = [(_plain(name), f"{c['dtype']} {[info['rows'], *c['shape']]}") for name, c in info["points"].items()]
+    shapes = [(_plain(name), _stored(point, info)) for name, point in info["points"].items()]
     for name, shape in shapes:
         print(f"  {name:<{max(len(name) for name, _ in shapes)}}  {shape}")
+
+
+def _stored(point: dict[str, Any], info: dict[str, Any]) -> str:
+    kind = {key: point[key] for key in ("of", "per", "encoding") if key in point}
+    n_rows = info["tokens"] if kind.get("per") == "token" else info["rows"]
+    return f"{point['dtype']} {[n_rows, *point['shape']]}{_plain(notes_of(**kind))}"
 
 
 def _reasons(reasons: Counter[str], most: int = 3) -> str:

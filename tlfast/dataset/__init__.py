@@ -4,6 +4,7 @@ from .check.repair import Repair, repair_dataset
 from .check.verify import Problem, Report, verify_dataset
 from .errors import DatasetError
 from .export.export import export_dataset
+from .format.encodings import Encoded
 from .format.layout import Column
 from .format.plan import (
     FLAG_MISSING,
@@ -13,11 +14,12 @@ from .format.plan import (
     Plan,
     Unit,
 )
-from .read.columns import GradientColumn
+from .read.columns import GradientColumn, RawColumn
 from .read.joined import Join, join_datasets
 from .read.reader import GradientDataset, open_dataset
 from .read.row_dataset import RowDataset
 from .read.shuffled_batches import ShuffledBatches
+from .read.token_columns import TokenColumn
 from .write.background import BackgroundWriter
 from .write.folder import check_disk_space
 from .write.writer import DatasetWriter, estimate_bytes
@@ -30,16 +32,19 @@ __all__ = [
     "Column",
     "DatasetError",
     "DatasetWriter",
+    "Encoded",
     "Example",
     "GradientColumn",
     "GradientDataset",
     "Join",
     "Plan",
     "Problem",
+    "RawColumn",
     "Repair",
     "Report",
     "RowDataset",
     "ShuffledBatches",
+    "TokenColumn",
     "Unit",
     "check_disk_space",
     "estimate_bytes",

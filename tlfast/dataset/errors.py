@@ -9,7 +9,7 @@ from ..errors import broken_rule
 
 
 class DatasetError(ValueError):
-    """A dataset folder, or what was to be written to it, is not as format version 1 says."""
+    """A dataset folder, or what was to be written to it, is not as the format says."""
 
 
 class NoDataset(DatasetError):

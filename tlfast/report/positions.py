@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..dataset import GradientDataset
+from ..dataset.read.row_dataset import per_example
 from ..hooks.points import glob_to_regex, is_glob
 
 _CHUNK_BYTES = 32 << 20  # of gradients in memory at a time
@@ -21,7 +22,9 @@ def points_with_positions(dataset: GradientDataset) -> list[str]:
     if not isinstance(width, int) or not isinstance(specs, list):
         return []
     keep = [spec for spec in specs if isinstance(spec, dict) and _keeps_positions(spec)]
-    return [p for p in dataset.points if dataset[p].shape[1:2] == (width,) and any(_is_of(p, spec) for spec in keep)]
+    columns = {p: dataset.column(p) for p in dataset.points}
+    wide = [p for p, column in columns.items() if column.per == "example" and column.row_shape[:1] == (width,)]
+    return [p for p in wide if any(_is_of(p, spec) for spec in keep)]
 
 
 def _get(header: Any, *keys: str) -> Any:
@@ -59,7 +62,7 @@ def norms_by_position(
     left = _get(dataset.header, "batching", "padding_side") == "left"
     means = {}
     for point in points:
-        column = dataset[point]
+        column = per_example("write_report", dataset, point)
         width = column.shape[1]
         row_bytes = column.dtype.itemsize * int(np.prod(column.shape[1:], dtype=np.int64))
         step = max(1, _CHUNK_BYTES // max(1, row_bytes))

@@ -14,6 +14,7 @@ from ..dataset import GradientDataset, open_dataset
 from ..dataset.errors import dataset_error, extra
 from ..dataset.export.export import beside
 from ..dataset.format.coverage import completeness, missing_units
+from ..dataset.format.layout import DTYPE_NAMES
 from ..dataset.places.durable import write_small
 from . import charts
 from .page import render
@@ -92,7 +93,7 @@ def _values(dataset: GradientDataset, summary: Summary, decode: Decode, note: st
         "missing": _missing(dataset),
         "skipped": _skipped(dataset),
         "charts": _charts(dataset, summary, created),
-        "points": [_point(name, info["points"][name], summary) for name in shown],
+        "points": [_point(name, dataset, summary) for name in shown],
         "points_left_out": len(dataset.points) - len(shown),
         "bad": [row | {"points": ", ".join(map(charts.short, row["points"][:6]))} for row in summary.bad],
         "largest": [
@@ -189,11 +190,11 @@ def _skipped(dataset: GradientDataset) -> dict[str, Any]:
     }
 
 
-def _point(name: str, stored: dict[str, Any], summary: Summary) -> dict[str, Any]:
-    norms = summary.norms[name]
+def _point(name: str, dataset: GradientDataset, summary: Summary) -> dict[str, Any]:
+    norms, column = summary.norms[name], dataset.column(name)
     return {
         "name": charts.short(name, 80),
-        "stored": f"{stored['dtype']} {stored['shape']}",
+        "stored": f"{DTYPE_NAMES[column.dtype]} {list(column.row_shape)}{column.notes}",
         "norms": [_number(norms.percentile(percent)) for percent in (5, 50, 95)] + [_number(norms.largest)],
         "zero": f"{norms.n_zero:,}",
         "non_finite": norms.n_non_finite and f"{norms.n_non_finite:,}",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 
+import kinds_cases
 import numpy as np
 import pytest
 import torch
 from dataset_cases import COLUMNS, PLAN, make_dataset, make_writer, rows_of, truth
 from dataset_cases import examples as examples_of
 
-from tlfast.dataset import DatasetError, Plan, export_dataset
+from tlfast.dataset import DatasetError, Plan, export_dataset, open_dataset
 from tlfast.dataset.export import parts
 
 POINTS = list(COLUMNS)
@@ -79,6 +80,19 @@ def test_parquet_and_arrow(folder, tmp_path):
     assert said["header"] == {"model": {"name": "tiny", "sha": "abc"}, "reduce": "mean"}
     assert table.field("grad:blocks.1.attn").metadata[b"shape"] == b"[2, 3]"
     assert sorted(os.listdir(tmp_path)) == ["t.arrow", "t.parquet"]
+
+
+def test_encoded_rows_are_exported_decoded(tmp_path):
+    import pyarrow.parquet as parquet
+
+    kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))
+    ds, points = open_dataset(tmp_path / "ds"), ["q", "h:act"]
+    npy = export_dataset(tmp_path / "ds", tmp_path / "npy", to="npy", points=points)
+    np.testing.assert_array_equal(np.load(npy / "q.npy"), ds["q"][:].numpy())
+    table = parquet.read_table(export_dataset(tmp_path / "ds", tmp_path / "t.parquet", to="parquet", points=points))
+    np.testing.assert_array_equal(table.column("grad:q").combine_chunks().flatten(), ds["q"][:].flatten().numpy())
+    assert table.field("grad:q").metadata[b"stored"] == b"F32, as int8:64"
+    assert json.loads(table.schema.metadata[b"tlfast"])["points"]["q"]["encoding"] == "int8:64"
 
 
 def test_npy(folder, tmp_path):

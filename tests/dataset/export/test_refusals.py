@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import namedtuple
 
+import kinds_cases
 import pytest
 import torch
 from dataset_cases import flip, make_dataset, make_writer
@@ -79,6 +80,15 @@ def test_an_empty_row_is_refused(tmp_path):
     with pytest.raises(DatasetError, match=r"point 'a' must have a value in each row, got shape \[3, 0\]\. Leave it"):
         export_dataset(tmp_path / "ds", to="arrow")
     export_dataset(tmp_path / "ds", to="arrow", points=["b"])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_rows_per_token_are_refused(tmp_path, to):
+    kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))
+    message = r"export_dataset: point 't' must have a row for each example, got one per token\. Leave it out, and read"
+    with pytest.raises(DatasetError, match=message):
+        export_dataset(tmp_path / "ds", to=to)
+    assert os.listdir(tmp_path) == ["ds"]
 
 
 def test_nothing_to_export_is_refused(tmp_path):

@@ -159,7 +159,7 @@ def test_garbage_instead_of_a_row_table(out):
     "change, message",
     [
         (lambda d: d.update(format="zarr"), "Is it a tlfast dataset"),
-        (lambda d: d.update(version=2), "must be of format version 1, got 2. Update tlfast"),
+        (lambda d: d.update(version=3), "must be of format version 1 or 2, got 3. Update tlfast"),
         (lambda d: d["plan"].update(n_examples=12), "must match its own checksum"),
         (lambda d: d["header"].update(model="other"), "must match its own checksum"),
         (lambda d: d.pop("about"), "must match its own checksum"),

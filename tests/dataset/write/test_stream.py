@@ -217,6 +217,36 @@ def test_a_closed_stream_says_so(tmp_path, native):
             call()
 
 
+@pytest.mark.parametrize("n_values", [0, 1, 7, 3001])
+def test_codes_are_bytes_without_norms(tmp_path, writer, n_values):
+    rows = torch.tensor([[1.0], [math.inf], [3.0]])
+    codes = torch.arange(3 * n_values).view(3, n_values).to(torch.int8)
+    for tensors in ({"x": rows, "codes": codes}, {"x": rows, "codes": codes.T.contiguous().T}):
+        content, crc, norms, odd = write(tmp_path, tensors, writer)
+        assert content == HEADER + bytes_of(rows) + bytes_of(codes)
+        assert crc == google_crc32c.value(content)
+        assert norms["x"].tolist() == [1.0, math.inf, 3.0]
+        assert not norms["codes"].any()
+        assert odd.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_example_of_several_rows_has_one_norm(tmp_path, writer, dtype, strided):
+    tokens = torch.randn(9, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens[8, 3] = math.nan
+    lengths = [3, 0, 5, 1]
+    given = tokens.T.contiguous().T if strided else tokens
+    each = torch.ones(4, 2)
+    content, _, norms, odd = write(tmp_path, {"t": given, "x": each}, writer, {"t": lengths})
+    assert content == HEADER + bytes_of(tokens) + bytes_of(each)
+    for i, part in enumerate(tokens.split(lengths)):
+        expected = row_norms(part.reshape(1, -1))[0][0] if len(part) else np.float32(0)
+        assert norms["t"][i].tobytes() == expected.tobytes()
+    assert odd.tolist() == [False, False, False, True]
+    assert len(norms["x"]) == 4
+
+
 def test_arguments_of_the_native_stream(native):
     module = usable("native") and choice.loaded()
     with pytest.raises(
@@ -224,5 +254,7 @@ def test_arguments_of_the_native_stream(native):
     ):
         module.PayloadStream(0, 5, 0, 4096, "x")
     stream = module.PayloadStream(0, 0, 0, 4096, "x")
-    with pytest.raises(ValueError, match=r"PayloadStream: dtype must be F64, F32, F16 or BF16, got I8\. Cast it\."):
-        stream.append([(0, 0, 0, "I8", 0, 0)])
+    with pytest.raises(
+        ValueError, match=r"PayloadStream: dtype must be F64, F32, F16, BF16 or I8, got I32\. Cast it\."
+    ):
+        stream.append([(0, 0, 0, "I32", 0, 0)])

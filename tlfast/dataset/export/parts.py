@@ -34,7 +34,7 @@ class Rows:
 
     Args:
         dataset: where they are.
-        points: which points; DatasetError for an empty row shape, which other formats can't hold.
+        points: which points; DatasetError for what other formats can't hold, an empty row shape and rows per token.
         progress: called with the number of rows just written.
     """
 
@@ -44,7 +44,10 @@ class Rows:
         self.dataset = dataset
         self.columns: dict[str, Column] = {}
         for point in points:
-            dtype, row_shape = dataset[point].dtype, dataset[point].shape[1:]
+            dtype, row_shape, _, per, _ = dataset.column(point)
+            if per != "example":
+                remedy = f"Leave it out, and read ds[{point!r}]."
+                raise dataset_error(_WHO, f"point {point!r}", "have a row for each example", "one per token", remedy)
             if not prod(row_shape):
                 rule = "have a value in each row"
                 raise dataset_error(_WHO, f"point {point!r}", rule, f"shape {list(row_shape)}", "Leave it out.")
@@ -108,7 +111,8 @@ class Rows:
             yield pa.record_batch(columns[: len(schema)], schema=schema)
 
     def _stored(self, point: str) -> str:
-        return DTYPE_NAMES[self.dataset[point].dtype]
+        column = self.dataset.column(point)
+        return DTYPE_NAMES[column.dtype] + column.notes
 
 
 def _list_type(column: Column) -> Any:

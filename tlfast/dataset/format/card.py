@@ -38,9 +38,19 @@ ds.examples[0]           # the first example: input_ids, source, start, length, 
 `data/<unit>` belonging to row r of `rows/<unit>`. Only units with a file in `commits/` exist. `tlfast verify` re-reads
 every byte against its checksum. How it was made stands in `dataset.json` and `config.yaml`.
 
-| point | dtype | shape of a row |
+{more}| point | dtype | shape of a row |
 |---|---|---|
 {table}
+"""
+
+_PER_TOKEN = """\
+Of a point per token `ds[point][i]` is [length, *shape]: a row for each token of example i. Its `length` stands in
+the row table; in the unit's file these rows lie behind each other.
+
+"""
+_ENCODED = """\
+An encoded point is stored as `<point>:codes` and `<point>:scales`. `ds[point]` decodes, `ds.raw(point)` doesn't.
+
 """
 
 
@@ -49,13 +59,19 @@ def dataset_card(description: Description) -> str:
     n = description.plan.n_examples
     size = next((name for limit, name in (*_SIZES, *_SIZES_ABOVE, *_SIZES_OF_BILLIONS) if n < limit), "n>1T")
     table = "\n".join(
-        f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]} | {list(column.row_shape)} |"
+        f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]}{_plain(column.notes)} | {list(column.row_shape)} |"
         for name, column in description.columns.items()
     )
-    return _CARD.format(size=size, n=n, points=len(description.columns), table=table)
+    more = _PER_TOKEN * description.has_tokens + _ENCODED * any(c.encoding for c in description.columns.values())
+    return _CARD.format(size=size, n=n, points=len(description.columns), more=more, table=table)
 
 
 def _cell(name: str) -> str:
+    plain = _plain(name)
+    return f"`{plain}`" if plain else "(the model itself)"
+
+
+def _plain(text: str) -> str:
     # A name may hold any character; in a Markdown table a bar, a backquote or a line break must not act.
-    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
-    return f"`{plain.replace('|', chr(92) + '|').replace('`', chr(39))}`" if plain else "(the model itself)"
+    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return plain.replace("|", chr(92) + "|").replace("`", chr(39))

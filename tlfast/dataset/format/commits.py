@@ -57,12 +57,13 @@ class CommittedFile(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """A unit that exists: its files, and how many of its rows hold non-finite values."""
+    """A unit that exists: its files, how many of its rows hold non-finite values, and its tokens where they count."""
 
     unit: Unit
     config_hash: str
     files: tuple[CommittedFile, CommittedFile]  # the unit file, the row table
     non_finite: int
+    tokens: int | None = None  # of a dataset with a column per token
 
     @property
     def n_bytes(self) -> int:
@@ -72,10 +73,11 @@ class Commit(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Return the commit as it stands in its file."""
         return {
-            "version": 1,
+            "version": 1 if self.tokens is None else 2,
             "unit": self.unit.name,
             "first_example": self.unit.start,
             "rows": len(self.unit),
+            **({} if self.tokens is None else {"tokens": self.tokens}),
             "non_finite_rows": self.non_finite,
             "config_hash": self.config_hash,
             "files": [{"path": f.path, "bytes": f.n_bytes, "crc32c": f"{f.crc32c:08x}"} for f in self.files],
@@ -175,7 +177,7 @@ def read_commit(place: str | PathLike[str] | Store, name: str, description: Desc
 
 def _parse(store: Store, name: str, data: bytes, description: Description, who: str) -> Commit:
     unit = description.plan.unit_named(name)
-    if match := _AS_WRITTEN.fullmatch(data):
+    if not description.has_tokens and (match := _AS_WRITTEN.fullmatch(data)):
         texts = match.groups()
         planned_by = description.hash_of(unit)
         expected = (name.encode(), b"%d" % unit.start, b"%d" % len(unit), planned_by.encode())
@@ -191,13 +193,15 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
     value = parse_json(data, who, path)
     try:
         files = tuple(_read_file(entry) for entry in value["files"])
-        commit = Commit(unit, description.hash_of(unit), files, value["non_finite_rows"])  # type: ignore[arg-type]
+        tokens = value["tokens"] if description.has_tokens else None
+        commit = Commit(unit, description.hash_of(unit), files, value["non_finite_rows"], tokens)  # type: ignore[arg-type]
         # The paths are compared with the only possible ones, so no commit can point anywhere else.
         names = (data_path(unit), rows_path(unit))
         paths_agree = len(files) == 2 and all(
             file.path in (name, path_with_crc(name, file.crc32c)) for file, name in zip(files, names, strict=True)
         )
-        agrees = paths_agree and _is_count(commit.non_finite) and commit.to_json() == value
+        counts = commit.non_finite, commit.tokens or 0
+        agrees = paths_agree and all(map(_is_count, counts)) and commit.to_json() == value
     except (KeyError, TypeError, ValueError) as error:
         rule = "have the keys of a commit"
         raise dataset_error(who, path, rule, repr(error)[:200], _REMEDY) from error
@@ -208,7 +212,7 @@ def _parse_json(path: str, unit: Unit, data: bytes, description: Description, wh
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**60
 
 
 def _read_file(entry: Any) -> CommittedFile:
@@ -221,7 +225,7 @@ def check_sizes(
     store: Store, commit: Commit, description: Description, files: Mapping[str, int | None], who: str
 ) -> None:
     """Check that the commit's files are among ``files`` (of file_sizes) with the size that commit and plan give."""
-    payload = len(commit.unit) * description.row_bytes
+    payload = description.payload_bytes(len(commit.unit), commit.tokens)
     header = commit.files[0].n_bytes - payload  # its exact bytes are compared when the file is first used
     if header <= 0 or header % PAGE_BYTES:
         rule = f"give {data_path(commit.unit)} whole pages of header and {payload} bytes of rows"

@@ -19,17 +19,18 @@ from ...errors import broken_rule
 from ..errors import DatasetError, NoDataset, dataset_error
 from ..places.store import LocalStore, Store, as_store
 from .extension import Extension, read_extensions
-from .layout import DTYPE_NAMES, DTYPES, Column, check_columns
+from .layout import DTYPE_NAMES, DTYPES, Column, check_columns, has_tokens, version_of
 from .plan import Plan, Unit
 from .strict_json import checksum_of, parse_json, sha256_of, to_file
 
 FORMAT = "tlfast-dataset"
-VERSION = 1
+VERSIONS = (1, 2)  # what can be read; written is the first that suffices
 FILE_NAME = "dataset.json"
 CONFIG, CARD = "config.yaml", "README.md"  # beside it, for people and for the next run
 MAX_BYTES = 64 << 20  # of dataset.json: tens of thousands of points stay far below
 
 _KEYS = {"format", "version", "header", "columns", "plan", "config_hash", "about", "checksum"}
+_COLUMN_KEYS = {1: ("name", "dtype", "shape"), 2: ("name", "dtype", "shape", "of", "per", "encoding")}
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,24 @@ class Description:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to continue a dataset."""
-        columns = [
-            {"name": name, "dtype": DTYPE_NAMES[column.dtype], "shape": list(column.row_shape)}
-            for name, column in self.columns.items()
-        ]
+        version = version_of(self.columns)
+        columns = [_column_entry(name, column, version) for name, column in self.columns.items()]
         plan = self.plan.to_json()
-        return {"format": FORMAT, "version": VERSION, "header": self.header, "columns": columns, "plan": plan}
+        return {"format": FORMAT, "version": version, "header": self.header, "columns": columns, "plan": plan}
+
+    def payload_bytes(self, n_rows: int, n_tokens: int | None) -> int:
+        """Bytes of so many examples and tokens at all points together."""
+        return self._row_bytes["example"] * n_rows + self._row_bytes["token"] * (n_tokens or 0)
 
     @cached_property
-    def row_bytes(self) -> int:
-        """Bytes of one row at all points together."""
-        return sum(column.row_bytes for column in self.columns.values())
+    def _row_bytes(self) -> dict[str, int]:
+        columns = self.columns.values()
+        return {per: sum(c.row_bytes for c in columns if c.per == per) for per in ("example", "token")}
+
+    @cached_property
+    def has_tokens(self) -> bool:
+        """Whether some column has a row for each token."""
+        return has_tokens(self.columns)
 
     @cached_property
     def config_hash(self) -> str:
@@ -135,13 +143,14 @@ def read_description(place: str | PathLike[str] | Store, who: str) -> Descriptio
     value = parse_json(content, who, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise dataset_error(who, path, f'say "format": "{FORMAT}"', repr(value)[:80], "Is it a tlfast dataset?")
-    if value.get("version") != VERSION:
-        got = repr(value.get("version"))[:80]
-        raise dataset_error(who, path, f"be of format version {VERSION}", got, "Update tlfast to read it.")
+    version = value.get("version")
+    if type(version) is not int or version not in VERSIONS:
+        rule = f"be of format version {' or '.join(map(str, VERSIONS))}"
+        raise dataset_error(who, path, rule, repr(version)[:80], "Update tlfast to read it.")
     checksum = value.pop("checksum", None)
     if set(value) != _KEYS - {"checksum"} or checksum_of(value) != checksum:
         raise dataset_error(who, path, "match its own checksum", "other content", "Restore the file as it was.")
-    columns = _read_columns(value["columns"], who, path)
+    columns = _read_columns(value["columns"], version, who, path)
     if not isinstance(value["header"], dict) or not isinstance(value["about"], dict):
         raise dataset_error(who, path, "hold objects header and about", "other types", "Restore the file.")
     description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"])
@@ -181,13 +190,22 @@ def _datasets_in(folder: Path) -> list[str]:
         return []
 
 
-def _read_columns(value: Any, who: str, path: str) -> dict[str, Column]:
+def _column_entry(name: str, column: Column, version: int) -> dict[str, Any]:
+    values = (name, DTYPE_NAMES[column.dtype], list(column.row_shape), column.of, column.per, column.encoding)
+    return dict(zip(_COLUMN_KEYS[version], values, strict=False))
+
+
+def _read_columns(value: Any, version: int, who: str, path: str) -> dict[str, Column]:
+    keys = _COLUMN_KEYS[version]
     try:
-        columns = {entry["name"]: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in value}
-        if len(columns) != len(value) or any(set(entry) != {"name", "dtype", "shape"} for entry in value):
-            raise KeyError("name, dtype, shape, once per column")
+        columns = {
+            entry["name"]: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *(entry[key] for key in keys[3:]))
+            for entry in value
+        }
+        if len(columns) != len(value) or any(set(entry) != set(keys) for entry in value):
+            raise KeyError(f"{', '.join(keys)}, once per column")
     except (KeyError, TypeError) as error:
-        rule = "list columns with name, dtype and shape"
+        rule = f"list columns with {', '.join(keys[:-1])} and {keys[-1]}"
         raise dataset_error(who, path, rule, repr(error)[:200], "Restore the file as it was.") from error
     return check_columns(who, columns)
 

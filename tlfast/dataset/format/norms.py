@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+
+from .encodings import Encoded, decode
+from .layout import Column
+
+_DECODED_BYTES = 256 << 10  # decoded at a time, and so never more than a cache holds
 
 LANES = 32  # value i of a row is added to lane i % LANES: part of the format, see docs/format.md
 
@@ -36,3 +43,27 @@ def row_norms(rows: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
         norms = np.sqrt(sums).astype(np.float32)
     norms[np.isnan(norms)] = np.nan  # one NaN, whatever the CPU made of it
     return norms, odd
+
+
+def decoded_norms(stored: Encoded, column: Column, lengths: Sequence[int] | None) -> np.ndarray[Any, Any]:
+    """Return the norm of each example at an encoded column, float32: that of its decoded row, or of its tokens' rows.
+
+    Args:
+        stored: codes and scales of all rows, on the CPU.
+        column: what they are of.
+        lengths: of a column per token, how many rows each example has; None: one.
+    """
+    encoding, shape = column.encoding or "", column.row_shape
+    n = len(stored.codes) if lengths is None else len(lengths)
+    norms = np.zeros(n, np.float32)
+    if lengths is None:
+        step = max(1, _DECODED_BYTES // (4 * prod(shape)))
+        for part in (slice(start, start + step) for start in range(0, n, step)):
+            rows = decode(stored.codes[part], stored.scales[part], encoding, shape)
+            norms[part] = row_norms(rows.reshape(len(rows), -1))[0]
+        return norms
+    parts = (tensor.split(list(lengths)) for tensor in stored)
+    for i, (codes, scales) in enumerate(zip(*parts, strict=True)):
+        if len(codes):
+            norms[i] = row_norms(decode(codes, scales, encoding, shape).reshape(1, -1))[0][0]
+    return norms

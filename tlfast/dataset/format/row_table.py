@@ -12,6 +12,7 @@ import torch
 
 from ..errors import dataset_error, extra
 from ..places.store import Store
+from .commits import Commit
 from .plan import Example, Unit
 from .row_limits import check_unpacked, unpack
 
@@ -57,10 +58,13 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
     return bytes(sink.getvalue())
 
 
-def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | None = None) -> Any:
+def decode_rows(
+    store: Store, unit: Unit, points: Sequence[str], path: str | None = None, n_tokens: int | None = None
+) -> Any:
     """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples.
 
-    ``path`` is the name that its commit gives it, where that isn't the plain one.
+    ``path`` is the name that its commit gives it, where that isn't the plain one; ``n_tokens`` is how many tokens the
+    commit counts, where it does.
     """
     path = path or f"rows/{unit.name}.parquet"
     file = store.open(path, _READER)
@@ -73,6 +77,9 @@ def decode_rows(store: Store, unit: Unit, points: Sequence[str], path: str | Non
             column.null_count for column in table.columns
         ):
             raise ValueError("other examples, or nulls")
+        lengths = table.column("length").to_numpy()
+        if n_tokens is not None and (lengths.min() < 0 or int(lengths.sum(dtype=np.int64)) != n_tokens):
+            raise ValueError(f"lengths of other than {n_tokens} tokens together, as the commit says")
     except Exception as error:  # whatever a damaged Parquet file makes of pyarrow
         rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points"
         raise dataset_error(_READER, store.where(path), rule, str(error)[:300], "Run `tlfast verify`.") from error
@@ -84,12 +91,11 @@ class ExampleTable(Sequence[dict[str, Any]]):
 
     KEPT_BYTES = 256 << 20  # of row tables held in memory, besides the last used
 
-    def __init__(self, store: Store, units: Sequence[Unit], points: Sequence[str], paths: Sequence[str]) -> None:
+    def __init__(self, store: Store, commits: Sequence[Commit], points: Sequence[str]) -> None:
         self._store = store
-        self._paths = paths
-        self._units = units
+        self._commits = commits
         self._points = list(points)
-        self._stops = np.cumsum([len(unit) for unit in units], dtype=np.int64)
+        self._stops = np.cumsum([len(commit.unit) for commit in commits], dtype=np.int64)
         self._tables: OrderedDict[int, Any] = OrderedDict()
         self._held = 0  # bytes
         self._lock = threading.Lock()
@@ -113,7 +119,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
 
     def norms(self, point: str) -> torch.Tensor:
         """Return the float32 L2 norm of every row of ``point``: shape [rows]."""
-        parts = [self.table(k).column(NORM + point).to_numpy() for k in range(len(self._units))]
+        parts = [self.table(k).column(NORM + point).to_numpy() for k in range(len(self._commits))]
         return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
 
     def tokens(self, start: int, stop: int) -> list[torch.Tensor]:
@@ -133,7 +139,9 @@ class ExampleTable(Sequence[dict[str, Any]]):
         """Return the row table of committed unit number ``k`` as a pyarrow Table."""
         with self._lock:
             if k not in self._tables:
-                self._tables[k] = decode_rows(self._store, self._units[k], self._points, self._paths[k])
+                commit = self._commits[k]
+                path, tokens = commit.files[1].path, commit.tokens
+                self._tables[k] = decode_rows(self._store, commit.unit, self._points, path, tokens)
                 self._held += self._tables[k].nbytes
                 while len(self._tables) > 1 and self._held > self.KEPT_BYTES:
                     self._held -= self._tables.popitem(last=False)[1].nbytes

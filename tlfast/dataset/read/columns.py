@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ...errors import broken_rule
-from ..format.layout import Column, as_integers
+from ..format.encodings import Encoded, decode
+from ..format.layout import Column, Field, as_integers
 from ..places.store import Range
 from .unit_files import UnitFiles
 
@@ -26,14 +27,24 @@ class GradientColumn:
         TypeError: for any other index; index the tensor that you got instead.
     """
 
-    def __init__(self, name: str, column: Column, files: UnitFiles) -> None:
+    def __init__(self, name: str, field: Field, files: UnitFiles) -> None:
         self.name = name
-        self.dtype = column.dtype
-        self._row_shape = column.row_shape
+        self.dtype = field.dtype
+        self._row_shape = field.row_shape
         self._files = files
+        self._axis = files.axis(field)
+
+    @property
+    def fields(self) -> tuple[GradientColumn, ...]:
+        """The columns that are read to have these rows: this one."""
+        return (self,)
+
+    def decoded(self, *stored: torch.Tensor) -> torch.Tensor:
+        """Return the rows, of what was read of each of `fields`."""
+        return stored[0]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,16 +80,16 @@ class GradientColumn:
         Nothing is copied where the files are mapped (FAISS takes such an array of float32 as it is); the mapping lives
         as long as the array. TypeError for bfloat16, which numpy doesn't have.
         """
-        n_units = len(self._files.stops)
+        n_units = len(self._axis.stops)
         if not -n_units <= k < n_units:
             text = broken_rule("GradientColumn", "unit", f"be in {-n_units}..{n_units - 1}", k, "See ds.units.")
             raise IndexError(text)
         if self.dtype == torch.bfloat16:
-            rows_of_unit = f"{self._files.starts[k]}:{self._files.stops[k]}"
+            rows_of_unit = f"{self._axis.starts[k]}:{self._axis.stops[k]}"
             remedy = f"Convert a copy: ds[{self.name!r}][{rows_of_unit}].float().numpy()."
             raise TypeError(broken_rule("GradientColumn", "dtype", "be one that numpy has", "bfloat16", remedy))
         rows = self._files.view(k % n_units, self.name)
-        return rows.view(rows.dtype.str.replace("i", "f"))
+        return rows.view(rows.dtype.str.replace("i", "f")) if self.dtype.is_floating_point else rows
 
     def ranges(self, start: int, stop: int, memory: torch.Tensor) -> Iterator[Range]:
         """Yield what to read to fill ``memory`` with the rows from ``start`` to ``stop``."""
@@ -94,6 +105,62 @@ class GradientColumn:
         return out
 
 
+class DecodedColumn(GradientColumn):
+    """The rows of one encoded point, decoded when they are read: index it as a GradientColumn, and get float32."""
+
+    def __init__(self, name: str, column: Column, files: UnitFiles) -> None:
+        super().__init__(name, Field(column.dtype, column.row_shape, column.per), files)
+        self._encoding = column.encoding or ""
+        self._fields = tuple(GradientColumn(field, kind, files) for field, kind in column.fields(name).items())
+
+    @property
+    def fields(self) -> tuple[GradientColumn, ...]:
+        """The columns that are read to have these rows: codes and scales."""
+        return self._fields
+
+    def decoded(self, *stored: torch.Tensor) -> torch.Tensor:
+        """Return the rows, of their codes and scales."""
+        codes, scales = stored
+        return decode(codes, scales, self._encoding, self._row_shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return the indexed rows, [*index shape, *row shape], float32."""
+        return self.decoded(*(field[index] for field in self._fields))
+
+    def numpy(self, k: int) -> np.ndarray[Any, Any]:
+        """Return the rows of ``ds.units[k]`` as a read-only array, decoded: float32 [rows of the unit, *row shape]."""
+        parts = (torch.from_numpy(field.numpy(k).copy()) for field in self._fields)
+        rows: np.ndarray[Any, Any] = self.decoded(*parts).numpy()
+        rows.setflags(write=False)
+        return rows
+
+    def ranges(self, start: int, stop: int, memory: torch.Tensor) -> Iterator[Range]:
+        """TypeError: what lies in the files are codes and scales; see `fields`."""
+        remedy = f"Index it, or read ds.raw({self.name!r})."
+        raise TypeError(broken_rule("GradientColumn", "point", "be stored as it is", "an encoded one", remedy))
+
+
+class RawColumn:
+    """Codes and scales of one encoded point as they are stored: index it as ``ds[point]``, and get an Encoded."""
+
+    def __init__(self, codes: Any, scales: Any) -> None:
+        self.codes, self.scales = codes, scales
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: Any) -> Encoded:
+        """Return the codes (int8) and the scales (float32) of the indexed rows."""
+        return Encoded(self.codes[index], self.scales[index])
+
+
+def column_of(point: str, column: Column, files: UnitFiles) -> GradientColumn:
+    """Return the rows of a point, one for each example or token."""
+    if column.encoding is None:
+        return GradientColumn(point, Field(column.dtype, column.row_shape, column.per), files)
+    return DecodedColumn(point, column, files)
+
+
 def read_stretches(
     columns: Sequence[GradientColumn], bounds: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -101,18 +168,18 @@ def read_stretches(
 
     ``into`` is memory of an earlier call, which may have more rows: what is returned is the beginning of it.
     """
-    n, out, ranges = sum(stop - start for start, stop in bounds), {}, []
-    for column in columns:
+    n, stored, ranges = sum(stop - start for start, stop in bounds), {}, []
+    for column in chain.from_iterable(column.fields for column in columns):
         memory = (into or {}).get(column.name)
         if memory is None or len(memory) < n:
             memory = torch.empty((n, *column.shape[1:]), dtype=column.dtype)
-        out[column.name] = memory[:n]
+        stored[column.name] = memory[:n]
         ends = accumulate(stop - start for start, stop in bounds)
         for (start, stop), end in zip(bounds, ends, strict=True):
             ranges.append(column.ranges(start, stop, memory[end - (stop - start) : end]))
     if columns:
         columns[0].read(chain.from_iterable(ranges))
-    return out
+    return {column.name: column.decoded(*(stored[field.name] for field in column.fields)) for column in columns}
 
 
 def row_numbers(index: Any, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:

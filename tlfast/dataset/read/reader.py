@@ -16,14 +16,15 @@ from ..check.verify import Report, check_unit, missing_names, verify_dataset
 from ..errors import dataset_error
 from ..format.commits import Commit, read_commits, read_folder
 from ..format.description import Description, skipped_examples
-from ..format.layout import DTYPE_NAMES
+from ..format.layout import DTYPE_NAMES, Column
 from ..format.plan import Plan, Unit
 from ..format.row_table import ExampleTable
 from ..places.store import LocalStore, Store, as_store
-from .columns import GradientColumn, integers, row_numbers
+from .columns import GradientColumn, RawColumn, column_of, integers, row_numbers
 from .decoding import given_tokenizer, recorded_tokenizer
 from .hub import OnHub
 from .showing import Sample, described, take_sample
+from .token_columns import TokenColumn, TokenSpans
 from .unit_files import UnitFiles
 
 _WHO = "open_dataset"
@@ -89,8 +90,8 @@ class GradientDataset(OnHub):
         self._commits = commits
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
-        paths = [commit.files[1].path for commit in commits]
-        self.examples = ExampleTable(store, self.units, list(description.columns), paths)
+        self.examples = ExampleTable(store, commits, list(description.columns))
+        self._spans = TokenSpans(self.examples, self._files)
 
     @classmethod
     def _open(cls, place: Any, partial: bool) -> GradientDataset:
@@ -140,7 +141,7 @@ class GradientDataset(OnHub):
     @property
     def unit_bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The rows of each unit that is there: where they start, and where they stop; int64 [units] each."""
-        return self._files.starts, self._files.stops
+        return self._files.examples.starts, self._files.examples.stops
 
     def __len__(self) -> int:
         return len(self._files)
@@ -148,22 +149,47 @@ class GradientDataset(OnHub):
     def __contains__(self, point: object) -> bool:
         return point in self._description.columns
 
-    def __getitem__(self, point: str) -> GradientColumn:
-        """Return the rows of ``point``, lazily; KeyError where there is no such point."""
+    def __getitem__(self, point: str) -> GradientColumn | TokenColumn:
+        """Return the rows of ``point``, lazily, decoded where they are encoded; KeyError where there is no such point.
+
+        Of a point per token each example has as many rows as tokens: see TokenColumn.
+        """
+        column = self.column(point)
+        flat = column_of(point, column, self._files)
+        return TokenColumn(flat, self._spans) if column.per == "token" else flat
+
+    def column(self, point: str) -> Column:
+        """Return what ``point`` is: dtype, shape of a row, of what, per example or token, encoding; or KeyError."""
         if point not in self._description.columns:
             known = ", ".join(self.points[:5]) + (", ..." if len(self.points) > 5 else "")
             raise KeyError(f"GradientDataset: point must be one of {known}, got {point!r}. See ds.points.")
-        return GradientColumn(point, self._description.columns[point], self._files)
+        return self._description.columns[point]
 
-    def rows(self, index: Any, points: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    def raw(self, point: str) -> RawColumn:
+        """Return the codes and scales of an encoded ``point`` as they are stored: ``ds.raw(point)[row].codes``.
+
+        Raises:
+            KeyError: where there is no such point.
+            ValueError: where its rows are stored as they are.
+        """
+        column = self.column(point)
+        if column.encoding is None:
+            rule, remedy = "name an encoded point", f"Read ds[{point!r}]."
+            raise ValueError(broken_rule("GradientDataset.raw", "point", rule, f"the plain {point!r}", remedy))
+        fields = [GradientColumn(name, field, self._files) for name, field in column.fields(point).items()]
+        if column.per == "token":
+            return RawColumn(*(TokenColumn(field, self._spans) for field in fields))
+        return RawColumn(*fields)
+
+    def rows(self, index: Any, points: Iterable[str] | None = None) -> dict[str, Any]:
         """Return the indexed rows of several points (all by default): ``{point: ds[point][index]}``."""
         return {point: self[point][index] for point in (self.points if points is None else points)}
 
     def ids_of(self, rows: Any) -> torch.Tensor:
         """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""
         numbers = row_numbers(rows, len(self))
-        k = self._files.unit_of(numbers)
-        return torch.from_numpy(np.asarray(numbers + (self._files.firsts - self._files.starts)[k]))
+        axis = self._files.examples
+        return torch.from_numpy(np.asarray(numbers + (self._files.firsts - axis.starts)[axis.unit_of(numbers)]))
 
     def rows_of(self, ids: Any) -> torch.Tensor:
         """Return in which rows the examples with these ids are: int64, of the shape of ``ids``.
@@ -171,7 +197,7 @@ class GradientDataset(OnHub):
         ``ds[point][ds.rows_of(ids)]``, ``ds.examples[int(ds.rows_of(7))]``. KeyError where a unit with one is missing.
         """
         wanted = integers("GradientDataset", "ids", ids)
-        firsts, lengths, starts = self._files.firsts, self._files.lengths, self._files.starts
+        firsts, lengths, starts = self._files.firsts, self._files.examples.lengths, self._files.examples.starts
         flat = wanted.reshape(-1)
         k = np.searchsorted(firsts, flat, side="right") - 1  # -1 is before the first unit: the 0 behind the last
         within = flat - np.append(firsts, 0)[k]
@@ -226,14 +252,12 @@ class GradientDataset(OnHub):
             "planned_units": self.plan.n_units,
             "bytes": sum(commit.n_bytes for commit in self._commits),
             "non_finite_rows": sum(commit.non_finite for commit in self._commits),
-            "points": {
-                name: {"dtype": DTYPE_NAMES[c.dtype], "shape": list(c.row_shape)} for name, c in columns.items()
-            },
+            "points": {name: _point_info(column) for name, column in columns.items()},
             "header": self.header,
             "examples": self._description.all_examples(),
             "about": self._description.about,
             "config_hash": self._description.config_hash,
-        }
+        } | ({"tokens": len(self._files.tokens)} if self._description.has_tokens else {})
 
     def __repr__(self) -> str:
         n_bytes = sum(commit.n_bytes for commit in self._commits)
@@ -249,3 +273,8 @@ class GradientDataset(OnHub):
         # Workers of a DataLoader open the files themselves, and see the units that are seen here.
         opened = functools.partial(GradientDataset, partial=self._partial, mapped=self._files.mapped)
         return opened, (self._store, self._description, self._commits)
+
+
+def _point_info(column: Column) -> dict[str, Any]:
+    more = {} if column.is_plain else {"of": column.of, "per": column.per, "encoding": column.encoding}
+    return {"dtype": DTYPE_NAMES[column.dtype], "shape": list(column.row_shape)} | more

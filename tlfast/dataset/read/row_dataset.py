@@ -9,8 +9,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ...errors import broken_rule
-from .columns import integers, row_numbers
+from .columns import GradientColumn, integers, row_numbers
 from .reader import GradientDataset
+from .token_columns import TokenColumn
 
 Batch = dict[str, Any]
 _OWN = ("id", "input_ids")  # entries of an item beside its points
@@ -27,9 +28,19 @@ def checked_points(who: str, ds: GradientDataset, points: Iterable[str] | None, 
     return chosen
 
 
+def per_example(who: str, ds: GradientDataset, point: str) -> GradientColumn:
+    """Return the rows of a point; ValueError where an example of it has as many as tokens."""
+    column = ds[point]
+    if isinstance(column, TokenColumn):
+        remedy = "Leave it out of points, and read it by ds[point]."
+        raise ValueError(broken_rule(who, f"point {point!r}", "have a row for each example", "one per token", remedy))
+    return column
+
+
 class RowDataset(Dataset[Batch]):
     """A map-style torch dataset: item r is ``{"id": int, point: row r, ...}``.
 
+    Of a point per token the row is [length, *row shape], and a list of rows holds a list of them.
     A list of row numbers is read at once: ``DataLoader(rows, sampler=BatchSampler(...), batch_size=None)`` gives
     batches without a copy more; ``DataLoader(rows, batch_size=...)`` works as well.
 

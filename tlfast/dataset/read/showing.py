@@ -68,7 +68,9 @@ def take_sample(examples: Sequence[dict[str, Any]], points: list[str], n: int, s
 
 def described(title: str, columns: Mapping[str, Column]) -> str:
     """Return the HTML of what is in a dataset: a line, and the points as a table."""
-    rows = [[name, str(c.dtype).removeprefix("torch."), str(list(c.row_shape))] for name, c in columns.items()]
+    rows = [
+        [name, str(c.dtype).removeprefix("torch.") + c.notes, str(list(c.row_shape))] for name, c in columns.items()
+    ]
     return f"<p>{escape(title)}</p>" + table(["point", "dtype", "shape of a row"], rows)
 
 

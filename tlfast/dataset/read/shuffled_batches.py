@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import broken_rule
-from .columns import read_stretches
+from .columns import GradientColumn, read_stretches
 from .reader import GradientDataset
-from .row_dataset import Batch, checked_points
+from .row_dataset import Batch, checked_points, per_example
 from .shuffle import Blocks, Group, share
 
 BLOCK_BYTES = 768 << 10  # of one point: measured, from there on a disk reads blocks here and there as fast as a file
@@ -51,7 +51,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         mixed_blocks: how many blocks are mixed.
 
     Raises:
-        ValueError: for numbers out of range, or a state of another order of rows.
+        ValueError: for numbers out of range, a state of another order of rows, or a point with a row for each token.
 
     Example:
         >>> import tempfile, torch
@@ -84,6 +84,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         self.points = checked_points("ShuffledBatches", ds, points, input_ids)
         self.batch_size = _positive("batch_size", batch_size)
         self.mixed_blocks = _positive("mixed_blocks", mixed_blocks)
+        self._columns()  # a point that can't be given is found here
         self.block_rows = self._block_rows() if block_rows is None else _positive("block_rows", block_rows)
         self.seed, self.shuffle, self.drop_last, self.input_ids = seed, shuffle, drop_last, input_ids
         self.rank, self.world_size = _place(rank, world_size)
@@ -93,8 +94,11 @@ class ShuffledBatches(IterableDataset[Batch]):
         self._done = 0  # rows given in this epoch, by this process
         self._resumed: dict[str, Any] | None = None
 
+    def _columns(self) -> list[GradientColumn]:
+        return [per_example("ShuffledBatches", self.ds, point) for point in self.points]
+
     def _block_rows(self) -> int:
-        sizes = [self.ds[point].row_bytes for point in self.points]
+        sizes = [column.row_bytes for column in self._columns()]
         most = max(1, _GROUP_BYTES // (self.mixed_blocks * max(1, sum(sizes))))
         return max(1, min(most, BLOCK_BYTES // max(1, *sizes)))
 
@@ -184,11 +188,10 @@ class ShuffledBatches(IterableDataset[Batch]):
     def _read(self, group: Group, skipped: int, free: SimpleQueue[Batch]) -> tuple[Batch, torch.Tensor]:
         bounds = list(zip(group.starts.tolist(), group.stops.tolist(), strict=True))
         rows = np.concatenate([np.arange(start, stop) for start, stop in bounds])
-        columns = [self.ds[point] for point in self.points]
         memory = None
         with suppress(Empty):  # new memory costs as much as copying into it
             memory = free.get_nowait()
-        data: Batch = {"id": self.ds.ids_of(rows)} | read_stretches(columns, bounds, memory)
+        data: Batch = {"id": self.ds.ids_of(rows)} | read_stretches(self._columns(), bounds, memory)
         if self.input_ids:
             data["input_ids"] = [ids for start, stop in bounds for ids in self.ds.examples.tokens(start, stop)]
         return data, torch.from_numpy(group.order[skipped:])

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..format.commits import Commit
-from ..format.layout import Column, check_header, unit_layout
-from ..format.plan import Unit
+from ..format.layout import Column, Field, check_header, fields_of, payload_spans, unit_layout
 from ..places.store import OpenFile, Range, Store
 
 _WHO = "GradientDataset"
@@ -40,30 +39,16 @@ class _OpenUnits(NamedTuple):
     addresses: Array  # int64 per unit: where its rows begin in memory; 0 where it isn't mapped
 
 
-class UnitFiles:
-    """The unit files of a dataset; the last used stay open."""
+class Axis:
+    """The rows of one kind, of the examples or of their tokens, across the units that are there: int64 per unit."""
 
-    def __init__(self, store: Store, commits: Sequence[Commit], columns: dict[str, Column], mapped: bool) -> None:
-        self.mapped = mapped
-        self._store = store
-        self._commits = commits
-        self._columns = columns
-        self._kept = most_open()
-        self._lock = threading.Lock()
-        n_units = len(commits)
-        self.lengths = np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units)
-        self.stops = np.cumsum(self.lengths)
-        self.starts = self.stops - self.lengths
-        self.firsts = np.fromiter((commit.unit.start for commit in commits), np.int64, n_units)  # ids
+    def __init__(self, lengths: Array) -> None:
+        self.lengths = lengths
+        self.stops = np.cumsum(lengths)
+        self.starts = self.stops - lengths
         # Rows per unit where all but the last have as many: dividing is far faster than searching.
-        longest = int(self.lengths.max(initial=0))
-        self._every = longest if (self.lengths[:-1] == longest).all() else 0
-        self._used = np.zeros(n_units, np.int64)  # when, counted in requests
-        self._now = 0
-        self._open = _OpenUnits({}, {}, np.zeros(n_units, np.int64), np.zeros(n_units, np.int64))
-        # Blocks lie behind each other: a column's begins behind (bytes before it in one row) * (rows of the unit).
-        single = unit_layout(columns, Unit("u000000", 0, 1))
-        self._before = {name: block.start - len(single.header) for name, block in single.blocks.items()}
+        longest = int(lengths.max(initial=0))
+        self._every = longest if (lengths[:-1] == longest).all() else 0
 
     def __len__(self) -> int:
         return int(self.stops[-1]) if len(self.stops) else 0
@@ -72,28 +57,68 @@ class UnitFiles:
         """Return in which committed unit each row is."""
         return rows // self._every if self._every else np.searchsorted(self.stops, rows, side="right")
 
+
+class UnitFiles:
+    """The unit files of a dataset, whose fields are read by number of a row; the last used stay open."""
+
+    def __init__(self, store: Store, commits: Sequence[Commit], columns: dict[str, Column], mapped: bool) -> None:
+        self.mapped = mapped
+        self._store = store
+        self._commits = commits
+        self._columns = columns
+        self._fields = fields_of(columns)
+        self._kept = most_open()
+        self._lock = threading.Lock()
+        n_units = len(commits)
+        self.examples = Axis(np.fromiter((len(commit.unit) for commit in commits), np.int64, n_units))
+        self.tokens = Axis(np.fromiter((commit.tokens or 0 for commit in commits), np.int64, n_units))
+        self.firsts = np.fromiter((commit.unit.start for commit in commits), np.int64, n_units)  # ids
+        self._used = np.zeros(n_units, np.int64)  # when, counted in requests
+        self._now = 0
+        self._open = _OpenUnits({}, {}, np.zeros(n_units, np.int64), np.zeros(n_units, np.int64))
+        # Blocks lie behind each other: a field's begins behind the bytes before it of one example, and of one token,
+        # times how many the unit has.
+        of_example, of_token = payload_spans(columns, 1), payload_spans(columns, 0, 1)
+        self._before = {name: (start, of_token[name][0]) for name, (start, _) in of_example.items()}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def axis(self, field: Field) -> Axis:
+        """Return which rows a field has."""
+        return self.tokens if field.per == "token" else self.examples
+
+    def _block_starts(self, name: str, units: Array) -> Array:
+        """Where the field's rows begin in the payloads of these units."""
+        of_example, of_token = self._before[name]
+        starts: Array = self.examples.lengths[units] * of_example
+        return starts + self.tokens.lengths[units] * of_token if of_token else starts
+
     def view(self, k: int, name: str) -> Array:
-        """Return the rows of column ``name`` in unit ``k``, as integers: read-only, a view of the file if mapped."""
-        column, n_rows = self._columns[name], int(self.lengths[k])
+        """Return the rows of field ``name`` in unit ``k``, as integers: read-only, a view of the file if mapped."""
+        field = self._fields[name]
+        axis = self.axis(field)
+        n_rows = int(axis.lengths[k])
         if not self.mapped:
-            rows = np.empty((n_rows, *column.row_shape), f"<i{column.dtype.itemsize}")
-            self.read(self.ranges(name, int(self.starts[k]), int(self.stops[k]), rows))
+            rows = np.empty((n_rows, *field.row_shape), f"<i{field.dtype.itemsize}")
+            self.read(self.ranges(name, int(axis.starts[k]), int(axis.stops[k]), rows))
             rows.setflags(write=False)
             return rows
         units = self._use(np.array([k]))
-        start = int(units.payloads[k]) + n_rows * self._before[name]
-        block = units.maps[k][start : start + n_rows * column.row_bytes]
-        return block.view(f"<i{column.dtype.itemsize}").reshape(n_rows, *column.row_shape)
+        start = int(units.payloads[k] + self._block_starts(name, np.array(k)))
+        block = units.maps[k][start : start + n_rows * field.row_bytes]
+        return block.view(f"<i{field.dtype.itemsize}").reshape(n_rows, *field.row_shape)
 
     def gather(self, name: str, rows: Array) -> Array:
         """Return a copy of the rows with these numbers (int64 [n], each within the dataset), as integers."""
-        column = self._columns[name]
-        if not (column.row_bytes and rows.size):
-            return np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
-        unit_of = self.unit_of(rows)
-        if len(self.stops) <= self._kept or len(np.unique(unit_of)) <= self._kept:
+        field = self._fields[name]
+        axis = self.axis(field)
+        if not (field.row_bytes and rows.size):
+            return np.empty((len(rows), *field.row_shape), f"<i{field.dtype.itemsize}")
+        unit_of = axis.unit_of(rows)
+        if len(axis.stops) <= self._kept or len(np.unique(unit_of)) <= self._kept:
             return self._gather(name, rows, unit_of)
-        out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
+        out = np.empty((len(rows), *field.row_shape), f"<i{field.dtype.itemsize}")
         for where in self._affordable(unit_of):
             out[where] = self._gather(name, rows[where], unit_of[where])
         return out
@@ -105,21 +130,21 @@ class UnitFiles:
         yield from np.split(order, firsts[self._kept :: self._kept])
 
     def _gather(self, name: str, rows: Array, unit_of: Array) -> Array:
-        column, units = self._columns[name], self._use(unit_of)
-        within = (rows - self.starts[unit_of]) * column.row_bytes + self.lengths[unit_of] * self._before[name]
+        field, units = self._fields[name], self._use(unit_of)
+        within = (rows - self.axis(field).starts[unit_of]) * field.row_bytes + self._block_starts(name, unit_of)
         offsets = units.payloads[unit_of] + within
         if not self.mapped:
-            out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
-            self.read(self._runs(units, column.row_bytes, unit_of, offsets, out))
+            out = np.empty((len(rows), *field.row_shape), f"<i{field.dtype.itemsize}")
+            self.read(self._runs(units, field.row_bytes, unit_of, offsets, out))
             return out
         if self._lacks_pages(units, unit_of, offsets):
-            out = np.empty((len(rows), *column.row_shape), f"<i{column.dtype.itemsize}")
+            out = np.empty((len(rows), *field.row_shape), f"<i{field.dtype.itemsize}")
             for first in range(0, len(rows), _FETCHED_ROWS):
                 part = slice(first, first + _FETCHED_ROWS)
-                _ask_for(units, column.row_bytes, unit_of[part], offsets[part])
-                out[part] = self._copy(units, column, unit_of[part], offsets[part])
+                _ask_for(units, field.row_bytes, unit_of[part], offsets[part])
+                out[part] = self._copy(units, field, unit_of[part], offsets[part])
             return out
-        return self._copy(units, column, unit_of, offsets)
+        return self._copy(units, field, unit_of, offsets)
 
     def _lacks_pages(self, units: _OpenUnits, unit_of: Array, offsets: Array) -> bool:
         """Whether a few of the rows, at even distances, are not all in memory: faults would fetch them one by one."""
@@ -127,19 +152,19 @@ class UnitFiles:
         some = range(0, len(offsets), max(1, len(offsets) // n))
         return not all(units.files[unit_of[k]].cached(int(offsets[k])) for k in some)
 
-    def _copy(self, units: _OpenUnits, column: Column, unit_of: Array, offsets: Array) -> Array:
+    def _copy(self, units: _OpenUnits, field: Field, unit_of: Array, offsets: Array) -> Array:
         """Copy rows out of the mappings."""
-        size, shape = column.dtype.itemsize, (len(offsets), *column.row_shape)
-        if column.row_bytes > _WINDOW_BYTES:
-            out = np.empty((len(offsets), column.row_bytes), np.uint8)
+        size, shape = field.dtype.itemsize, (len(offsets), *field.row_shape)
+        if field.row_bytes > _WINDOW_BYTES:
+            out = np.empty((len(offsets), field.row_bytes), np.uint8)
             for at, (k, offset) in enumerate(zip(unit_of.tolist(), offsets.tolist(), strict=True)):
-                out[at] = units.maps[k][offset : offset + column.row_bytes]
+                out[at] = units.maps[k][offset : offset + field.row_bytes]
             return out.view(f"<i{size}").reshape(shape)
         # One gather for all units, however few rows each has: a row is a window into the address space, and the first
         # window begins at the lowest row. Every row lies whole within a mapping that ``units`` keeps.
         addresses = units.addresses[unit_of] + offsets
         lowest = int(addresses.argmin())
-        first = units.maps[unit_of[lowest]][offsets[lowest] :][: column.row_bytes].view(f"V{column.row_bytes}")
+        first = units.maps[unit_of[lowest]][offsets[lowest] :][: field.row_bytes].view(f"V{field.row_bytes}")
         steps = (addresses - addresses[lowest]) // size
         windows = as_strided(first, (int(steps.max()) + 1,), (size,))
         rows: Array = windows[steps].view(f"<i{size}")
@@ -156,15 +181,16 @@ class UnitFiles:
 
     def ranges(self, name: str, start: int, stop: int, out: Array) -> Iterator[Range]:
         """Yield what to read to fill ``out`` with the rows from ``start`` to ``stop``."""
-        row_bytes, memory = self._columns[name].row_bytes, _memory(out)
+        field, memory = self._fields[name], _memory(out)
+        axis, row_bytes = self.axis(field), field.row_bytes
         at = start
         while at < stop and row_bytes:
-            k = int(self.unit_of(np.array(at)))
-            end = min(stop, int(self.stops[k]))
+            k = int(axis.unit_of(np.array(at)))
+            end = min(stop, int(axis.stops[k]))
             units = self._use(np.array([k]))
-            block = int(units.payloads[k] + self.lengths[k] * self._before[name])
+            block = int(units.payloads[k] + self._block_starts(name, np.array(k)))
             part = memory[(at - start) * row_bytes : (end - start) * row_bytes]
-            yield from _pieces(units.files[k], block + (at - int(self.starts[k])) * row_bytes, part)
+            yield from _pieces(units.files[k], block + (at - int(axis.starts[k])) * row_bytes, part)
             at = end
 
     def read(self, ranges: Iterable[Range]) -> None:
@@ -187,9 +213,9 @@ class UnitFiles:
             return units
 
     def _open_unit(self, k: int) -> None:
-        unit = self._commits[k].unit
-        layout = unit_layout(self._columns, unit)
-        file = self._store.open(self._commits[k].files[0].path, _WHO)
+        commit = self._commits[k]
+        layout = unit_layout(self._columns, commit.unit, commit.tokens or 0)
+        file = self._store.open(commit.files[0].path, _WHO)
         check_header(file, self._store.where(file.name), layout, _WHO)
         if self.mapped:
             self._open.maps[k] = mapped = np.frombuffer(file.map(), np.uint8)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import broken_rule
+from ..format.encodings import Encoded
 from ..format.plan import Example, Unit
 from ..places.full_disk import FullDisk, print_line
 
@@ -26,7 +27,7 @@ class UnitWriter(Protocol):
     def write_unit(
         self,
         unit: Unit,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | Encoded],
         examples: Sequence[Example],
         flags: Sequence[int] | None = None,
     ) -> bool:
@@ -34,7 +35,7 @@ class UnitWriter(Protocol):
         ...
 
 
-Contents = tuple[Mapping[str, torch.Tensor], "Sequence[int] | None"]
+Contents = tuple[Mapping[str, "torch.Tensor | Encoded"], "Sequence[int] | None"]
 """What a unit is made of: its tensors, and the flags of its rows."""
 
 _Job = tuple[Unit, Callable[[], Contents], Sequence[Example]]
@@ -115,7 +116,7 @@ class BackgroundWriter:
     def submit(
         self,
         unit: Unit,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | Encoded],
         examples: Sequence[Example],
         flags: Sequence[int] | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ..format.layout import DTYPE_NAMES, PAGE_BYTES, as_integers
+from ..format.layout import FIELD_DTYPE_NAMES, PAGE_BYTES, as_integers
 from ..format.norms import row_norms
 from ..places.durable import PendingFile, crc32c
 from ..places.local_file import set_direct
@@ -29,11 +29,14 @@ _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Rows(NamedTuple):
-    """Contiguous rows [rows, values] on the CPU, and where their norms (float32) and which are odd (bool) go."""
+    """Contiguous rows [rows, values] on the CPU, and where their norms (float32) and which are odd (bool) go.
+
+    Nobody asks for those of codes (int8): None.
+    """
 
     rows: torch.Tensor
-    norms: np.ndarray[Any, Any]
-    odd: np.ndarray[Any, Any]
+    norms: np.ndarray[Any, Any] | None
+    odd: np.ndarray[Any, Any] | None
 
 
 class PayloadStream(Protocol):
@@ -54,7 +57,10 @@ class PayloadStream(Protocol):
 
 @contextmanager
 def writing(
-    file: PendingFile, tensors: Mapping[str, torch.Tensor], native: ModuleType | None
+    file: PendingFile,
+    tensors: Mapping[str, torch.Tensor],
+    native: ModuleType | None,
+    lengths: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]]:
     """Write the rows of a unit behind the header; inside the block their norms are there, after it the bytes too.
 
@@ -62,31 +68,61 @@ def writing(
         file: its header is there, nothing else is.
         tensors: in the order of the file, [rows, *row shape] on any device.
         native: the native module, or None for Python: the same bytes.
+        lengths: how many rows each example has in a tensor, where it is not one; their norm is that of all together.
 
     Yields:
-        The norms by name, float32 [rows], and which rows hold a NaN or an infinity, bool [rows].
+        The norms by name, float32 [examples], 0 of codes (int8), and which examples hold a NaN or an infinity, bool.
     """
-    n_rows = len(next(iter(tensors.values())))
-    norms = {name: np.zeros(n_rows, dtype=np.float32) for name in tensors}
-    odd = {name: np.zeros(n_rows, dtype=bool) for name in tensors}
+    lengths = lengths or {}
+    first = next(iter(tensors))
+    n = len(lengths.get(first, tensors[first]))
+    norms = {name: np.zeros(n, dtype=np.float32) for name in tensors}
+    odd = {name: np.zeros(n, dtype=bool) for name in tensors}
     stream: PayloadStream = PythonStream(file) if native is None else NativeStream(file, native)
     try:
         at_hand: list[Rows] = []
         for name, tensor in tensors.items():
-            flat = tensor.detach().reshape(n_rows, -1) if tensor.numel() else tensor.new_empty(n_rows, 0)
+            of_examples = lengths.get(name)
+            flat = tensor.detach().reshape(len(tensor), -1) if tensor.numel() else tensor.new_empty(len(tensor), 0)
             if flat.device.type == "cpu" and flat.is_contiguous():
-                at_hand.append(Rows(flat, norms[name], odd[name]))  # together: what lies together is written together
+                at_hand += _blocks(flat, norms[name], odd[name], of_examples)  # what lies together is written together
                 continue
             stream.append(at_hand)
             at_hand = []
-            step = max(1, PIECE_BYTES // max(1, flat.shape[1] * flat.dtype.itemsize))
-            for part in (slice(start, start + step) for start in range(0, n_rows, step)):
-                stream.append([Rows(flat[part].to("cpu").contiguous(), norms[name][part], odd[name][part])])
+            for rows, examples in _pieces(flat, of_examples):
+                here, of_these = flat[rows].to("cpu").contiguous(), of_examples and of_examples[examples]
+                stream.append(_blocks(here, norms[name][examples], odd[name][examples], of_these))
         stream.append(at_hand)
         yield norms, np.any(list(odd.values()), axis=0)
         file.position, file.crc = stream.finish()
     finally:
         stream.close()
+
+
+def _blocks(
+    flat: torch.Tensor, norms: np.ndarray[Any, Any], odd: np.ndarray[Any, Any], lengths: Sequence[int] | None
+) -> list[Rows]:
+    """The rows of some examples as blocks: one, or one for each example where it has several rows."""
+    if flat.dtype == torch.int8:
+        return [Rows(flat, None, None)]
+    if lengths is None:
+        return [Rows(flat, norms, odd)]
+    parts = flat.split(list(lengths))
+    return [Rows(part.reshape(1, -1), norms[i : i + 1], odd[i : i + 1]) for i, part in enumerate(parts)]
+
+
+def _pieces(flat: torch.Tensor, lengths: Sequence[int] | None) -> Iterator[tuple[slice, slice]]:
+    """Yield rows of about PIECE_BYTES that are fetched together, and the examples whose rows they are."""
+    step = max(1, PIECE_BYTES // max(1, flat.shape[1] * flat.dtype.itemsize))
+    if lengths is None:
+        yield from ((slice(start, start + step),) * 2 for start in range(0, len(flat), step))
+        return
+    stops = [0, *accumulate(lengths)]
+    example = 0
+    while example < len(lengths):
+        end = max(example + 1, bisect_right(stops, stops[example] + step) - 1)
+        yield slice(stops[example], stops[end]), slice(example, end)
+        example = end
 
 
 class NativeStream:
@@ -101,7 +137,7 @@ class NativeStream:
         before, self._held = self._held, blocks
         self._stream.append(
             [
-                (rows.data_ptr(), *rows.shape, DTYPE_NAMES[rows.dtype], norms.ctypes.data, odd.ctypes.data)
+                (rows.data_ptr(), *rows.shape, FIELD_DTYPE_NAMES[rows.dtype], *map(_address, (norms, odd)))
                 for rows, norms, odd in blocks
             ]
         )
@@ -115,6 +151,10 @@ class NativeStream:
     def close(self) -> None:
         """Wait for the pieces that are on their way."""
         self._stream.close()
+
+
+def _address(array: np.ndarray[Any, Any] | None) -> int:
+    return 0 if array is None else array.ctypes.data
 
 
 class _Run:
@@ -234,5 +274,6 @@ def _summarise(blocks: Sequence[Rows], crc: int) -> int:
         step = max(1, _SUMMARY_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
         for part in (slice(start, start + step) for start in range(0, len(rows) if rows.shape[1] else 0, step)):
             crc = crc32c(as_integers(rows[part]).reshape(-1).view(np.uint8), crc)
-            norms[part], odd[part] = row_norms(rows[part])
+            if norms is not None and odd is not None:
+                norms[part], odd[part] = row_norms(rows[part])
     return crc

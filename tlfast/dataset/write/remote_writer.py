@@ -23,6 +23,7 @@ from ..format.description import (
     differences,
     read_description,
 )
+from ..format.encodings import Encoded
 from ..format.plan import Example, Plan, Unit
 from ..places.remote import local_path, url_of
 from ..places.remote_store import RemoteStore
@@ -179,7 +180,7 @@ class RemoteWriter:
     def write_unit(
         self,
         unit: Unit,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | Encoded],
         examples: Sequence[Example],
         flags: Sequence[int] | None = None,
     ) -> bool:

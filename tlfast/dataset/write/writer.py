@@ -29,6 +29,7 @@ from ..format.commits import (
     rows_path,
 )
 from ..format.description import Description, describe, differences, read_description
+from ..format.encodings import Encoded
 from ..format.extension import FOLDER as EXTENSIONS
 from ..format.layout import Column, unit_layout
 from ..format.plan import FLAG_NON_FINITE, Example, Plan, Unit
@@ -47,6 +48,7 @@ from .folder import (
     remove_unused,
 )
 from .payload import writing
+from .unit_contents import UnitContents, unit_contents
 
 __all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
 
@@ -55,7 +57,10 @@ _WHO = "DatasetWriter"
 
 def estimate_bytes(columns: Mapping[str, Any], n: int, tokens: int = 512) -> int:
     """Return about how many bytes ``n`` rows take on disk, with ``tokens`` tokens per example."""
-    row_bytes = sum(Column(*column).row_bytes for column in columns.values())
+    row_bytes = sum(
+        column.row_bytes * (tokens if column.per == "token" else 1)
+        for column in (Column(*column) for column in columns.values())
+    )
     return n * (row_bytes + 4 * len(columns) + 4 * tokens + 64)
 
 
@@ -65,7 +70,8 @@ class DatasetWriter:
     Args:
         out: the folder. New, empty, or a dataset with the same header, columns and plan, which is then continued.
         header: what the data are (model, spec, loss, ...), JSON; part of the identity.
-        columns: dtype and row shape of each point, in order.
+        columns: of each point, in order, the dtype and shape of a row, or a Column, which also says what the rows are
+            of, whether each example or each token has one, and how they are encoded.
         plan: which examples form which unit.
         config: text, or a mapping written as YAML, for config.yaml; not part of the identity.
         overwrite: remove the dataset that lies in ``out`` first.
@@ -109,6 +115,7 @@ class DatasetWriter:
         self.out = Path(out)
         self.bytes_written = 0
         description = describe(_WHO, header, columns, plan, about)
+        self._tokens_per_example = _tokens_per_example(description)
         self._max_rows = None if max_units is None else max_units * plan.rows_per_unit
         refuse_stranger(self.out, _WHO)
         exists = is_dataset(self.out)
@@ -156,7 +163,8 @@ class DatasetWriter:
         check_disk_space(self.out, self._space(self.columns, remaining), _WHO)
 
     def _space(self, columns: Mapping[str, Any], n_rows: int) -> int:
-        return estimate_bytes(columns, n_rows if self._max_rows is None else min(n_rows, self._max_rows))
+        n_rows = n_rows if self._max_rows is None else min(n_rows, self._max_rows)
+        return estimate_bytes(columns, n_rows, *self._tokens_per_example)
 
     def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
         """Add ``n_examples`` examples to the plan for good, in units behind those that are there.
@@ -201,7 +209,7 @@ class DatasetWriter:
     def write_unit(
         self,
         unit: Unit,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | Encoded],
         examples: Sequence[Example],
         flags: Sequence[int] | None = None,
     ) -> bool:
@@ -209,7 +217,9 @@ class DatasetWriter:
 
         Args:
             unit: one of the plan's.
-            tensors: per point [len(unit), *row_shape] of the column's dtype, on any device.
+            tensors: per point [len(unit), *row_shape] of the column's dtype, on any device. Of a column per token
+                [tokens, *row_shape]: ``example.length`` rows for each example, behind each other. For an encoded column
+                rows of float32, bfloat16 or float16, which are encoded here, or an Encoded.
             examples: the unit's examples, by rising id.
             flags: per row, FLAG_... bits; FLAG_NON_FINITE is added where a row's values ask for it.
 
@@ -220,17 +230,19 @@ class DatasetWriter:
             DatasetError: for tensors or examples that are not the unit's.
             OSError: where the disk fails; nothing of the unit exists then.
         """
-        self._check(unit, tensors, examples, flags)
+        contents = self._checked(unit, tensors, examples, flags)
         if os.path.lexists(self.out / commit_path(unit)):
             self.done.add(unit.name)
             return False
-        layout = unit_layout(self.columns, unit)
+        layout = unit_layout(self.columns, unit, contents.n_tokens or 0)
         with PendingFile(self.out / data_path(unit), layout.n_bytes) as data:
             data.start_with(layout.header)
-            in_order = {name: tensors[name] for name in layout.blocks}
-            with writing(data, in_order, self._native) as (norms, bad):  # the table is made while the disk is at work
+            in_order = {name: contents.fields[name] for name in layout.blocks}
+            with writing(data, in_order, self._native, contents.lengths) as (found, bad):
+                # The table is made while the disk is at work.
+                norms = contents.norms(found)
                 flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
-                table = encode_rows(examples, flag_bits.tolist(), {name: norms[name] for name in self.columns})
+                table = encode_rows(examples, flag_bits.tolist(), norms)
             self.bytes_written += layout.n_bytes - len(layout.header)
             data.seal()
             with PendingFile(self.out / rows_path(unit), len(table)) as rows:
@@ -240,35 +252,38 @@ class DatasetWriter:
                 files = tuple(
                     CommittedFile(f"{f.final.parent.name}/{f.final.name}", f.n_bytes, f.crc) for f in (data, rows)
                 )
-                commit = Commit(unit, self.description.hash_of(unit), (files[0], files[1]), int(bad.sum()))
+                planned_by, n_bad = self.description.hash_of(unit), int(bad.sum())
+                commit = Commit(unit, planned_by, (files[0], files[1]), n_bad, contents.n_tokens)
                 self._check_still_there()
                 won = publish(self.out, commit, (data, rows))
         self.done.add(unit.name)
         return won
 
-    def _check(
-        self, unit: Unit, tensors: Mapping[str, torch.Tensor], examples: Sequence[Example], flags: Sequence[int] | None
-    ) -> None:
+    def _checked(
+        self,
+        unit: Unit,
+        tensors: Mapping[str, torch.Tensor | Encoded],
+        examples: Sequence[Example],
+        flags: Sequence[int] | None,
+    ) -> UnitContents:
         if self.plan.unit_named(unit.name) != unit:
             raise dataset_error(_WHO, "unit", f"be {self.plan.unit_named(unit.name)}", unit, "Take it from the plan.")
-        if set(tensors) != set(self.columns):
-            odd = sorted(set(tensors) ^ set(self.columns))[:3]
-            raise dataset_error(
-                _WHO, "tensors", "have the columns' names", f"a difference in {odd}", "Give every point."
-            )
-        for name, column in self.columns.items():
-            shape, got = (len(unit), *column.row_shape), tensors[name]
-            if tuple(got.shape) != shape or got.dtype != column.dtype:
-                rule = f"be {column.dtype} {list(shape)}"
-                raise dataset_error(
-                    _WHO, f"tensors[{name!r}]", rule, f"{got.dtype} {list(got.shape)}", "Check the spec."
-                )
+        contents = unit_contents(_WHO, self.columns, unit, tensors, examples)
         if [example.id for example in examples] != list(range(unit.start, unit.stop)):
             ids = [example.id for example in examples][:5]
             rule = f"be {unit.start}..{unit.stop - 1}, in this order"
             raise dataset_error(_WHO, "ids of examples", rule, f"{len(examples)}: {ids}...", "Number them as planned.")
         if flags is not None and len(flags) != len(unit):
             raise dataset_error(_WHO, "flags", f"have {len(unit)} values", len(flags), "Give one per row, or None.")
+        return contents
+
+
+def _tokens_per_example(description: Description) -> tuple[int, ...]:
+    """How many tokens make up the rows per token, as far as the header says; otherwise a disk is too small for one."""
+    if not description.has_tokens:
+        return ()
+    n_tokens = description.all_examples().get("tokens")
+    return (n_tokens // description.plan.n_examples if type(n_tokens) is int else 1,)
 
 
 def as_yaml(config: str | Mapping[str, Any]) -> str:

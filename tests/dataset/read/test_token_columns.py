@@ -1,0 +1,162 @@
+"""Columns with a row for each token: by example, each with its own length, and all tokens behind each other."""
+
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from dataset_cases import same_bits
+from kinds_cases import COLUMNS, LENGTHS, PLAN, example, make_writer, n_rows, rows_of, truth, write_units
+
+from tlfast.dataset import RowDataset, ShuffledBatches, join_datasets, open_dataset
+from tlfast.dataset.write.remote_writer import RemoteWriter
+
+N = len(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A complete dataset, which no test changes."""
+    folder = tmp_path_factory.mktemp("kinds") / "d"
+    write_units(make_writer(folder))
+    return folder
+
+
+@pytest.fixture(params=["mmap", "pread"])
+def ds(out, request):
+    return open_dataset(out, access=request.param)
+
+
+def test_an_example_has_a_row_for_each_of_its_tokens(ds):
+    for i, expected in enumerate(truth()["t"]):
+        assert same_bits(ds["t"][i], expected)
+        assert same_bits(ds["t"][i - N], expected)
+    assert ds["t"].lengths().tolist() == LENGTHS
+    assert len(ds["t"]) == N
+    assert repr(ds["t"]) == "TokenColumn('t', float16, 7 examples, [15, 5])"
+
+
+@pytest.mark.parametrize(
+    "index", [slice(None), slice(1, 6, 2), [3, 0, 0, 5], [], torch.tensor([6, 1]), torch.arange(N) % 2 == 0]
+)
+def test_several_examples_are_a_list(ds, index):
+    expected = truth()["t"]
+    chosen = torch.arange(N)[index].tolist() if len(torch.arange(N)[index]) else []
+    for ours, i in zip(ds["t"][index], chosen, strict=True):
+        assert same_bits(ours, expected[i])
+
+
+@pytest.mark.parametrize("bad", [N, -N - 1, [0, N]])
+def test_an_example_that_is_not_there(ds, bad):
+    with pytest.raises(IndexError, match=r"row must be in -7\.\.6"):
+        ds["t"][bad]
+
+
+def test_the_flat_rows_and_whose_they_are(ds):
+    column, expected = ds["t"], torch.cat(truth()["t"])
+    assert same_bits(column.flat[:], expected)
+    assert same_bits(column.flat[[14, 3, 3]], expected[[14, 3, 3]])
+    assert column.flat.shape == (15, 5)
+    examples, positions = column.where()
+    assert examples.tolist() == [i for i in range(N) for _ in range(LENGTHS[i])]
+    assert positions.tolist() == [k for i in range(N) for k in range(LENGTHS[i])]
+    for index in ([14, 3, 3], slice(2, 9, 3), torch.tensor([[0, 1], [5, 6]]), 10):
+        some, where = column.where(index)
+        assert torch.equal(some, examples[index])
+        assert torch.equal(where, positions[index])
+        assert same_bits(column.flat[index], expected[index])
+    with pytest.raises(IndexError, match=r"row must be in -15\.\.14"):
+        column.where([15])
+
+
+def test_the_rows_of_a_unit_as_an_array(ds):
+    assert same_bits(torch.from_numpy(ds["t"].flat.numpy(1).copy()), torch.cat(truth()["t"][3:6]))
+
+
+def test_the_norm_of_an_example_is_that_of_all_its_tokens(ds):
+    expected = [torch.linalg.vector_norm(part.double()).float() for part in truth()["t"]]
+    torch.testing.assert_close(ds.norms("t"), torch.stack(expected), rtol=2**-23, atol=0)
+    assert ds.examples[1]["norms"]["t"] == 0.0
+
+
+def test_encoded_tokens(ds):
+    raw, decoded = ds.raw("tq"), ds["tq"]
+    for i, expected in enumerate(truth()["tq"]):
+        codes, scales = raw[i]
+        assert codes.shape == expected.shape
+        assert scales.shape == (LENGTHS[i],)
+        assert torch.equal(decoded[i], codes * scales.view(-1, 1, 1))
+        assert ((decoded[i] - expected).abs() <= scales.view(-1, 1, 1) * (0.5 + 2**-16)).all()
+    assert [len(part) for part in raw[[4, 1]].codes] == [4, 0]
+    assert torch.equal(torch.cat(decoded[:]), decoded.flat[:])
+
+
+def test_a_partial_dataset_has_the_tokens_of_its_units(tmp_path):
+    writer = make_writer(tmp_path / "d")
+    unit = writer.plan.unit(1)
+    writer.write_unit(unit, rows_of(unit, truth()), [example(i) for i in range(3, 6)])
+    ds = open_dataset(tmp_path / "d", partial=True)
+    assert [len(part) for part in ds["t"][:]] == LENGTHS[3:6]
+    assert same_bits(ds["t"][1], truth()["t"][4])
+    assert ds["t"].where()[0].tolist() == [0, 1, 1, 1, 1]
+
+
+def test_units_without_a_token(tmp_path):
+    empty = {"t": [torch.zeros(0, 5, dtype=torch.float16)] * 3}
+    writer = make_writer(tmp_path / "d", columns={"t": make_writer(tmp_path / "x").columns["t"]})
+    unit = writer.plan.unit(0)
+    writer.write_unit(unit, {"t": torch.cat(empty["t"])}, [replace(example(i), length=0) for i in range(3)])
+    ds = open_dataset(tmp_path / "d", partial=True)
+    assert [part.shape for part in ds["t"][:]] == [(0, 5)] * 3
+    assert ds["t"].flat[:].shape == (0, 5)
+    assert ds["t"].where()[0].tolist() == []
+    assert ds.verify().ok
+
+
+def test_at_a_url(url):
+    with RemoteWriter(url, header={}, columns=COLUMNS, plan=PLAN) as writer:
+        write_units(writer)
+    ds = open_dataset(url)
+    assert ds.verify().ok
+    for i, expected in enumerate(truth()["t"]):
+        assert same_bits(ds["t"][i], expected)
+    assert ds.raw("tq")[4].codes.shape == (4, 2, 3)
+
+
+def test_rows_and_row_datasets_hold_them(ds):
+    rows = ds.rows([4, 0], points=["t", "h"])
+    assert [len(part) for part in rows["t"]] == [4, 2]
+    assert rows["h"].shape == (2, 3)
+    items = RowDataset(ds, points=["t", "tq"])
+    assert items[4]["t"].shape == (4, 5)
+    assert [len(item["tq"]) for item in items.__getitems__([6, 0])] == [5, 2]
+
+
+def test_shuffled_batches_refuse_them(ds):
+    message = "ShuffledBatches: point 't' must have a row for each example, got one per token. Leave it out of points"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ShuffledBatches(ds, batch_size=2)
+    batches = list(ShuffledBatches(ds, batch_size=2, points=["h", "q"]))
+    for batch in batches:
+        for i, row in zip(batch["id"].tolist(), batch["q"], strict=True):
+            assert torch.equal(row, ds["q"][i])
+    assert sorted(i for batch in batches for i in batch["id"].tolist()) == list(range(N))
+
+
+def test_joins_and_pickles(ds, out):
+    other = pickle.loads(pickle.dumps(ds))
+    assert same_bits(other["t"][6], ds["t"][6])
+    joined = join_datasets(ds, other)
+    assert same_bits(joined.left["t"][4], ds["t"][4])
+    assert [len(part) for part in joined.right["tq"][[0, 2]]] == [2, 3]
+
+
+def test_what_it_says_of_itself(ds):
+    assert ds.info()["points"]["tq"] == {
+        "dtype": "F32", "shape": [2, 3], "of": "act", "per": "token", "encoding": "int8",
+    }  # fmt: skip
+    assert ds.info()["points"]["h"] == {"dtype": "BF16", "shape": [3]}
+    assert "float32, act, per token, as int8" in ds._repr_html_()
+    assert [n_rows("t", i) for i in range(N)] == LENGTHS
+    assert "tokens" not in ds.examples[0]

@@ -1,0 +1,132 @@
+"""From rows in a ring to the fields of a unit's block: rows or tokens chosen, padding squeezed out, encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..dataset.format.encodings import Encoded, encode
+from ..dataset.format.layout import CODES, SCALES, Column
+from ..errors import broken_rule
+
+Block = dict[str, torch.Tensor]
+
+# Rows that are encoded at a time: on a CPU what its cache holds between two steps, on a device little beside the ring.
+_CPU_BYTES, _DEVICE_BYTES = 256 << 10, 64 << 20
+
+
+class Tokens(NamedTuple):
+    """Which positions of each example are real: ``lengths[i]`` of them, from position ``firsts[i]`` on (None: 0)."""
+
+    lengths: Sequence[int]
+    firsts: Sequence[int] | None = None
+
+    @property
+    def total(self) -> int:
+        """Tokens of all examples."""
+        return sum(self.lengths)
+
+
+class Pack:
+    """Puts the rows of a unit, from rings in any order, into its block: in one pass each, where the ring lies.
+
+    Args:
+        columns: what the rings hold. Of a column per example a ring is [rows, *row shape], of one per token
+            [rows, positions, *row shape].
+
+    Example:
+        >>> import torch
+        >>> from tlfast.collecting.pack import Pack, Tokens
+        >>> from tlfast.dataset import Column
+        >>> pack = Pack({"h": Column(torch.float32, (), per="token")})
+        >>> rings, block = {"h": torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])}, {"h": torch.empty(3)}
+        >>> pack.put(rings, pack.choose(rings, torch.tensor([1, 0]), Tokens([1, 2])), block)
+        >>> block["h"]
+        tensor([3., 1., 2.])
+    """
+
+    def __init__(self, columns: Mapping[str, Column]):
+        self.columns = columns
+
+    def choose(
+        self,
+        rings: Mapping[str, torch.Tensor],
+        places: torch.Tensor,
+        tokens: Tokens | None = None,
+        pinned: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Return which rows of each ring make up the block, int64 on the host; `put` takes them to the rings' devices.
+
+        Args:
+            rings: by column.
+            places: where the row of each example lies in the ring, int64 [examples], on the host.
+            tokens: of each example, in the same order; needed by columns per token.
+            pinned: whether a CUDA device copies the numbers by itself.
+        """
+        widths = {name: ring.shape[1] for name, ring in rings.items() if self.columns[name].per == "token"}
+        chosen = {width: _token_rows(places, tokens, width) for width in set(widths.values())}
+        if pinned:
+            places, chosen = places.pin_memory(), {width: rows.pin_memory() for width, rows in chosen.items()}
+        return {name: chosen[widths[name]] if name in widths else places for name in rings}
+
+    def put(self, rings: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor], block: Block) -> None:
+        """Fill the fields of a block; waits for no device."""
+        there: dict[tuple[int, torch.device], torch.Tensor] = {}
+        for name, ring in rings.items():
+            column, place = self.columns[name], (id(chosen[name]), ring.device)
+            if place not in there:
+                there[place] = chosen[name].to(ring.device, non_blocking=True)
+            rows = ring.flatten(0, 1) if column.per == "token" else ring
+            if column.encoding is None:
+                _gather(rows, there[place], block[name])
+            else:
+                _encode(rows, there[place], column.encoding, Encoded(block[name + CODES], block[name + SCALES]))
+
+    def contents(self, block: Block) -> dict[str, torch.Tensor | Encoded]:
+        """Return a block by column, as DatasetWriter.write_unit takes it."""
+        return {
+            name: block[name] if column.encoding is None else Encoded(block[name + CODES], block[name + SCALES])
+            for name, column in self.columns.items()
+        }
+
+
+def _token_rows(places: torch.Tensor, tokens: Tokens | None, width: int) -> torch.Tensor:
+    """The rows of all real tokens in a ring whose rows and positions (``width`` of them) are one dimension."""
+    if tokens is None:
+        raise ValueError(broken_rule("Pack", "tokens", "be given for columns per token", "None", "Say the lengths."))
+    lengths = np.asarray(tokens.lengths, np.int64)
+    firsts = np.zeros_like(lengths) if tokens.firsts is None else np.asarray(tokens.firsts, np.int64)
+    if not len(places) == len(lengths) == len(firsts):
+        got = f"{len(lengths)} and {len(firsts)} of {len(places)} examples"
+        raise ValueError(broken_rule("Pack", "lengths and firsts", "be of each example", got, "Give one of each."))
+    wrong = np.flatnonzero((lengths < 0) | (firsts < 0) | (firsts + lengths > width))
+    if len(wrong):
+        i = int(wrong[0])
+        got, remedy = f"{firsts[i]} to {firsts[i] + lengths[i]}", "Count positions from 0."
+        raise ValueError(broken_rule("Pack", f"tokens of row {i}", f"lie in 0..{width}", got, remedy))
+    begins = np.cumsum(lengths) - lengths  # where each example's tokens begin in the block
+    within = np.arange(int(lengths.sum())) - np.repeat(begins, lengths)
+    return torch.from_numpy(np.repeat(places.numpy() * width + firsts, lengths) + within)
+
+
+def _gather(rows: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor) -> None:
+    if out.device == rows.device and out.dtype == rows.dtype:
+        torch.index_select(rows, 0, chosen, out=out)
+    else:
+        out.copy_(rows.index_select(0, chosen))
+
+
+def _encode(rows: torch.Tensor, chosen: torch.Tensor, encoding: str, out: Encoded) -> None:
+    n_bytes = _CPU_BYTES if rows.device.type == "cpu" else _DEVICE_BYTES
+    step = max(1, n_bytes // max(1, 4 * prod(rows.shape[1:])))
+    for part in (slice(start, start + step) for start in range(0, len(chosen), step)):
+        values, target = rows.index_select(0, chosen[part]), Encoded(out.codes[part], out.scales[part])
+        if out.codes.device == rows.device:
+            encode(values, encoding, target)
+        else:
+            for there, here in zip(target, encode(values, encoding), strict=True):
+                there.copy_(here)
