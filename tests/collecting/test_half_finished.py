@@ -1,4 +1,4 @@
-"""Datasets that an earlier version of tlfast began are resumed for ever, with the bytes that it would have given them."""
+"""Datasets that an earlier version began are resumed for ever, with the bytes that it would have given them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ WHOLE = {
     "plain": "b50c56c6e63f4baafb2eeebaad6be066178d26d24682d271dca5c14a96349b42",
     "changed": "11f31e036824de9dccee61628d8878f806f2cabe1bd5e2b8272d070886c5e02e",
 }
-# The last bits of these rows depend on no machine, see half_finished.model.
-pytestmark = pytest.mark.filterwarnings("ignore:collect. device must be of the kind:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(half_finished.OTHER_CPU)
 
 
 @pytest.fixture(params=WHOLE)

@@ -1,7 +1,7 @@
-"""Datasets that `tlfast.collect` began and did not finish: the models and calls, and how the golden ones were made, once.
+"""Datasets that `tlfast.collect` began and did not finish: the model, the calls, and how the golden ones were made.
 
-``python tests/support/half_finished.py FOLDER`` makes them with the code of today, and prints the digests of whole ones:
-only for new ones, beside those that are there, which no change of tlfast may touch.
+``python tests/support/half_finished.py FOLDER`` makes them with the code of today, and prints the digests of whole
+ones: only for new ones, beside those that are there, which no change of tlfast may touch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ EXAMPLES = [[1, 2, 3], [4, 5], [7, 6, 5, 1], [2, 4], [3, 1, 5]]
 
 
 def model() -> nn.Module:
-    """Small whole numbers, and logits that are all 0: each gradient is a sum of few eighths, in whatever order it is added up.
+    """Small whole numbers, and logits that are all 0: each gradient is a sum of a few eighths.
 
-    So the bytes are the same on every CPU, whatever its exponential function rounds.
+    So the bytes are the same on every CPU, in whatever order it adds and however its exponential function rounds.
     """
     embedding, head = nn.Embedding(N_TOKENS, WIDTH), nn.Linear(WIDTH, N_TOKENS)
     weight = torch.arange(N_TOKENS * WIDTH, dtype=torch.float32).mul(5).remainder(7).sub(3)
@@ -39,8 +39,7 @@ def weighted_sum(model: nn.Module, batch: tlfast.batches.Batch) -> torch.Tensor:
     return (model(batch.input_ids).sum(-1) * batch.input_ids * mask).sum()
 
 
-# What is given beside model, examples and folder. `plain` leaves alone what can be left alone; `changed` changes all that
-# an identity says.
+# What is given beside model, examples and folder: as little as can be, and all that an identity says.
 CALLS = {
     "plain": {"points": "0", "dtype": "bfloat16", "rows_per_unit": 2},
     "changed": {
@@ -52,6 +51,8 @@ CALLS = {
     },
 }  # fmt: skip
 BEGUN = "1:2"  # the units that the golden ones have
+# What is warned of on another kind of CPU than began them; their last bits depend on none, see `model`.
+OTHER_CPU = "ignore:collect. device must be of the kind:RuntimeWarning"
 
 
 def collect(name: str, out: Path, **more: object) -> object:
