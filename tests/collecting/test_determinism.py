@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,10 +60,10 @@ def test_a_run_is_continued_with_the_threads_that_it_was_begun_with(tmp_path):
         run(tmp_path / "killed", stop_at=5)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     script = (
-        "import sys, pathlib, torch, test_collect_determinism as t; assert torch.get_num_threads() == 1;"
+        "import sys, pathlib, torch, test_determinism as t; assert torch.get_num_threads() == 1;"
         "print(t.run(pathlib.Path(sys.argv[1])).n_rows, torch.get_num_threads())"
     )
     done = subprocess.run(

@@ -113,6 +113,7 @@ def test_an_upward_include_is_found():
     "path, source",
     [
         ("tlfast/spec.py", '"""What is kept."""\ndef f():\n' + "    x = 1\n" * (MOST_LINES + 2)),
+        ("tlfast/spec.py", '"""What is kept."""\ndef collect():\n' + "    x = 1\n" * (MOST_LINES + 2)),
         (
             "tlfast/spec.py",
             f'"""What is kept."""\ndef f({", ".join(f"a{k}" for k in range(MOST_PARAMETERS + 1))}): pass',
@@ -136,6 +137,10 @@ def test_a_broken_law_is_found(path, source):
     [
         ("tlfast/spec.py", '"""What is kept."""\nfrom contextlib import contextmanager\n'),
         ("tlfast/spec.py", '"""What is kept."""\nPATH = "data/work/home/x"\n'),
+        (
+            "tlfast/spec.py",
+            f'"""What is kept."""\ndef collect({", ".join(f"a{k}" for k in range(MOST_PARAMETERS + 1))}): pass',
+        ),
         ("csrc/autograd/tap.h", "// The tap of one point.\n"),
     ],
 )

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 MOST_LINES, MOST_PARAMETERS = 60, 12  # of a function: a screen, without its docstring; more belongs into a dataclass
-# What may have more, and why.
-LONG = {
-    "collect": "its parameters are the settings of a collection, until they are a dataclass",
+# What may have more parameters, and why; none has more lines.
+MANY = {
+    "collect": "the keywords that users write, which it makes CollectOptions of at once",
     "run_with_cache": "the parameters of TransformerLens' own, and ours",
     "cache_fwd_and_bwd": "the parameters of run_with_cache",
     "forward": "a test's model whose arguments are called as all of ours are",
@@ -39,7 +39,7 @@ ROOMS = (
         "hooks",
         (
             ("__init__", "dimensions", "points"),
-            ("freeze",),
+            ("freeze", "options"),
             ("attachment",),
             ("diagnosis",),
             ("captured",),
@@ -101,10 +101,10 @@ ROOMS = (
         "collecting",
         (
             ("__init__", "determinism", "progress", "signals", "skipped"),
-            ("batches", "checks", "fingerprint", "huggingface", "pack", "text", "unit_queue"),
-            ("settings",),
+            ("batches", "fingerprint", "huggingface", "pack", "text", "unit_queue"),
             ("drain", "function_identity", "graph_cache", "loss"),
-            ("identity", "unit"),
+            ("options",),
+            ("checks", "identity", "settings", "unit"),
             ("fsdp", "loop", "probe", "resume"),
             ("run",),
             ("from_text",),
@@ -259,7 +259,7 @@ def long_function(path: Path, function: ast.FunctionDef) -> list[str]:
     n_lines = (function.end_lineno or 0) - (start or 0)
     given = function.args
     n_parameters = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
-    if function.name in LONG or (n_lines <= MOST_LINES and n_parameters <= MOST_PARAMETERS):
+    if n_lines <= MOST_LINES and (n_parameters <= MOST_PARAMETERS or function.name in MANY):
         return []
     rule = f"have at most {MOST_LINES} lines and {MOST_PARAMETERS} parameters"
     return [f"{path}: {function.name} must {rule}, got {n_lines} and {n_parameters}"]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
+from typing import get_type_hints
+
 import tokenizers
 import torch
 import transformers
 from lens_models import BUILDER, VOCAB, tokens
 
 import tlfast
+import tlfast.transformer_lens
 from tlfast.cli import main
+from tlfast.hooks.options import TapOptions
 
 
 def test_rows_are_the_gradients_at_the_points(model, tmp_path):
@@ -49,3 +55,11 @@ def test_the_command_line(tmp_path, capsys):
     assert main(arguments) == 0
     dataset = tlfast.open_dataset(tmp_path / "out")
     assert dataset["blocks.1.hook_resid_post"].shape == (9, 16)
+
+
+def test_a_capture_takes_what_its_options_hold():
+    hints, wanted = get_type_hints(tlfast.transformer_lens.capture), get_type_hints(TapOptions)
+    given = inspect.signature(tlfast.transformer_lens.capture).parameters
+    assert {name: hints[name] for name in wanted} == wanted
+    defaults = {field.name: field.default for field in fields(TapOptions)}
+    assert {name: given[name].default for name in wanted} == defaults | {"calls": "sum"}

@@ -1,4 +1,4 @@
-"""What is asked of a collection, checked before any work starts: its specs, its numbers, the width of its rows."""
+"""What is asked of a collection, checked against its model before any work starts: specs, positions, width of rows."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import broken_rule
-from ..hooks.freeze import Embedding
 from ..hooks.points import find_points, named_points
-from ..spec import Over, Reduction, Spec, as_specs
+from ..spec import Spec, as_specs
+from .options import CollectOptions
 
 
-def wanted_specs(
-    model: nn.Module, points: Any, reduce: Reduction, over: Over, dtype: torch.dtype | str | None,
-    output: int | str | None, lens: bool, embedding: Embedding | None,
-) -> list[Spec]:  # fmt: skip
+def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
+    """The specs that are asked for, with the names of their points in place of what finds them."""
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("collect", points, reduce, over, dtype, output)
-    if embedding is not None:
-        find_points("collect", model, embedding, "embedding")
+    specs = as_specs("collect", options.points, options.reduce, options.over, options.dtype, options.output)
+    if options.embedding is not None:
+        find_points("collect", model, options.embedding, "embedding")
     find: Any = find_points
-    if lens:
+    if options.lens:
         from ..transformer_lens.names import find_names as find
 
         # The names that a filter means: a dataset says them.
@@ -49,12 +46,6 @@ def check_peaceful(overwrite: bool, resume: str) -> None:
         rule = 'be "auto" or "must" where several processes collect'
         remedy = "All but the first find a dataset there."
         raise ValueError(broken_rule("collect", "resume", rule, '"never"', remedy))
-
-
-def check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(broken_rule("collect", name, "be a positive number", repr(value), "Give a whole number."))
 
 
 def positions_of(model: nn.Module) -> int | None:

@@ -43,7 +43,7 @@ def deterministic(mode: Deterministic, devices: set[torch.device]) -> Iterator[N
         if late is not None and mode == "strict":
             rule, got = "be set before CUDA multiplies for the first time", f"a model on {late} that was used already"
             remedy = f"{_CUBLAS}={_WORKSPACE} in the environment; without, a resumed run may differ in last bits."
-            warnings.warn(broken_rule("collect", _CUBLAS, rule, got, remedy), RuntimeWarning, stacklevel=4)
+            warnings.warn(broken_rule("collect", _CUBLAS, rule, got, remedy), RuntimeWarning, stacklevel=5)
             torch.use_deterministic_algorithms(True, warn_only=True)
         yield
     finally:
@@ -84,7 +84,7 @@ def as_begun(about: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[None
     if isinstance(kind, str) and kind != here["device"]:
         rule = f"be of the kind that began this dataset, {kind}, for the same last bits"
         remedy = "The rows made here are as right, but rounded in another way."
-        warnings.warn(broken_rule("collect", "device", rule, here["device"], remedy), RuntimeWarning, stacklevel=4)
+        warnings.warn(broken_rule("collect", "device", rule, here["device"], remedy), RuntimeWarning, stacklevel=6)
     try:
         # The sums of a matrix product on the CPU are split over the threads.
         if type(threads) is int and 1 <= threads <= _MOST_THREADS and "cpu" in here["device"]:

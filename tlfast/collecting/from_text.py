@@ -20,7 +20,7 @@ from .huggingface import (
 )
 from .progress import Report
 from .resume import check_folder, has_units
-from .run import collect
+from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
 from .text import check_plain, cut_texts, find_text_files
@@ -45,7 +45,7 @@ class Collection:
         """Cheap checks first, the model last."""
         settings.check()
         staging = settings.staging or None
-        check_folder(settings.out, settings.resume, settings.overwrite, staging)  # type: ignore[arg-type]
+        check_folder(settings.out, settings.resume, settings.overwrite, staging)
         check_model_name(settings.model)
         self.device = device = pick_device(settings.device)
         files = find_text_files(settings.text, settings.pattern)
@@ -68,7 +68,7 @@ class Collection:
         else:
             find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
             check_fits(model, settings.seq_len)
-        self.bad = bad = BadExamples(settings.bad_examples)  # type: ignore[arg-type]
+        self.bad = bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.examples = cut_texts(
             files,
@@ -79,42 +79,16 @@ class Collection:
             bad=bad,
         )
 
-    def collect(self, settings: CollectSettings, made_by: str, progress: bool = True) -> Report:
+    def collect(
+        self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
+    ) -> Report:
         """`tlfast.collect` with these settings, which differ from those loaded in units, out or the like at most."""
         tokenizer = self.tokenizer
-        return collect(
-            self.model,
-            self.examples,
-            settings.out,
-            points=settings.points,
-            reduce=settings.reduce,  # type: ignore[arg-type]
-            over=settings.dims,
-            dtype=stored_as(settings.dtype),
-            output=settings.which_output,
-            embedding=settings.embedding or None,
-            batch_tokens=settings.batch_tokens,
-            seq_len=settings.seq_len,
-            rows_per_unit=settings.rows_per_unit or None,
-            padding_side=settings.padding_side,  # type: ignore[arg-type]
+        options = settings.to_options(
             pad_id=tokenizer.pad_token_id or 0,
-            grad_scale=settings.grad_scale,
-            attach=settings.attach,
-            backend=settings.backend,
-            calls="sum" if settings.lens and settings.calls == "raise" else settings.calls,
-            missing=settings.missing,
-            lens=settings.lens,
-            cuda_graph=settings.cuda_graph,  # type: ignore[arg-type]
-            units=settings.units,
-            extend=settings.extend,
-            resume=settings.resume,  # type: ignore[arg-type]
-            overwrite=settings.overwrite,
-            staging=settings.staging or None,
-            bad_examples=settings.bad_examples,  # type: ignore[arg-type]
-            skipped=self.bad.skipped,  # type: ignore[arg-type]
-            non_finite=settings.non_finite,  # type: ignore[arg-type]
-            disk_wait_s=settings.disk_wait_s,
+            share=share,
+            skipped=self.bad.skipped,
             progress=progress,
-            deterministic=settings.deterministic,  # type: ignore[arg-type]
             header={
                 "model": {"name": portable_name(settings.model)},
                 "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
@@ -122,6 +96,7 @@ class Collection:
             },
             config=settings.to_yaml(f"{made_by}, {settings.device_map or self.device}"),
         )
+        return Run(self.model, self.examples, settings.out, options).collect()
 
 
 def check_fits(model: nn.Module, seq_len: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,31 @@ from .batches import Batching
 from .fingerprint import describe_model, describe_spec, examples_fingerprint
 from .function_identity import called, describe_function
 from .loss import next_token_loss
+from .options import CollectOptions
+
+# What of the options (`CollectOptions`) two runs of one dataset must share. One that isn't named here enters by its own
+# name where it isn't its default: so a new one is safe, and changes no identity that there is.
+ALWAYS = ("grad_scale", "calls", "missing")  # by their own names, their defaults too: so the first datasets say them
+IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
+    "points": "specs", "reduce": "specs", "over": "specs", "dtype": "specs", "output": "specs", "lens": "specs",
+    "loss": "loss", "identity": "loss_identity", "batch_tokens": "batching", "padding_side": "batching",
+    "pad_id": "batching", "seq_len": "batching", "cuda_graph": "batching", "bad_examples": "examples",
+    "skipped": "examples", "rows_per_unit": "plan", "header": "header",
+}  # fmt: skip
+MAKES_NO_OTHER_ROWS = (
+    "attach", "backend", "embedding", "units", "share", "resume", "extend", "overwrite", "staging", "non_finite",
+    "disk_wait_s", "deterministic", "progress", "config",
+)  # fmt: skip
+
+
+def describe_options(options: CollectOptions) -> dict[str, Any]:
+    """What a dataset says of the options by their own names."""
+    said = {name: getattr(options, name) for name in ALWAYS}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in {*said, *IN_OTHER_WORDS, *MAKES_NO_OTHER_ROWS} and value != field.default:
+            said[field.name] = value
+    return said
 
 
 def describe_examples(examples: Sequence[Example], skipped: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -59,14 +85,14 @@ def describe_collection(
     loss: Mapping[str, Any],
     batching: Batching,
     examples: Mapping[str, Any],
-    more: Mapping[str, Any] | None,
-    **settings: Any,
+    options: CollectOptions,
 ) -> dict[str, Any]:
-    """The header of dataset.json; ``settings`` stand in it by their names, ``more`` is merged into it.
+    """The header of dataset.json; the header that the user gives is merged into it.
 
     Raises:
-        ValueError: where ``more`` can't be merged.
+        ValueError: where that can't be merged.
     """
+    more = options.header
     identity = {
         "model": describe_model(model),
         "specs": [describe_spec(model, spec) for spec in specs],
@@ -76,7 +102,7 @@ def describe_collection(
             "padding_side": batching.padding_side, "pad_id": batching.pad_id,
         } | ({} if batching.buckets is None else {"buckets": list(batching.buckets)}),
         "examples": dict(examples),
-        **settings,
+        **describe_options(options),
     }  # fmt: skip
     if not isinstance(more, (Mapping, type(None))):
         raise ValueError(broken_rule("collect", "header", "be a mapping", type(more).__name__, "Give a dict."))

@@ -15,6 +15,8 @@ from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from .batches import Batch, Batching
 
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
 _TRIAL_TOKENS = 32  # enough for every token to have some before it and some behind
 _ROUNDINGS = 2  # the same sums in another order, either time
 

@@ -20,8 +20,8 @@ from ..hooks.dimensions import Seen, has_positions
 from ..hooks.freeze import starting_modules
 from ..spec import Spec, stored_dtype
 from .batches import Batching, PaddingSide
-from .loss import next_token_loss
-from .unit import Loss, Runner
+from .loss import Loss, next_token_loss
+from .unit import Runner
 
 Enter = Callable[[int, Sequence[Spec]], Capture]
 

@@ -78,11 +78,11 @@ class Progress:
             self.say(f"{done}, {rate:.1f} examples/s, {self._figures()}, {left_s:.0f} s left")
 
     def _figures(self) -> str:
-        rate = self.n_tokens / max(self.time_s, 1e-9)
+        tokens = f"{self.n_tokens / max(self.time_s, 1e-9):.0f} tokens/s, " if self.n_tokens else ""
         saturated = f", {self.n_saturated} saturated values" if self.n_saturated else ""
         waited = f", waiting for {self.waits_for} {self.waited_s:.1f} s" if self.waited_s >= _SHOWN_FROM_S else ""
         full = f", the disk is full for {self.full_s:.0f} s" if self.full_s else ""
-        figures = f"{rate:.0f} tokens/s, {self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
+        figures = f"{tokens}{self.n_bytes / 1e9:.3f} GB, {self.n_nonfinite} non-finite rows"
         return f"{figures}{saturated}{waited}{full}"
 
     def say(self, line: str, always: bool = False) -> None:

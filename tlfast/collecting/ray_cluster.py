@@ -1,64 +1,58 @@
-"""`tlfast collect --engine ray`: workers on a Ray cluster, each with the model loaded once, and one task per unit."""
+"""`tlfast collect --engine ray`: tasks on a Ray cluster that each collect for themselves, as torchrun's ranks do."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ..dataset import open_dataset
-from ..dataset.errors import extra
+from ..dataset.errors import DatasetError, extra
+from ..dataset.format.commits import Commit, committed_names, read_commit, read_folder
+from ..dataset.format.description import read_description
+from ..dataset.format.plan import Unit
 from ..errors import broken_rule
 from .checks import check_peaceful
 from .from_text import Collection
 from .huggingface import check_model_name
 from .progress import Progress, Report
+from .resume import has_units
 from .settings import RAY, CollectSettings
 from .unit_queue import share_of, units_in
 
 RETRIES = 3  # of a task whose process died: Ray's own default
-_LOOK_EVERY_S = 1.0  # for the progress
-COPIES = 2  # processes at one unit at the end, when others have nothing to do and its first may be lost
+LOOK_EVERY_S = 1.0  # for new commits
+GRACE_S = 2.0  # for the reports of the other tasks when the first finds nothing left, and for them to end
+
+Share = tuple[int, int]  # (index, count)
+Done = tuple[Report, dict[str, int]]  # and the tokens of each unit
 
 
-class Worker:
-    """What runs in a process of the cluster. Of a unit nothing but its number and a report travels through Ray.
+def work(settings: CollectSettings, made_by: str, share: Share) -> Done:
+    """What one task does: its share of the units, then whatever is left.
 
-    Any of its processes may die at any time: Ray starts another and asks it again.
+    Gradients go from here to ``out``. The process may die at any time: Ray starts the task again in another one.
     """
-
-    def __init__(self, settings: CollectSettings, made_by: str) -> None:
-        self._settings, self._made_by = replace(settings, engine="local", **RAY), made_by
-        self._loaded: Collection | None = None
-
-    def prepare(self) -> tuple[int, dict[int, int]]:
-        """Load the model and begin the dataset; return the rows asked for, and number -> rows of each missing unit."""
-        self._collect("0:0")
-        there = open_dataset(self._settings.out, partial=True)
-        done = {unit.name for unit in there.units}
-        asked = [(k, there.plan.unit(k)) for k in units_in(self._settings.units, there.plan.n_units)]
-        return sum(len(u) for _, u in asked), {k: len(unit) for k, unit in asked if unit.name not in done}
-
-    def collect(self, number: int) -> Report:
-        """Make one unit; none of its rows is in the report."""
-        return self._collect(f"{number}:{number + 1}")
-
-    def _collect(self, units: str) -> Report:
-        if self._loaded is None:
-            self._loaded = Collection(self._settings)
-        return self._loaded.collect(replace(self._settings, units=units), self._made_by, progress=False)
+    loaded = Collection(settings)
+    report = loaded.collect(settings, made_by, progress=False, share=share)
+    units = read_description(settings.out, "collect").plan.units
+    return report, {unit.name: sum(e.length for e in loaded.examples[unit.start : unit.stop]) for unit in units}
 
 
 def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:
-    """As `collect_text`, in workers of the Ray cluster at RAY_ADDRESS, or of one that is started on this machine.
+    """As `collect_text`, in tasks on the Ray cluster at RAY_ADDRESS, or on one that is started on this machine.
 
-    All nodes must see the model, the text and ``out`` under the same names. This process loads nothing.
+    All nodes must see the model, the text and ``out`` under the same names. This process loads nothing: it counts
+    commits. So what other processes commit to ``out`` meanwhile stands in the report as if it were Ray's; tokens are
+    those of the committed units, and saturated values, seconds of waiting and the first non-finite rows those of the
+    tasks that were done when the first found nothing left.
 
     Raises:
-        ValueError: for bad settings, and for what a worker refuses.
-        RuntimeError: for a unit whose workers die again and again.
+        ValueError: for bad settings, and for what a task refuses.
+        OSError: where a process dies again and again.
         KeyboardInterrupt: as `collect`.
     """
     settings.check()
@@ -75,15 +69,10 @@ def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:
     if ours:
         start(ray)
     try:
-        cluster = Cluster(ray, settings, made_by)
-        try:
-            return cluster.run()
-        finally:
-            if not ours:
-                cluster.close()
+        return run(ray, settings, made_by)
     finally:
         if ours:
-            ray.shutdown()  # which ends the workers too
+            ray.shutdown()  # which ends the tasks too
 
 
 def start(ray: Any) -> None:
@@ -95,115 +84,161 @@ def start(ray: Any) -> None:
     ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
 
 
-class Cluster:
-    """The workers of one run, and which unit each of them is at."""
+class Log:
+    """The units asked for that have got a commit since this was made, whoever made it."""
 
-    def __init__(self, ray: Any, settings: CollectSettings, made_by: str) -> None:
-        self._ray, self._settings = ray, settings
-        room = ray.cluster_resources()
-        self._gpus = settings.ray_gpus
-        if self._gpus < 0:
-            self._gpus = int(settings.device != "cpu" and room.get("GPU", 0) >= 1)
-        for name, kind, wanted in (("ray_cpus", "CPU", settings.ray_cpus), ("ray_gpus", "GPU", self._gpus)):
-            there = int(room.get(kind, 0))
-            if wanted > there and not os.environ.get("RAY_ADDRESS"):  # a cluster elsewhere may grow
-                remedy = "No worker could ever start."
-                raise ValueError(broken_rule("collect", name, f"be at most {there}, what is here", wanted, remedy))
-        self._room = max(1, int(room.get("CPU", 1)) // settings.ray_cpus)
-        if self._gpus:
-            self._room = max(1, min(self._room, int(room.get("GPU", 0)) // self._gpus))
-        self._make = ray.remote(Worker).options(
-            num_cpus=settings.ray_cpus, num_gpus=self._gpus, max_restarts=-1, max_task_retries=RETRIES
-        )
-        self._arguments = (settings, made_by)
-        self._workers: list[Any] = []
-        self._at: dict[Any, tuple[Any, int | None]] = {}  # a task: its worker, and its unit; None prepares
+    def __init__(self, out: str, units: str) -> None:
+        self._out, self._range = out, units
+        self._seen = set[str]()
+        self._before = self._seen = self._names()
+        self._asked: dict[str, Unit] = {}
+        self.new: dict[str, Commit] = {}
+        if self._before:
+            self._read()
 
-    def run(self) -> Report:
-        """Make all missing units."""
-        self._add_workers(1)
-        (task,) = self._at
-        n_asked, rows = self._result(task)  # the first begins the dataset, before others find it
-        first, _ = self._at.pop(task)
-        self._add_workers(min(self._settings.ray_workers or self._room, len(rows)) - 1)
-        n_before, reports = n_asked - sum(rows.values()), dict[int, Report]()
-        try:
-            with Progress(n_asked, n_before) as shown:
-                self._take(first, rows, reports, shown)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{len(reports)} more units are kept in {self._settings.out}") from None
-        return _total(self._settings.out, n_before, sum(rows.values()), list(reports.values()), shown.time_s)
+    @property
+    def n_rows(self) -> int:
+        """The rows asked for."""
+        return sum(map(len, self._asked.values()))
 
-    def close(self) -> None:
-        """End the workers, also those that are at a copy of a unit, or wait for room."""
-        for worker in self._workers:
-            self._ray.kill(worker)
+    @property
+    def n_rows_before(self) -> int:
+        """Those of them that were there when this was made."""
+        return sum(len(unit) for name, unit in self._asked.items() if name in self._before)
 
-    def _add_workers(self, n: int) -> None:
-        for _ in range(n):
-            worker = self._make.remote(*self._arguments)
-            self._workers.append(worker)
-            self._at[worker.prepare.remote()] = (worker, None)
+    @property
+    def left(self) -> list[str]:
+        """The units asked for that have no commit."""
+        return [name for name in self._asked if name not in self._seen]
 
-    def _take(self, first: Any, rows: dict[int, int], reports: dict[int, Report], shown: Progress) -> None:
-        queue = iter(rows)
-        self._next(first, queue, reports)
-        while len(reports) < len(rows):
-            done, _ = self._ray.wait(list(self._at), num_returns=1, timeout=_LOOK_EVERY_S)
-            shown.step(0, 0)
-            for task in done:
-                result = self._result(task)
-                worker, number = self._at.pop(task)
-                if number is not None and number not in reports:
-                    reports[number] = result
-                    shown.n_bytes += result.n_bytes
-                    shown.n_nonfinite += result.n_nonfinite_rows
-                    shown.n_saturated += result.n_saturated
-                    shown.step(rows[number], result.n_tokens)
-                self._next(worker, queue, reports)
+    def look(self) -> list[Commit]:
+        """Read the commits that are new since the last look."""
+        return [] if self._names() <= self._seen else self._read()
 
-    def _next(self, worker: Any, queue: Iterator[int], reports: dict[int, Report]) -> None:
-        """Give a worker a unit: the next one, else one of another worker, whose node may be gone for good."""
-        number = next(queue, None)
-        if number is None:
-            at = Counter(unit for _, unit in self._at.values() if unit is not None and unit not in reports)
-            number = next((unit for unit, n in at.items() if n < COPIES), None)
-        if number is not None:
-            self._at[worker.collect.remote(number)] = (worker, number)
+    def _names(self) -> set[str]:
+        return set(committed_names(self._out, "collect")) if self._seen or has_units(self._out) else set()
 
-    def _result(self, task: Any) -> Any:
-        """What a task returned; else an error that names its unit."""
-        _, number = self._at[task]
-        what = "" if number is None else f"unit u{number:06d}: "
-        try:
-            return self._ray.get(task)
-        except self._ray.exceptions.RayTaskError as error:
-            # As without Ray, so that the command line says it in a line, and with the same exit code.
-            for kind in (OSError, FloatingPointError, ValueError, TypeError, ImportError):
-                if isinstance(error.cause, kind):
-                    raise kind(f"{what}{error.cause}") from error
-            raise RuntimeError(f"{what}{error.cause!r}") from error
-        except self._ray.exceptions.RayActorError as error:
-            got = f"one that died {RETRIES + 1} times: {' '.join(str(error).split())}"
-            remedy = "See the logs of Ray; what is finished is kept."
-            text = broken_rule("collect", "the worker of a unit", "live until it is done", got, remedy)
-            raise OSError(f"{what}{text}") from error
+    def _read(self) -> list[Commit]:
+        description, names = read_folder(self._out, "collect")
+        plan = description.plan
+        self._asked = {unit.name: unit for unit in map(plan.unit, units_in(self._range, plan.n_units))}
+        new = [name for name in names if name in self._asked and name not in self._seen]
+        commits = [read_commit(self._out, name, description, "collect") for name in new]
+        self.new.update(zip(new, commits, strict=True))
+        self._seen = self._seen.union(names)
+        return commits
 
 
-def _total(out: str, n_before: int, n_missing: int, reports: Sequence[Report], time_s: float) -> Report:
-    """The reports of all units as that of one run.
+class Died(OSError):
+    """The process of a task died as often as Ray starts it."""
 
-    A worker may die when its unit is committed and its report isn't given yet: whoever is asked next finds the unit
-    there. All rows that were missing are there at the end, so those that no report has were made by another process.
-    """
 
-    def add(name: str) -> Any:
-        return sum(getattr(report, name) for report in reports)
+def run(ray: Any, settings: CollectSettings, made_by: str) -> Report:
+    """Start the tasks, wait until one of them finds nothing left, and end the others."""
+    log, begun = Log(settings.out, settings.units), time.monotonic()
+    task_with, count = _room(ray, settings)
+    if log.n_rows and not settings.extend:
+        count = min(count, max(1, len(log.left)))
+    new_task = partial(task_with.remote, replace(settings, engine="local", **RAY), made_by)
+    tasks = {new_task((index, count)): (index, count) for index in range(count)}
+    try:
+        done = [_first(ray, tasks, new_task, log)]
+        others = list(tasks)
+        for task in ray.wait(others, num_returns=len(others), timeout=GRACE_S)[0] if others else ():
+            with suppress(ray.exceptions.RayError):  # all is there that was asked for
+                done.append(ray.get(task))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(log.new)} more units are kept in {settings.out}") from None
+    finally:
+        _end(ray, list(tasks))
+    log.look()
+    return _report(settings.out, log, done, time.monotonic() - begun)
 
+
+def _room(ray: Any, settings: CollectSettings) -> tuple[Any, int]:
+    """What starts a task, and how many are wanted: those for which the cluster has room now, unless it is said."""
+    room = ray.cluster_resources()
+    gpus = settings.ray_gpus
+    if gpus < 0:
+        gpus = int(settings.device != "cpu" and room.get("GPU", 0) >= 1)
+    for name, kind, wanted in (("ray_cpus", "CPU", settings.ray_cpus), ("ray_gpus", "GPU", gpus)):
+        there = int(room.get(kind, 0))
+        if wanted > there and not os.environ.get("RAY_ADDRESS"):  # a cluster elsewhere may grow
+            remedy = "No worker could ever start."
+            raise ValueError(broken_rule("collect", name, f"be at most {there}, what is here", wanted, remedy))
+    n = int(room.get("CPU", 1)) // settings.ray_cpus
+    n = min(n, int(room.get("GPU", 0)) // gpus) if gpus else n
+    task_with = ray.remote(work).options(num_cpus=settings.ray_cpus, num_gpus=gpus, max_retries=RETRIES)
+    return task_with, settings.ray_workers or max(1, n)
+
+
+def _first(ray: Any, tasks: dict[Any, Share], new_task: Callable[[Share], Any], log: Log) -> Done:
+    """What the first task that ends returns; it finds nothing left. ``tasks`` are the others then."""
+    n_then = 0
+    with ExitStack() as stack:
+        shown = Progress(0)
+        while True:
+            ended, _ = ray.wait(list(tasks), num_returns=1, timeout=LOOK_EVERY_S)
+            with suppress(OSError, DatasetError):  # as long as it is begun, or can't be reached: the tasks will say
+                _show(shown, log, stack)
+            for task in ended:
+                share = tasks.pop(task)
+                try:
+                    return _result(ray, task, log)
+                except Died:
+                    if len(log.new) == n_then:
+                        raise
+                n_then = len(log.new)  # all get on, with this one's share too: what kills may be the machines
+                tasks[new_task(share)] = share
+
+
+def _show(shown: Progress, log: Log, stack: ExitStack) -> None:
+    commits = log.look()
+    if not commits and not shown.n_examples:  # the tasks load the model
+        return
+    if not shown.n_examples:
+        shown.n_examples, shown.n_before, shown.n_done = log.n_rows, log.n_rows_before, log.n_rows_before
+        stack.enter_context(shown)
+    shown.n_bytes += sum(commit.n_bytes for commit in commits)
+    shown.n_nonfinite += sum(commit.non_finite for commit in commits)
+    shown.step(sum(len(commit.unit) for commit in commits), 0)
+
+
+def _result(ray: Any, task: Any, log: Log) -> Done:
+    """What a task returned; its error as that of a run without Ray, so that the command line says it in a line."""
+    try:
+        result: Done = ray.get(task)
+        return result
+    except ray.exceptions.RayTaskError as error:
+        for kind in (OSError, FloatingPointError, ValueError, TypeError, ImportError):
+            if isinstance(error.cause, kind):
+                raise kind(str(error.cause)) from error
+        raise RuntimeError(repr(error.cause)) from error
+    except ray.exceptions.RayError as error:
+        left = f" with {', '.join(log.left[:3])} left" if log.left else ""
+        got = f"one that died {RETRIES + 1} times{left}: {' '.join(str(error).split())}"
+        remedy = "See the logs of Ray; what is finished is kept."
+        raise Died(broken_rule("collect", "a worker", "live until no unit is left", got, remedy)) from error
+
+
+def _end(ray: Any, tasks: list[Any]) -> None:
+    """End tasks: one without room at once, one at work between two batches, or by force."""
+    for task in tasks:
+        ray.cancel(task)
+    _, stuck = ray.wait(tasks, num_returns=len(tasks), timeout=GRACE_S) if tasks else ([], [])
+    for task in stuck:
+        ray.cancel(task, force=True)
+
+
+def _report(out: str, log: Log, done: list[Done], time_s: float) -> Report:
+    reports, (_, tokens) = [report for report, _ in done], done[0]
+    commits = log.new.values()
     return Report(
-        out=out, n_rows=add("n_rows"), n_rows_before=n_before, n_units=add("n_units"), n_tokens=add("n_tokens"),
-        n_bytes=add("n_bytes"), n_nonfinite_rows=add("n_nonfinite_rows"), n_saturated=add("n_saturated"),
-        time_s=time_s, waited_s=add("waited_s"), n_rows_elsewhere=n_missing - add("n_rows"),
-        n_skipped=max((report.n_skipped for report in reports), default=0),
-        non_finite=tuple(row for report in reports for row in report.non_finite)[:5],
+        out=out, n_rows=sum(len(commit.unit) for commit in commits), n_rows_before=log.n_rows_before,
+        n_units=len(commits), n_tokens=sum(tokens[name] for name in log.new),
+        n_bytes=sum(commit.n_bytes for commit in commits),
+        n_nonfinite_rows=sum(commit.non_finite for commit in commits),
+        n_saturated=sum(report.n_saturated for report in reports), time_s=time_s,
+        waited_s=sum(report.waited_s for report in reports), n_rows_elsewhere=0, n_skipped=reports[0].n_skipped,
+        non_finite=tuple(row for report in reports for row in report.non_finite)[:5], waits_for=reports[0].waits_for,
     )  # fmt: skip

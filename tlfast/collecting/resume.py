@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ..dataset.errors import dataset_error
 from ..dataset.format.description import read_description
@@ -16,8 +16,8 @@ from ..dataset.write.remote_folder import holds_dataset, refuse_foreign
 from ..dataset.write.remote_writer import LocalWriter, RemoteWriter
 from ..errors import broken_rule
 from .identity import describe_examples
+from .options import Resume
 
-Resume = Literal["auto", "must", "never"]
 Place = str | os.PathLike[str]
 Skipped = Sequence[Sequence[Any]]
 
@@ -75,7 +75,7 @@ def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], over
         got = f"unknown {', '.join(unknown[:3])}" if known else f"the name {said['loss']} alone"
         rule = "be known by its code in the dataset, to be compared"
         remedy = "Make sure that it is the same; identity=, a text of your own, says that you have."
-        warnings.warn(broken_rule("collect", "loss", rule, got, remedy), RuntimeWarning, stacklevel=3)
+        warnings.warn(broken_rule("collect", "loss", rule, got, remedy), RuntimeWarning, stacklevel=5)
     return {"loss": said["loss"], **known} if vouched or not known else said
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..dataset.format.plan import Plan
+from ..dataset.format.layout import Column
+from ..dataset.format.plan import Plan, Unit
 from ..dataset.write.background import BackgroundWriter
-from ..dataset.write.remote_writer import open_writer
+from ..dataset.write.remote_writer import LocalWriter, RemoteWriter, open_writer
 from ..errors import broken_rule
-from ..hooks.capture import capture
 from ..hooks.captured import Capture
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
-from ..spec import Over, Points, Reduction, Spec, one_of
+from ..hooks.options import CaptureOptions, TapOptions, taken
+from ..spec import Attach, Backend, Calls, Missing, Over, Points, Reduction, Spec
 from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
-from .checks import check_numbers, check_peaceful, positions_of, wanted_specs, width_of
+from .checks import check_peaceful, positions_of, wanted_specs, width_of
 from .determinism import Deterministic, as_begun, describe_machine
 from .determinism import deterministic as only_deterministic
 from .drain import Drain, streams_for
@@ -30,16 +30,17 @@ from .function_identity import what_stays
 from .graph_cache import CudaGraph, Replays, graphs_wanted
 from .identity import describe_collection, describe_examples, describe_loss
 from .loop import at_work, run_units
-from .loss import check_causal, next_token_loss
-from .probe import Probe
+from .loss import Loss, check_causal, next_token_loss
+from .options import CollectOptions, NonFinitePolicy, Resume
+from .probe import Probe, Probed
 from .progress import Progress, Report
-from .resume import Resume, add_the_rest, check_folder, loss_as_begun, own_part
+from .resume import add_the_rest, check_folder, loss_as_begun, own_part
 from .signals import Terminated, stopping
 from .skipped import BadExamples, BadPolicy
-from .unit import Loss, Oddities, Runner
+from .unit import Oddities, Runner
 from .unit_queue import Share, Todo, share_of, units_in
 
-NonFinitePolicy = Literal["keep", "flag", "stop"]
+Writer = LocalWriter | RemoteWriter
 
 
 def collect(
@@ -61,10 +62,10 @@ def collect(
     padding_side: PaddingSide = "right",
     pad_id: int = 0,
     grad_scale: float = 1.0,
-    attach: str = "auto",
-    backend: str = "auto",
-    calls: str = "raise",
-    missing: str = "raise",
+    attach: Attach = "auto",
+    backend: Backend = "auto",
+    calls: Calls = "raise",
+    missing: Missing = "raise",
     cuda_graph: CudaGraph = "auto",
     lens: bool = False,
     units: str = "",
@@ -151,101 +152,143 @@ def collect(
         >>> tlfast.open_dataset(out)["0"].shape
         (2, 4)
     """
-    for name, value, known in (
-        ("padding_side", padding_side, ("right", "left")), ("cuda_graph", cuda_graph, get_args(CudaGraph)),
-        ("resume", resume, get_args(Resume)), ("bad_examples", bad_examples, get_args(BadPolicy)),
-        ("non_finite", non_finite, get_args(NonFinitePolicy)),
-        ("deterministic", deterministic, get_args(Deterministic)),
-    ):  # fmt: skip
-        one_of("collect", name, value, known)
-    check_folder(out, resume, overwrite, staging)
-    specs = wanted_specs(model, points, reduce, over, dtype, output, lens, embedding)
-    check_numbers(batch_tokens=batch_tokens, seq_len=seq_len, rows_per_unit=rows_per_unit)
-    if not 0 < grad_scale < math.inf:
-        raise ValueError(broken_rule("collect", "grad_scale", "be positive", grad_scale, "1.0 changes nothing."))
-    together = is_sharded(model, cuda_graph)
-    if together and share is not None:
-        raise ValueError(broken_rule("collect", "share", "be None for a sharded model", share, "Its ranks are known."))
-    mine = share_of_group() if together else share_of() if share is None else Share(*share)
-    units_in(units, 0)
-    if units or mine.count > 1:
-        check_peaceful(overwrite, resume)
-    if not 0 <= disk_wait_s < math.inf:
-        raise ValueError(broken_rule("collect", "disk_wait_s", "be 0 or more", disk_wait_s, "Give seconds."))
-    at_first, unknown = describe_loss(loss, identity, header)
-    bad = BadExamples(bad_examples, skipped)
-    examples = as_examples(batches, bad, seq_len or positions_of(model))
-    longest = max(example.length for example in examples)
-    width = width_of(specs, longest, seq_len)
+    given = dict(locals())  # what follows the * is a field of the options by its name
+    return Run(given.pop("model"), given.pop("batches"), given.pop("out"), CollectOptions(**given)).collect()
 
-    def enter(rows: int, specs: Sequence[Spec] = specs) -> Capture:
-        enter_capture: Any = capture
-        if lens:
-            from ..transformer_lens.capturing import capture as enter_capture
-        entered: Capture = enter_capture(
-            model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing
-        )
-        return entered
 
-    model_devices = {p.device for p in model.parameters()}
-    with_graphs = graphs_wanted("off" if together else cuda_graph, model_devices, lambda: enter(1).backend)
-    buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
-    batching = Batching(batch_tokens, width, padding_side, pad_id, buckets)
-    with stopping() as stop_if_asked, at_work(model, embedding), only_deterministic(deterministic, model_devices):
-        probed = Probe(model, enter, specs, batching, loss, examples, grad_scale, rows_per_unit).look()
-        columns = probed.columns
-        if loss is next_token_loss:
-            check_causal(model, batching, examples)
-        said = what_stays(at_first, describe_loss(loss, identity, header)[0])
-        said = loss_as_begun(out, said, unknown, overwrite)
-        n_own, n_own_skipped = own_part(out, examples, bad.skipped, overwrite, extend)
-        described = describe_collection(
-            model, specs, said, batching, describe_examples(examples[:n_own], bad.skipped[:n_own_skipped]), header,
-            grad_scale=grad_scale, calls=calls, missing=missing,
+class Run:
+    """One collection: what is asked for is checked when it is made; then it is done, once.
+
+    Args:
+        model, batches, out: as in `collect`.
+        options: its other arguments.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], out: str | os.PathLike[str], options: CollectOptions
+    ) -> None:
+        self.model, self.out, self.options = model, out, options
+        check_folder(out, options.resume, options.overwrite, options.staging)
+        self.specs = wanted_specs(model, options)
+        self.together = is_sharded(model, options.cuda_graph)
+        if self.together and options.share is not None:
+            rule, remedy = "be None for a sharded model", "Its ranks are known."
+            raise ValueError(broken_rule("collect", "share", rule, options.share, remedy))
+        if self.together:
+            self.share = share_of_group()
+        else:
+            self.share = share_of() if options.share is None else Share(*options.share)
+        if options.units or self.share.count > 1:
+            check_peaceful(options.overwrite, options.resume)
+        self.loss_at_first, self.loss_unknown = describe_loss(options.loss, options.identity, options.header)
+        self.bad = BadExamples(options.bad_examples, options.skipped)
+        self.examples = as_examples(batches, self.bad, options.seq_len or positions_of(model))
+        longest = max(example.length for example in self.examples)
+        width = width_of(self.specs, longest, options.seq_len)
+        self.devices = {p.device for p in model.parameters()}
+        graphs: CudaGraph = "off" if self.together else options.cuda_graph
+        self.with_graphs = graphs_wanted(graphs, self.devices, lambda: self.enter(1, self.specs).backend)
+        buckets = ((width,) if width else bucket_lengths(longest)) if self.with_graphs else None
+        self.batching = Batching(options.batch_tokens, width, options.padding_side, options.pad_id, buckets)
+
+    def enter(self, rows: int, specs: Sequence[Spec]) -> Capture:
+        """A capture of the model, for so many rows."""
+        kind: Any = Capture
+        if self.options.lens:
+            from ..transformer_lens.capturing import LensCapture as kind
+        made: Capture = kind(self.model, CaptureOptions(specs=specs, rows=rows, **taken(TapOptions, self.options)))
+        return made
+
+    def collect(self) -> Report:
+        """Make the units that are asked for and missing."""
+        options, model = self.options, self.model
+        with (
+            stopping() as stop_if_asked,
+            at_work(model, options.embedding),
+            only_deterministic(options.deterministic, self.devices),
+        ):
+            probed = Probe(
+                model, self.enter, self.specs, self.batching, options.loss, self.examples, options.grad_scale,
+                options.rows_per_unit,
+            ).look()  # fmt: skip
+            if options.loss is next_token_loss:
+                check_causal(model, self.batching, self.examples)
+            here = describe_machine(model)
+            writer = self._open(probed.columns, here)
+            plan = writer.plan
+            asked = [plan.unit(k) for k in units_in(options.units, plan.n_units)]
+            left = [unit for unit in asked if unit.name not in writer.done]
+            left = agreed(left) if self.together else left
+            n_asked, n_before = sum(map(len, asked)), sum(map(len, asked)) - sum(map(len, left))
+            bar = options.progress and self.share.index == 0
+            shown = Progress(n_asked, n_before, bar, waits_for=writer.waits_for)
+            oddities, todo, waited_s = Oddities(options.non_finite == "stop"), Todo([], self.share, set), 0.0
+            if len(self.bad):
+                shown.say(str(self.bad))
+            try:
+                with writer:
+                    if left:
+                        todo, waited_s = self._make(left, probed, writer, here, shown, oddities, stop_if_asked)
+            except (KeyboardInterrupt, Terminated) as stop:
+                kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}{writer.still_to_do()}"
+                raise type(stop)(kept) from None
+        if oddities.first and options.non_finite == "flag":
+            named = ", ".join(map(str, oddities.first))
+            line = f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}"
+            shown.say(line, always=options.progress)  # of every process: each knows its own rows
+        return Report(
+            writer.out, sum(map(len, todo.taken)), n_before, len(todo.taken), shown.n_tokens, writer.bytes_written,
+            oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s + writer.waited_s,
+            todo.n_rows_elsewhere, len(self.bad), tuple(oddities.first), writer.waits_for,
         )  # fmt: skip
-        plan = Plan(n_own, rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values())))
-        here = describe_machine(model)
+
+    def _open(self, columns: dict[str, Column], here: dict[str, Any]) -> Writer:
+        """The dataset, begun or continued, with all examples in its plan."""
+        options, bad = self.options, self.bad
+        said = what_stays(self.loss_at_first, describe_loss(options.loss, options.identity, options.header)[0])
+        said = loss_as_begun(self.out, said, self.loss_unknown, options.overwrite)
+        n_own, n_own_skipped = own_part(self.out, self.examples, bad.skipped, options.overwrite, options.extend)
+        examples = describe_examples(self.examples[:n_own], bad.skipped[:n_own_skipped])
+        n_rows = options.rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values()))
         writer = open_writer(
-            out, staging=staging, header=described, columns=columns, plan=plan, config=config, overwrite=overwrite,
-            about=here, backend=backend, replace_unused=resume == "auto" and not extend,
-        )  # fmt: skip
-        add_the_rest(writer, examples, bad.skipped, extend, config)
-        plan = writer.plan
-        asked = [plan.unit(k) for k in units_in(units, plan.n_units)]
-        left = [unit for unit in asked if unit.name not in writer.done]
-        left = agreed(left) if together else left
-        n_before = sum(map(len, asked)) - sum(map(len, left))
-        bar = progress and mine.index == 0
-        shown = Progress(sum(map(len, asked)), n_before, bar, waits_for=writer.waits_for)
-        oddities, todo, waited_s = Oddities(non_finite == "stop"), Todo(left, mine, writer.committed), 0.0
-        if len(bad):
-            shown.say(str(bad))
-        try:
-            with writer:
-                if left:
-                    say = partial(shown.say, always=True)
-                    background = BackgroundWriter(writer, 2, disk_wait_s, say)
-                    cap = enter(max(map(len, left))).unmasked(probed.unmasked)
-                    with as_begun(writer.description.about, here), background, cap, shown:
-                        replays = Replays(cap, graph_step, cuda_graph == "on") if with_graphs else None
-                        runner = Runner(model, cap, batching, loss, grad_scale, replays)
-                        drain = Drain(streams_for(probed.devices), columns, cap.capacity)
-                        if together:
-                            todo = Lockstep(left, mine, examples, runner)
-                        run_units(
-                            runner, drain, todo, examples, background, writer, shown, oddities, missing == "nan",
-                            stop_if_asked,
-                        )  # fmt: skip
-                        waited_s = background.waited_s
-        except (KeyboardInterrupt, Terminated) as stop:
-            kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}{writer.still_to_do()}"
-            raise type(stop)(kept) from None
-    if oddities.first and non_finite == "flag":
-        named = ", ".join(map(str, oddities.first))
-        line = f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}"
-        shown.say(line, always=progress)  # of every process: each knows its own rows
-    return Report(
-        writer.out, sum(map(len, todo.taken)), n_before, len(todo.taken), shown.n_tokens, writer.bytes_written,
-        oddities.n_nonfinite_rows, oddities.n_saturated, shown.time_s, waited_s + writer.waited_s,
-        todo.n_rows_elsewhere, len(bad), tuple(oddities.first), writer.waits_for,
-    )  # fmt: skip
+            self.out,
+            staging=options.staging,
+            header=describe_collection(self.model, self.specs, said, self.batching, examples, options),
+            columns=columns,
+            plan=Plan(n_own, n_rows),
+            config=options.config,
+            overwrite=options.overwrite,
+            about=here,
+            backend=options.backend,
+            replace_unused=options.resume == "auto" and not options.extend,
+        )
+        add_the_rest(writer, self.examples, bad.skipped, options.extend, options.config)
+        return writer
+
+    def _make(
+        self,
+        left: Sequence[Unit],
+        probed: Probed,
+        writer: Writer,
+        here: dict[str, Any],
+        shown: Progress,
+        oddities: Oddities,
+        stop_if_asked: Callable[[], None],
+    ) -> tuple[Todo, float]:
+        """Make units; return which were taken, and how long the model waited for the disk."""
+        options = self.options
+        background = BackgroundWriter(writer, 2, options.disk_wait_s, partial(shown.say, always=True))
+        cap = self.enter(max(map(len, left)), self.specs).unmasked(probed.unmasked)
+        with as_begun(writer.description.about, here), background, cap, shown:
+            replays = Replays(cap, graph_step, options.cuda_graph == "on") if self.with_graphs else None
+            runner = Runner(self.model, cap, self.batching, options.loss, options.grad_scale, replays)
+            drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity)
+            if self.together:
+                todo: Todo = Lockstep(left, self.share, self.examples, runner)
+            else:
+                todo = Todo(left, self.share, writer.committed)
+            run_units(
+                runner, drain, todo, self.examples, background, writer, shown, oddities, options.missing == "nan",
+                stop_if_asked,
+            )  # fmt: skip
+            return todo, background.waited_s

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -14,18 +14,10 @@ from ..dataset.errors import DatasetError, extra
 from ..dataset.places.remote import url_of
 from ..dataset.places.store import as_store
 from ..errors import broken_rule
-from ..spec import (
-    DTYPE_NAMES,
-    REDUCTIONS,
-    Attach,
-    Backend,
-    Calls,
-    Missing,
-    Over,
-    one_of,
-    parse_over,
-)
+from ..hooks.options import check_words, taken
+from ..spec import DTYPE_NAMES, Over, one_of, parse_over
 from .huggingface import as_device_map
+from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
@@ -33,8 +25,8 @@ RAY: dict[str, Any] = {"ray_workers": 0, "ray_cpus": 1, "ray_gpus": -1}  # what 
 
 
 @dataclass(frozen=True)
-class CollectSettings:
-    """Run a causal language model over text and keep the gradient of every example at some points."""
+class TextOptions:
+    """What the command alone takes, or takes as other types than the function."""
 
     model: str
     """folder with a Hugging Face model and its tokenizer, or a name on the hub"""
@@ -44,8 +36,6 @@ class CollectSettings:
     """names of modules, or globs: * stays within one part of a dotted name, ** crosses dots"""
     out: str
     """folder of the dataset, or a URL such as s3://bucket/folder: new, empty, or with a part of the same dataset"""
-    reduce: str = "mean"
-    """none, sum, mean, last, norm or absmax"""
     over: str = "pos"
     """dimensions to reduce: pos, or numbers (-1 is the last), separated by commas"""
     dtype: str = "bfloat16"
@@ -56,64 +46,35 @@ class CollectSettings:
     """names of the modules at which the gradients start, where the model's embeddings aren't those"""
     seq_len: int = 128
     """tokens per example"""
-    batch_tokens: int = 2048
-    """tokens per batch, padding included"""
     max_examples: int = 0
     """stop at so many examples; 0: all"""
     rows_per_unit: int = 0
     """examples per unit, the piece that is written and resumed whole; 0: those that fill 256 MiB, at most 2048"""
     pattern: str = "*"
     """which file names to read in folders; one with an ending, *.jsonl, takes such files as the text that they are"""
-    bos: str = "auto"
+    bos: Literal["auto", "always", "never"] = "auto"
     """put the beginning-of-text token before each example: auto (if the tokenizer does so), always or never"""
-    padding_side: str = "right"
-    """right or left"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     device_map: str = ""
     """spread the model over devices: auto, balanced, balanced_low_0, sequential, or JSON, {"module": device, ...}"""
     model_dtype: str = "auto"
     """what the model runs in: auto (the checkpoint's), float32, bfloat16, float16 or float64"""
-    grad_scale: float = 1.0
-    """the loss is multiplied by it and the rows divided by it: keeps small fp16 gradients alive"""
-    attach: str = "auto"
-    """auto, tensor or full"""
-    backend: str = "auto"
-    """auto, native or python"""
-    calls: str = "raise"
-    """for a point that is called several times in a forward: raise, sum, last or stack"""
-    missing: str = "raise"
-    """for a point without a gradient: raise, or nan rows"""
-    cuda_graph: str = "auto"
-    """run the steps as CUDA graphs, with batches padded to a few lengths: auto (if the model is on a GPU), on or off"""
-    lens: bool = False
-    """points are hook points of TransformerLens, by its names; --calls raise means sum then"""
-    units: str = ""
-    """A:B: only these units of the plan, as a Python slice counts them, for jobs that know nothing of each other"""
-    engine: str = "local"
-    """local (this process, or the ranks of torchrun), or ray: one task per unit, on all nodes of a Ray cluster"""
+    staging: str = ""
+    """where units lie until they are uploaded, if OUT is a URL; empty: in the user's cache folder"""
+    engine: Literal["local", "ray"] = "local"
+    """local (this process, or the ranks of torchrun), or ray: tasks on all nodes of a Ray cluster"""
     ray_workers: int = 0
-    """processes that take units under Ray; 0: as many as the cluster has room for now"""
+    """tasks that take units under Ray; 0: as many as the cluster has room for now"""
     ray_cpus: int = 1
     """CPU cores, and threads, of each of them"""
     ray_gpus: int = -1
     """GPUs of each of them; -1: one if the cluster has any and --device isn't cpu"""
-    overwrite: bool = False
-    """remove the dataset in OUT first"""
-    staging: str = ""
-    """where units lie until they are uploaded, if OUT is a URL; empty: in the user's cache folder"""
-    extend: bool = False
-    """append the examples that the dataset in OUT lacks; those that it has must come first, the same as then"""
-    resume: str = "auto"
-    """auto (continue the dataset in OUT, or begin one), must (continue) or never (begin)"""
-    bad_examples: str = "skip"
-    """for text that gives no example (no UTF-8, less than 2 tokens): skip and record it, or stop"""
-    non_finite: str = "flag"
-    """for rows with NaN or infinity: keep, flag (keep, and name the first of them at the end) or stop"""
-    disk_wait_s: float = 600.0
-    """wait so many seconds for room on a full disk; 0: end at once"""
-    deterministic: str = "strict"
-    """for an operation without a deterministic form: strict (an error) or warn: a resumed run may differ then"""
+
+
+@dataclass(frozen=True)
+class CollectSettings(SharedOptions, TextOptions):
+    """Run a causal language model over text and keep the gradient of every example at some points."""
 
     @property
     def dims(self) -> Over:
@@ -126,25 +87,33 @@ class CollectSettings:
         """``output`` as `Spec` takes it."""
         return int(self.output) if self.output.lstrip("-").isdigit() else self.output or None
 
+    def to_options(self, **more: Any) -> CollectOptions:
+        """These settings as the function takes them, with what the command line doesn't say."""
+        given = taken(SharedOptions, self)
+        if self.lens and self.calls == "raise":
+            given["calls"] = "sum"  # as TransformerLens' own capture
+        return CollectOptions(
+            **given,
+            points=self.points,
+            over=self.dims,
+            dtype=stored_as(self.dtype),
+            output=self.which_output,
+            embedding=self.embedding or None,
+            seq_len=self.seq_len,
+            rows_per_unit=self.rows_per_unit or None,
+            staging=self.staging or None,
+            **more,
+        )
+
     def check(self) -> None:
         """ValueError for the first setting that can be seen to be wrong without reading a file."""
         who = "collect"
-        one_of(who, "reduce", self.reduce, REDUCTIONS)
+        check_words(who, self)
         if 0 in parse_over(who, self.dims) and self.reduce != "none":
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))
         one_of(who, "dtype", self.dtype, (*DTYPE_NAMES, "auto"))
         one_of(who, "model_dtype", self.model_dtype, (*DTYPE_NAMES, "auto"))
-        one_of(who, "bos", self.bos, ("auto", "always", "never"))
-        one_of(who, "padding_side", self.padding_side, ("right", "left"))
-        one_of(who, "engine", self.engine, ("local", "ray"))
-        one_of(who, "cuda_graph", self.cuda_graph, ("auto", "on", "off"))
-        one_of(who, "resume", self.resume, ("auto", "must", "never"))
-        one_of(who, "bad_examples", self.bad_examples, ("skip", "stop"))
-        one_of(who, "non_finite", self.non_finite, ("keep", "flag", "stop"))
-        one_of(who, "deterministic", self.deterministic, ("strict", "warn"))
-        for argument, kinds in (("attach", Attach), ("backend", Backend), ("calls", Calls), ("missing", Missing)):
-            one_of(who, argument, getattr(self, argument), get_args(kinds))
         for argument, least in (
             ("seq_len", 2),
             ("batch_tokens", 1),

@@ -13,10 +13,8 @@ from ..errors import broken_rule
 from ..hooks.captured import Capture
 from .batches import Batch, Batching
 from .graph_cache import Replays
-from .loss import checked_loss
+from .loss import Loss, checked_loss
 from .progress import NonFinite
-
-Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 _MOST_NAMED = 5  # rows that are not finite
 _REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second

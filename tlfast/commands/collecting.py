@@ -20,6 +20,8 @@ from ..collecting.signals import LeaveAtOnce, Terminated
 from ..dataset.errors import extra
 from ..dataset.write.upload import UploadError
 from ..errors import broken_rule
+from ..hooks.options import words_of
+from ..spec import one_of
 from .arguments import (
     FAILED,
     INTERRUPTED,
@@ -108,7 +110,8 @@ def _check_flags(args: list[str], complete: bool) -> None:
 
 
 def _check_values(flag: str, field: Field[Any], words: list[str]) -> None:
-    kind = str(field.type)
+    words_known = words_of(CollectSettings).get(field.name)
+    kind = "str" if words_known else str(field.type)
     got = " ".join(words) or "nothing"
     if kind == "bool" and words:
         raise _wrong(flag, "stand alone", got, "Leave the value out; without the flag it is off.")
@@ -116,6 +119,8 @@ def _check_values(flag: str, field: Field[Any], words: list[str]) -> None:
         raise _wrong(flag, "have values", got, "Put them behind it.")
     if kind in ("str", "int", "float") and len(words) != 1:
         raise _wrong(flag, "have one value", got, "Quote one that has spaces." if words else "Put it behind the flag.")
+    if words_known:
+        one_of("collect", field.name, words[0], words_known)
     if kind in ("int", "float"):
         try:
             (int if kind == "int" else float)(words[0])

@@ -13,6 +13,10 @@ from ..backends.plain import destination
 from ..errors import broken_rule
 from ..spec import (
     REDUCTIONS,
+    Attach,
+    Backend,
+    Calls,
+    Missing,
     Over,
     Points,
     Reduction,
@@ -23,6 +27,7 @@ from ..spec import (
 )
 from .attachment import check_not_compiled, hook_module
 from .captured import Capture
+from .options import CaptureOptions
 
 Sink = Callable[[torch.Tensor], None] | torch.Tensor
 
@@ -36,10 +41,10 @@ def capture(
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
-    attach: str = "auto",
-    backend: str = "auto",
-    calls: str = "raise",
-    missing: str = "raise",
+    attach: Attach = "auto",
+    backend: Backend = "auto",
+    calls: Calls = "raise",
+    missing: Missing = "raise",
 ) -> Capture:
     """Capture the gradient with respect to the output of some modules, while backward runs.
 
@@ -77,7 +82,8 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
     specs = as_specs("capture", points, reduce, over, dtype, output)
-    return Capture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+    options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+    return Capture(model, options)
 
 
 class AttachHandle:
@@ -107,8 +113,8 @@ def attach(
     reduce: Reduction = "none",
     over: Over = "pos",
     output: int | str | None = None,
-    attach: str = "auto",
-    backend: str = "auto",
+    attach: Attach = "auto",
+    backend: Backend = "auto",
 ) -> AttachHandle:
     """Send every gradient with respect to a module's output to a sink: for authors of hook libraries.
 

@@ -14,9 +14,10 @@ from ..backends.choice import pick_backend
 from ..backends.interface import Column, Tap
 from ..backends.plain import plain
 from ..errors import broken_rule
-from ..spec import Points, Spec, one_of, stored_dtype
+from ..spec import Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
+from .options import CaptureOptions
 from .points import find_points
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -52,23 +53,15 @@ class Capture:
         (['0', '1'], 2, ['a', 'b'])
     """
 
-    def __init__(
-        self, model: nn.Module, specs: list[Spec], *, rows: int, attach: str, backend: str, calls: str, missing: str
-    ):
-        who = "capture"
-        if type(rows) is not int or rows < 1:
-            raise ValueError(broken_rule(who, "rows", "be a positive number", repr(rows), "Give the rows to hold."))
-        one_of(who, "attach", attach, ("auto", "tensor", "full"))
-        one_of(who, "backend", backend, ("auto", "native", "python"))
-        one_of(who, "calls", calls, ("raise", "sum", "last", "stack"))
-        one_of(who, "missing", missing, ("raise", "nan"))
+    def __init__(self, model: nn.Module, options: CaptureOptions):
+        who, specs, rows = "capture", options.specs, options.rows
         devices = {p.device.type for p in model.parameters() if not p.is_meta}  # meta: kept elsewhere till it is used
-        self._engine = engine = pick_backend(who, backend, devices)
+        self._engine = engine = pick_backend(who, options.backend, devices)
         self.backend = engine.NAME
         self.capacity = rows
-        self._model, self._attach = model, attach
+        self._model, self._attach = model, options.attach
         self._ledger: Any = engine.Ledger(rows)
-        self._backwards = engine.Backwards(self._ledger, missing)
+        self._backwards = engine.Backwards(self._ledger, options.missing)
         self._columns: dict[str, Column] = {}
         self.wanted: dict[str, tuple[str, Spec]] = {}  # column -> its point and what is kept there
         self._taps: list[tuple[nn.Module, Tap]] = []
@@ -90,7 +83,7 @@ class Capture:
                         broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
                     )
                 dtype = stored_dtype(who, spec.dtype)
-                self._columns[column] = engine.Column(column, spec.reduce, spec.dims, dtype, rows, calls)
+                self._columns[column] = engine.Column(column, spec.reduce, spec.dims, dtype, rows, options.calls)
                 columns.append(column)
                 self.wanted[column] = name, spec
             keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])

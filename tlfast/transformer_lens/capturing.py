@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..hooks.captured import Capture, Change
-from ..spec import Over, Reduction, Spec, as_specs
+from ..hooks.options import CaptureOptions
+from ..spec import Attach, Backend, Calls, Missing, Over, Reduction, Spec, as_specs
 from .handles import (
     ListedTap,
     ListedWithGradients,
@@ -81,10 +82,10 @@ def capture(
     reduce: Reduction = "none",
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
-    attach: str = "auto",
-    backend: str = "auto",
-    calls: str = "sum",
-    missing: str = "raise",
+    attach: Attach = "auto",
+    backend: Backend = "auto",
+    calls: Calls = "sum",
+    missing: Missing = "raise",
 ) -> LensCapture:
     """Capture gradients at the hook points of a TransformerLens model: `tlfast.capture` on its names.
 
@@ -113,4 +114,5 @@ def capture(
         specs = [Spec(names_filter, reduce, over, dtype)]  # type: ignore[arg-type]
     else:
         specs = as_specs("capture", names_filter, reduce, over, dtype, None)  # type: ignore[arg-type]
-    return LensCapture(model, specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+    options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
+    return LensCapture(model, options)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from processes import N_UNITS, WAIT_S, arguments, check_equal, n_commits, pids_with, started
 from processes import wait_for_units as wait_for
 from tiny_models import collect_words, complaint_of
 
 import tlfast
 from tlfast.cli import main
-from tlfast.collecting import ray_cluster
-from tlfast.collecting.from_text import Collection
+from tlfast.collecting import progress, ray_cluster
 from tlfast.collecting.progress import Report
-from tlfast.collecting.ray_cluster import COPIES, Cluster, Worker
+from tlfast.collecting.ray_cluster import work
 from tlfast.collecting.settings import CollectSettings, load_settings
+from tlfast.collecting.unit_queue import Share
+from tlfast.dataset import DatasetWriter, Example, Plan
 
 SETTINGS = CollectSettings("model", ("text",), ("h.*",), "out", engine="ray")
 
 
-def is_at_a_unit(pid):
+def is_at_work(pid):
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Worker.collect")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::work")
     except OSError:  # gone
         return False
 
@@ -37,7 +41,7 @@ def test_a_worker_is_killed_and_ray_tries_again(undisturbed, tmp_path):
     command = ["-m", "tlfast", *arguments(undisturbed, out, "--engine", "ray")]
     with started(*command, TLFAST_TEST=str(tmp_path), RAY_ADDRESS="") as process:
         wait_for(process, out, 5)
-        while not (at_work := [pid for pid in pids_with(TLFAST_TEST=tmp_path) if is_at_a_unit(pid)]):
+        while not (at_work := [pid for pid in pids_with(TLFAST_TEST=tmp_path) if is_at_work(pid)]):
             wait_for(process, out, 5)
         os.kill(at_work[0], signal.SIGKILL)
         assert n_commits(out) < N_UNITS, "the signal came too late to prove anything"
@@ -51,7 +55,11 @@ def test_a_worker_is_killed_and_ray_tries_again(undisturbed, tmp_path):
     assert load_settings(out / "config.yaml").engine == "local", "another engine may go on"
 
 
-class Failure(Exception):
+class Gone(Exception):
+    """What Ray raises for a task whose processes died, and the base of what it raises."""
+
+
+class Failure(Gone):
     """What Ray raises for a task that raised."""
 
     def __init__(self, cause):
@@ -59,100 +67,152 @@ class Failure(Exception):
         self.cause = cause
 
 
-class Died(Exception):
-    """What Ray raises for a worker that died too often."""
-
-
 class FakeRay:
-    """A cluster of one thread: `wait` ends the task that `choose` takes out of those that were asked for."""
+    """A cluster of one thread: each `wait` lets one task make one unit, the one that ``choose`` takes.
 
-    exceptions = SimpleNamespace(RayTaskError=Failure, RayActorError=Died)
+    ``fails`` says what a task raises when it is at a unit. When one has found nothing left, those ``late`` answer too,
+    and all but those ``stuck`` end when they are told.
+    """
 
-    def __init__(self, n_units, resources=None, choose=lambda tasks: tasks[0], fails=None, lost=()):
-        self.missing = dict.fromkeys(range(n_units), 10)
+    exceptions = SimpleNamespace(RayTaskError=Failure, RayError=Gone)
+
+    def __init__(self, out, n_units=6, resources=None, choose=min, fails=None, late=(), stuck=()):
+        self.out, self.plan = out, Plan(10 * n_units, 10)
         self.resources, self.choose, self.fails = resources or {"CPU": 4.0}, choose, fails or {}
-        self.lost = lost  # units that were committed, and their reports not given
-        self.options_given, self.workers, self.started, self.killed = {}, [], [], []
+        self.late, self.stuck = late, stuck
+        self.options_given, self.shares, self.cancelled, self.raised = {}, [], [], {}
 
     def cluster_resources(self):
         return self.resources
 
-    def remote(self, kind):
+    def remote(self, function):
         def options(**given):
             self.options_given = given
-            return SimpleNamespace(remote=self.new_worker)
+            return SimpleNamespace(remote=self.new_task)
 
-        assert kind is Worker
+        assert function is work
         return SimpleNamespace(options=options)
 
-    def new_worker(self, settings, made_by):
-        number = len(self.workers)
-        worker = SimpleNamespace(
-            prepare=SimpleNamespace(remote=lambda: self.task(number, None)),
-            collect=SimpleNamespace(remote=lambda unit: self.task(number, unit)),
-        )
-        self.workers.append(worker)
-        return worker
+    def new_task(self, settings, made_by, share):
+        assert (settings.engine, settings.ray_workers) == ("local", 0), "config.yaml says how to go on without Ray"
+        self.shares.append(share)
+        return len(self.shares) - 1
 
-    def task(self, worker, unit):
-        assert unit is None or type(unit) is int, "only numbers travel"
-        self.started.append((worker, unit))
-        return len(self.started) - 1
+    def make(self, *names):
+        """Commit these units."""
+        writer = DatasetWriter(self.out, header={}, columns={"loss": (torch.float32, ())}, plan=self.plan)
+        for unit in self.plan.units:
+            if unit.name in names:
+                values = torch.arange(unit.start, unit.stop, dtype=torch.float32)
+                values[:2] = torch.nan
+                ids = range(unit.start, unit.stop)
+                writer.write_unit(unit, {"loss": values}, [Example(i, [1, 2], "", 0, 2) for i in ids])
 
     def wait(self, tasks, num_returns, timeout):
-        chosen = self.choose([(task, *self.started[task]) for task in tasks])
-        return [chosen[0]], [task for task in tasks if task != chosen[0]]
+        assert tasks, "Ray refuses to wait for nothing"
+        if timeout == ray_cluster.GRACE_S:
+            ended = [t for t in tasks if t in self.late or ((t, False) in self.cancelled and t not in self.stuck)]
+        else:
+            task = self.choose(tasks)
+            if task is None:
+                return [], tasks
+            committed = {path.stem for path in Path(self.out).glob("commits/*")}
+            order = [unit.name for unit in Share(*self.shares[task]).ordered(self.plan.units)]
+            name = next((name for name in order if name not in committed), None)
+            if name in self.fails:
+                self.raised[task] = self.fails[name]
+            elif name is not None:
+                self.make(name)
+            ended = [task] if name is None or task in self.raised else []
+        return ended, [task for task in tasks if task not in ended]
 
     def get(self, task):
-        unit = self.started[task][1]
-        if unit in self.fails:
-            raise self.fails[unit]
-        if unit is None:
-            return 10 * len(self.missing) + 5, dict(self.missing)
-        if unit in self.lost:
-            return Report(Path("out"), 0, 10, 0, 0, 0, 0, 0, 1.0, 0.0, 0, 2, ())
-        return Report(Path("out"), 10, 0, 1, 100, 1000, 0, 0, 1.0, 0.0, 0, 2, ())
+        if task in self.raised:
+            raise self.raised[task]
+        report = Report(Path("out"), 10, 0, 1, 100, 1000, 0, 7, 1.0, 0.5, 0, 2, ())
+        return report, {unit.name: 20 for unit in self.plan.units}
 
-    def kill(self, worker):
-        self.killed.append(worker)
+    def cancel(self, task, force=False):
+        self.cancelled.append((task, force))
 
 
 def run(ray, **changes):
-    return Cluster(ray, replace(SETTINGS, **changes), "tlfast").run()
+    return ray_cluster.run(ray, replace(SETTINGS, out=str(ray.out), **changes), "tlfast")
 
 
-def test_every_unit_is_one_task(capsys):
-    ray = FakeRay(20)
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def in_turn():
+    """Chooses one task after the other."""
+    turns = count()
+    return lambda tasks: tasks[next(turns) % len(tasks)]
+
+
+def test_tasks_share_the_units(out):
+    ray = FakeRay(out, choose=in_turn())
     report = run(ray)
-    units = [unit for _, unit in ray.started if unit is not None]
-    assert sorted(set(units)) == list(range(20))
-    assert len(units) <= 20 + len(ray.workers), "but for copies at the end"
-    assert len(ray.workers) == 4
-    assert (report.n_rows, report.n_rows_before, report.n_units, report.n_tokens) == (200, 5, 20, 2000)
-    assert (report.n_bytes, report.n_skipped) == (20_000, 2)
+    assert ray.shares == [(index, 4) for index in range(4)]
+    assert (report.n_rows, report.n_rows_before, report.n_units, report.n_tokens) == (60, 0, 6, 120)
+    commits = [json.loads(path.read_text()) for path in out.glob("commits/*")]
+    assert report.n_bytes == sum(file["bytes"] for commit in commits for file in commit["files"])
+    assert (report.n_nonfinite_rows, report.n_skipped) == (12, 2)
+    assert [force for _, force in ray.cancelled] == [False] * 3, "the others"
 
 
-def test_a_report_that_died_with_its_worker_is_counted():
-    report = run(FakeRay(20, lost=(3, 7)))
-    assert (report.n_rows, report.n_units, report.n_rows_elsewhere) == (180, 18, 20)
+def test_the_reports_of_others_are_added_where_they_come(out):
+    report = run(FakeRay(out, choose=in_turn(), late=(1, 3)))
+    assert (report.n_saturated, report.waited_s) == (21, 1.5)
+    assert report.n_rows == 60, "rows are counted by their commits"
 
 
-def test_a_worker_that_never_answers_holds_nothing_up():
-    ray = FakeRay(12, choose=lambda tasks: next(task for task in tasks if task[1] != 2))
-    assert run(ray).n_units == 12
-    units = [unit for worker, unit in ray.started if unit is not None]
-    assert max(map(units.count, units)) <= COPIES
+def test_what_was_there_is_not_counted(out):
+    ray = FakeRay(out)
+    ray.make("u000001", "u000004")
+    report = run(ray, units="1:4")
+    assert len(ray.shares) == 2, "no more than units are missing"
+    assert (report.n_rows, report.n_rows_before, report.n_units, report.n_tokens) == (20, 10, 2, 40)
 
 
-def test_workers_that_get_no_room_are_not_waited_for():
-    ray = FakeRay(6, choose=lambda tasks: next(task for task in tasks if task[1] == 0))
+def test_a_task_that_never_answers_holds_nothing_up(out):
+    ray = FakeRay(out, choose=lambda tasks: tasks[0] if tasks[0] != 2 else tasks[1])
+    assert run(ray).n_units == 6
+
+
+def test_tasks_that_get_no_room_are_not_waited_for(out):
+    ray = FakeRay(out)
     assert run(ray, ray_workers=50).n_units == 6
-    assert len(ray.workers) == 6, "no more than units"
+    assert ray.cancelled == [(task, False) for task in range(1, 50)], "no force for what hasn't begun"
 
 
-def test_nothing_to_do():
-    ray = FakeRay(0)
-    assert (run(ray).n_rows, len(ray.workers)) == (0, 1)
+def test_a_task_that_does_not_end_is_ended(out):
+    ray = FakeRay(out)
+    ray.late, late = (), ray.wait
+    ray.wait = lambda tasks, num_returns, timeout: (
+        late(tasks, num_returns, timeout) if num_returns == 1 else ([], tasks)
+    )
+    run(ray)
+    assert ray.cancelled == [(task, force) for force in (False, True) for task in (1, 2, 3)]
+
+
+def test_nothing_to_do(out):
+    ray = FakeRay(out, n_units=2)
+    ray.make("u000000", "u000001")
+    assert (run(ray).n_rows, len(ray.shares)) == (0, 1)
+
+
+def test_progress_counts_commits(out, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", -1.0)
+    turns = count()
+    ray = FakeRay(out, choose=lambda tasks: None if next(turns) < 3 else tasks[0])
+    ray.make("u000003")
+    run(ray)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["20/60", "30/60", "40/60", "50/60", "60/60", "60/60"]
+    assert "10 non-finite rows" in lines[-1]
+    assert "tokens/s" not in lines[-1], "nobody has counted them"
 
 
 @pytest.mark.parametrize(
@@ -167,12 +227,12 @@ def test_nothing_to_do():
         ({"node": 1.0}, {"ray_workers": 3}, 1, 0, 3),
     ],
 )
-def test_workers_ask_for_what_they_need(monkeypatch, resources, changes, cpus, gpus, workers):
+def test_tasks_ask_for_what_they_need(out, monkeypatch, resources, changes, cpus, gpus, workers):
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster that may grow
-    ray = FakeRay(20, resources)
+    ray = FakeRay(out, 1, resources)
     run(ray, **changes)
-    given = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": ray_cluster.RETRIES}
-    assert (ray.options_given, len(ray.workers)) == (given, workers)
+    given = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": ray_cluster.RETRIES}
+    assert (ray.options_given, len(ray.shares)) == (given, workers)
 
 
 @pytest.mark.parametrize(
@@ -182,54 +242,61 @@ def test_workers_ask_for_what_they_need(monkeypatch, resources, changes, cpus, g
         ({"ray_gpus": 1}, "ray_gpus must be at most 0, what is here, got 1. No worker could ever start."),
     ],
 )
-def test_a_worker_that_can_never_start_is_refused(monkeypatch, changes, text):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_a_task_that_can_never_start_is_refused(out, changes, text):
     with pytest.raises(ValueError, match=re.escape(text)):
-        run(FakeRay(20), **changes)
+        run(FakeRay(out), **changes)
 
 
 @pytest.mark.parametrize(
     "failure, kind, text",
     [
-        (Failure(OSError("disk: broken")), OSError, "unit u000003: disk: broken"),
-        (Failure(ValueError("collect: a must b")), ValueError, "unit u000003: collect: a must b"),
-        (Failure(RuntimeError("odd")), RuntimeError, r"unit u000003: RuntimeError\('odd'\)"),
-        (Died("gone"), OSError, "unit u000003: collect: the worker of a unit must live until it is done, got one that"),
+        (OSError("disk: broken"), OSError, "^disk: broken$"),
+        (ValueError("collect: a must b"), ValueError, "^collect: a must b$"),
+        (FloatingPointError("NaN in u000003"), FloatingPointError, "^NaN in u000003$"),
+        (RuntimeError("odd"), RuntimeError, r"^RuntimeError\('odd'\)$"),
     ],
 )
-def test_a_failure_names_its_unit(failure, kind, text):
+def test_a_failure_is_said_as_without_ray(out, failure, kind, text):
+    ray = FakeRay(out, fails={"u000003": Failure(failure)})
     with pytest.raises(kind, match=text):
-        run(FakeRay(6, fails={3: failure}))
+        run(ray)
+    assert [task for task, _ in ray.cancelled] == [1, 2, 3], "the others are ended"
 
 
-def test_what_is_refused_at_the_start_is_said_as_it_is():
-    with pytest.raises(ValueError, match=r"^collect: points must match"):
-        run(FakeRay(6, fails={None: Failure(ValueError("collect: points must match"))}))
+def test_who_dies_is_started_again_as_long_as_units_are_made(out):
+    ray = FakeRay(out, choose=in_turn(), fails={"u000005": Gone("out of\nmemory")})
+    text = (
+        "collect: a worker must live until no unit is left, got one that died 4 times with u000005 left: out of memory"
+    )
+    with pytest.raises(OSError, match=text):
+        run(ray)
+    assert len(list(out.glob("commits/*"))) == 5
+    assert (1, 4) in ray.shares[4:], "its share is another task's"
 
 
-def test_ctrl_c_says_what_is_kept():
+def test_ctrl_c_says_what_is_kept(out):
     def choose(tasks):
-        if any(unit == 3 for _, _, unit in tasks):
+        if len(list(out.glob("commits/*"))) == 3:
             raise KeyboardInterrupt
         return tasks[0]
 
-    with pytest.raises(KeyboardInterrupt, match="more units are kept in out"):
-        run(FakeRay(6, choose=choose))
+    ray = FakeRay(out, choose=choose)
+    with pytest.raises(KeyboardInterrupt, match=re.escape(f"3 more units are kept in {out}")):
+        run(ray)
+    assert [task for task, _ in ray.cancelled] == [0, 1, 2, 3]
 
 
-def test_a_worker_loads_once_and_begins_the_dataset(undisturbed, tmp_path, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(ray_cluster, "Collection", lambda settings: loaded.append(1) or Collection(settings))
-    words = arguments(undisturbed, tmp_path / "out")
+def test_a_task_works_as_a_rank_does(undisturbed, out):
+    words = arguments(undisturbed, out)
     settings = dict(zip((word[2:].replace("-", "_") for word in words[1::2]), words[2::2], strict=True))
     numbers = {name: int(value) for name, value in settings.items() if value.isdecimal()}
     lists = {name: (settings[name],) for name in ("text", "points")}
-    worker = Worker(CollectSettings(**settings | numbers | lists, units="2:5", engine="ray"), "tlfast")
-    assert worker.prepare() == (12, {2: 4, 3: 4, 4: 4})
-    assert worker.collect(3).n_rows == 4
-    assert worker.prepare() == (12, {2: 4, 4: 4})
-    assert loaded == [1]
-    assert [unit.name for unit in tlfast.open_dataset(tmp_path / "out", partial=True).units] == ["u000003"]
+    report, tokens = work(CollectSettings(**settings | numbers | lists, units="2:5"), "tlfast", (1, 2))
+    assert (report.n_rows, report.n_units) == (12, 3)
+    there = tlfast.open_dataset(out, partial=True)
+    assert [unit.name for unit in there.units] == ["u000002", "u000003", "u000004"]
+    assert len(tokens) == N_UNITS
+    assert report.n_tokens == sum(tokens[unit.name] for unit in there.units)
 
 
 @pytest.mark.parametrize(
