@@ -5,9 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .hooks import into as _into
+
 if TYPE_CHECKING:
     from .backends.choice import backend, reduce_into
     from .collecting.run import collect
+    from .collecting.stream import stream
     from .dataset import open_dataset
     from .hooks.capture import attach, capture
     from .hooks.captured import Capture
@@ -27,6 +30,7 @@ _HOMES = {
     "graph_step": "hooks.graph_step",
     "open_dataset": "dataset",
     "reduce_into": "backends.choice",
+    "stream": "collecting.stream",
 }
 _ROOMS = ("backends", "batches", "collecting", "dataset", "hooks", "loss", "report", "stopping", "transformer_lens")
 
@@ -44,6 +48,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _into_dataset(*given: Any, **named: Any) -> _into.Into:
+    opened: _into.Into = import_module(f"{__name__}.collecting.into").IntoDataset(*given, **named)
+    return opened
+
+
+_into.openers["dataset"] = _into_dataset
+
+
 __version__ = "0.1.0"
 __all__ = [
     "Capture",
@@ -56,4 +68,5 @@ __all__ = [
     "graph_step",
     "open_dataset",
     "reduce_into",
+    "stream",
 ]

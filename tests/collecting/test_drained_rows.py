@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 from fake_streams import FakeStreams
+from poisoned_rows import files_of, poisoned, poisoned_loss
 from tiny_models import POINTS, collect, sequences, tiny_model
 
 import tlfast
@@ -20,7 +21,6 @@ from tlfast.dataset import FLAG_NON_FINITE, FLAG_SATURATED, DatasetWriter, Plan
 
 EXAMPLES = sequences(40)
 ROWS_PER_UNIT = 6
-HUGE = 7  # a token that makes the loss of its example so large that float16 rows overflow
 BATCH_TOKENS = 48
 
 
@@ -37,14 +37,6 @@ def drained(request, monkeypatch):
         assert made, "the streams were not used"
     else:
         yield request.param
-
-
-def poisoned_loss(model, batch):
-    factor = torch.where((batch.input_ids == HUGE).any(1), 1e6, 1.0)
-    embedded = model(batch.input_ids).logits
-    labels = batch.next_tokens
-    losses = torch.nn.functional.cross_entropy(embedded.mT, labels, ignore_index=-100, reduction="none")
-    return (losses.sum(1) * factor).sum()
 
 
 def plain_loop(model, folder, backend, examples, loss):
@@ -80,18 +72,8 @@ def plain_loop(model, folder, backend, examples, loss):
         writer.write_unit(unit, tensors, part, flags.tolist())
 
 
-def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.parent != folder
-    }
-
-
 def test_the_bytes_are_those_of_a_plain_loop(tmp_path, backend, drained):
-    examples = [[token if token != HUGE else HUGE + 1 for token in tokens] for tokens in EXAMPLES]
-    for k in (3, 4, 17, 39):
-        examples[k] = [*examples[k], HUGE]
+    examples = poisoned(EXAMPLES, (3, 4, 17, 39))
     report = collect(
         tiny_model(), tmp_path / "collected", examples, dtype=torch.float16, loss=poisoned_loss, backend=backend,
         rows_per_unit=ROWS_PER_UNIT, batch_tokens=BATCH_TOKENS,
@@ -164,3 +146,5 @@ def test_rows_that_were_not_all_written_are_refused():
     assert Oddities().flags(good, counters, n_writes=[7, 6]) is None
     with pytest.raises(RuntimeError, match=r"collect at b: rows must have been written 7 times, got 6\. Run again"):
         Oddities().flags(good, counters, n_writes=[7, 7])
+    with pytest.raises(RuntimeError, match=r"stream at b: rows must have been written 7 times, got 6\. Run again"):
+        Oddities(who="stream").flags(good, counters, n_writes=[7, 7])

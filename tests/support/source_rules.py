@@ -38,7 +38,7 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "points"),
+            ("__init__", "dimensions", "into", "points"),
             ("freeze", "options"),
             ("attachment",),
             ("diagnosis",),
@@ -106,7 +106,8 @@ ROOMS = (
             ("options",),
             ("checks", "identity", "settings", "unit"),
             ("fsdp", "loop", "probe", "resume"),
-            ("run",),
+            ("into", "work"),
+            ("run", "stream"),
             ("from_text",),
             ("ray_cluster",),
         ),

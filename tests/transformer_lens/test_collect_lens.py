@@ -39,6 +39,18 @@ def test_rows_are_the_gradients_at_the_points(model, tmp_path):
         assert torch.allclose(torch.as_tensor(dataset[name][:]), grads[name].sum(1), rtol=1e-4, atol=1e-6)
 
 
+def test_a_stream_has_the_rows_of_the_dataset(model, tmp_path):
+    settings = {"reduce": "mean", "lens": True, "rows_per_unit": 2, "backend": "native"}
+    point = "blocks.*.hook_resid_post"
+    tlfast.collect(model, list(tokens()), tmp_path / "out", points=point, progress=False, **settings)
+    dataset, seen = tlfast.open_dataset(tmp_path / "out"), []
+    for batch in tlfast.stream(model, list(tokens()), point, buffer_rows=4, batch_size=2, **settings):
+        for name in dataset.points:
+            assert torch.equal(batch[name], dataset[name][batch["id"].tolist()])
+        seen += batch["id"].tolist()
+    assert sorted(seen) == list(range(len(dataset)))
+
+
 def test_the_command_line(tmp_path, capsys):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

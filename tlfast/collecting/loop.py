@@ -12,6 +12,7 @@ from torch import nn
 from ..dataset.format.plan import Example, Unit
 from ..dataset.write.background import BackgroundWriter, Contents
 from ..dataset.write.remote_writer import LocalWriter, RemoteWriter
+from ..hooks.captured import Capture
 from ..hooks.freeze import Embedding, freeze
 from .drain import Arrived, Drain
 from .progress import Progress
@@ -60,10 +61,6 @@ def run_units(
         while not background.wait_for_room(1.0):
             step_done(0, 0)
 
-    def finish(unit: Unit, arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]) -> Contents:
-        block, counters = arrived()  # in the thread that writes
-        return block, oddities.flags(block, counters, missing, n_writes, unit)
-
     try:
         for unit in todo:
             part = examples[unit.start : unit.stop]
@@ -73,16 +70,41 @@ def run_units(
             except _Overtaken:
                 shown.n_done = n_done
                 continue
-            missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
-            rings = {name: cap[name] for name in cap.names}
-            arrived = drain.drain(rings, cap.counters, places, wait_for_room)
-            background.submit_unfinished(unit, partial(finish, unit, arrived, missing, cap.n_writes), part)
+            submit_unit(cap, drain, background, oddities, unit, part, places, with_missing, wait_for_room)
         while not (background.flush(1.0) and writer.flush(1.0)):
             step_done(0, 0)
     except LeaveAtOnce:
         background.abandon()
         writer.abandon()
         raise
+
+
+def submit_unit(
+    cap: Capture,
+    drain: Drain,
+    background: BackgroundWriter,
+    oddities: Oddities,
+    unit: Unit,
+    examples: Sequence[Example],
+    places: torch.Tensor,
+    with_missing: bool,
+    wait_for_room: Callable[[], object],
+) -> None:
+    """Let the rows of a unit be written; those in the capture may be overwritten by what is queued after this.
+
+    ``places`` is where the row of each example lies in the capture, int64 [examples], on the host.
+    """
+    missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
+    rings = {name: cap[name] for name in cap.names}
+    arrived = drain.drain(rings, cap.counters, places, wait_for_room)
+    background.submit_unfinished(unit, partial(_finish, oddities, unit, arrived, missing, cap.n_writes), examples)
+
+
+def _finish(
+    oddities: Oddities, unit: Unit, arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]
+) -> Contents:
+    block, counters = arrived()  # in the thread that writes
+    return block, oddities.flags(block, counters, missing, n_writes, unit)
 
 
 @contextmanager

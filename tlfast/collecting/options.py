@@ -90,10 +90,7 @@ class CollectOptions(SharedOptions):
     def __post_init__(self) -> None:
         who = "collect"
         check_words(who, self)
-        for name in ("batch_tokens", "seq_len", "rows_per_unit"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(broken_rule(who, name, "be a positive number", repr(value), "Give a whole number."))
+        check_positive(who, batch_tokens=self.batch_tokens, seq_len=self.seq_len, rows_per_unit=self.rows_per_unit)
         if not 0 < self.grad_scale < math.inf:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", self.grad_scale, "1.0 changes nothing."))
         if not 0 <= self.disk_wait_s < math.inf:
@@ -101,3 +98,10 @@ class CollectOptions(SharedOptions):
         units_in(self.units, 0)
         if self.share is not None:
             Share(*self.share)
+
+
+def check_positive(who: str, **numbers: Any) -> None:
+    """ValueError for the first that is no whole number of at least 1; None is nothing that was given."""
+    for name, value in numbers.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(broken_rule(who, name, "be a positive number", repr(value), "Give a whole number."))

@@ -15,30 +15,28 @@ from ..dataset.format.plan import Plan, Unit
 from ..dataset.write.background import BackgroundWriter
 from ..dataset.write.remote_writer import LocalWriter, RemoteWriter, open_writer
 from ..errors import broken_rule
-from ..hooks.captured import Capture
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
-from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..spec import Attach, Backend, Calls, Missing, Over, Points, Reduction, Spec
-from .batches import Batching, PaddingSide, as_examples, bucket_lengths, unit_rows
-from .checks import check_peaceful, positions_of, wanted_specs, width_of
+from .batches import PaddingSide, unit_rows
+from .checks import check_peaceful
 from .determinism import Deterministic, as_begun, describe_machine
-from .determinism import deterministic as only_deterministic
 from .drain import Drain, streams_for
 from .fsdp import Lockstep, agreed, is_sharded, share_of_group
 from .function_identity import what_stays
 from .graph_cache import CudaGraph, Replays, graphs_wanted
 from .identity import describe_collection, describe_examples, describe_loss
-from .loop import at_work, run_units
-from .loss import Loss, check_causal, next_token_loss
+from .loop import run_units
+from .loss import Loss, next_token_loss
 from .options import CollectOptions, NonFinitePolicy, Resume
-from .probe import Probe, Probed
+from .probe import Probed
 from .progress import Progress, Report
 from .resume import add_the_rest, check_folder, loss_as_begun, own_part
 from .signals import Terminated, stopping
-from .skipped import BadExamples, BadPolicy
+from .skipped import BadPolicy
 from .unit import Oddities, Runner
 from .unit_queue import Share, Todo, share_of, units_in
+from .work import Work
 
 Writer = LocalWriter | RemoteWriter
 
@@ -156,7 +154,7 @@ def collect(
     return Run(given.pop("model"), given.pop("batches"), given.pop("out"), CollectOptions(**given)).collect()
 
 
-class Run:
+class Run(Work):
     """One collection: what is asked for is checked when it is made; then it is done, once.
 
     Args:
@@ -167,9 +165,9 @@ class Run:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], out: str | os.PathLike[str], options: CollectOptions
     ) -> None:
-        self.model, self.out, self.options = model, out, options
+        self.out = out
         check_folder(out, options.resume, options.overwrite, options.staging)
-        self.specs = wanted_specs(model, options)
+        super().__init__(model, options)
         self.together = is_sharded(model, options.cuda_graph)
         if self.together and options.share is not None:
             rule, remedy = "be None for a sharded model", "Its ranks are known."
@@ -181,39 +179,16 @@ class Run:
         if options.units or self.share.count > 1:
             check_peaceful(options.overwrite, options.resume)
         self.loss_at_first, self.loss_unknown = describe_loss(options.loss, options.identity, options.header)
-        self.bad = BadExamples(options.bad_examples, options.skipped)
-        self.examples = as_examples(batches, self.bad, options.seq_len or positions_of(model))
-        longest = max(example.length for example in self.examples)
-        width = width_of(self.specs, longest, options.seq_len)
-        self.devices = {p.device for p in model.parameters()}
         graphs: CudaGraph = "off" if self.together else options.cuda_graph
         self.with_graphs = graphs_wanted(graphs, self.devices, lambda: self.enter(1, self.specs).backend)
-        buckets = ((width,) if width else bucket_lengths(longest)) if self.with_graphs else None
-        self.batching = Batching(options.batch_tokens, width, options.padding_side, options.pad_id, buckets)
-
-    def enter(self, rows: int, specs: Sequence[Spec]) -> Capture:
-        """A capture of the model, for so many rows."""
-        kind: Any = Capture
-        if self.options.lens:
-            from ..transformer_lens.capturing import LensCapture as kind
-        made: Capture = kind(self.model, CaptureOptions(specs=specs, rows=rows, **taken(TapOptions, self.options)))
-        return made
+        self.read(batches, self.with_graphs)
 
     def collect(self) -> Report:
         """Make the units that are asked for and missing."""
-        options, model = self.options, self.model
-        with (
-            stopping() as stop_if_asked,
-            at_work(model, options.embedding),
-            only_deterministic(options.deterministic, self.devices),
-        ):
-            probed = Probe(
-                model, self.enter, self.specs, self.batching, options.loss, self.examples, options.grad_scale,
-                options.rows_per_unit,
-            ).look()  # fmt: skip
-            if options.loss is next_token_loss:
-                check_causal(model, self.batching, self.examples)
-            here = describe_machine(model)
+        options = self.options
+        with stopping() as stop_if_asked, self.at_work():
+            probed = self.look(options.rows_per_unit)
+            here = describe_machine(self.model)
             writer = self._open(probed.columns, here)
             plan = writer.plan
             asked = [plan.unit(k) for k in units_in(options.units, plan.n_units)]

@@ -16,6 +16,11 @@ from .graph_cache import Replays
 from .loss import Loss, checked_loss
 from .progress import NonFinite
 
+# Who keeps rows that are not finite how.
+_KEPT_BY = {
+    "collect": 'non_finite="flag" (--non-finite flag) keeps and flags such rows.',
+    "stream": 'non_finite="keep" gives them out, too.',
+}
 _MOST_NAMED = 5  # rows that are not finite
 _REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second
 
@@ -80,14 +85,19 @@ class Oddities:
 
     Args:
         stop: a row that is not finite is an error, unless a point of it did not fire.
+        who: whose rows they are, for errors.
     """
 
-    def __init__(self, stop: bool = False) -> None:
+    def __init__(self, stop: bool = False, who: str = "collect") -> None:
         self.n_nonfinite_rows = 0
         self.n_saturated = 0
         self.first: list[NonFinite] = []  # of the rows that are not finite
-        self._stop = stop
+        self._stop, self._who = stop, who
         self._before: torch.Tensor | int = 0
+
+    def leave_out(self, counters: Sequence[torch.Tensor]) -> None:
+        """What was counted until now is of no unit; only where no thread is at `flags`."""
+        self._before = torch.stack([counted.cpu() for counted in counters])
 
     def flags(
         self,
@@ -113,7 +123,7 @@ class Oddities:
         """
         for name, n_done, n_wanted in zip(block, counters[:, 2].tolist(), n_writes or (), strict=n_writes is not None):
             if n_done != n_wanted:
-                who, rule = f"collect at {name}", f"have been written {n_wanted} times"
+                who, rule = f"{self._who} at {name}", f"have been written {n_wanted} times"
                 raise RuntimeError(broken_rule(who, "rows", rule, n_done, "Run again: the device has lost work."))
         n_nonfinite, n_saturated, _ = (counters - self._before).unbind(1)
         self._before = counters.clone()
@@ -139,7 +149,7 @@ class Oddities:
         new = odd & (flags & FLAG_NON_FINITE == 0)
         if self._stop and new.any():
             row = NonFinite(unit.name, unit.start + int(new.nonzero()[0]), point)
-            remedy = 'non_finite="flag" (--non-finite flag) keeps and flags such rows.'
-            raise FloatingPointError(broken_rule("collect", "rows", "be finite", f"NaN or infinity in {row}", remedy))
+            got, remedy = f"NaN or infinity in {row}", _KEPT_BY[self._who]
+            raise FloatingPointError(broken_rule(self._who, "rows", "be finite", got, remedy))
         for i in new.nonzero().flatten().tolist()[: _MOST_NAMED - len(self.first)]:
             self.first.append(NonFinite(unit.name, unit.start + i, point))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from ..errors import broken_rule
 from ..spec import Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
+from .into import Into, openers
 from .options import CaptureOptions
 from .points import find_points
 
@@ -93,6 +95,7 @@ class Capture:
         self._handles: list[Any] = []
         self._ids: list[Any] = []
         self._see: See | None = None
+        self.receiver: Into | None = None  # what takes the rows out, inside `into`
         self._entered = self._compiled_before = False
 
     # The context.
@@ -259,7 +262,7 @@ class Capture:
 
         Args:
             mask: bool [B, P], True at real tokens: reductions leave the others out, ``none`` stores zeros there.
-            ids: one id for each example, kept in `ids`.
+            ids: one id for each example, kept in `ids`; inside `into` its number in the plan, or an `Example`.
             grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
 
         Raises:
@@ -278,6 +281,8 @@ class Capture:
             )
         if not grad_scale > 0:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
+        if self.receiver is not None:
+            self.receiver.expect(ids)
         ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
         self._ids += [None] * (self.rows - len(self._ids))
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
@@ -297,3 +302,57 @@ class Capture:
                     self._why_no_rows(calls_before),
                 )
             )  # fmt: skip
+        if self.receiver is not None and ids is not None:
+            self.receiver.took()
+
+    def into(
+        self,
+        out: Any,
+        *,
+        plan: Any = None,
+        header: Mapping[str, Any] | None = None,
+        config: str | Mapping[str, Any] = "",
+        staging: str | os.PathLike[str] | None = None,
+        disk_wait_s: float = 600.0,
+    ) -> Into:
+        """Write the rows of one's own loop as a dataset: a context manager inside that of the capture.
+
+        The ids given to `batch` say which examples the rows are of. As soon as the capture holds all rows of a unit, a
+        thread writes them, and the next batch has the room; it waits where two units are not on disk yet. So read rows
+        before the next batch, and leave `clear` alone. Units may come in any order, and so may the examples of a unit,
+        but all of these before those of another one: a batch has examples of one unit, so that a run that continues
+        this one makes the same batches, and the same bits.
+
+        Of the ``with`` block's value, ``left`` are the numbers of the examples that are not written yet, ``units``
+        their units, and ``batches(n)`` these numbers in batches. A unit that was there before may be computed again;
+        its rows are dropped. After an error all whole units are kept, and nothing of another one.
+
+        Args:
+            out: a folder or URL, new or with a part of this dataset; or a `DatasetWriter`, which stays open.
+            plan: the `tlfast.dataset.Plan`: how many examples there are, and how many of them are a unit.
+            header: what the data are (model, loss, ...), JSON; a part of the dataset's identity, as the specs of this
+                capture are.
+            config: text or mapping for config.yaml.
+            staging: where units lie until they are uploaded, if ``out`` is a URL; None: in the user's cache folder.
+            disk_wait_s: how many seconds a full disk is waited for.
+
+        Raises:
+            ValueError, TypeError: for bad arguments; for another dataset in ``out``, at the first step; in `batch` for
+                ids that are not of one unit, come twice or are not in the plan.
+            RuntimeError: at the end of the block, where a unit has some of its rows and not all; all others are kept.
+            OSError: where the disk fails or stays full, in the next `batch`.
+
+        Example:
+            >>> import tempfile, torch, tlfast
+            >>> model, data = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.GELU()), torch.randn(6, 4)
+            >>> out, plan = tempfile.mkdtemp(), tlfast.dataset.Plan(n_examples=6, rows_per_unit=4)
+            >>> with tlfast.capture(model, "0", rows=4) as cap, cap.into(out, plan=plan) as written:
+            ...     for ids in written.batches(2):
+            ...         with cap.batch(ids=ids):
+            ...             model(data[ids]).sum().backward()
+            >>> tlfast.open_dataset(out)["0"].shape
+            (6, 3)
+        """
+        return openers["dataset"](
+            self, out, plan=plan, header=header, config=config, staging=staging, disk_wait_s=disk_wait_s
+        )

@@ -1,0 +1,313 @@
+"""The rows of one's own loop as a dataset: they find their units by the ids given to `Capture.batch`."""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from operator import index
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..dataset.format.description import read_description
+from ..dataset.format.layout import Column
+from ..dataset.format.plan import Example, Plan, Unit
+from ..dataset.places.remote import url_of
+from ..dataset.write.background import BackgroundWriter
+from ..dataset.write.remote_folder import refuse_foreign
+from ..dataset.write.remote_writer import open_writer
+from ..errors import broken_rule
+from ..hooks.captured import Capture
+from .drain import Drain, streams_for
+from .fingerprint import describe_spec
+from .loop import submit_unit
+from .options import check_positive
+from .resume import has_units
+from .unit import Oddities
+
+_WHO = "into"
+
+
+class IntoDataset:
+    """Takes whole units out of a capture; made by `Capture.into`, which says all of it.
+
+    What is written is made when it is known what a row is: at the first step, or where the dataset says so already.
+    """
+
+    def __init__(
+        self,
+        cap: Capture,
+        out: Any,
+        *,
+        plan: Plan | None,
+        header: Mapping[str, Any] | None,
+        config: str | Mapping[str, Any],
+        staging: str | os.PathLike[str] | None,
+        disk_wait_s: float,
+    ):
+        if not 0 <= disk_wait_s < math.inf:
+            raise ValueError(broken_rule(_WHO, "disk_wait_s", "be 0 or more", disk_wait_s, "Give seconds."))
+        self._cap, self._disk_wait_s = cap, disk_wait_s
+        self._writer: Any = out if hasattr(out, "write_unit") else None
+        self._out = out
+        self._settings: dict[str, Any] = {"config": config, "staging": staging}
+        if self._writer is not None:
+            _check_nothing_more(plan=plan, header=header, **self._settings)
+            self.plan: Plan = out.plan
+        else:
+            self.plan = _checked_place(out, plan, header, staging)
+            self._settings |= {"plan": plan, "header": {"specs": _specs_of(cap), **(header or {})}}
+        n_rows = min(self.plan.n_examples, self.plan.rows_per_unit)
+        if cap.capacity < n_rows:
+            remedy = f"Give capture rows={n_rows}."
+            raise ValueError(broken_rule(_WHO, "rows of the capture", f"hold a unit of {n_rows}", cap.capacity, remedy))
+        self._stack = ExitStack()  # the writer, where it is ours, and the thread
+        self._background: BackgroundWriter | None = None
+        self._oddities = Oddities(who=_WHO)
+        self._before: set[str] = set()  # units that were there
+        self._written: set[str] = set()  # units of this run
+        self._expected: tuple[Unit, list[Example]] | None = None
+        self._unit: Unit | None = None  # the one that is being filled
+        self._places: dict[int, int] = {}  # of its examples, where the row lies in the capture
+        self._examples: dict[int, Example] = {}
+        self._n_rows = 0  # in the capture
+        self._let_go = self._dropped = False  # these rows are on their way or not wanted: the next batch has the room
+
+    # What a user asks.
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units that are not written yet, by rising number."""
+        done = self._before | self._written
+        return [unit for unit in self.plan.units if unit.name not in done]
+
+    @property
+    def left(self) -> list[int]:
+        """The numbers of their examples."""
+        return [number for unit in self.units for number in range(unit.start, unit.stop)]
+
+    def batches(self, batch_size: int) -> Iterator[list[int]]:
+        """Yield the numbers that are left, rising, at most ``batch_size`` at a time and never those of two units.
+
+        A batch depends on its unit and ``batch_size`` alone, so that a run that continues another has the same ones.
+        """
+        check_positive(_WHO, batch_size=batch_size)
+        units = self.units
+
+        def cut() -> Iterator[list[int]]:
+            for unit in units:
+                for start in range(unit.start, unit.stop, batch_size):
+                    yield list(range(start, min(start + batch_size, unit.stop)))
+
+        return cut()
+
+    def __repr__(self) -> str:
+        place = getattr(self._writer, "out", self._out)
+        return f"<tlfast rows into {place}: {len(self.units)} of {self.plan.n_units} units left>"
+
+    # The context.
+
+    def __enter__(self) -> IntoDataset:
+        if self._cap.receiver is not None:
+            got = f"{self._cap.receiver!r} already"
+            raise RuntimeError(broken_rule(_WHO, "a capture", "go into one dataset", got, "Leave that block first."))
+        if self._cap.rows:
+            remedy = "Read them, and call cap.clear()."
+            raise RuntimeError(broken_rule(_WHO, "the capture", "be empty", f"{self._cap.rows} rows", remedy))
+        with ExitStack() as stack:  # which closes what was opened, where something is wrong
+            if self._writer is None and has_units(self._out):
+                self._open(stack, read_description(self._out, _WHO).columns)
+            if self._writer is not None:
+                self._check_names()
+                self.plan, self._before = self._writer.plan, set(self._writer.done)
+            self._stack = stack.pop_all()
+        self._starts = [unit.start for unit in self.plan.units]
+        self._cap.receiver = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cap.receiver = None
+        self._stack.__exit__(kind, error, trace)
+        if error is not None:
+            return
+        self._check_rows()
+        if self._unit is not None:
+            got = f"{len(self._places)} of {len(self._unit)} rows of {self._unit.name}, which are dropped"
+            remedy = "Run the loop again: left and batches(n) are what isn't written."
+            raise RuntimeError(broken_rule(_WHO, "a unit", "be whole at the end", got, remedy))
+
+    def _open(self, stack: ExitStack, columns: Mapping[str, Column]) -> None:
+        # As `collect` does, replace what a run left that failed before its first unit.
+        writer = open_writer(self._out, columns=columns, replace_unused=True, **self._settings)
+        self._writer = stack.enter_context(writer)
+
+    def _check_names(self) -> None:
+        odd = sorted(set(self._writer.columns) ^ set(self._cap.names))
+        if odd:
+            got = f"a difference in {', '.join(odd[:3])}"
+            remedy = f"This capture has {', '.join(self._cap.names[:5])}."
+            raise ValueError(broken_rule(_WHO, "columns of the dataset", "be those of the capture", got, remedy))
+
+    # The loop, step by step.
+
+    def expect(self, ids: Sequence[Any] | None) -> None:
+        """Check a batch before it runs, and make room for it."""
+        if self._background is not None:
+            self._background.check()
+        self._check_rows()
+        if ids is None:  # of a recording, which makes no rows; those that it does make are found by the next batch
+            return
+        examples = [_example(given) for given in ids]
+        self._expected = self._checked(examples) if examples else None
+        if self._let_go:
+            self._make_room()
+
+    def took(self) -> None:
+        """Note where the rows of the batch lie, and let them be written where they make their unit whole."""
+        unit, examples = self._expected or (None, [])
+        n_new = self._cap.rows - self._n_rows
+        if n_new != len(examples):
+            rule = f"make a row for each of its {len(examples)} ids"
+            remedy = "Run one backward in it, whose reduction keeps the batch; leave clear() to into."
+            raise RuntimeError(broken_rule(_WHO, "a batch", rule, n_new, remedy))
+        if unit is None:
+            return
+        first, self._n_rows = self._n_rows, self._cap.rows
+        if unit.name in self._before:
+            self._let_go = self._dropped = True
+            return
+        self._unit = unit
+        self._places |= {example.id: first + k for k, example in enumerate(examples)}
+        self._examples |= {example.id: example for example in examples}
+        if self._background is None:
+            self._start(whole=len(self._places) == len(unit))
+        if len(self._places) == len(unit):
+            self._submit(unit)
+
+    def _checked(self, examples: Sequence[Example]) -> tuple[Unit, list[Example]]:
+        """The unit of a batch; ValueError where it is none, or can't be filled now."""
+        outside = [example.id for example in examples if not 0 <= example.id < self.plan.n_examples]
+        if outside:
+            rule, remedy = f"be in 0..{self.plan.n_examples - 1}, numbers of the plan", "Number the examples from 0 on."
+            raise ValueError(broken_rule(_WHO, "ids", rule, outside[0], remedy))
+        units: dict[int, int] = {}  # number -> an example of it
+        for example in examples:
+            units.setdefault(bisect_right(self._starts, example.id) - 1, example.id)
+        if len(units) > 1:
+            got = " and ".join(f"{number} of {self.plan.unit(k).name}" for k, number in list(units.items())[:2])
+            remedy = "Take batches(n), or a batch size that divides rows_per_unit."
+            raise ValueError(broken_rule(_WHO, "a batch", "have examples of one unit", got, remedy))
+        unit = self.plan.unit(next(iter(units)))
+        if self._unit is not None and unit != self._unit:
+            got = f"one of {unit.name} after {len(self._places)} of the {len(self._unit)} rows of {self._unit.name}"
+            remedy = "Sort the batches by unit, as batches(n) does."
+            raise ValueError(broken_rule(_WHO, "a unit", "be whole before the next begins", got, remedy))
+        here: set[int] = set()
+        for example in examples:
+            if example.id in here or example.id in self._places or unit.name in self._written:
+                got, remedy = f"{example.id} a second time", "Leave the block after one pass over the examples."
+                raise ValueError(broken_rule(_WHO, "ids", "come once", got, remedy))
+            here.add(example.id)
+        return unit, list(examples)
+
+    def _check_rows(self) -> None:
+        n_rows = self._cap.rows
+        if n_rows != self._n_rows:
+            rule = f"be the {self._n_rows} that came with ids"
+            remedy = "Run each backward inside cap.batch(ids=...), and leave clear() to into."
+            raise RuntimeError(broken_rule(_WHO, "rows in the capture", rule, n_rows, remedy))
+
+    def _make_room(self) -> None:
+        if self._dropped and self._background is not None:
+            self._background.flush()  # the thread looks at the counts, too
+            self._oddities.leave_out(self._cap.counters)
+        self._cap.clear()
+        self._n_rows, self._let_go, self._dropped = 0, False, False
+
+    def _start(self, whole: bool) -> None:
+        """Begin to write, as soon as it is known what a row is: when all points have fired, in the first unit."""
+        silent = [name for name, absent in self._cap.missing.items() if absent.all()]
+        if silent:
+            if whole:
+                rule, remedy = (
+                    "be there in the first unit",
+                    "Begin with examples that reach the point, or leave it out.",
+                )
+                raise RuntimeError(broken_rule(_WHO, f"rows at {silent[0]}", rule, "none", remedy))
+            return
+        rings = {name: self._cap[name] for name in self._cap.names}
+        columns = {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rings.items()}
+        if self._writer is None:
+            self._open(self._stack, columns)
+        for name, column in columns.items():
+            there = Column(*self._writer.columns[name])
+            if there != column:
+                got, remedy = f"{column} here", "Give capture another dtype or reduction, or write another dataset."
+                raise ValueError(broken_rule(_WHO, f"rows at {name}", f"be those of the dataset, {there}", got, remedy))
+        largest = max(map(len, self.plan.units))
+        self._drain = Drain(streams_for({ring.device for ring in rings.values()}), self._writer.columns, largest)
+        self._background = self._stack.enter_context(BackgroundWriter(self._writer, 2, self._disk_wait_s))
+
+    def _submit(self, unit: Unit) -> None:
+        assert self._background is not None
+        numbers = range(unit.start, unit.stop)
+        places = torch.tensor([self._places[number] for number in numbers])
+        submit_unit(
+            self._cap, self._drain, self._background, self._oddities, unit,
+            [self._examples[number] for number in numbers], places, True, self._background.wait_for_room,
+        )  # fmt: skip
+        self._written.add(unit.name)
+        self._unit, self._places, self._examples = None, {}, {}
+        self._let_go = True
+
+
+def _check_nothing_more(**told: Any) -> None:
+    """ValueError for what a writer knows already."""
+    given = ", ".join(name for name, value in told.items() if value not in (None, ""))
+    if given:
+        remedy = "The writer has its own."
+        raise ValueError(broken_rule(_WHO, given, "be left out where out is a writer", "both", remedy))
+
+
+def _checked_place(out: Any, plan: Any, header: Any, staging: Any) -> Plan:
+    """The plan; TypeError or ValueError where no dataset can be begun or continued with these."""
+    if not isinstance(out, (str, os.PathLike)):
+        got, remedy = type(out).__name__, "Give a path, a URL or a DatasetWriter."
+        raise TypeError(broken_rule(_WHO, "out", "be a place or a writer", got, remedy))
+    if not isinstance(plan, Plan):
+        remedy = "Give tlfast.dataset.Plan(n_examples, rows_per_unit)."
+        raise TypeError(broken_rule(_WHO, "plan", "be a Plan", type(plan).__name__, remedy))
+    if not isinstance(header, (Mapping, type(None))):
+        raise TypeError(broken_rule(_WHO, "header", "be a mapping", type(header).__name__, "Give a dict."))
+    if staging is not None and not url_of(out):
+        rule, remedy = "be left out unless out is a URL", "A folder needs none."
+        raise ValueError(broken_rule(_WHO, "staging", rule, repr(str(staging)), remedy))
+    refuse_foreign(out, _WHO)
+    return plan
+
+
+def _example(given: Any) -> Example:
+    """The example that an id means; one that is a number alone has no tokens."""
+    if isinstance(given, Example):
+        return given
+    try:
+        return Example(index(given), (), "", 0, 0)
+    except TypeError as error:
+        rule, remedy = "be numbers of examples, or Examples", "Number the examples from 0 on."
+        raise TypeError(broken_rule(_WHO, "ids", rule, repr(given), remedy)) from error
+
+
+def _specs_of(cap: Capture) -> list[dict[str, Any]]:
+    """What a dataset says of the specs of a capture."""
+    points: dict[int, list[str]] = {}
+    specs = {id(spec): spec for _, spec in cap.wanted.values()}
+    for point, spec in cap.wanted.values():
+        points.setdefault(id(spec), []).append(point)
+    return [describe_spec(cap._model, replace(spec, points=points[key])) for key, spec in specs.items()]

@@ -1,0 +1,253 @@
+"""Rows for a training loop, with no disk between: a buffer, filled unit by unit, and shuffled batches out of it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..dataset.format.layout import Column
+from ..dataset.format.plan import Plan, Unit
+from ..dataset.read.shuffle import permutation
+from ..errors import broken_rule
+from ..hooks.captured import Capture
+from ..spec import Points, Spec, one_of
+from .batches import unit_rows
+from .fsdp import is_sharded
+from .identity import describe_loss
+from .options import CollectOptions, check_positive
+from .unit import Oddities, Runner
+from .work import Work
+
+Batch = dict[str, torch.Tensor]
+
+_WHO = "stream"
+_ID = "id"  # of the examples, beside the columns: as in the batches of a dataset
+_PART = 4  # of the buffer is a unit, where nobody says: the rest of it is mixed with each that comes in
+# The settings of `collect` that say what a row is.
+SETTINGS = (
+    "reduce", "over", "dtype", "output", "embedding", "loss", "batch_tokens", "seq_len", "rows_per_unit",
+    "padding_side", "pad_id", "grad_scale", "attach", "backend", "calls", "missing", "lens", "bad_examples",
+    "deterministic",
+)  # fmt: skip
+
+
+class GradientStream(Iterator[Batch]):
+    """Shuffled batches of rows, once through all examples; made by `stream`, which says all of it.
+
+    ``columns`` are dtype and row shape of each column, ``skipped`` the (source, start, reason) of bad examples, ``len``
+    the number of all batches.
+    """
+
+    def __init__(
+        self,
+        batches: Generator[Batch, None, None],
+        n_batches: int,
+        columns: Mapping[str, Column],
+        skipped: Sequence[Sequence[Any]],
+    ):
+        self._batches, self._n_batches = batches, n_batches
+        self.columns, self.skipped = dict(columns), [tuple(entry) for entry in skipped]
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def close(self) -> None:
+        """Give no more batches, and let the memory of the rows go."""
+        self._batches.close()
+
+    def __enter__(self) -> GradientStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Buffer:
+    """Rows in memory that is allocated once, on the device on which they were captured."""
+
+    def __init__(self, n_rows: int, seed: int):
+        self._rows: Batch = {}
+        self._ids = torch.empty(n_rows, dtype=torch.int64)
+        self._seed, self._n_shuffled = seed, 0
+        self._free = torch.arange(n_rows)
+        self._order = self._free[:0]  # where the rows lie, in the order in which they are given out
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def has_room(self, unit: Unit) -> bool:
+        """Whether the rows of a unit fit in."""
+        return len(unit) <= len(self._free)
+
+    def put(self, unit: Unit, rows: Batch) -> None:
+        """Copy in the rows of a unit, by rising example, and shuffle all that is here."""
+        slots, self._free = self._free[: len(unit)], self._free[len(unit) :]
+        for name, block in rows.items():
+            if name not in self._rows:
+                self._rows[name] = block.new_empty(len(self._ids), *block.shape[1:])
+            held = self._rows[name]
+            held.index_copy_(0, slots.to(held.device), block.to(held.device))
+        self._ids[slots] = torch.arange(unit.start, unit.stop)
+        order = torch.cat([self._order, slots])
+        self._order = order[torch.from_numpy(permutation(len(order), self._seed, self._n_shuffled))]
+        self._n_shuffled += 1
+
+    def take(self, n: int) -> Batch:
+        """The next ``n`` rows, as copies; their room is free again."""
+        slots, self._order = self._order[:n], self._order[n:]
+        self._free = torch.cat([self._free, slots])
+        rows = {name: held.index_select(0, slots.to(held.device)) for name, held in self._rows.items()}
+        return {_ID: self._ids[slots], **rows}
+
+
+def _batches(
+    fill: Callable[[Unit], Batch], plan: Plan, buffer: _Buffer, batch_size: int, seed: int, drop_last: bool
+) -> Generator[Batch, None, None]:
+    """Fill the buffer, and again as soon as there is room for a unit; a full batch fits beside one."""
+    units = deque(plan.unit(k) for k in permutation(plan.n_units, seed).tolist())
+    while units or len(buffer) >= batch_size:
+        while units and buffer.has_room(units[0]):
+            buffer.put(units[0], fill(units[0]))
+            units.popleft()
+        while len(buffer) >= batch_size and not (units and buffer.has_room(units[0])):
+            yield buffer.take(batch_size)
+    if len(buffer) and not drop_last:
+        yield buffer.take(len(buffer))
+
+
+def stream(
+    model: nn.Module,
+    batches: Iterable[Any],
+    points: Points | Spec | Sequence[Spec],
+    *,
+    buffer_rows: int,
+    batch_size: int,
+    seed: int = 0,
+    drop_last: bool = False,
+    non_finite: Literal["keep", "stop"] = "stop",
+    **settings: Any,
+) -> GradientStream:
+    """Give the gradients of ``model`` at ``points`` to a training loop: shuffled batches of rows, with no disk between.
+
+    They are the rows that `collect` stores with the same settings and ``rows_per_unit``, each once, to the bit (on a
+    GPU with ``cuda_graph="off"``). Units of examples are computed in random order into a buffer of rows, from which
+    batches are drawn at random; as soon as there is room for one, the next unit is computed. That happens between two
+    batches, in the thread that asks for them: then, and only then, the model is in eval mode, frozen and hooked. One
+    device computes either that or a step of training, and torch's modes belong to a whole process, so nothing runs
+    behind the loop's back.
+
+    Args:
+        model, batches, points: as in `collect`. For another epoch, call again with another ``seed``.
+        buffer_rows: how many rows are held and mixed, on the device of the gradients. It has room for a unit beside a
+            batch; two units more are in memory while one is computed.
+        batch_size: rows of a batch; the last one may be shorter.
+        seed: makes the order, the same for the same examples and settings.
+        drop_last: leave out the last batch, if it is shorter.
+        non_finite: for a row with a NaN or an infinity: "stop" raises when its unit is computed, "keep" gives it out.
+        settings: reduce, over, dtype, output, embedding, loss, batch_tokens, seq_len, rows_per_unit, padding_side,
+            pad_id, grad_scale, attach, backend, calls, missing, lens, bad_examples and deterministic, as in `collect`.
+            rows_per_unit None: a quarter of the buffer, at most those that fill 256 MiB, and 2048.
+
+    Returns:
+        An iterator of dicts: "id", int64 [b], the numbers of the examples, on the host; and for each column
+        [b, *row shape], on the device of its gradients. ``len`` of it is the number of batches, ``skipped`` the bad
+        examples. It ends with the data; ``close()``, or the end of a ``with`` block, lets its memory go before.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, and all that `collect` refuses, in its words, before the first batch.
+        FloatingPointError: for ``non_finite="stop"``. After this or any other error there are no more batches, and
+            the model is as before.
+
+    Example:
+        >>> import torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+        >>> texts = [[1, 2, 3], [4, 5], [6, 7, 8], [1, 5]]
+        >>> for batch in tlfast.stream(model, texts, "0", buffer_rows=4, batch_size=2):
+        ...     print(batch["id"].shape, batch["0"].shape)
+        torch.Size([2]) torch.Size([2, 4])
+        torch.Size([2]) torch.Size([2, 4])
+    """
+    unknown = next((name for name in settings if name not in SETTINGS), None)
+    if unknown is not None:
+        raise TypeError(broken_rule(_WHO, "settings", f"be among {', '.join(SETTINGS)}", unknown, "Leave it out."))
+    options = CollectOptions(points=points, cuda_graph="off", **settings)
+    given: Any = options.loss
+    if not callable(given):
+        describe_loss(given, "", None)  # raises what `collect` does
+    one_of(_WHO, "non_finite", non_finite, ("keep", "stop"))
+    check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
+    if type(seed) is not int:
+        raise TypeError(broken_rule(_WHO, "seed", "be an int", repr(seed), "Give a whole number."))
+    most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
+    if buffer_rows < batch_size + most:
+        rule = f"have room for a batch of {batch_size} beside a unit of {most}"
+        remedy = "Give more, or a smaller batch_size or rows_per_unit."
+        raise ValueError(broken_rule(_WHO, "buffer_rows", rule, buffer_rows, remedy))
+    work = _Units(model, batches, options, most, non_finite)
+    columns = work.columns
+    if _ID in columns:
+        remedy = "Give its module another name."
+        raise ValueError(broken_rule(_WHO, "points", "not have the name of the examples' numbers", _ID, remedy))
+    n_rows = options.rows_per_unit or min(most, unit_rows(sum(column.row_bytes for column in columns.values())))
+    n = len(work.examples)
+    buffer = _Buffer(min(buffer_rows, n), seed)
+    made = _batches(work.rows, Plan(n, n_rows), buffer, batch_size, seed, drop_last)
+    n_batches = n // batch_size if drop_last else -(-n // batch_size)
+    return GradientStream(made, n_batches, columns, work.bad.skipped)
+
+
+class _Units(Work):
+    """What goes into the buffer: tried when it is made, as `collect` does, and then computed unit by unit."""
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], options: CollectOptions, most: int, non_finite: str
+    ) -> None:
+        super().__init__(model, options)
+        if is_sharded(model):
+            remedy = "Collect a dataset, and read it with ShuffledBatches."
+            raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
+        self._stops = non_finite == "stop"
+        self.read(batches, with_graphs=False)
+        with self.at_work():
+            self._probed = self.look(most)
+        self.columns = self._probed.columns
+
+    def rows(self, unit: Unit) -> Batch:
+        """The rows of a unit, by rising example, on the devices of their gradients.
+
+        The capture is made anew for each: between two units the model is its owner's.
+        """
+        part, options = self.examples[unit.start : unit.stop], self.options
+        cap = self.enter(len(part), self.specs).unmasked(self._probed.unmasked)
+        with self.at_work(), cap:
+            runner = Runner(self.model, cap, self.batching, options.loss, options.grad_scale)
+            places = runner.fill_ring(part, _nothing)
+        absent = cap.missing if options.missing == "nan" else {}
+        rows = {name: self._column(cap, name, places, absent) for name in cap.names}
+        missing = torch.stack(list(absent.values())).any(0)[places] if absent else None
+        counters = torch.stack([counted.cpu() for counted in cap.counters])
+        odd = missing is not None or bool(counters[:, 0].any())
+        looked_at = {name: block.cpu() for name, block in rows.items()} if odd else rows
+        Oddities(self._stops, _WHO).flags(looked_at, counters, missing, cap.n_writes, unit)
+        return rows
+
+    def _column(
+        self, cap: Capture, name: str, places: torch.Tensor, absent: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The rows of one column; NaN where its point fired for none of these examples."""
+        if name in absent and bool(absent[name].all()):
+            column, device = self.columns[name], next(iter(self._probed.devices))
+            return torch.full((len(places), *column.row_shape), math.nan, dtype=column.dtype, device=device)
+        return cap[name].index_select(0, places.to(cap[name].device))
+
+
+def _nothing(n_examples: int, n_tokens: int) -> None:
+    """Nobody hears of the batches of a unit."""

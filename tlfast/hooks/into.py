@@ -1,0 +1,43 @@
+"""Where the rows of a capture go while its loop runs: what a room above must offer for `Capture.into`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+
+class Into(Protocol):
+    """What `Capture.into` returns: a context manager that takes the rows of a capture out of it, unit by unit."""
+
+    @property
+    def units(self) -> list[Any]:
+        """The units (name, start, stop) that are not written yet."""
+        ...
+
+    @property
+    def left(self) -> list[int]:
+        """The numbers of their examples."""
+        ...
+
+    def batches(self, batch_size: int) -> Iterator[list[int]]:
+        """The numbers that are left in batches, none of which has examples of two units."""
+        ...
+
+    def expect(self, ids: Sequence[Any] | None) -> None:
+        """Hear of a batch before it runs."""
+        ...
+
+    def took(self) -> None:
+        """Hear that the rows of this batch, which had ids, are in the capture."""
+        ...
+
+    def __enter__(self) -> Into: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+# A capture knows no dataset, so the package itself says how one is written (tlfast/__init__.py).
+openers: dict[str, Callable[..., Into]] = {}
