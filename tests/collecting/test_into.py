@@ -22,6 +22,7 @@ from tlfast.dataset import (
     FLAG_MISSING,
     FLAG_NON_FINITE,
     BackgroundWriter,
+    Column,
     DatasetError,
     DatasetWriter,
     Example,
@@ -440,8 +441,8 @@ def test_rows_of_another_kind(tmp_path):
     columns = COLUMNS | {"first": (torch.float16, (5,))}
     writer = DatasetWriter(tmp_path, header={}, columns=columns, plan=PLAN)
     text = (
-        "rows at first must be those of the dataset, Column(dtype=torch.float16, row_shape=(5,)), "
-        "got Column(dtype=torch.float32, row_shape=(5,)) here. "
+        f"rows at first must be those of the dataset, {Column(torch.float16, (5,))}, "
+        f"got {Column(torch.float32, (5,))} here. "
         "Give capture another dtype or reduction, or write another dataset."
     )
     with refuses(text), entered() as cap, cap.into(writer):
