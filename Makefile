@@ -184,7 +184,7 @@ gpu-module: ## the module that tools/gpu_check.sh takes elsewhere (PYTHON=/path/
 	PYTHON="$(PY)" tools/gpu_check.sh module
 
 clean: ## forget what was built; the environment stays
-	rm -rf build dist *.egg-info tlfast/_C.*.so tlfast/_build_info.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info tlfast/_C.*.so tlfast/_disk.*.so tlfast/_build_info.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf demo/model demo/gradients demo/*.png
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -1,4 +1,4 @@
-"""Build the native module tlfast._C when torch and a C++20 compiler are there; say what was chosen and why.
+"""Build the native modules tlfast._C and tlfast._disk when torch and a C++20 compiler are there; say why if not.
 
 TLFAST_BUILD=auto  the default: build for the CPU if that is possible, else install the pure-Python package; with the
                    CUDA kernels if a CUDA toolkit is there
@@ -11,6 +11,7 @@ TLFAST_SIMT=1      the CUDA kernels compiled for the CPU, in place of the others
 TLFAST_WERROR=1    warnings of the compiler are errors
 
 The build needs the torch that will run it, so: pip install --no-build-isolation -e .
+tlfast._disk, the writer of datasets, takes from torch no more than the headers of pybind11, and runs beside any other.
 The outcome is kept in tlfast/_build_info.py, which `tlfast.backend()` reads.
 """
 
@@ -35,7 +36,7 @@ import cuda_build  # noqa: E402
 CHOICES = ("auto", "cpu", "cuda", "none")
 # Compiled as one file each: reading torch's headers takes most of a file's time. Every other file is compiled alone.
 TOGETHER = {
-    "with_python": ("cuda_status", "module", "plain", "py_callable", "py_tap", "py_unit_writer"),
+    "with_python": ("cuda_status", "module", "plain", "py_callable", "py_tap"),
     "with_tensors": (
         "backward",
         "backwards",
@@ -119,8 +120,10 @@ def compile_flags(torch):
 
 
 def native_sources():
-    """Return the files to compile; those of TOGETHER are written to build/. With sanitizers each file stands alone."""
-    alone = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp")}
+    """Return the files of tlfast._C; those of TOGETHER are written to build/. With sanitizers each is alone."""
+    alone = {
+        path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp") if path.parent.name != "disk"
+    }
     if SIMT:  # the CPU has no streams: those of the tests take notes
         alone["streams"] = "tests/simt/streams.cpp"
     made = []
@@ -134,27 +137,39 @@ def native_sources():
     return sorted([*alone.values(), *made])
 
 
-def native_extension(choice):
-    """Return the extension tlfast._C: csrc/*/*.cpp, against torch's libraries for the CPU."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+def extension(name, sources, flags, choice, **more):
+    """Return an extension of these sources, with flags of its own."""
+    from torch.utils.cpp_extension import include_paths
 
-    flags = [*compile_flags(choice.torch), f"-I{ROOT / 'csrc'}"]
+    flags = [*compile_flags(choice.torch), f"-I{ROOT / 'csrc'}", *flags]
     # -isystem, not -I: warnings of torch's own headers are not ours to fix.
     flags += [word for path in include_paths() for word in ("-isystem", path)]
+    return Extension(
+        name,
+        sources=sources,
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.[hc]*")),
+        language="c++",
+        extra_compile_args={"cxx": flags},  # a mapping: the form that BuildExtension takes
+        extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
+        **more,
+    )
+
+
+def native_extensions(choice):
+    """Return tlfast._C, against torch's libraries for the CPU, and tlfast._disk (csrc/disk), against none."""
+    from torch.utils.cpp_extension import library_paths
+
+    flags = []
     if choice.cuda or SIMT:
         flags.append("-DTLFAST_CUDA=1")
     if SIMT:
         flags.append("-DTLFAST_SIMT=1")
-    return Extension(
-        "tlfast._C",
-        sources=native_sources(),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.[hc]*")),
-        library_dirs=library_paths(),
-        libraries=["c10", "torch", "torch_cpu", "torch_python"],
-        language="c++",
-        extra_compile_args={"cxx": flags},  # a mapping: the form that BuildExtension takes
-        extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
-    )
+    libraries = ["c10", "torch", "torch_cpu", "torch_python"]
+    on_disk = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "disk").glob("*.cpp"))
+    return [
+        extension("tlfast._C", native_sources(), flags, choice, library_dirs=library_paths(), libraries=libraries),
+        extension("tlfast._disk", on_disk, [], choice),
+    ]
 
 
 def compile_simt(extension, choice):
@@ -259,7 +274,7 @@ class BuildPython(build_py):
             folder = ROOT / "tlfast" if self.editable_mode else Path(self.build_lib) / "tlfast"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build_info.py").write_text(build_info(CHOICE))
-            for stale in folder.glob("_C.*.so"):
+            for stale in (*folder.glob("_C.*.so"), *folder.glob("_disk.*.so")):
                 stale.unlink()
 
 
@@ -305,4 +320,4 @@ if CHOICE.torch is not None:
 
     COMMANDS["build_ext"] = BuildNative
 
-setup(ext_modules=[] if CHOICE.torch is None else [native_extension(CHOICE)], cmdclass=COMMANDS)
+setup(ext_modules=[] if CHOICE.torch is None else native_extensions(CHOICE), cmdclass=COMMANDS)

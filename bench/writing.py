@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tlfast.backends import choice
 from tlfast.collecting.drain import UnitMemory
 from tlfast.dataset import DatasetWriter, Example, Plan
 from tlfast.dataset.format.layout import PAGE_BYTES, Column, as_integers, unit_layout
 from tlfast.dataset.format.plan import Unit
 from tlfast.dataset.places.durable import PendingFile, sync_folder
+from tlfast.dataset.write import native as native_writer
 from tlfast.dataset.write.payload import writing
 
 from .memory import peak_above
@@ -88,7 +88,7 @@ def unit_file(native: bool) -> Callable[[Input, Path], None]:
         with PendingFile(out / "unit.safetensors", layout.n_bytes) as file:
             file.start_with(layout.header)
             in_order = {name: unit.tensors[name] for name in layout.blocks}
-            with writing(file, in_order, choice.loaded() if native else None):
+            with writing(file, in_order, native_writer.loaded() if native else None):
                 pass
             file.seal()
             file.rename()

@@ -73,8 +73,8 @@ left_out() {
 
 # The package with the module of a folder; says what it is, and whether it runs on this GPU (in a dry run: on the CPU).
 assembled_with() {
-  rm -rf "$PACKAGE" && mkdir -p "$PACKAGE" && cp -r tlfast "$PACKAGE" && rm -f "$PACKAGE"/tlfast/_C.*.so || return 1
-  cp "$1"/tlfast/{_C.*.so,_build_info.py} "$PACKAGE/tlfast" && cd "$PACKAGE" && "$PY" -c "import sys, tlfast
+  rm -rf "$PACKAGE" && mkdir -p "$PACKAGE" && cp -r tlfast "$PACKAGE" && rm -f "$PACKAGE"/tlfast/_{C,disk}.*.so || return 1
+  cp "$1"/tlfast/{_C.*.so,_disk.*.so,_build_info.py} "$PACKAGE/tlfast" && cd "$PACKAGE" && "$PY" -c "import sys, tlfast
 print(tlfast.backend())
 sys.exit(not tlfast.backend().startswith('native (') or $DRY == 0 and ', cuda sm_' not in tlfast.backend())"
 }

@@ -1,19 +1,30 @@
-// The one form of an error text: who, which argument, what rule, what was given, what to do.
+// The one form of an error text: who, which argument, what rule, what was given, what to do; knows no torch.
 #pragma once
 
-#include <c10/util/ArrayRef.h>
-#include <c10/util/Exception.h>
-#include <c10/util/StringUtil.h>
+#include <sstream>
+#include <string>
 
 namespace tlfast {
 
 template <class Got>
 std::string broken_rule(const std::string& who, const std::string& argument, const std::string& rule, const Got& got,
                         const std::string& remedy) {
-  return c10::str(who, ": ", argument, " must ", rule, ", got ", got, ". ", remedy);
+  std::ostringstream text;
+  text << who << ": " << argument << " must " << rule << ", got " << got << ". " << remedy;
+  return text.str();
 }
 
 // Sizes as Python prints a list of them.
-inline std::string list_of(c10::IntArrayRef sizes) { return c10::str("[", c10::Join(", ", sizes), "]"); }
+template <class Sizes>
+std::string list_of(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* between = "[";
+  for (const auto size : sizes) {
+    text << between << size;
+    between = ", ";
+  }
+  text << (sizes.empty() ? "[]" : "]");
+  return text.str();
+}
 
 }  // namespace tlfast

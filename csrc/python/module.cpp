@@ -4,11 +4,9 @@
 
 #include "autograd/plain.h"
 #include "cuda_status.h"
-#include "disk/crc32c.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
 #include "py_tap.h"
-#include "py_unit_writer.h"
 
 namespace py = pybind11;
 using namespace tlfast;
@@ -118,17 +116,6 @@ PYBIND11_MODULE(_C, m) {
       .def("gradients", &TensorCache::gradients)
       .def("clashes", &TensorCache::clashes)
       .def_property_readonly("n_outputs", &TensorCache::n_outputs);
-
-  m.def("crc32c", &crc32c_of);
-  m.def("crc32c_name", &crc32c_name);
-  py::class_<PyPayloadStream>(m, "PayloadStream")
-      .def(py::init<int, int64_t, uint32_t, int64_t, py::object>())
-      .def("append", &PyPayloadStream::append)
-      .def("finish", &PyPayloadStream::finish)
-      .def("close", &PyPayloadStream::close)
-      .def_property_readonly("position", [](const PyPayloadStream& stream) { return stream.open().position(); })
-      .def_property_readonly("crc", [](const PyPayloadStream& stream) { return stream.open().crc(); })
-      .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.open().direct(); });
 
   m.def("waiting", &waiting);
   py::class_<Keeper, std::shared_ptr<Keeper>>(m, "Keeper");

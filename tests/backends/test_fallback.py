@@ -12,6 +12,7 @@ from backends import usable
 from models import chain
 
 import tlfast
+from tlfast.dataset.write import native as native_writer
 
 RUN = """
 import torch
@@ -45,7 +46,7 @@ def run(*parts, **environment):
     env["PYTHONPATH"] = os.pathsep.join([str(Path(tlfast.__file__).parents[1]), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), [line for line in done.stderr.splitlines() if "tlfast runs in" in line]
+    return done.stdout.splitlines(), [line for line in done.stderr.splitlines() if "Warning: tlfast " in line]
 
 
 def test_native_code_missing():
@@ -92,16 +93,19 @@ def test_native_code_required():
     assert not warned
 
 
+OTHER_TORCH = """
+import sys, types
+info = types.ModuleType("tlfast._build_info")
+info.BUILT, info.REASON, info.TORCH, info.SANITIZE = True, "auto", "BUILT_FOR", False
+sys.modules["tlfast._build_info"] = info
+import tlfast
+"""
+
+
 @pytest.mark.parametrize("built_for", ["2.11.0", "1.13.1+cpu"])
 def test_trap_29_built_for_another_torch(built_for):
     out, warned = run(
-        f"""
-        import sys, types
-        info = types.ModuleType("tlfast._build_info")
-        info.BUILT, info.REASON, info.TORCH, info.SANITIZE = True, "auto", "{built_for}", False
-        sys.modules["tlfast._build_info"] = info
-        import tlfast
-        """,
+        OTHER_TORCH.replace("BUILT_FOR", built_for),
         RUN,
         """
         print(tlfast.backend())
@@ -115,6 +119,67 @@ def test_trap_29_built_for_another_torch(built_for):
         "False False",
     ]
     assert len(warned) == 1
+
+
+WRITE = """
+from tlfast.dataset import DatasetWriter, Example, Plan, open_dataset
+from tlfast.dataset.write import native as native_writer
+
+def write(out, **options):
+    writer = DatasetWriter(out, header={}, columns={"h": (torch.float32, (4,))}, plan=Plan(1, 1), **options)
+    writer.write_unit(Plan(1, 1).unit(0), {"h": torch.ones(1, 4)}, [Example(0, [1], "a", 0, 1)])
+    return open_dataset(out).verify().ok
+"""
+
+
+def test_a_dataset_is_written_natively_beside_another_torch(tmp_path, native):
+    out, warned = run(
+        OTHER_TORCH.replace("BUILT_FOR", "2.11.0"),
+        RUN,
+        WRITE,
+        f"""
+        print(write({str(tmp_path / "d")!r}, backend="native"), native_writer.writer().partition(" by")[0])
+        print(rows().backend, "tlfast._C" in sys.modules, "tlfast._disk" in sys.modules)
+        """,
+    )
+    assert out == ["True native (crc32c", "python False True"]
+    assert len(warned) == 1, "of the capture alone"
+
+
+def test_the_native_writer_needs_no_torch(native):
+    out, _ = run(
+        f"""
+        import sys
+        from importlib.util import module_from_spec, spec_from_file_location
+        spec = spec_from_file_location("_disk", {native_writer.loaded().__file__!r})
+        disk = module_from_spec(spec)
+        spec.loader.exec_module(disk)
+        print(hex(disk.crc32c(b"123456789", 0)), "torch" in sys.modules)
+        print([line for line in open("/proc/self/maps") if "torch" in line or "libc10" in line])
+        """
+    )
+    assert out == ["0xe3069283 False", "[]"]
+
+
+def test_a_native_writer_that_is_missing_says_so(tmp_path):
+    out, warned = run(
+        'import sys; sys.modules["tlfast._disk"] = None; import tlfast',
+        RUN,
+        WRITE,
+        f"""
+        print(write({str(tmp_path / "d")!r}), write({str(tmp_path / "e")!r}))
+        print(native_writer.writer())
+        print(fails(write, {str(tmp_path / "f")!r}, backend="native"))
+        """,
+    )
+    reason = out[1].removeprefix("python: ")
+    assert out[0] == "True True"
+    assert out[2] == f'DatasetWriter: backend must be usable, got native: {reason}. Pass backend="auto".'
+    does = "runs" if tlfast.backend().startswith("python") else "writes"
+    assert [line.partition("Warning: ")[2] for line in warned] == [
+        f"tlfast {does} in pure Python, slower and with the same results: {reason}"
+    ]
+    assert not (tmp_path / "f").exists()
 
 
 def test_trap_29_the_module_itself_knows_its_torch():
@@ -176,7 +241,7 @@ def test_other_devices_run_in_python_and_say_so(monkeypatch):
     from tlfast.backends import choice
 
     monkeypatch.delenv("TLFAST_REQUIRE_NATIVE", raising=False)
-    choice._tell.cache_clear()
+    choice.tell.cache_clear()
     with pytest.warns(
         UserWarning, match="tlfast runs in pure Python, slower .*: the native code runs on cpu and cuda, and capture"
     ):
@@ -189,13 +254,13 @@ def test_other_devices_run_in_python_and_say_so(monkeypatch):
         'Pass backend="python" or "auto".'
     )
     monkeypatch.setenv("TLFAST_REQUIRE_NATIVE", "1")
-    choice._tell.cache_clear()
+    choice.tell.cache_clear()
     with pytest.raises(
         RuntimeError, match=r"tlfast: the native code must be usable \(TLFAST_REQUIRE_NATIVE=1\), got the"
     ):
         choice.pick_native("capture", "auto", {"meta"})
     assert choice.pick_native("capture", "python", {"meta"}) is None
-    choice._tell.cache_clear()
+    choice.tell.cache_clear()
 
 
 def test_both_backends_are_tested_here_if_they_must_be():

@@ -1,4 +1,4 @@
-"""The native module raises at wrong arguments, whatever is called: no check may be left to those who call it."""
+"""The native modules raise at wrong arguments, whatever is called: no check may be left to those who call it."""
 
 import ast
 import os
@@ -11,11 +11,12 @@ from torch import nn
 
 import tlfast
 import tlfast.backends.choice
+from tlfast.dataset.write import native as native_writer
 from tlfast.hooks import attachment
 
 pytestmark = pytest.mark.sanitize
 
-STUB = ast.parse((Path(tlfast.__file__).parent / "_C.pyi").read_text())
+STUBS = [ast.parse((Path(tlfast.__file__).parent / f"{name}.pyi").read_text()) for name in ("_C", "_disk")]
 
 # What is wrong at an argument, by its name or else by its annotation. Every entry must raise.
 BY_NAME = {
@@ -62,8 +63,8 @@ UNCHECKED = {  # any value will do
 
 
 def functions():
-    """(class or None, function, is static, [(argument, annotation)]) of everything in the stub."""
-    for node in STUB.body:
+    """(class or None, function, is static, [(argument, annotation)]) of everything in the stubs."""
+    for node in (node for stub in STUBS for node in stub.body):
         inside = node.body if isinstance(node, ast.ClassDef) else [node]
         for function in inside:
             if isinstance(function, ast.FunctionDef):
@@ -73,9 +74,10 @@ def functions():
 
 
 class Made:
-    """The native module, and what is right at each argument."""
+    """The native modules, and what is right at each argument."""
 
-    def __init__(self, module, path):
+    def __init__(self, module, disk, path):
+        self.disk = disk
         self.module, self.ledger = module, module.Ledger(4)
         self.backwards = module.Backwards(self.ledger, "raise")
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -104,16 +106,19 @@ class Made:
 
     def owner(self, name):
         if name == "PayloadStream":
-            return self.module.PayloadStream(self.fd, 0, 0, 4096, "path")
+            return self.disk.PayloadStream(self.fd, 0, 0, 4096, "path")
         if name == "Tap":
             return self.module.Tap(self.backwards, "0", self.keeper, None, None)
         made = {"Ledger": self.ledger, "Backwards": self.backwards, "Column": self.column}
         return {**made, "TensorCache": self.module.TensorCache()}[name]
 
+    def named(self, name):
+        return getattr(self.disk if hasattr(self.disk, name) else self.module, name)
+
     def call(self, owner, name, static):
         if owner is None:
-            return getattr(self.module, name)
-        kind = getattr(self.module, owner)
+            return self.named(name)
+        kind = self.named(owner)
         if name == "__init__":
             return kind
         return getattr(kind if static else self.owner(owner), name)
@@ -122,7 +127,7 @@ class Made:
 @pytest.fixture
 def made(native, tmp_path):
     module = tlfast.backends.choice.loaded()
-    made = Made(module, tmp_path / "file")
+    made = Made(module, native_writer.loaded(), tmp_path / "file")
     yield made
     os.close(made.fd)
 
@@ -151,10 +156,11 @@ def test_wrong_arguments_raise(made, owner, name, static, arguments):
             pytest.fail(f"{owner}.{name}({argument}={wrong!r}) did not raise")
 
 
-def test_nothing_is_left_out_of_the_stub(made):
-    public = {name for name in vars(made.module) if not name.startswith("_")}
-    stubbed = {node.name for node in STUB.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    assert public - stubbed == {"NAME", "TORCH_VERSION"}
+def test_nothing_is_left_out_of_the_stubs(made):
+    for module, stub, others in ((made.module, STUBS[0], {"NAME", "TORCH_VERSION"}), (made.disk, STUBS[1], set())):
+        public = {name for name in vars(module) if not name.startswith("_")}
+        stubbed = {node.name for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        assert public - stubbed == others
 
 
 WORDS = {
@@ -172,7 +178,7 @@ WORDS = {
     ),
     "rows": (lambda m: m.Ledger(0), "capture: rows must be a positive number, got 0. Give the rows to hold."),
     "data": (
-        lambda m: m.crc32c(memoryview(b"abcd")[::2], 0),
+        lambda m: native_writer.loaded().crc32c(memoryview(b"abcd")[::2], 0),
         "crc32c: data must be contiguous, got a buffer with gaps. Make bytes of it.",
     ),
 }

@@ -11,10 +11,10 @@ from tlfast.backends import choice
 @pytest.fixture(autouse=True)
 def _forget_what_was_told(monkeypatch):
     monkeypatch.delenv("TLFAST_REQUIRE_NATIVE", raising=False)
-    choice._tell.cache_clear()
+    choice.tell.cache_clear()
     choice._lacks_cuda.cache_clear()
     yield
-    choice._tell.cache_clear()
+    choice.tell.cache_clear()
     choice._lacks_cuda.cache_clear()
 
 

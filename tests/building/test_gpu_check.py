@@ -31,7 +31,7 @@ printf '%s\\n' "${0##*/} $* [${TLFAST_REQUIRE_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-} 
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
   *"import xdist"*) exit "${NO_XDIST:-0}" ;;
-  *setup.py*) mkdir -p "${!#}/tlfast" && touch "${!#}"/tlfast/{_C.stub.so,_build_info.py} ;;
+  *setup.py*) mkdir -p "${!#}/tlfast" && touch "${!#}"/tlfast/{_C.stub.so,_disk.stub.so,_build_info.py} ;;
   *tlfast.backend*) echo "native (stub)" ;;
   *) echo "3 passed in 1s" ;;
 esac
@@ -188,6 +188,7 @@ def test_a_module_that_does_not_run_is_built_anew(check):
 @pytest.mark.parametrize("word", PARTS)
 def test_a_dry_run_leaves_out_what_needs_a_gpu_and_says_so(check, word):
     (check.copy / "tlfast" / "_C.stub.so").touch()
+    (check.copy / "tlfast" / "_disk.stub.so").touch()
     (check.copy / "tlfast" / "_build_info.py").touch()
     done, outcomes, calls, lines = check("--dry-run", word)
     assert done.returncode == 0, done.stdout + done.stderr

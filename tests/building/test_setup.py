@@ -31,7 +31,8 @@ def test_the_source_archive_can_build_itself(source):
     (archive,) = (source / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    assert {"setup.py", "tools/cuda_build.py", "csrc/python/module.cpp", "csrc/kernel/view.h", "tlfast/_C.pyi"} <= names
+    sources = {"csrc/python/module.cpp", "csrc/kernel/view.h", "tlfast/_C.pyi", "tlfast/_disk.pyi"}
+    assert {"setup.py", "tools/cuda_build.py", *sources} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*")} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.py"))]
 
@@ -45,7 +46,7 @@ def test_wheel_without_native_code(source):
         names = archive.namelist()
         info = archive.read("tlfast/_build_info.py").decode()
     assert wheel.name == f"tlfast-{tlfast.__version__}-py3-none-any.whl"
-    assert {"tlfast/py.typed", "tlfast/_build_info.pyi", "tlfast/_C.pyi"} <= set(names)
+    assert {"tlfast/py.typed", "tlfast/_build_info.pyi", "tlfast/_C.pyi", "tlfast/_disk.pyi"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.partition("/")[0] for name in names} == {"tlfast", f"tlfast-{tlfast.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".so", ".cpp"))]

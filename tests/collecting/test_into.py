@@ -29,7 +29,6 @@ from tlfast.dataset import (
     Plan,
     open_dataset,
 )
-from tlfast.dataset.write.remote_writer import RemoteWriter
 
 PLAN = Plan(n_examples=10, rows_per_unit=4)
 COLUMNS = {"first": (torch.float32, (5,)), "second": (torch.float32, (5,))}
@@ -330,7 +329,7 @@ def test_a_url(tmp_path, monkeypatch):
     write(url, staging=tmp_path / "staging")
     assert_whole(url)
     with (
-        RemoteWriter(f"{url}2", header={}, columns=COLUMNS, plan=PLAN) as writer,
+        DatasetWriter(f"{url}2", header={}, columns=COLUMNS, plan=PLAN) as writer,
         entered() as cap,
         cap.into(writer) as out,
     ):

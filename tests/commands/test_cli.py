@@ -17,6 +17,7 @@ import tlfast
 from tlfast.cli import COMMANDS, main
 from tlfast.collecting import huggingface
 from tlfast.collecting.settings import load_settings
+from tlfast.dataset.write import native as native_writer
 
 N_EXAMPLES = 24
 
@@ -198,7 +199,8 @@ def test_verify_finds_a_flipped_bit(folder, tmp_path, capsys):
 def test_doctor_names_the_backend_and_the_versions(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert tlfast.backend() in shown
+    assert f"backend       {tlfast.backend()}" in shown
+    assert f"writer        {native_writer.writer()}" in shown
     assert torch.__version__ in shown
 
 

@@ -22,7 +22,7 @@ from source_rules import (
 SOURCES = tracked("*.py", "*.pyi", "*.cpp", "*.h", "*.cu", "*.cuh")
 PACKAGE = [path for path in SOURCES if path.parts[0] == "tlfast" and path.suffix == ".py"]
 NATIVE = [path for path in SOURCES if path.parts[0] == "csrc"]
-KNOWN = {module_name(path) for path in PACKAGE} | {"_C", "_build_info"}
+KNOWN = {module_name(path) for path in PACKAGE} | {"_C", "_build_info", "_disk"}
 
 
 def by_path(paths: list[Path]) -> pytest.MarkDecorator:

@@ -7,15 +7,15 @@ import re
 from dataset_cases import COLUMNS, HEADER, PLAN, content, make_writer, truth, write_units
 from shared_filesystem import SharedFileSystem
 
+from tlfast.dataset import DatasetWriter
 from tlfast.dataset.places.remote_store import RemoteStore
-from tlfast.dataset.write.remote_writer import RemoteWriter
 
 ARGUMENTS = {"header": HEADER, "columns": COLUMNS, "plan": PLAN, "config": "reduce: mean\n"}
 
 
 def remote_writer(url, **changes):
     """A writer to ``url`` with the dataset of `dataset_cases`."""
-    return RemoteWriter(url, **(ARGUMENTS | changes))
+    return DatasetWriter(url, **(ARGUMENTS | changes))
 
 
 def make_remote(url, tensors=None, **changes):

@@ -30,7 +30,7 @@ FEW, MANY = Plan(7, 4), Plan(32, 2)
 def one_run(url: str, plan: Plan, max_staged: int = 4) -> None:
     """The run: unit 1 before unit 0, so that order can't stand in for commits."""
     tensors = truth(plan=plan)
-    with remote_writer(url, plan=plan, max_staged=max_staged) as writer:
+    with remote_writer(url, plan=plan, max_units=max_staged) as writer:
         first = plan.unit(1)
         if first.name not in writer.done:
             writer.write_unit(first, rows_of(first, tensors), examples(first))

@@ -19,7 +19,7 @@ MANY = {
 # From the ground up. A room's modules import from rooms above its own in this list, and in their own from rows above
 # theirs. A new module needs a place here.
 ROOMS = (
-    ("", (("_C", "_build_info", "errors"), ("spec",))),
+    ("", (("_C", "_build_info", "_disk", "errors"), ("spec",))),
     (
         "backends",
         (
@@ -62,7 +62,13 @@ ROOMS = (
     ("dataset", (("errors",),)),
     (
         "dataset.places",
-        (("__init__", "durable", "full_disk", "local_file", "mounts"), ("remote",), ("remote_store",), ("store",)),
+        (
+            ("__init__", "durable", "full_disk", "local_file", "mounts"),
+            ("remote",),
+            ("remote_store",),
+            ("store",),
+            ("write_store",),
+        ),
     ),
     (
         "dataset.format",
@@ -89,10 +95,11 @@ ROOMS = (
     (
         "dataset.write",
         (
-            ("__init__", "background", "folder", "payload", "unit_contents"),
-            ("remote_folder", "staging"),
-            ("upload", "writer"),
-            ("remote_writer",),
+            ("__init__", "background", "folder", "native", "payload", "unit_contents"),
+            ("staging", "unit_folder"),
+            ("upload",),
+            ("staged_units",),
+            ("writer",),
         ),
     ),
     ("dataset.export", (("__init__", "parts"), ("formats",), ("export",))),
@@ -139,7 +146,7 @@ NATIVE_ROOMS = (
             ("capture_cuda",),
         ),
     ),
-    ("disk", (("crc32c", "row_norms"), ("unit_writer",))),
+    ("disk", (("crc32c", "row_norms"), ("unit_writer",), ("disk_module",))),
     (
         "autograd",
         (
@@ -161,15 +168,15 @@ NATIVE_ROOMS = (
         (
             ("cuda_status", "python_result"),
             ("plain", "py_callable"),
-            ("py_tap", "py_unit_writer"),
+            ("py_tap",),
             ("module",),
         ),
     ),
 )
 NATIVE_FLOORS = tuple(row for _, rows in NATIVE_ROOMS for row in rows)
 # The dataset on disk knows nothing of capture: of the rest of the package it may import these alone. `backends.choice`
-# is the door to the native writer.
-BELOW_DATASET = {"errors", "backends.choice"}
+# says why there is no native code.
+BELOW_DATASET = {"_disk", "errors", "backends.choice"}
 CORE_LIBRARIES = {"torch", "numpy"}
 VAGUE_FILES = re.compile(r"(^|_)(utils?|helpers?|misc|common|managers?|handlers?|stuff)(_|$)")
 VAGUE_NAMES = re.compile(r"(Utils?|Helper|Manager|Handler)$")

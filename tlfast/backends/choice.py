@@ -18,7 +18,8 @@ from .interface import Backend
 from .plain import destination, plain
 
 
-def _build_reason() -> str:
+def build_reason() -> str:
+    """Why there is no native module."""
     try:
         from .. import _build_info
     except ImportError:
@@ -48,7 +49,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         # A module that is there and can't be loaded (a missing symbol, say) has a reason of its own.
         missing = importlib.util.find_spec("tlfast._C") is None
-        return None, _build_reason() if missing else f"{type(error).__name__}: {error}"
+        return None, build_reason() if missing else f"{type(error).__name__}: {error}"
     if here != _C.TORCH_VERSION:
         return None, f"built for torch {_C.TORCH_VERSION}, but torch {torch.__version__} is running"
     _register_fakes()
@@ -76,7 +77,7 @@ def _register_fakes() -> None:
 
 
 @cache
-def _tell(reason: str) -> None:
+def tell(reason: str, does: str = "runs") -> None:
     """Warn, once for each reason, that Python does the work; an error under TLFAST_REQUIRE_NATIVE=1."""
     if os.environ.get("TLFAST_REQUIRE_NATIVE") == "1":
         raise RuntimeError(
@@ -85,7 +86,7 @@ def _tell(reason: str) -> None:
                 "Run pip install --no-build-isolation -e . again, or unset the variable.",
             )
         )  # fmt: skip
-    warnings.warn(f"tlfast runs in pure Python, slower and with the same results: {reason}", stacklevel=4)
+    warnings.warn(f"tlfast {does} in pure Python, slower and with the same results: {reason}", stacklevel=4)
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +98,7 @@ def native() -> ModuleType | None:
     """
     module, reason = _load()
     if module is None:
-        _tell(reason)
+        tell(reason)
     return module
 
 
@@ -148,7 +149,7 @@ def pick_native(who: str, wanted: str, devices: set[str]) -> ModuleType | None:
             broken_rule(who, "backend", "be usable", f"native: {barred}", 'Pass backend="python" or "auto".')
         )
     if barred:
-        _tell(barred)
+        tell(barred)
         return None
     if module is None and wanted == "native":
         raise RuntimeError(broken_rule(who, "backend", "be usable", f"native: {reason}", 'Pass backend="auto".'))

@@ -19,8 +19,8 @@ from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example, Plan, Unit
 from ..dataset.places.remote import url_of
 from ..dataset.write.background import BackgroundWriter
-from ..dataset.write.remote_folder import refuse_foreign
-from ..dataset.write.remote_writer import open_writer
+from ..dataset.write.folder import refuse_stranger
+from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.captured import Capture
 from .drain import Drain, streams_for
@@ -145,7 +145,7 @@ class IntoDataset:
 
     def _open(self, stack: ExitStack, columns: Mapping[str, Column]) -> None:
         # As `collect` does, replace what a run left that failed before its first unit.
-        writer = open_writer(self._out, columns=columns, replace_unused=True, **self._settings)
+        writer = DatasetWriter(self._out, columns=columns, replace_unused=True, **self._settings)
         self._writer = stack.enter_context(writer)
 
     def _check_names(self) -> None:
@@ -289,7 +289,7 @@ def _checked_place(out: Any, plan: Any, header: Any, staging: Any) -> Plan:
     if staging is not None and not url_of(out):
         rule, remedy = "be left out unless out is a URL", "A folder needs none."
         raise ValueError(broken_rule(_WHO, "staging", rule, repr(str(staging)), remedy))
-    refuse_foreign(out, _WHO)
+    refuse_stranger(out, _WHO)
     return plan
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..dataset.format.plan import Example, Unit
 from ..dataset.write.background import BackgroundWriter, Contents
-from ..dataset.write.remote_writer import LocalWriter, RemoteWriter
+from ..dataset.write.writer import DatasetWriter
 from ..hooks.captured import Capture
 from ..hooks.freeze import Embedding, freeze
 from .drain import Arrived, Drain
@@ -31,7 +31,7 @@ def run_units(
     todo: Todo,
     examples: Sequence[Example],
     background: BackgroundWriter,
-    writer: LocalWriter | RemoteWriter,
+    writer: DatasetWriter,
     shown: Progress,
     oddities: Oddities,
     with_missing: bool,

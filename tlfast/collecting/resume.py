@@ -12,8 +12,8 @@ from ..dataset.format.description import read_description
 from ..dataset.format.plan import Example
 from ..dataset.places.remote import url_of
 from ..dataset.places.store import as_store
-from ..dataset.write.remote_folder import holds_dataset, refuse_foreign
-from ..dataset.write.remote_writer import LocalWriter, RemoteWriter
+from ..dataset.write.folder import holds_dataset, refuse_stranger
+from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from .identity import describe_examples
 from .options import Resume
@@ -27,7 +27,7 @@ def check_folder(out: Place, resume: Resume, overwrite: bool, staging: Place | N
     if staging is not None and not url_of(out):
         remedy = "A folder needs none."
         raise dataset_error("collect", "staging", "be left out unless out is a URL", f"{str(staging)!r}", remedy)
-    refuse_foreign(out, "collect")
+    refuse_stranger(out, "collect")
     if resume == "must" and not holds_dataset(out, "collect"):
         remedy = 'resume="auto" begins one.'
         raise dataset_error("collect", "out", 'be a dataset with resume="must"', f"none at {out}", remedy)
@@ -80,7 +80,7 @@ def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], over
 
 
 def add_the_rest(
-    writer: LocalWriter | RemoteWriter,
+    writer: DatasetWriter,
     examples: Sequence[Example],
     skipped: Skipped,
     extend: bool,

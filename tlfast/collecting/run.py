@@ -13,7 +13,7 @@ from torch import nn
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
 from ..dataset.write.background import BackgroundWriter
-from ..dataset.write.remote_writer import LocalWriter, RemoteWriter, open_writer
+from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
@@ -37,8 +37,6 @@ from .skipped import BadPolicy
 from .unit import Oddities, Runner
 from .unit_queue import Share, Todo, share_of, units_in
 from .work import Work
-
-Writer = LocalWriter | RemoteWriter
 
 
 def collect(
@@ -217,7 +215,7 @@ class Run(Work):
             todo.n_rows_elsewhere, len(self.bad), tuple(oddities.first), writer.waits_for,
         )  # fmt: skip
 
-    def _open(self, columns: dict[str, Column], here: dict[str, Any]) -> Writer:
+    def _open(self, columns: dict[str, Column], here: dict[str, Any]) -> DatasetWriter:
         """The dataset, begun or continued, with all examples in its plan."""
         options, bad = self.options, self.bad
         said = what_stays(self.loss_at_first, describe_loss(options.loss, options.identity, options.header)[0])
@@ -225,7 +223,7 @@ class Run(Work):
         n_own, n_own_skipped = own_part(self.out, self.examples, bad.skipped, options.overwrite, options.extend)
         examples = describe_examples(self.examples[:n_own], bad.skipped[:n_own_skipped])
         n_rows = options.rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values()))
-        writer = open_writer(
+        writer = DatasetWriter(
             self.out,
             staging=options.staging,
             header=describe_collection(self.model, self.specs, said, self.batching, examples, options),
@@ -244,7 +242,7 @@ class Run(Work):
         self,
         left: Sequence[Unit],
         probed: Probed,
-        writer: Writer,
+        writer: DatasetWriter,
         here: dict[str, Any],
         shown: Progress,
         oddities: Oddities,

@@ -12,6 +12,7 @@ import torch
 from .. import __version__
 from ..backends import cuda_status
 from ..backends.choice import backend, loaded
+from ..dataset.write.native import writer
 
 # Distribution -> the extra that brings it.
 _LIBRARIES = {
@@ -36,6 +37,7 @@ def diagnose() -> Iterator[str]:
     """Yield one line for each thing that matters; what is absent says how to get it."""
     yield f"tlfast        {__version__}"
     yield f"backend       {backend()}"
+    yield f"writer        {writer()}"
     if not backend().startswith("native"):
         yield "              to build it: pip install --no-build-isolation -e . (needs a C++ compiler and this torch)"
     yield f"python        {platform.python_version()} on {platform.platform()}"

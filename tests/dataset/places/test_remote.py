@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from dataset_cases import COLUMNS, PLAN, check_rows, content, examples, make_dataset, rows_of, truth, write_units
-from remote_cases import ARGUMENTS, fault, local_content, make_remote, objects, remote_writer, staged
+from remote_cases import fault, local_content, make_remote, objects, remote_writer, staged
 from shared_filesystem import SharedFileSystem, failing
 
 from tlfast.dataset import DatasetError, DatasetWriter, open_dataset, verify_dataset
 from tlfast.dataset.format import description
 from tlfast.dataset.places.remote_store import RemoteStore
-from tlfast.dataset.write.remote_writer import open_writer
 from tlfast.dataset.write.upload import UploadError
 
 
@@ -27,8 +26,8 @@ def test_the_same_bytes_as_in_a_folder(url, tmp_path):
 
 
 def test_a_local_url_is_a_folder(tmp_path):
-    with open_writer(f"file://{tmp_path}/d", header={}, columns=COLUMNS, plan=PLAN) as writer:
-        assert isinstance(writer, DatasetWriter)
+    with DatasetWriter(f"file://{tmp_path}/d", header={}, columns=COLUMNS, plan=PLAN) as writer:
+        assert writer.out == tmp_path / "d"
         write_units(writer)
     check_rows(open_dataset(f"file://{tmp_path}/d"), truth())
 
@@ -160,9 +159,12 @@ def test_bad_urls(url, message):
     assert "secret" not in str(raised.value)
 
 
-def test_a_folder_writer_refuses_a_url():
-    with pytest.raises(DatasetError, match="out must be a folder, got 's3://bucket/d'"):
-        DatasetWriter("s3://bucket/d", header={}, columns=COLUMNS, plan=PLAN)
+def test_a_folder_needs_no_staging(tmp_path):
+    with pytest.raises(DatasetError) as error:
+        remote_writer(tmp_path / "d", staging=tmp_path / "staging")
+    rule = "staging must be left out unless out is a URL"
+    assert str(error.value) == f"DatasetWriter: {rule}, got '{tmp_path / 'staging'}'. A folder needs none."
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_that_replaces_objects_is_warned_of(url, monkeypatch):
@@ -219,7 +221,7 @@ def added(folder_or_url, make):
 
 def test_an_extension_is_that_of_a_folder(url, tmp_path):
     extended = added(url, remote_writer)
-    added(tmp_path / "local", lambda out: open_writer(out, **ARGUMENTS))
+    added(tmp_path / "local", remote_writer)
     local = {name: data for name, data in content(tmp_path / "local").items() if name != ".lock"}
     assert local.pop("plan/x000001.json") == RemoteStore(url).read("plan/x000001.json", "test", 1 << 20)
     assert objects(url) == local

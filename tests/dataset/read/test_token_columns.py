@@ -9,8 +9,7 @@ import torch
 from dataset_cases import same_bits
 from kinds_cases import COLUMNS, LENGTHS, PLAN, example, make_writer, n_rows, rows_of, truth, write_units
 
-from tlfast.dataset import RowDataset, ShuffledBatches, join_datasets, open_dataset
-from tlfast.dataset.write.remote_writer import RemoteWriter
+from tlfast.dataset import DatasetWriter, RowDataset, ShuffledBatches, join_datasets, open_dataset
 
 N = len(LENGTHS)
 
@@ -115,7 +114,7 @@ def test_units_without_a_token(tmp_path):
 
 
 def test_at_a_url(url):
-    with RemoteWriter(url, header={}, columns=COLUMNS, plan=PLAN) as writer:
+    with DatasetWriter(url, header={}, columns=COLUMNS, plan=PLAN) as writer:
         write_units(writer)
     ds = open_dataset(url)
     assert ds.verify().ok

@@ -107,7 +107,7 @@ def unused(out):
     """The remains of a run that failed before its first unit, with what others have left beside them."""
     writer = make_writer(out, header=OTHER, config="failed: 1")
     writer.extend(2, {"tokens": 1})
-    writer.end_work()
+    writer.close()
     (out / "data" / ".tlfast-0123456789abcdef.tmp").write_text("left behind")
     (out / "rows" / "u000000.parquet").write_text("named, and never committed")
 
@@ -130,7 +130,7 @@ def test_what_a_living_writer_is_at_is_not_replaced(tmp_path):
     writer = make_writer(tmp_path, header=OTHER)
     with pytest.raises(DatasetError, match=r"header\.model"):
         make_writer(tmp_path, replace_unused=True)
-    writer.end_work()
+    writer.close()
     make_writer(tmp_path, replace_unused=True)
 
 

@@ -72,7 +72,7 @@ def test_a_failed_upload_is_heard_of_at_the_next_unit(url, monkeypatch):
     unit = PLAN.unit(0)
     writer.write_unit(unit, rows_of(unit, truth()), examples(unit))
     with pytest.raises(UploadError):
-        writer._uploader.wait_for(0)
+        writer.flush()
     with pytest.raises(UploadError):
         writer.write_unit(PLAN.unit(1), rows_of(PLAN.unit(1), truth()), examples(PLAN.unit(1)))
     with pytest.raises(UploadError):
@@ -82,7 +82,7 @@ def test_a_failed_upload_is_heard_of_at_the_next_unit(url, monkeypatch):
 def test_the_staging_folder_holds_only_so_many_units(url, monkeypatch, tmp_path):
     released = threading.Event()
     fault(monkeypatch, lambda call, path: released.wait(30) if call == "put" else None)
-    with remote_writer(url, max_staged=2) as writer:
+    with remote_writer(url, max_units=2) as writer:
         for unit in PLAN.units[:2]:
             writer.write_unit(unit, rows_of(unit, truth()), examples(unit))
         third = threading.Thread(target=write_units, args=(writer,))

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from payload_cases import HEADER, check_checksums, write
 
-from tlfast.backends import choice
 from tlfast.dataset.format.layout import DTYPE_NAMES, PAGE_BYTES, as_integers
 from tlfast.dataset.format.norms import LANES, row_norms
 from tlfast.dataset.places.durable import PendingFile
+from tlfast.dataset.write import native as native_writer
 from tlfast.dataset.write import payload
 
 DTYPES = list(DTYPE_NAMES)
@@ -29,7 +29,7 @@ PIECE_BYTES = 2 * PAGE_BYTES  # small ones, so that small tensors have many
 @pytest.fixture
 def writer(backend):
     """The native module, or None for Python."""
-    return choice.loaded() if backend == "native" else None
+    return native_writer.loaded() if backend == "native" else None
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +89,13 @@ def test_the_cache_is_passed_where_the_filesystem_allows_it(tmp_path, native):
     tensor = at_offset(torch.randn(16, 1024), 0)
     with PendingFile(tmp_path / "unit", len(HEADER) + tensor.nbytes) as file:
         file.start_with(HEADER)
-        stream = payload.NativeStream(file, choice.loaded())._stream
-        python = payload.PythonStream(file)
+        stream = payload.NativeStream(file, native_writer.loaded())._stream
         try:
             os.close(os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT | getattr(os, "O_DIRECT", 1 << 40)))
             allowed = True
         except (OSError, OverflowError):
             allowed = False
-        assert stream.direct == python._direct == allowed
+        assert stream.direct == allowed
 
 
 @pytest.mark.sanitize
@@ -112,7 +111,7 @@ def test_norms_have_the_same_bits_and_are_right(tmp_path, native, dtype, width):
     for row, bad in ((7, math.nan), (8, math.inf), (9, -math.inf)):
         rows[row, width // 2] = bad
     rows[10, 0], rows[10, -1] = math.inf, -math.nan
-    _, _, norms, odd = write(tmp_path, {"x": rows}, choice.loaded())
+    _, _, norms, odd = write(tmp_path, {"x": rows}, native_writer.loaded())
     python, python_odd = row_norms(rows)
     assert norms["x"].tobytes() == python.tobytes()
     assert odd.tolist() == python_odd.tolist() == (~rows.isfinite()).any(1).tolist()
@@ -139,8 +138,8 @@ def test_the_order_of_addition_is_that_of_the_format():
 
 @pytest.mark.sanitize
 def test_checksums(native):
-    check_checksums(choice.loaded())
-    assert choice.loaded().crc32c_name() in ("sse4.2", "arm", "table")
+    check_checksums(native_writer.loaded())
+    assert native_writer.loaded().crc32c_name() in ("sse4.2", "arm", "table")
 
 
 OTHER_SET = """
@@ -150,13 +149,13 @@ sys.path[:0] = ["tests/support"]
 import torch
 from payload_cases import check_checksums, write
 from tlfast.dataset.format.norms import row_norms
-from tlfast import _C
-check_checksums(_C)
+from tlfast import _disk
+check_checksums(_disk)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for width in (1, 33, 769):
         rows = torch.randn(9, width, generator=torch.Generator().manual_seed(width)).to(dtype)
-        assert write(Path(sys.argv[1]), {"x": rows}, _C)[2]["x"].tobytes() == row_norms(rows)[0].tobytes()
-print(_C.crc32c_name())
+        assert write(Path(sys.argv[1]), {"x": rows}, _disk)[2]["x"].tobytes() == row_norms(rows)[0].tobytes()
+print(_disk.crc32c_name())
 """
 
 
@@ -209,7 +208,7 @@ def test_an_error_of_the_block_wins_and_nothing_goes_on(tmp_path, writer):
 
 
 def test_a_closed_stream_says_so(tmp_path, native):
-    stream = choice.loaded().PayloadStream(0, 0, 0, PAGE_BYTES, "x")
+    stream = native_writer.loaded().PayloadStream(0, 0, 0, PAGE_BYTES, "x")
     stream.close()
     stream.close()
     for call in (stream.finish, lambda: stream.append([]), lambda: stream.crc):
@@ -248,7 +247,7 @@ def test_an_example_of_several_rows_has_one_norm(tmp_path, writer, dtype, stride
 
 
 def test_arguments_of_the_native_stream(native):
-    module = usable("native") and choice.loaded()
+    module = usable("native") and native_writer.loaded()
     with pytest.raises(
         ValueError, match=r"PayloadStream: position and piece_bytes must be multiples of 4096, got 5 and"
     ):

@@ -74,6 +74,18 @@ def hold(folder: Path, *, alone: bool = False) -> int | None:
     return fd
 
 
+def write_all(fd: int, data: memoryview, at: int, path: Path) -> None:
+    """Write all of ``data`` at an offset; an OSError names ``path``."""
+    while data:
+        try:
+            n = os.pwrite(fd, data, at)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if n == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        data, at = data[n:], at + n
+
+
 class PendingFile:
     """A file of known size, written under a temporary name beside its final one.
 
@@ -115,19 +127,12 @@ class PendingFile:
         """Write ``data`` (bytes or a contiguous array) behind what is there."""
         array = np.frombuffer(data, dtype=np.uint8)
         self.crc = crc32c(array, self.crc)
-        self._write(array.data, self.position)
+        write_all(self.fd, array.data, self.position, self.final)
         self.position += array.size
-
-    def _write(self, rest: memoryview, at: int) -> None:
-        while rest:
-            n = os.pwrite(self.fd, rest, at)
-            if n == 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.final))
-            rest, at = rest[n:], at + n
 
     def seal(self) -> None:
         """Make the content durable; the file then has exactly ``n_bytes``."""
-        self._write(memoryview(self._header), 0)
+        write_all(self.fd, memoryview(self._header), 0, self.final)
         size = os.fstat(self.fd).st_size
         if not self.position == size == self.n_bytes:
             raise RuntimeError(f"{self.final}: wrote {self.position} bytes into {size}, planned {self.n_bytes}")

@@ -1,11 +1,7 @@
-"""The rows of a unit into its open file: whole pages by two threads, checksum and norms beside them, past the cache."""
+"""The rows of a unit into its open file, with their checksum and norms: natively past the page cache, or in Python."""
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
-import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ..format.layout import FIELD_DTYPE_NAMES, PAGE_BYTES, as_integers
+from ..format.layout import FIELD_DTYPE_NAMES, as_integers
 from ..format.norms import row_norms
-from ..places.durable import PendingFile, crc32c
-from ..places.local_file import set_direct
+from ..places.durable import PendingFile, crc32c, write_all
 
 # Large enough for the disk to reach its rate, small enough for two blocks of it to be little beside a unit.
 PIECE_BYTES = 4 << 20
-_THREADS = 2  # one prepares the next write while the disk is at the other's
 _SUMMARY_BYTES = 256 << 10  # read once for checksum and norms: in float64 it still fits the second-level cache
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Rows(NamedTuple):
@@ -40,7 +33,7 @@ class Rows(NamedTuple):
 
 
 class PayloadStream(Protocol):
-    """Writes rows behind a header of whole pages; whole pages go to the disk at once, the rest at the end."""
+    """Writes rows behind a header of whole pages."""
 
     def append(self, blocks: Sequence[Rows]) -> None:
         """Write blocks one behind the other; returns when their norms are there, while the disk may be at work."""
@@ -157,123 +150,28 @@ def _address(array: np.ndarray[Any, Any] | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-class _Run:
-    """Pieces of memory as one sequence of bytes."""
-
-    def __init__(self, parts: Sequence[_Bytes]) -> None:
-        self._parts = parts
-        self._stops = list(accumulate(map(len, parts)))
-        self.n_bytes = self._stops[-1] if parts else 0
-
-    def from_byte(self, at: int) -> _Bytes:
-        """Return the bytes from number ``at`` on that lie together."""
-        k = bisect_right(self._stops, at)
-        part = self._parts[k]
-        return part[at - (self._stops[k] - len(part)) :]
-
-    def gather(self, start: int, out: _Bytes) -> _Bytes:
-        """Copy the bytes from number ``start`` on until ``out`` is full; return it."""
-        done = 0
-        while done < len(out):
-            part = self.from_byte(start + done)[: len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-        return out
-
-
 class PythonStream:
-    """The same in Python: call for call, and in the same order."""
+    """The same bytes in Python: block for block, through the page cache."""
 
     def __init__(self, file: PendingFile) -> None:
-        self._fd, self._path = file.fd, str(file.final)
+        self._file = file
         self._position, self._crc = file.position, file.crc
-        self._kept: _Bytes = np.empty(0, np.uint8)
-        self._direct = set_direct(self._fd, True)
-        self._leaving = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._errors: list[BaseException] = []
-        self._closed = False
 
     def append(self, blocks: Sequence[Rows]) -> None:
-        """Write whole pages in two threads, and find checksum and norms in this one."""
-        self._wait()
-        parts = [self._kept, *(as_integers(block.rows).reshape(-1).view(np.uint8) for block in blocks)]
-        run = _Run([part for part in parts if len(part)])
-        n_whole = run.n_bytes // PAGE_BYTES * PAGE_BYTES
-        starts = iter(range(0, n_whole, PIECE_BYTES))  # gives each piece to one thread alone
-        work = (run, self._position, starts, n_whole)
-        for _ in range(min(_THREADS, -(-n_whole // PIECE_BYTES))):
-            thread = threading.Thread(target=self._write_pieces, args=work, name="tlfast-disk")
-            thread.start()
-            self._threads.append(thread)
-        self._kept = run.gather(n_whole, np.empty(run.n_bytes - n_whole, np.uint8))
-        self._position += n_whole
-        self._crc = _summarise(blocks, self._crc)
+        """Write the blocks; each row is fetched from memory once for its checksum, its norm and its way to the disk."""
+        for rows, norms, odd in blocks:
+            step = max(1, _SUMMARY_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
+            for part in (slice(start, start + step) for start in range(0, len(rows) if rows.shape[1] else 0, step)):
+                data: np.ndarray[Any, Any] = as_integers(rows[part]).reshape(-1).view(np.uint8)
+                self._crc = crc32c(data, self._crc)
+                if norms is not None and odd is not None:
+                    norms[part], odd[part] = row_norms(rows[part])
+                write_all(self._file.fd, data.data, self._position, self._file.final)
+                self._position += data.size
 
     def finish(self) -> tuple[int, int]:
-        """Wait for the disk, and write what fills no page, through the cache."""
-        self._wait()
-        self._leave_direct()
-        self._write_all(self._kept, self._position)
-        return self._position + len(self._kept), self._crc
+        """Everything is written."""
+        return self._position, self._crc
 
     def close(self) -> None:
-        """Wait for the pieces that are on their way."""
-        self._closed = True
-        while self._threads:
-            self._threads.pop().join()
-
-    def _wait(self) -> None:
-        while self._threads:
-            self._threads.pop().join()
-        if self._errors:
-            raise self._errors[0]
-
-    def _write_pieces(self, run: _Run, position: int, starts: Iterator[int], n_whole: int) -> None:
-        block: _Bytes | None = None
-        try:
-            for start in starts:
-                n = min(PIECE_BYTES, n_whole - start)
-                piece = run.from_byte(start)[:n]
-                if len(piece) < n or (self._direct and piece.ctypes.data % PAGE_BYTES):
-                    if block is None:  # anonymous memory begins at a page
-                        block = np.frombuffer(mmap.mmap(-1, PIECE_BYTES), np.uint8)
-                    piece = run.gather(start, block[:n])
-                self._write_all(piece, position + start)
-                if self._errors or self._closed:
-                    return
-        except BaseException as error:  # whatever it was, the caller must hear of it
-            self._errors.append(error)
-
-    def _write_all(self, data: _Bytes, at: int) -> None:
-        while len(data):
-            direct = self._direct  # the other thread may give it up meanwhile
-            try:
-                written = os.pwrite(self._fd, data.data, at)
-            except OSError as error:
-                if error.errno == errno.EINVAL and direct:  # a filesystem may take the flag and refuse the write
-                    self._leave_direct()
-                    continue
-                raise OSError(error.errno, error.strerror, self._path) from None
-            if written == 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), self._path)
-            if written % PAGE_BYTES:  # the disk may be full: what is left begins within a page
-                self._leave_direct()
-            data, at = data[written:], at + written
-
-    def _leave_direct(self) -> None:
-        with self._leaving:
-            if self._direct:
-                set_direct(self._fd, False)
-            self._direct = False  # after the flag is gone: who reads this writes from any address
-
-
-def _summarise(blocks: Sequence[Rows], crc: int) -> int:
-    """The checksum goes on from block to block, the norms go row by row; each row is fetched from memory once."""
-    for rows, norms, odd in blocks:
-        step = max(1, _SUMMARY_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
-        for part in (slice(start, start + step) for start in range(0, len(rows) if rows.shape[1] else 0, step)):
-            crc = crc32c(as_integers(rows[part]).reshape(-1).view(np.uint8), crc)
-            if norms is not None and odd is not None:
-                norms[part], odd[part] = row_norms(rows[part])
-    return crc
+        """Nothing is on its way."""

@@ -13,7 +13,7 @@ from ..errors import dataset_error
 from ..format import extension
 from ..format.commits import FOLDERS
 from ..format.description import FILE_NAME
-from ..places.durable import sync_folder, write_small
+from ..places.durable import remove_stale, sync_folder, write_small
 
 
 def staging_root(url: str, config_hash: str, who: str, staging: str | os.PathLike[str] | None = None) -> Path:
@@ -58,7 +58,9 @@ class Slot:
         )
 
     def describe(self, files: Mapping[str, bytes]) -> None:
-        """Write the files that describe the dataset, those that are missing."""
+        """Write the files that describe the dataset, and make its folders, those that are missing."""
+        for name in FOLDERS:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             if not (self.folder / name).exists():
@@ -80,6 +82,8 @@ class Slot:
         """Remove what a killed process left of units without a commit."""
         commits = self.folder / "commits"
         whole = {path.stem for path in commits.iterdir()} if commits.is_dir() else set()
+        for folder in filter(Path.is_dir, (self.folder, commits)):
+            remove_stale(folder)
         for part in FOLDERS[:2]:
             if (self.folder / part).is_dir():
                 for path in (self.folder / part).iterdir():

@@ -34,7 +34,7 @@ class Uploader:
 
     def __init__(self, store: RemoteStore, description: Description) -> None:
         self._store = store
-        self._description = description
+        self.description = description
         self._jobs: deque[tuple[Slot, Commit]] = deque()  # the first one is being uploaded
         self._error: BaseException | None = None
         self._stop = False
@@ -134,7 +134,7 @@ class Uploader:
         if won and ours == commit:
             return
         # Nothing of this unit can be committed any more: what its commit doesn't name can go, whoever put it there.
-        winner = ours if won else read_commit(self._store, commit.unit.name, self._description, _WHO)
+        winner = ours if won else read_commit(self._store, commit.unit.name, self.description, _WHO)
         for file in {*commit.files, *ours.files} - set(winner.files):
             if file.path not in {named.path for named in winner.files}:
                 self._store.folder.remove(file.path)

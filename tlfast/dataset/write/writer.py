@@ -1,26 +1,22 @@
-"""Writing a dataset: units, each whole and durable before its commit says that it exists."""
+"""Writing a dataset, to a path or a URL: units, each whole and durable before its commit says that it exists."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+from types import TracebackType
 from typing import Any
-from weakref import finalize
 
 import numpy as np
 import torch
 
-from ...backends.choice import pick_native
 from ..errors import dataset_error, extra
 from ..format.card import dataset_card
 from ..format.commits import (
-    FOLDERS,
     Commit,
     CommittedFile,
-    check_folders,
     commit_path,
     committed_names,
     data_path,
@@ -30,29 +26,23 @@ from ..format.commits import (
 )
 from ..format.description import Description, describe, differences, read_description
 from ..format.encodings import Encoded
-from ..format.extension import FOLDER as EXTENSIONS
 from ..format.layout import Column, unit_layout
 from ..format.plan import FLAG_NON_FINITE, Example, Plan, Unit
 from ..format.row_table import encode_rows
-from ..places.durable import PendingFile, hold, remove_stale
-from ..places.remote import url_of
+from ..places.durable import PendingFile
+from ..places.write_store import WriteFolder, as_write_store
 from .background import BackgroundWriter
-from .folder import (
-    check_disk_space,
-    clear,
-    create,
-    is_dataset,
-    our_files,
-    publish_extension,
-    refuse_stranger,
-    remove_unused,
-)
+from .folder import check_disk_space, clear, create, holds_dataset, our_files, publish_extension, refuse_stranger
+from .native import pick_writer
 from .payload import writing
+from .staged_units import StagedUnits
 from .unit_contents import UnitContents, unit_contents
+from .unit_folder import OwnFolder, UnitFolder
 
 __all__ = ["BackgroundWriter", "Column", "DatasetWriter", "Example", "Plan", "Unit", "estimate_bytes"]
 
 _WHO = "DatasetWriter"
+MAX_STAGED = 4  # units on the local disk: one is written, one on its way, two for a store that stutters
 
 
 def estimate_bytes(columns: Mapping[str, Any], n: int, tokens: int = 512) -> int:
@@ -65,10 +55,15 @@ def estimate_bytes(columns: Mapping[str, Any], n: int, tokens: int = 512) -> int
 
 
 class DatasetWriter:
-    """Create the dataset folder ``out``, or continue the one that is there, unit by unit.
+    """Create the dataset in the folder ``out``, or continue the one that is there, unit by unit.
+
+    At a URL a unit that `write_unit` has returned for is durable in a staging folder of this machine, and will be at
+    the URL after `flush` or `close`, or after the next run of the same process: see docs/remote.md. Leaving a ``with``
+    block closes the writer, and waits for no upload where the block raised.
 
     Args:
-        out: the folder. New, empty, or a dataset with the same header, columns and plan, which is then continued.
+        out: the folder, a path or a URL. New, empty, or a dataset with the same header, columns and plan, which is then
+            continued.
         header: what the data are (model, spec, loss, ...), JSON; part of the identity.
         columns: of each point, in order, the dtype and shape of a row, or a Column, which also says what the rows are
             of, whether each example or each token has one, and how they are encoded.
@@ -77,12 +72,17 @@ class DatasetWriter:
         overwrite: remove the dataset that lies in ``out`` first.
         about: what else to say of this run, JSON; not part of the identity, and kept from the run that began.
         backend: what writes the rows: "auto", "native" or "python". The bytes are the same.
-        max_units: how many of its units the disk must have room for, where they are moved away; None: all.
+        max_units: how many of its units this machine's disk must have room for, where they are moved away; None: all.
+            At a URL so many are staged at most, and `write_unit` waits for more room; None: four.
         replace_unused: remove another dataset that lies in ``out`` too, if it has no unit and nobody writes to it: the
-            remains of a run that failed before its first one.
+            remains of a run that failed before its first one. At a URL, where nobody can see who writes, it stays.
+        staging: where units lie until they are uploaded, a folder on a local disk; None: ``tlfast/staging`` in the
+            user's cache folder.
 
     Raises:
-        DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full.
+        DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full;
+            for ``staging`` where ``out`` is no URL.
+        OSError: where the store of a URL can't be reached.
 
     Example:
         >>> import tempfile, torch
@@ -106,65 +106,72 @@ class DatasetWriter:
         backend: str = "auto",
         max_units: int | None = None,
         replace_unused: bool = False,
+        staging: str | PathLike[str] | None = None,
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
-        self._native = pick_native(_WHO, backend, {"cpu"})
-        if url_of(out):
-            raise dataset_error(_WHO, "out", "be a folder", repr(out), "Use collect, or open_writer, for a URL.")
-        self.out = Path(out)
+        self._native = pick_writer(_WHO, backend)
+        self._store = as_write_store(out)
         self.bytes_written = 0
+        self._abandoned = False
         description = describe(_WHO, header, columns, plan, about)
         self._tokens_per_example = _tokens_per_example(description)
+        self._units: UnitFolder
+        if isinstance(self._store, WriteFolder):
+            if staging is not None:
+                remedy = "A folder needs none."
+                raise dataset_error(_WHO, "staging", "be left out unless out is a URL", repr(str(staging)), remedy)
+            self.out: Path | str = self._store.folder
+            self._units = OwnFolder(self._store)
+        else:
+            max_units = MAX_STAGED if max_units is None else max_units
+            self.out = self._store.url
+            self._units = StagedUnits(self._store, description.config_hash, staging, max_units, _WHO)
         self._max_rows = None if max_units is None else max_units * plan.rows_per_unit
-        refuse_stranger(self.out, _WHO)
-        exists = is_dataset(self.out)
-        if exists and overwrite:
-            freed = sum(file.lstat().st_size for file in our_files(self.out, _WHO) if file.exists())
-            check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO, freed)
-            clear(self.out, _WHO)
-        elif not exists:
-            check_disk_space(self.out, self._space(description.columns, plan.n_examples), _WHO)
-        if exists and replace_unused and not overwrite:
-            remove_unused(self.out, description, _WHO)
-        create(self.out, description, as_yaml(config), dataset_card(description))
-        self._begin_work()
+        self._make(description, as_yaml(config), overwrite, replace_unused)
+        try:
+            self._begin(description)
+        except BaseException:
+            self._units.release(wait=True)
+            raise
+
+    def _make(self, description: Description, config: str, overwrite: bool, replace_unused: bool) -> None:
+        """Make the dataset, unless it is there."""
+        refuse_stranger(self._store, _WHO)
+        exists = holds_dataset(self._store, _WHO)
+        if overwrite or not exists:
+            removed = our_files(self._store, _WHO) if exists else []
+            self._check_disk_space(description.plan.n_examples, description.columns, self._units.freed(removed))
+            if exists:
+                clear(self._store, removed)
+        elif replace_unused:
+            self._units.remove_unused(description, _WHO)
+        create(self._store, description, config, dataset_card(description), _WHO)
+
+    def _begin(self, description: Description) -> None:
+        """Find out what is there to be continued."""
+        self._units.enter(_WHO)
         self.description = self._same(description)
         self.columns = self.description.columns
         self.plan = self.description.plan
-        self._remove_stale()
-        self.done = self._committed()
-        self._check_disk_space()
-
-    def _begin_work(self) -> None:
-        """Let other processes see that this one may write units, until `end_work`, or until it is gone."""
-        # Not on dataset.json: a kill may leave a temporary name of it, whose lock would say that its writer is alive.
-        check_folders(self.out, _WHO)
-        self._held = hold(self.out / "commits")
-        self._work = finalize(self, os.close, self._held) if self._held is not None else None
-
-    def end_work(self) -> None:
-        """Say that nothing will be written any more."""
-        self._held = None
-        if self._work is not None:
-            self._work()
-
-    def _check_still_there(self) -> None:
-        """DatasetError where another process has put another dataset in the place of this one."""
-        if self._held is None:
-            return
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(self._held), os.stat(self.out / "commits")):
-                return
-        self._same(self.description)
-
-    def _check_disk_space(self) -> None:
+        self.done = {commit.unit.name for commit in read_commits(self._store, self.description, _WHO)}
+        self.done |= self._units.begin(self.description, self.done, _WHO)
         remaining = self.plan.n_examples - sum(len(self.plan.unit_named(name)) for name in self.done)
-        check_disk_space(self.out, self._space(self.columns, remaining), _WHO)
+        self._check_disk_space(remaining, self.columns)
 
-    def _space(self, columns: Mapping[str, Any], n_rows: int) -> int:
+    def _check_disk_space(self, n_rows: int, columns: Mapping[str, Any], freed: int = 0) -> None:
         n_rows = n_rows if self._max_rows is None else min(n_rows, self._max_rows)
-        return estimate_bytes(columns, n_rows, *self._tokens_per_example)
+        n_bytes = estimate_bytes(columns, n_rows, *self._tokens_per_example)
+        check_disk_space(self._units.folder, n_bytes, _WHO, freed)
+
+    def _same(self, description: Description) -> Description:
+        there = read_description(self._store, _WHO)
+        if there.config_hash != description.config_hash:
+            what = "; ".join(differences(there, description))
+            what += "" if committed_names(self._store, _WHO) else "; it has no unit"
+            remedy = f"Use the same settings to continue it, another {self._store.noun}, or overwrite it."
+            raise dataset_error(_WHO, "out", "be the same dataset to continue it", f"{self.out}: {what}", remedy)
+        return there
 
     def extend(self, n_examples: int, examples: Mapping[str, Any], config: str | Mapping[str, Any] = "") -> None:
         """Add ``n_examples`` examples to the plan for good, in units behind those that are there.
@@ -178,33 +185,16 @@ class DatasetWriter:
             DatasetError: where another process has extended the dataset by other examples, or the disk is too full.
         """
         new = self.description.extended(n_examples, examples)
-        check_disk_space(self.out, self._space(self.columns, n_examples), _WHO)
-        cards = (dataset_card(self.description), dataset_card(new))
-        publish_extension(self.out, new, as_yaml(config), cards)
+        self._check_disk_space(n_examples, self.columns)
+        publish_extension(self._store, new, as_yaml(config), (dataset_card(self.description), dataset_card(new)))
+        self._units.extended(new)
         self.description, self.plan = new, new.plan
 
-    def _same(self, description: Description) -> Description:
-        there = read_description(self.out, _WHO)
-        if there.config_hash != description.config_hash:
-            what = "; ".join(differences(there, description))
-            remedy = "Use the same settings to continue it, another folder, or overwrite it."
-            raise dataset_error(_WHO, "out", "be the same dataset to continue it", f"{self.out}: {what}", remedy)
-        return there
-
-    def _remove_stale(self) -> None:
-        check_folders(self.out, _WHO)
-        for folder in (self.out, *(self.out / name for name in (*FOLDERS, EXTENSIONS))):
-            if folder.is_dir() and not folder.is_symlink():
-                remove_stale(folder)
-
-    def _committed(self) -> set[str]:
-        return {commit.unit.name for commit in read_commits(self.out, self.description, _WHO)}
-
     def committed(self) -> set[str]:
-        """Look up the names of all units that have a commit by now, whichever process made it."""
-        names = set(committed_names(self.out, _WHO))
-        self.done |= names
-        return names
+        """Look up the names of all units that have a commit by now, whichever process made it; and of those staged."""
+        with suppress(OSError):  # a store that stutters: then it is not known, which costs work and nothing else
+            self.done |= set(committed_names(self._store, _WHO))
+        return set(self.done)
 
     def write_unit(
         self,
@@ -229,23 +219,36 @@ class DatasetWriter:
         Raises:
             DatasetError: for tensors or examples that are not the unit's.
             OSError: where the disk fails; nothing of the unit exists then.
+            UploadError: where the upload of an earlier unit has failed.
         """
         contents = self._checked(unit, tensors, examples, flags)
-        if os.path.lexists(self.out / commit_path(unit)):
-            self.done.add(unit.name)
-            return False
+        self._units.wait_for_room()
+        won = False
+        if not self._is_committed(unit):
+            won = self._write(unit, contents, examples, [0] * len(unit) if flags is None else flags)
+            self._units.written(unit)
+        self.done.add(unit.name)
+        return won
+
+    def _is_committed(self, unit: Unit) -> bool:
+        with suppress(OSError):  # a store that stutters: the upload looks again, patiently
+            return self._store.exists(commit_path(unit))
+        return False
+
+    def _write(self, unit: Unit, contents: UnitContents, examples: Sequence[Example], flags: Sequence[int]) -> bool:
+        folder = self._units.folder
         layout = unit_layout(self.columns, unit, contents.n_tokens or 0)
-        with PendingFile(self.out / data_path(unit), layout.n_bytes) as data:
+        with PendingFile(folder / data_path(unit), layout.n_bytes) as data:
             data.start_with(layout.header)
             in_order = {name: contents.fields[name] for name in layout.blocks}
             with writing(data, in_order, self._native, contents.lengths) as (found, bad):
                 # The table is made while the disk is at work.
                 norms = contents.norms(found)
-                flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray([0] * len(unit) if flags is None else flags)
+                flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray(flags)
                 table = encode_rows(examples, flag_bits.tolist(), norms)
             self.bytes_written += layout.n_bytes - len(layout.header)
             data.seal()
-            with PendingFile(self.out / rows_path(unit), len(table)) as rows:
+            with PendingFile(folder / rows_path(unit), len(table)) as rows:
                 rows.append(table)
                 rows.seal()
                 self.bytes_written += len(table)
@@ -254,10 +257,60 @@ class DatasetWriter:
                 )
                 planned_by, n_bad = self.description.hash_of(unit), int(bad.sum())
                 commit = Commit(unit, planned_by, (files[0], files[1]), n_bad, contents.n_tokens)
-                self._check_still_there()
-                won = publish(self.out, commit, (data, rows))
-        self.done.add(unit.name)
-        return won
+                if not self._units.still_there():
+                    self._same(self.description)
+                return publish(folder, commit, (data, rows))
+
+    @property
+    def waits_for(self) -> str:
+        """What a unit waits for that is written and not yet where it belongs: "the disk" or "the upload"."""
+        return self._units.waits_for
+
+    @property
+    def waited_s(self) -> float:
+        """How long `flush` has waited, in seconds."""
+        return self._units.waited_s
+
+    def still_to_do(self) -> str:
+        """Return what is to be said of units that are not where they belong yet; nothing if they all are."""
+        return self._units.still_to_do()
+
+    def flush(self, time_s: float | None = None) -> bool:
+        """Wait until every unit is where it belongs; False if ``time_s`` seconds were not enough.
+
+        Raises:
+            UploadError: where an upload has failed.
+        """
+        return self._units.flush(time_s)
+
+    def abandon(self) -> None:
+        """Let nothing be waited for: a unit that is being uploaded is whole later, or never exists."""
+        self._abandoned = True
+
+    def close(self) -> None:
+        """Wait until every unit is where it belongs, and end: other processes see that this one writes no more.
+
+        Raises:
+            UploadError: where an upload has failed.
+        """
+        try:
+            self.flush()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._units.release(wait=not self._abandoned)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:  # the units that wait are uploaded by the next run
+            self._release()
 
     def _checked(
         self,

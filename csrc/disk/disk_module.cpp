@@ -1,12 +1,16 @@
-// The stream of a unit's rows as Python sees it.
-#include "py_unit_writer.h"
+// The native module tlfast._disk: addresses in, OSError out, no GIL in between. It links no torch, so any torch will
+// do.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cerrno>
 #include <optional>
 #include <system_error>
+#include <tuple>
 
-#include "disk/crc32c.h"
+#include "crc32c.h"
 #include "kernel/errors.h"
+#include "unit_writer.h"
 
 namespace py = pybind11;
 
@@ -35,8 +39,6 @@ void at_the_disk(const py::object& path, Work work) {
   }
 }
 
-}  // namespace
-
 uint32_t crc32c_of(const py::buffer& data, uint32_t crc) {
   const py::buffer_info bytes = data.request();
   if (!PyBuffer_IsContiguous(bytes.view(), 'C'))
@@ -44,6 +46,26 @@ uint32_t crc32c_of(const py::buffer& data, uint32_t crc) {
   const py::gil_scoped_release release;
   return crc32c(crc, bytes.ptr, size_t(bytes.size) * size_t(bytes.itemsize));
 }
+
+// The stream of a unit's rows as Python sees it.
+struct PyPayloadStream {
+  // Address of the rows, how many, values of each, their dtype as tlfast.dataset.format.layout names it
+  // (F64, F32, F16, BF16, I8), addresses of the norms (float32) and of what is odd (one byte), one of each per row.
+  using Block = std::tuple<uintptr_t, int64_t, int64_t, std::string, uintptr_t, uintptr_t>;
+
+  // `path` is what an OSError names.
+  PyPayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes, py::object path);
+  void append(const std::vector<Block>& blocks);
+  void finish();
+  // Waits for the pieces that are on their way: the memory is the caller's again.
+  void close();
+  const PayloadStream& open() const;
+
+  const py::object path;
+
+ private:
+  std::unique_ptr<PayloadStream> stream_;
+};
 
 PyPayloadStream::PyPayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes, py::object path_)
     : path(std::move(path_)), stream_(std::make_unique<PayloadStream>(fd, position, crc, piece_bytes)) {}
@@ -61,7 +83,8 @@ void PyPayloadStream::append(const std::vector<Block>& blocks) {
     const bool there = n_rows == 0 || ((!type || (norms && odd)) && (data || n_values == 0));
     if (n_rows < 0 || n_values < 0 || !there)
       throw py::value_error(broken_rule("PayloadStream", "a block", "have the addresses of what it holds",
-                                        c10::str(n_rows, " rows of ", n_values), "Pass what is allocated."));
+                                        std::to_string(n_rows) + " rows of " + std::to_string(n_values),
+                                        "Pass what is allocated."));
     rows.push_back({reinterpret_cast<const void*>(data), n_rows, n_values, type, reinterpret_cast<float*>(norms),
                     reinterpret_cast<uint8_t*>(odd)});
   }
@@ -79,4 +102,20 @@ void PyPayloadStream::close() {
   stream_.reset();
 }
 
+}  // namespace
 }  // namespace tlfast
+
+PYBIND11_MODULE(_disk, m) {
+  using namespace tlfast;
+  m.doc() = "The native writer of units; tlfast.dataset.write.payload does the same in Python.";
+  m.def("crc32c", &crc32c_of);
+  m.def("crc32c_name", &crc32c_name);
+  py::class_<PyPayloadStream>(m, "PayloadStream")
+      .def(py::init<int, int64_t, uint32_t, int64_t, py::object>())
+      .def("append", &PyPayloadStream::append)
+      .def("finish", &PyPayloadStream::finish)
+      .def("close", &PyPayloadStream::close)
+      .def_property_readonly("position", [](const PyPayloadStream& stream) { return stream.open().position(); })
+      .def_property_readonly("crc", [](const PyPayloadStream& stream) { return stream.open().crc(); })
+      .def_property_readonly("direct", [](const PyPayloadStream& stream) { return stream.open().direct(); });
+}
