@@ -21,6 +21,7 @@ from tlfast.dataset import (
     verify_dataset,
 )
 from tlfast.dataset.format.encodings import encode
+from tlfast.dataset.format.layout import PAGE_BYTES
 from tlfast.dataset.write import payload
 
 UNIT = PLAN.unit(0)
@@ -52,7 +53,7 @@ def test_it_verifies_and_both_writers_write_the_same(tmp_path):
 
 
 def test_rows_in_other_memory_have_the_same_bytes(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(payload, "PIECE_BYTES", payload.PAGE_BYTES)
+    monkeypatch.setattr(payload, "PIECE_BYTES", PAGE_BYTES)
     write_units(writer)
     strided = {
         name: [part.mT.contiguous().mT if part.dim() > 2 else part for part in parts] for name, parts in truth().items()
