@@ -6,6 +6,7 @@
 #include "cuda_status.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
+#include "py_reduce.h"
 #include "py_tap.h"
 
 namespace py = pybind11;
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe", [] { return c10::str("cpu, ", cpu_features()); });
   m.def("cuda_status", &cuda_status);
   m.def("cuda_capability", &cuda_capability);
+  m.add_object("reduce_at_once", py::reinterpret_steal<py::object>(PyCFunction_New(&reduce_at_once, nullptr)));
   m.def("call_natively", &PyTap::call_natively);
 
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")

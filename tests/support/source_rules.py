@@ -167,7 +167,7 @@ NATIVE_ROOMS = (
         "python",
         (
             ("cuda_status", "python_result"),
-            ("plain", "py_callable"),
+            ("plain", "py_callable", "py_reduce"),
             ("py_tap",),
             ("module",),
         ),

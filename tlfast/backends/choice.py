@@ -202,6 +202,11 @@ def reduce_into(
         tensor([[2., 3.]])
     """
     who = "reduce_into"
+    if not torch.compiler.is_compiling():
+        # Where the tensors are plain and small, torch's dispatcher costs more than the work.
+        at_once = native()
+        if at_once is not None and at_once.reduce_at_once(out, grad, reduce, over, mask, scale):
+            return out
     one_of(who, "reduce", reduce, REDUCTIONS)
     dims = parse_over(who, over)
     # Before the op is called: a tensor of another class would take the call over.
