@@ -115,13 +115,12 @@ void Backwards::look_around() {
   autograd::Engine::get_default_engine().queue_callback([ended] {});
 }
 
-bool Backwards::enter_forward() {
+void Backwards::enter_forward() {
   const int64_t task = current_task();
-  if (task == -1 || !active) return false;
+  if (task == -1 || !active) return;
   std::lock_guard<std::mutex> lock(mutex_);
   // One inside another that isn't known waits for its first gradient.
   if (!find(task) && !nested() && task != task_around_) open(task);
-  return true;
 }
 
 bool Backwards::nested() const { return n_backwards() > n_around_ + 1; }
@@ -206,10 +205,11 @@ void Backwards::check_rows(const Point& point, Backward& run, int64_t n) {
 
 void Backwards::end(int64_t task) {
   const at::NoGradGuard no_grad;
+  std::shared_ptr<Backward> run;  // outlives the lock: to free a mask may take the GIL
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = running_.find(task);
-  if (found == running_.end() || !found->second->block || !active) return abort_locked(task);
-  const auto run = found->second;
+  if (found != running_.end()) run = found->second;
+  if (!run || !run->block || !active) return abort_locked(task);
   for (const c10::Stream& caller : run->join_streams())
     for (const auto& column : ledger->columns) column->rows.used_on(caller);
   std::vector<int64_t> missing;
@@ -271,7 +271,9 @@ void Backwards::note_others(Point& point, std::string others) {
 }
 
 void Backwards::abort(int64_t task) {
+  std::shared_ptr<Backward> run;  // as in `end`
   std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto found = running_.find(task); found != running_.end()) run = found->second;
   abort_locked(task);
 }
 
@@ -286,10 +288,11 @@ void Backwards::abort_locked(int64_t task) {
 }
 
 void Backwards::leave(int64_t task, bool ended_well) {
+  std::shared_ptr<Backward> run;  // as in `end`
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = running_.find(task);
   if (found == running_.end()) return;
-  const auto run = found->second;
+  run = found->second;
   if (run->root != task) {
     run->spoilt |= !ended_well;  // its gradients lie among the others
     running_.erase(found);

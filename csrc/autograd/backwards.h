@@ -32,9 +32,8 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   // Count a point, before the first backward.
   void add(const std::shared_ptr<Point>& point);
 
-  // A captured module runs forward; inside a backward (of a checkpoint, a hook) that is the step to come. Returns
-  // whether it is inside one.
-  bool enter_forward();
+  // A captured module runs forward; inside a backward (of a checkpoint, a hook) that is the step to come.
+  void enter_forward();
 
   // Find the running backward and its rows; every check that needs no gradient values is made here.
   struct Begun {

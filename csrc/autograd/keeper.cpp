@@ -32,6 +32,9 @@ void ColumnsKeeper::gradient(const Call& call, const at::Tensor& grad) {
   Pending& held = run->pending[point.index];
   const auto mask = run->mask_on(grad.device());
   const Place place = block->place();
+  // Both are of the moment before the first column: `held` changes below, and other threads make calls.
+  const bool alone = call.alone() && !held.sum.defined();
+  const bool written = n_fired > 1 && !held.sum.defined();  // by a call that was taken for the only one
   bool summed = false;
   for (size_t number = 0; number < columns_.size(); ++number) {
     Column& column = *columns_[number];
@@ -41,14 +44,13 @@ void ColumnsKeeper::gradient(const Call& call, const at::Tensor& grad) {
         held.parts[number].push_back(column.part(place, grad, mask, run->scale));
         break;
       case Calls::sum:
-        if (!call.alone() || held.sum.defined()) {
+        TORCH_CHECK(!written, broken_rule(point.who, "a point", "fire as often as it was called since the last step",
+                                          "once more", "Run one backward for each forward."));
+        if (!alone) {
           column.check(grad);
           if (!std::exchange(summed, true)) add_to(held, point.who, grad);
           break;
         }
-        TORCH_CHECK(n_fired == 1,
-                    broken_rule(point.who, "a point", "fire as often as it was called since the last step", "once more",
-                                "Run one backward for each forward."));
         [[fallthrough]];
       case Calls::raise:
       case Calls::last:
@@ -60,7 +62,7 @@ void ColumnsKeeper::gradient(const Call& call, const at::Tensor& grad) {
 
 void CacheKeeper::gradient(const Call& call, const at::Tensor& grad) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  cache_->gradient(place_, grad, calls_ == Calls::sum && !call.alone());
+  cache_->gradient(place_, grad, calls_ == Calls::sum, call.alone());
 }
 
 }  // namespace tlfast

@@ -145,6 +145,7 @@ void Tap::forward_pre() {
   if (!backwards->active) return;
   backwards->enter_forward();
   point->last_call = ++backwards->n_calls;
+  if (!at::GradMode::is_enabled()) unseen_since_ = backwards->ledger->n_ended.load();
 }
 
 void Tap::called_with_full_hook() {

@@ -54,7 +54,12 @@ class Tap : public std::enable_shared_from_this<Tap> {
   friend struct Call;
   Tap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper);
 
+  // Whether the module ran without a graph since the last step: calls whose gradients come of another forward, of a
+  // reentrant checkpoint, or by a full backward hook, are among none that are counted.
+  bool unseen() const { return unseen_since_ == backwards->ledger->n_ended; }
+
   std::atomic<int64_t> n_in_flight_{0};  // calls whose gradients may still come
+  std::atomic<int64_t> unseen_since_{-1};
   std::atomic<int64_t> seen_ended_{-1};  // with full hooks: when the calls in flight were counted from 0
   std::atomic<bool> recomputed_{false};  // and whether the last of them was a recomputation
 };
@@ -67,9 +72,10 @@ struct Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  // Whether no other call of the point can fire in the backward in which this one fires first: else the gradients of
-  // all of them may have to be added up.
-  bool alone() const { return !recomputed && tap->n_in_flight_ <= 1; }
+  // Whether no other call of the point is known that may fire in the backward in which this one fires first: else the
+  // gradients of all of them have to be added up. Where another one comes nevertheless, made inside the backward, say,
+  // that is an error.
+  bool alone() const { return !recomputed && !tap->unseen() && tap->n_in_flight_ <= 1; }
 
   const std::shared_ptr<Tap> tap;
   const Of of;

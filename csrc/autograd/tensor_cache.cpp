@@ -2,6 +2,7 @@
 #include "tensor_cache.h"
 
 #include <ATen/Functions.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include "kernel/errors.h"
 
@@ -23,16 +24,31 @@ void TensorCache::output(size_t point, const at::Tensor& output) {
   place.output = kept;
 }
 
-void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum) {
+void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum, bool alone) {
   Place& place = places_[point];
   // The tensor itself is held: autograd adds to a buffer, or lets a leaf have it, only if nobody else holds it.
   const at::Tensor given = grad.requires_grad() ? grad.detach() : grad;
-  const at::Tensor kept = place.select && !sum ? place.select(given) : given;
+  const int64_t task = torch::autograd::get_current_graph_task_id();
+  bool first, selects;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!place.clash.empty()) return;
+    first = !place.has_gradient;
+    if (alone && (first || place.task != task)) sum = false;  // the first of its backward, and the only one
+    selects = place.select && !sum;
+    if (sum && !first && !place.summed && place.select) {  // what was selected can't be added to
+      place.clash = broken_rule("capture at " + place.name, "a point", "make no call inside a backward that reaches it",
+                                "another one after the first gradient", "Choose calls=\"last\".");
+      place.gradient = at::Tensor();
+      return;
+    }
+  }
+  const at::Tensor kept = selects ? place.select(given) : given;
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!place.clash.empty()) return;
-  const bool first = !std::exchange(place.has_gradient, true);
-  if (first) gradients_.push_back(point);
+  if (!std::exchange(place.has_gradient, true)) gradients_.push_back(point);
   place.summed = sum;
+  place.task = task;
   place.dtype = given.scalar_type();
   if (sum && on_gpu(given)) {
     const c10::Stream here = current_stream(given.device());

@@ -25,8 +25,8 @@ class TensorCache {
   // Keep an output in place of the one before; undefined stands for an output that is no tensor.
   void output(size_t point, const at::Tensor& output);
 
-  // Keep a gradient in place of the one before, or add it to that.
-  void gradient(size_t point, const at::Tensor& grad, bool sum);
+  // Keep a gradient in place of the one before; with `sum` add it to that, but where it is `alone` in its backward.
+  void gradient(size_t point, const at::Tensor& grad, bool sum, bool alone);
 
   // (point, tensor) of all that was kept, in the order in which the points came first.
   using Kept = std::vector<std::pair<size_t, at::Tensor>>;
@@ -47,6 +47,7 @@ class TensorCache {
     bool has_output = false, has_gradient = false;
     std::string clash;    // why its gradients can't be added up
     bool summed = false;  // the gradient is the sum so far, nothing of which was selected yet
+    int64_t task = -1;    // in which the gradient was kept
     at::ScalarType dtype = at::ScalarType::Undefined;  // of the gradients that are summed
     std::optional<c10::Stream> stream;                 // of a GPU, on which the sum was made
   };

@@ -46,9 +46,10 @@ PyTap& tap_of(PyObject* hook) {
   static PyObject* const name = PyUnicode_InternFromString("tap");
   const auto tap = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name));
   if (!tap) throw py::error_already_set();
-  TORCH_CHECK_TYPE(py::isinstance<PyTap>(tap),
+  py::detail::make_caster<PyTap> native;
+  TORCH_CHECK_TYPE(native.load(tap, /*convert=*/false) && !tap.is_none(),
                    broken_rule("capture", "a hook's tap", "be a native one", type_name(tap), "Leave it as it was."));
-  return tap.cast<PyTap&>();
+  return py::detail::cast_op<PyTap&>(native);
 }
 
 // What a hook is called with, for the call of a hook may come from anywhere.

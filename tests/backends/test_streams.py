@@ -226,7 +226,7 @@ def test_a_sum_in_a_cache_over_several_streams(gpu):
     ops.start_notes()
     for number in (1, 2):
         ops.set_stream(number)
-        cache.gradient(0, torch.ones(2), summed=True)
+        cache.gradient(0, torch.ones(2), sum=True, alone=False)
     ops.set_stream(0)
     notes = ops.take_notes()
     made = next(note.split()[2] for note in notes if note.startswith("record 1"))

@@ -6,6 +6,7 @@ import math
 import pytest
 import simt_build
 import torch
+from checkout import ROOT, SUPPORT
 from comparison import assert_captured, assert_same_bits, rounded_once, tolerance, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,8 +187,7 @@ print(n)
 
 @pytest.mark.long
 def test_no_access_out_of_bounds():
-    here = simt_build.HERE
     simt_build.library("capture_simt.cpp", sanitize=True)
-    done = simt_build.run_sanitized(SOME_OF_THE_TABLE, str(simt_build.ROOT), str(here.parent), str(here))
+    done = simt_build.run_sanitized(SOME_OF_THE_TABLE, str(ROOT), str(SUPPORT))
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout) > 200

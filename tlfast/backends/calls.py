@@ -31,7 +31,7 @@ class Call:
 
     @property
     def alone(self) -> bool:
-        """Whether no other call of the point can fire in the backward in which this one fires first: else the
-        gradients of all of them may have to be added up.
+        """Whether no other call of the point is known that may fire in the backward in which this one fires first: else
+        the gradients of all of them have to be added up. Where another one comes nevertheless, that is an error.
         """
-        return not self.recomputed and self.tap.n_in_flight <= 1
+        return not self.recomputed and not self.tap.unseen and bool(self.tap.n_in_flight <= 1)

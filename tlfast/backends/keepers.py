@@ -41,21 +41,24 @@ class ColumnsKeeper(Keeper):
         run, block = call.tap.backwards.begin(point, grad.shape, grad.device)
         held = run.pending.setdefault(point.index, Pending())
         mask, summed = run.mask_on(grad.device), False
+        # Both are of the moment before the first column: what is held changes below, and other threads make calls.
+        alone = call.alone and held.sum is None
+        written = run.fired[point.index] > 1 and held.sum is None  # by a call that was taken for the only one
         for number, column in enumerate(self.columns):
             if column.calls == "stack":
                 held.parts.setdefault(number, []).append(column.part(grad, mask, run.scale))
-            elif column.calls == "sum" and (not call.alone or held.sum is not None):
-                column.check(grad)
-                if not summed:
-                    _add_to(held, point.who, grad)
-                summed = True
-            elif column.calls == "sum" and run.fired[point.index] > 1:
+            elif column.calls == "sum" and written:
                 raise RuntimeError(
                     broken_rule(
                         point.who, "a point", "fire as often as it was called since the last step", "once more",
                         "Run one backward for each forward.",
                     )
                 )  # fmt: skip
+            elif column.calls == "sum" and not alone:
+                column.check(grad)
+                if not summed:
+                    _add_to(held, point.who, grad)
+                summed = True
             else:
                 column.write(block.base, grad, mask, run.scale)
 
@@ -87,7 +90,7 @@ class CacheKeeper(Keeper):
         self._place = cache.add(name, select)
 
     def gradient(self, call: Call, grad: torch.Tensor) -> None:
-        self._cache.gradient(self._place, grad, self._calls == "sum" and not call.alone)
+        self._cache.gradient(self._place, grad, self._calls == "sum", call.alone)
 
     def output(self, kept: torch.Tensor | None) -> None:
         self._cache.output(self._place, kept)

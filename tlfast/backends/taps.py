@@ -83,6 +83,9 @@ class Tap:
         self.point = Point(name, list(keeper.columns), len(backwards.points))
         self.who = self.point.who
         self.n_in_flight = 0  # calls whose gradients may still come
+        # When the module ran without a graph: calls whose gradients come of another forward, of a reentrant checkpoint,
+        # or by a full backward hook, are among none that are counted.
+        self._unseen_since = -1
         self.recomputed = False  # with full hooks: whether the last call was a recomputation
         self._seen_ended = -1  # and when the calls in flight were counted from 0
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
@@ -108,6 +111,13 @@ class Tap:
         self.backwards.enter_forward()
         self.backwards.n_calls += 1
         self.point.last_call = self.backwards.n_calls
+        if not torch.is_grad_enabled():
+            self._unseen_since = self.backwards.ledger.n_ended
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the module ran without a graph since the last step."""
+        return self._unseen_since == self.backwards.ledger.n_ended
 
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
         """Attach to the output's autograd edge; return the output to use instead where an identity is needed."""

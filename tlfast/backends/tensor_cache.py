@@ -21,6 +21,7 @@ class _Place:
         self.output: torch.Tensor | None = None
         self.gradient: torch.Tensor | None = None
         self.summed = False  # the gradient is the sum so far, nothing of which was selected yet
+        self.task = -1  # in which the gradient was kept
         self.dtype: torch.dtype | None = None  # of the gradients that are summed
         self.clash = ""  # why its gradients can't be added up
         self.stream: torch.cuda.Stream | None = None  # of a GPU, on which the sum was made
@@ -46,17 +47,26 @@ class TensorCache:
         place.output = place.select(output) if place.select and output is not None else output
         self._outputs.setdefault(point)
 
-    def gradient(self, point: int, grad: torch.Tensor, summed: bool) -> None:
-        """Keep a gradient in place of the one before, or add it to that."""
+    def gradient(self, point: int, grad: torch.Tensor, sum: bool, alone: bool) -> None:
+        """Keep a gradient in place of the one before; with ``sum`` add it, if it isn't ``alone`` in its backward."""
         place, here = self._places[point], current_stream(grad.device)
+        task = torch._C._current_graph_task_id()
         with self._lock:
             if place.clash:
                 return
             first = point not in self._gradients
+            if alone and (first or place.task != task):
+                sum = False  # the first of its backward, and the only one
+            if sum and not first and not place.summed and place.select:  # what was selected can't be added to
+                rule = "make no call inside a backward that reaches it"
+                got = "another one after the first gradient"
+                place.clash = broken_rule(f"capture at {place.name}", "a point", rule, got, 'Choose calls="last".')
+                place.gradient = None
+                return
             self._gradients.setdefault(point)
-            place.summed, place.dtype = summed, grad.dtype
-            if first or not summed:
-                place.gradient = place.select(grad) if place.select and not summed else grad
+            place.summed, place.task, place.dtype = sum, task, grad.dtype
+            if first or not sum:
+                place.gradient = place.select(grad) if place.select and not sum else grad
                 place.stream = here
                 return
             assert place.gradient is not None

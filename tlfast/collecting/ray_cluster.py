@@ -8,12 +8,15 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..dataset.errors import DatasetError, extra
 from ..dataset.format.commits import Commit, committed_names, read_commit, read_folder
 from ..dataset.format.description import read_description
 from ..dataset.format.plan import Unit
+from ..dataset.places.remote import url_of
+from ..dataset.write.unit_folder import sweep
 from ..errors import broken_rule
 from .checks import check_peaceful
 from .from_text import Collection
@@ -73,6 +76,8 @@ def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:
     finally:
         if ours:
             ray.shutdown()  # which ends the tasks too
+        if url_of(settings.out) is None:
+            sweep(Path(settings.out))  # one that was ended by force may have left a part of a unit
 
 
 def start(ray: Any) -> None:

@@ -129,9 +129,7 @@ class OwnFolder:
     def begin(self, description: Description, done: set[str], who: str) -> set[str]:
         """Remove the temporary files of writers that are dead."""
         check_folders(self.folder, who)
-        for folder in (self.folder, *(self.folder / name for name in (*FOLDERS, EXTENSIONS))):
-            if folder.is_dir() and not folder.is_symlink():
-                remove_stale(folder)
+        sweep(self.folder)
         return set()
 
     def still_there(self) -> bool:
@@ -164,3 +162,10 @@ class OwnFolder:
         self._held = None
         if self._close is not None:
             self._close()
+
+
+def sweep(out: Path) -> None:
+    """Remove the temporary files in a dataset's folder whose writers are dead."""
+    for folder in (out, *(out / name for name in (*FOLDERS, EXTENSIONS))):
+        if folder.is_dir() and not folder.is_symlink():
+            remove_stale(folder)
