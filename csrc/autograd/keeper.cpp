@@ -3,6 +3,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <algorithm>
+
 #include "kernel/errors.h"
 #include "tap.h"
 
@@ -25,6 +27,11 @@ void add_to(Pending& held, const std::string& who, const at::Tensor& grad) {
 
 }  // namespace
 
+ColumnsKeeper::ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns)
+    : columns_(std::move(columns)), sums_(std::any_of(columns_.begin(), columns_.end(), [](const auto& column) {
+        return column->calls == Calls::sum;
+      })) {}
+
 void ColumnsKeeper::gradient(const Call& call, const at::Tensor& grad) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const Point& point = *call.tap->point;
@@ -33,8 +40,8 @@ void ColumnsKeeper::gradient(const Call& call, const at::Tensor& grad) {
   const auto mask = run->mask_on(grad.device());
   const Place place = block->place();
   // Both are of the moment before the first column: `held` changes below, and other threads make calls.
-  const bool alone = call.alone() && !held.sum.defined();
-  const bool written = n_fired > 1 && !held.sum.defined();  // by a call that was taken for the only one
+  const bool alone = sums_ && call.alone() && !held.sum.defined();
+  const bool written = sums_ && n_fired > 1 && !held.sum.defined();  // by a call that was taken for the only one
   bool summed = false;
   for (size_t number = 0; number < columns_.size(); ++number) {
     Column& column = *columns_[number];

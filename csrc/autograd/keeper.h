@@ -30,12 +30,13 @@ class Keeper {
 // Columns of rows.
 class ColumnsKeeper : public Keeper {
  public:
-  explicit ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns) : columns_(std::move(columns)) {}
+  explicit ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns);
   void gradient(const Call& call, const at::Tensor& grad) override;
   std::vector<std::shared_ptr<Column>> columns() const override { return columns_; }
 
  private:
   const std::vector<std::shared_ptr<Column>> columns_;
+  const bool sums_;  // whether one of them adds up the gradients of several calls
 };
 
 // A cache of whole tensors; several calls are summed, or the last to fire is kept.
