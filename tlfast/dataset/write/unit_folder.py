@@ -79,7 +79,8 @@ class OwnFolder:
     def __init__(self, store: WriteFolder) -> None:
         self.folder = store.folder
         self._store = store
-        self._held: int | None = None
+        self._held: int | None = None  # None where the mount has no locks, too
+        self._released = False
         self._close: finalize[..., OwnFolder] | None = None
 
     def freed(self, removed: Sequence[str]) -> int:
@@ -134,6 +135,8 @@ class OwnFolder:
 
     def still_there(self) -> bool:
         """Whether no other process has put another dataset in the place of this one."""
+        if self._released:  # then nobody keeps others from it
+            return False
         if self._held is None:
             return True
         with suppress(OSError):
@@ -159,7 +162,7 @@ class OwnFolder:
 
     def release(self, wait: bool) -> None:
         """Give up the lock."""
-        self._held = None
+        self._released, self._held = True, None
         if self._close is not None:
             self._close()
 
