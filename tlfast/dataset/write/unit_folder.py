@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from weakref import finalize
 
+from ..errors import DatasetError
 from ..format.commits import FOLDERS, check_folders
 from ..format.description import FILE_NAME, Description, read_description
 from ..format.extension import FOLDER as EXTENSIONS
@@ -92,8 +93,9 @@ class OwnFolder:
 
         Of several who find it one removes it; the others wait, and then find what the first has made in its place.
         """
-        if self._is(description, who):
-            return
+        with suppress(DatasetError):  # one that another removes meanwhile; what is damaged is found again below
+            if self._is(description, who):
+                return
         with locked(self.folder):  # whose file stays: others wait for it
             if not holds_dataset(self._store, who) or self._is(description, who):
                 return
