@@ -181,7 +181,7 @@ def test_info_and_verify_of_an_incomplete_dataset(folder, tmp_path, capsys):
     config.write_text("")  # as of a dataset that the function made
     capsys.readouterr()
     assert main(["info", str(tmp_path / "out")]) == 0
-    assert "1 units are missing; tlfast.collect(...), called again as it was, makes them\n" in capsys.readouterr().out
+    assert "1 units are missing; the program that wrote it, run again, makes them\n" in capsys.readouterr().out
 
 
 def test_verify_finds_a_flipped_bit(folder, tmp_path, capsys):

@@ -257,6 +257,30 @@ WORDS = {
         ["verify", "--repiar", "/nope"],
         "tlfast verify: the argument must be one dataset folder, got --repiar /nope. Nearest: --repair.",
     ),
+    "--to twice": (
+        ["export", "/nope", "--to", "npy", "--to=arrow"],
+        "tlfast export: --to must be given once, got it twice. Leave one out.",
+    ),
+    "--points of export twice": (
+        ["export", "/nope", "--to", "npy", "--points", "a", "--points", "b"],
+        "tlfast export: --points must be given once, got it twice. Put all its values behind one.",
+    ),
+    "--out of report twice": (
+        ["report", "--out", "a", "/nope", "--out", "b"],
+        "tlfast report: --out must be given once, got it twice. Leave one out.",
+    ),
+    "--revision twice": (
+        ["push", "/nope", "me/it", "--revision", "a", "--revision", "b"],
+        "tlfast push: --revision must be given once, got it twice. Leave one out.",
+    ),
+    "a switch twice": (
+        ["verify", "/nope", "--repair", "--repair"],
+        "tlfast verify: --repair must be given once, got it twice. Leave one out.",
+    ),
+    "behind two dashes": (
+        ["info", "--json", "--", "--json"],
+        "open_dataset: path must be the folder of a dataset, got --json, no such folder. Check the path.",
+    ),
     "doctor with a word": (
         ["doctor", "me"],
         "tlfast doctor: the argument must be left out, got me. Unrecognized arguments: me.",

@@ -14,7 +14,7 @@ from tiny_models import collect_words, complaint_of, save_model, save_text, unit
 import tlfast
 from tlfast.cli import main
 from tlfast.commands import bar
-from tlfast.dataset import DatasetWriter, Plan
+from tlfast.dataset import Column, DatasetWriter, Example, Plan
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,21 @@ def test_repair_and_the_command_that_it_prints(folder, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("ok: 24 rows in 3 units")
 
 
+@pytest.mark.parametrize("config", ["", {"seed": 3}, "just: [words"])
+def test_what_another_program_wrote_is_not_collected_again(tmp_path, capsys, config):
+    out, plan = tmp_path / "d", Plan(2, 1)
+    with DatasetWriter(out, header={}, columns={"h": (torch.float32, (2,))}, plan=plan, config=config) as writer:
+        for unit in plan.units:
+            writer.write_unit(unit, {"h": torch.ones(1, 2)}, [Example(unit.start, [1], "a", 0, 1)])
+    data = out / "data" / "u000001.safetensors"
+    data.write_bytes(data.read_bytes()[:-1] + b"\xff")
+    assert main(["verify", "--repair", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "to make them again: run the program that wrote it again"
+    assert main(["info", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "incomplete    1 units are missing; the program that wrote it, run again, makes them\n" in shown
+
+
 def test_repair_refuses_a_damaged_description(folder, tmp_path, capsys):
     shutil.copytree(folder / "out", tmp_path / "out")
     (tmp_path / "out" / "dataset.json").write_text("{}")
@@ -64,6 +79,20 @@ def test_export_lies_beside_the_dataset_or_where_it_is_told(folder, tmp_path, ca
     assert sorted(os.listdir(tmp_path / "arrays")) == [
         "ids.npy", "points.json", "transformer.h.0.npy", "transformer.h.1.npy",
     ]  # fmt: skip
+
+
+def test_export_names_the_points_that_it_can_export(tmp_path, capsys):
+    plan, columns = Plan(1, 1), {name: Column(torch.float32, (2,), per="token") for name in ("t", "u")}
+    columns |= {name: Column(torch.float32, (2,)) for name in ("h.0", "h 1")}
+    with DatasetWriter(tmp_path / "d", header={}, columns=columns, plan=plan) as writer:
+        writer.write_unit(plan.unit(0), {name: torch.ones(1, 2) for name in columns}, [Example(0, [1], "a", 0, 1)])
+    words = ["export", str(tmp_path / "d"), "--to", "npy"]
+    text = complaint_of(capsys, words)
+    assert text == (
+        "export_dataset: point 't' must have a row for each example, got one per token. "
+        "Leave it out, and read ds['t']. These have one: 'h.0', 'h 1'."
+    )
+    assert main([*words, "--points", "h.0", "h 1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,16 @@ class Arguments(argparse.ArgumentParser):
     def read(self, args: Sequence[str]) -> argparse.Namespace:
         """Parse the words behind the command."""
         self._got = " ".join(args) or "nothing"
+        self._check_given_once(args)
         return self.parse_args(args)
+
+    def _check_given_once(self, args: Sequence[str]) -> None:
+        # argparse keeps the last one and says nothing of those before.
+        flags = [word.partition("=")[0] for word in args[: args.index("--") if "--" in args else None]]
+        for flag, action in self._option_string_actions.items():
+            if flags.count(flag) > 1:
+                remedy = "Put all its values behind one." if action.nargs == "+" else "Leave one out."
+                raise ValueError(broken_rule(self.prog, flag, "be given once", "it twice", remedy))
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

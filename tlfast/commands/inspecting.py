@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+from ..collecting.settings import load_settings
 from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify_dataset
 from ..dataset.errors import NoDataset
 from ..dataset.format.commits import file_sizes
 from ..dataset.format.coverage import Part, completeness
-from ..dataset.format.description import CONFIG, MAX_BYTES, read_description
+from ..dataset.format.description import CONFIG, read_description
 from ..dataset.format.layout import notes_of
-from ..dataset.places.store import as_store
 from .arguments import FAILED, OK, Arguments
 from .bar import bar
 from .doctor import diagnose
@@ -40,13 +39,14 @@ def info(args: list[str]) -> int:
     return OK
 
 
-def _completing(path: str) -> str:
-    """What completes a dataset: the command, where its settings were kept; else whoever called the function."""
+def _command_for(path: str) -> str | None:
+    """The command that completes a dataset, where `tlfast collect` began it; None where a program of a user's did."""
+    config = f"{path.rstrip('/')}/{CONFIG}"
     try:
-        kept = as_store(path).read(CONFIG, "info", MAX_BYTES)
-    except (DatasetError, OSError):
-        kept = b""
-    return f"`tlfast collect {path}/{CONFIG}`" if kept.strip() else "tlfast.collect(...), called again as it was,"
+        load_settings(config)
+    except (ImportError, OSError, ValueError):  # empty, or what another program kept there
+        return None
+    return f"tlfast collect {shlex.quote(config)}"
 
 
 def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> None:
@@ -59,7 +59,9 @@ def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> Non
     if reasons:
         print(f"skipped       {_reasons(reasons)}")
     if absent:
-        print(f"incomplete    {absent} units are missing; {_completing(info['path'])} makes them")
+        command = _command_for(info["path"])
+        maker = f"`{command}`" if command else "the program that wrote it, run again,"
+        print(f"incomplete    {absent} units are missing; {maker} makes them")
     for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
         if part in header:
             print(f"{part:<13} {_line(header[part])}")
@@ -116,7 +118,7 @@ def verify(args: list[str]) -> int:
         report = (repair_dataset if wanted.repair else verify_dataset)(wanted.dir, progress=progress)
     print(report)
     if isinstance(report, Repair) and report.dropped:
-        print(f"to make them again: tlfast collect {shlex.quote(str(Path(wanted.dir) / 'config.yaml'))}")
+        print(f"to make them again: {_command_for(wanted.dir) or 'run the program that wrote it again'}")
     return OK if report.ok else FAILED
 
 

@@ -40,6 +40,11 @@ def test_the_first_version_that_suffices(column, version):
             (F32,),
             "who: column 'h' must be a pair or a Column, got (torch.float32,). Give the dtype and the shape of a row",
         ),
+        (
+            Column(F32, 4),
+            "who: shape of 'h' must be a tuple, the shape of one row, got 4. Write (4,).",
+        ),
+        ((F32, "4"), "who: shape of 'h' must be a tuple, the shape of one row, got '4'. Give a tuple of ints."),
         (F32, "who: column 'h' must be a pair or a Column, got torch.float32."),
         (Column(F32, (2,), of=""), "who: of of 'h' must be 1 to 64 printable characters, got ''."),
         (Column(F32, (2,), of="a\nb"), "who: of of 'h' must be 1 to 64 printable characters, got 'a\\nb'."),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dataset_cases import same_bits
 from kinds_cases import COLUMNS, LENGTHS, PLAN, example, make_writer, n_rows, rows_of, truth, write_units
+from torch.utils.data import DataLoader
 
 from tlfast.dataset import DatasetWriter, RowDataset, ShuffledBatches, join_datasets, open_dataset
 
@@ -159,3 +160,22 @@ def test_what_it_says_of_itself(ds):
     assert "float32, act, per token, as int8" in ds._repr_html_()
     assert [n_rows("t", i) for i in range(N)] == LENGTHS
     assert "tokens" not in ds.examples[0]
+
+
+def test_what_only_other_columns_have_is_an_error_with_a_hint(ds):
+    joined = join_datasets(ds, ds)
+    assert joined.left["h"].shape == (N, 3)
+    message = "TokenColumn: shape must be asked of a column per example, got 't', per token. See column.flat.shape and"
+    for column in (ds["t"], joined.left["t"]):
+        with pytest.raises(AttributeError, match=re.escape(message)):
+            column.shape  # noqa: B018 (it raises)
+    message = "join_datasets: flat must be asked of a dataset's own column, got the joined 't'. Index it by rows of the"
+    with pytest.raises(AttributeError, match=re.escape(message)):
+        joined.left["t"].flat  # noqa: B018 (it raises)
+    assert joined.left.ds["t"].flat.shape == (sum(LENGTHS), 5)
+
+
+def test_a_loader_of_them_makes_lists(ds):
+    batches = list(DataLoader(RowDataset(ds, points=["t"], input_ids=True), batch_size=3, collate_fn=list))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert all(same_bits(item["t"], ds["t"][item["id"]]) for batch in batches for item in batch)

@@ -1,6 +1,7 @@
 """Datasets as torch's own two kinds: every row exactly once, in an order that can be gone on with."""
 
 import pickle
+import re
 from itertools import islice
 
 import pytest
@@ -238,3 +239,14 @@ def test_an_error_of_the_background_comes_out(tmp_path):
     (tmp_path / "data" / "u000002.safetensors").write_bytes(b"x")
     with pytest.raises(DatasetError, match=r"u000002.safetensors must have \d+ bytes, got 1"):
         list(rows)
+
+
+@pytest.mark.parametrize("seed", [2**70, 2**63, -(2**63) - 1])
+def test_a_seed_that_would_give_the_order_of_another_is_refused(ds, seed):
+    text = re.escape(f"ShuffledBatches: seed must be in -2**63..2**63-1, got {seed}. Give one of 64 bits.")
+    with pytest.raises(ValueError, match=text):
+        ShuffledBatches(ds, 2, seed=seed)
+    with pytest.raises(TypeError, match=r"^ShuffledBatches: seed must be an int, got 0\.5\. Give a whole number\.$"):
+        ShuffledBatches(ds, 2, seed=0.5)
+    orders = [[i for b in ShuffledBatches(ds, 2, seed=s) for i in b["id"].tolist()] for s in (-(2**63), 2**63 - 1, 0)]
+    assert len(set(map(tuple, orders))) == 3

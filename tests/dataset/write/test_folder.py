@@ -36,6 +36,7 @@ from tlfast.dataset import (
     open_dataset,
     verify_dataset,
 )
+from tlfast.dataset.write import unit_folder
 
 
 def test_a_folder_of_someone_else_is_refused(tmp_path):
@@ -171,6 +172,21 @@ def test_several_who_find_remains_begin_one_dataset(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         writers = list(pool.map(begin, [k % PLAN.n_units for k in range(4)]))
     assert {writer.description.config_hash for writer in writers} == {make_writer(tmp_path).description.config_hash}
+    check_rows(open_dataset(tmp_path), truth())
+
+
+def test_remains_that_another_replaces_while_they_are_read(tmp_path, monkeypatch):
+    unused(tmp_path)
+    read, first = unit_folder.read_description, iter([True])
+
+    def replaced_meanwhile(*args):
+        if next(first, False):
+            make_writer(tmp_path, replace_unused=True)
+            raise DatasetError("an extension that is gone")
+        return read(*args)
+
+    monkeypatch.setattr(unit_folder, "read_description", replaced_meanwhile)
+    write_units(make_writer(tmp_path, replace_unused=True))
     check_rows(open_dataset(tmp_path), truth())
 
 

@@ -126,6 +126,85 @@ def test_rows_that_do_not_fit(tmp_path, changes, message):
     assert not data_bytes(writer.out)
 
 
+def codes(name="q", *, code=0, scale=1.0, others=1.0):
+    """Codes and scales of a column's rows in the first unit: one code and the scale of the last block, of one row."""
+    made = encode(given()[name], COLUMNS[name].encoding)
+    made.codes.zero_()
+    made.codes[1].view(-1)[-1] = code
+    made.scales.fill_(others)
+    made.scales[1].view(-1)[-1] = scale
+    return made
+
+
+LARGEST = torch.finfo(torch.float32).max
+NORMAL = 2.0**-126
+SCALES = "have scales that are NaN, or finite and 2**-126 or more"
+
+
+@pytest.mark.parametrize("name", ["q", "tq"])
+@pytest.mark.parametrize(
+    "values, broken",
+    [
+        ({"code": -128}, "have codes from -127 to 127, got -128."),
+        ({"scale": -1.0}, f"{SCALES}, got -1.0."),
+        ({"scale": 0.0}, f"{SCALES}, got 0.0."),
+        ({"scale": torch.inf}, f"{SCALES}, got inf."),
+        ({"scale": NORMAL / 2}, f"{SCALES}, got {NORMAL / 2}."),
+        ({"code": 1, "scale": torch.nan}, "have codes of 0 where the scale is NaN, got another."),
+        ({"code": -127, "scale": LARGEST / 100}, "decode to finite values, got one that overflows."),
+    ],
+)
+def test_codes_and_scales_that_no_rows_have(tmp_path, name, values, broken):
+    writer = make_writer(tmp_path / "d")
+    remedy = "Give the rows themselves: they are encoded here."
+    with pytest.raises(DatasetError, match=re.escape(f"DatasetWriter: tensors[{name!r}] must {broken} {remedy}")):
+        writer.write_unit(UNIT, given(**{name: codes(name, **values)}), EXAMPLES)
+    assert not data_bytes(writer.out)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"code": -127},
+        {"code": 127, "scale": NORMAL},
+        {"code": 0, "scale": torch.nan},
+        {"code": 90, "scale": LARGEST / 100},
+        {"code": 0, "scale": LARGEST},
+        {"code": 5, "others": torch.nan},
+    ],
+)
+def test_codes_and_scales_at_the_bounds_are_taken(tmp_path, values):
+    writer = make_writer(tmp_path / "d")
+    q = codes(**values)
+    writer.write_unit(UNIT, given(q=q), EXAMPLES)
+    ds = open_dataset(tmp_path / "d", partial=True)
+    stored = ds.raw("q")[:]
+    assert torch.equal(stored.codes, q.codes)
+    assert torch.equal(stored.scales.nan_to_num(-1), q.scales.nan_to_num(-1))
+    assert [bool(row["flags"] & 1) for row in ds.examples[:]] == ds["q"][:].isnan().any(1).tolist()
+
+
+DENSE = "DatasetWriter: tensors['{}'] must be a dense torch.Tensor, got a {}. "
+
+
+@pytest.mark.parametrize(
+    "name, make, text",
+    [
+        ("h", lambda h: h.tolist(), DENSE.format("h", "list") + "Use torch.stack or torch.as_tensor."),
+        ("h", tuple, DENSE.format("h", "tuple") + "Use torch.stack or torch.as_tensor."),
+        ("h", lambda h: h.float().numpy(), DENSE.format("h", "ndarray") + "Use torch.stack or torch.as_tensor."),
+        ("q", list, DENSE.format("q", "list") + "Use torch.stack or torch.as_tensor."),
+        ("q", lambda q: Encoded([1], [2]), DENSE.format("q:codes", "list") + "Use torch.stack or torch.as_tensor."),
+        ("h", torch.Tensor.to_sparse, DENSE.format("h", "tensor of layout torch.sparse_coo") + "Use .to_dense()."),
+    ],
+)
+def test_what_is_no_dense_tensor(tmp_path, name, make, text):
+    writer = make_writer(tmp_path / "d")
+    with pytest.raises(DatasetError, match=re.escape(text)):
+        writer.write_unit(UNIT, given(**{name: make(given()[name])}), EXAMPLES)
+    assert not data_bytes(writer.out)
+
+
 @pytest.mark.parametrize("length", [-1, 1.0, None])
 def test_lengths_that_count_nothing(tmp_path, length):
     writer = make_writer(tmp_path / "d")

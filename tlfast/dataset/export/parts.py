@@ -21,6 +21,11 @@ GRADIENTS = "grad:"  # a point's rows stand in the column "grad:<point>", beside
 _WHO = "export_dataset"
 
 
+def _others(dataset: GradientDataset) -> str:
+    names = [repr(name) for name in dataset.points if dataset.column(name).per == "example"]
+    return f" These have one: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}." if names else ""
+
+
 @dataclass(frozen=True)
 class Part:
     """Some consecutive rows: their examples as an Arrow table, their gradients as arrays [rows, *row_shape]."""
@@ -46,7 +51,7 @@ class Rows:
         for point in points:
             dtype, row_shape, _, per, _ = dataset.column(point)
             if per != "example":
-                remedy = f"Leave it out, and read ds[{point!r}]."
+                remedy = f"Leave it out, and read ds[{point!r}].{_others(dataset)}"
                 raise dataset_error(_WHO, f"point {point!r}", "have a row for each example", "one per token", remedy)
             if not prod(row_shape):
                 rule = "have a value in each row"

@@ -91,6 +91,30 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, encoding: str, row_shape: 
     return values.view(codes.shape)
 
 
+def wrong_codes(given: Encoded, encoding: str, row_shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """Return the rule that codes or scales of the right shapes break, and what they have; None where they break none.
+
+    `encode` makes none of these, and a reader would take them for other values than their norms and flags say.
+    """
+    codes, scales = given
+    if not codes.numel():
+        return None
+    if int(codes.amin()) < -_LARGEST_CODE:
+        return f"have codes from -{_LARGEST_CODE} to {_LARGEST_CODE}", str(int(codes.amin()))
+    nan = scales.isnan()
+    wrong = ~(nan | ((scales >= SMALLEST_SCALE) & (scales < torch.inf)))
+    if wrong.any():
+        return "have scales that are NaN, or finite and 2**-126 or more", str(scales[wrong][0].item())
+    odd = (nan | (scales * _LARGEST_CODE).isinf()).view(len(scales), -1).any(1)  # the rows that are worth decoding
+    if odd.any():
+        codes, scales, nan = codes[odd.to(codes.device)].cpu(), scales[odd].cpu(), nan[odd].cpu()
+        if decode(codes, nan.float(), encoding, row_shape).any():
+            return "have codes of 0 where the scale is NaN", "another"
+        if decode(codes, scales.nan_to_num(nan=1.0), encoding, row_shape).isinf().any():
+            return "decode to finite values", "one that overflows"
+    return None
+
+
 def check_encoding(who: str, name: str, dtype: torch.dtype, row_shape: tuple[int, ...], encoding: object) -> str | None:
     """Return what is wrong with the encoding of a column, as an error's text; None where nothing is."""
     if encoding is None:

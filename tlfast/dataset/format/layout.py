@@ -141,6 +141,11 @@ def check_columns(who: str, columns: Mapping[Any, Any]) -> dict[str, Column]:
         if column.dtype not in DTYPE_NAMES:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPE_NAMES)
             raise dataset_error(who, f"dtype of {name!r}", f"be one of {known}", column.dtype, "Store as one of these.")
+        shape: Any = column.row_shape
+        if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
+            remedy = f"Write ({shape},)." if type(shape) is int else "Give a tuple of ints."
+            rule = "be a tuple, the shape of one row"
+            raise dataset_error(who, f"shape of {name!r}", rule, repr(shape)[:80], remedy)
         if any(type(size) is not int or not 0 <= size < 2**48 for size in column.row_shape):
             rule = "be non-negative ints below 2**48"
             raise dataset_error(who, f"shape of {name!r}", rule, list(column.row_shape), "Check the spec.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from ...errors import broken_rule
 from ..errors import dataset_error
 from .columns import row_numbers
 from .reader import GradientDataset
@@ -26,8 +27,20 @@ class JoinedColumn:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def flat(self) -> NoReturn:
+        """AttributeError: the examples of the join don't lie behind each other."""
+        got = f"the joined {self._column.name!r}"
+        remedy = "Index it by rows of the join, or take side.ds[point].flat, which has the tokens of all its examples."
+        raise AttributeError(broken_rule(_WHO, "flat", "be asked of a dataset's own column", got, remedy))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(rows of the join, *shape of a row)``; AttributeError for a point per token, as of a dataset's column."""
+        return (len(self), *self._column.shape[1:])
+
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Return the indexed rows as GradientColumn does."""
+        """Return the indexed rows as the dataset's column does."""
         chosen = index if isinstance(index, slice) else row_numbers(index, len(self))
         return self._column[self._rows[chosen]]
 

@@ -42,7 +42,8 @@ class RowDataset(Dataset[Batch]):
 
     Of a point per token the row is [length, *row shape], and a list of rows holds a list of them.
     A list of row numbers is read at once: ``DataLoader(rows, sampler=BatchSampler(...), batch_size=None)`` gives
-    batches without a copy more; ``DataLoader(rows, batch_size=...)`` works as well.
+    batches without a copy more; ``DataLoader(rows, batch_size=...)`` works as well. Where a point is per token, or with
+    ``input_ids``, examples differ in length: ``collate_fn=list`` makes a batch a list of items.
 
     Args:
         ds: an open dataset.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ...errors import broken_rule
 
 Array = np.ndarray[Any, Any]
 
@@ -23,6 +26,17 @@ def permutation(n: int, *key: int) -> Array:
     for part in key:
         state = int(_mix(np.array([(state ^ part) & (2**64 - 1)], np.uint64))[0])
     return np.argsort(_mix(np.arange(n, dtype=np.uint64) + np.uint64(state)), kind="stable")
+
+
+def check_seed(who: str, seed: Any) -> int:
+    """Return a seed as an int; TypeError or ValueError for what is none, or would give the order of another seed."""
+    try:
+        value = index(seed)
+    except TypeError:
+        raise TypeError(broken_rule(who, "seed", "be an int", repr(seed), "Give a whole number.")) from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(broken_rule(who, "seed", "be in -2**63..2**63-1", value, "Give one of 64 bits."))
+    return value
 
 
 def _mix(values: Array) -> Array:

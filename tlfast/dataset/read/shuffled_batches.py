@@ -19,7 +19,7 @@ from ...errors import broken_rule
 from .columns import GradientColumn, read_stretches
 from .reader import GradientDataset
 from .row_dataset import Batch, checked_points, per_example
-from .shuffle import Blocks, Group, share
+from .shuffle import Blocks, Group, check_seed, share
 
 BLOCK_BYTES = 768 << 10  # of one point: measured, from there on a disk reads blocks here and there as fast as a file
 _GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed
@@ -41,7 +41,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         ds: an open dataset; of a partial one the units that were there when it was opened.
         batch_size: rows of a batch; the last one of each worker may be shorter.
         points: names of points; all by default.
-        seed: together with ``set_epoch`` makes the order.
+        seed: of 64 bits, signed; together with ``set_epoch`` makes the order.
         shuffle: False for the order in which the rows lie.
         drop_last: leave out short batches, and so many others that every worker of every rank gives equally many.
         input_ids: whether batches hold the tokens as well: a list of int64 tensors.
@@ -86,7 +86,8 @@ class ShuffledBatches(IterableDataset[Batch]):
         self.mixed_blocks = _positive("mixed_blocks", mixed_blocks)
         self._columns()  # a point that can't be given is found here
         self.block_rows = self._block_rows() if block_rows is None else _positive("block_rows", block_rows)
-        self.seed, self.shuffle, self.drop_last, self.input_ids = seed, shuffle, drop_last, input_ids
+        self.seed = check_seed("ShuffledBatches", seed)
+        self.shuffle, self.drop_last, self.input_ids = shuffle, drop_last, input_ids
         self.rank, self.world_size = _place(rank, world_size)
         self._blocks = Blocks.cut(*ds.unit_bounds, self.block_rows)
         # In shared memory, so that workers that outlive an epoch see the next one.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from ...errors import broken_rule
 from ..format.row_table import ExampleTable
 from .columns import GradientColumn, row_numbers
 from .unit_files import UnitFiles
@@ -89,6 +90,12 @@ class TokenColumn:
     def dtype(self) -> torch.dtype:
         """The dtype of the rows."""
         return self.flat.dtype
+
+    @property
+    def shape(self) -> NoReturn:
+        """AttributeError: examples differ in length."""
+        rule, remedy = "be asked of a column per example", "See column.flat.shape and column.lengths()."
+        raise AttributeError(broken_rule("TokenColumn", "shape", rule, f"{self.name!r}, per token", remedy))
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import dataset_error
-from ..format.encodings import ENCODED_DTYPES, Encoded, encode
+from ..format.encodings import ENCODED_DTYPES, Encoded, encode, wrong_codes
 from ..format.layout import CODES, SCALES, Column, Field, has_tokens
 from ..format.norms import decoded_norms
 from ..format.plan import Example, Unit
@@ -98,8 +98,15 @@ def _fields(who: str, name: str, column: Column, n: int, given: torch.Tensor | E
         row = Field(column.dtype, column.row_shape, column.per)
         _check(who, name, column, n, given, row, ENCODED_DTYPES)
         given = encode(given.detach(), column.encoding)
-    for part, (field, expected) in zip(given, column.fields(name).items(), strict=True):
-        _check(who, field, column, n, part, expected)
+    else:
+        for part, (field, expected) in zip(given, column.fields(name).items(), strict=True):
+            _check(who, field, column, n, part, expected)
+        broken = wrong_codes(given, column.encoding, column.row_shape)
+        if broken is not None:
+            rule, got = broken
+            raise dataset_error(
+                who, f"tensors[{name!r}]", rule, got, "Give the rows themselves: they are encoded here."
+            )
     return dict(zip(column.fields(name), given, strict=True))
 
 
@@ -108,10 +115,14 @@ def _check(
     name: str,
     column: Column,
     n: int,
-    got: torch.Tensor,
+    got: Any,  # a user's
     expected: Field,
     dtypes: Sequence[torch.dtype] = (),
 ) -> None:
+    if not isinstance(got, torch.Tensor) or got.layout is not torch.strided or got.is_nested:
+        kind = f"a tensor of layout {got.layout}" if isinstance(got, torch.Tensor) else f"a {type(got).__name__}"
+        remedy = "Use .to_dense()." if isinstance(got, torch.Tensor) else "Use torch.stack or torch.as_tensor."
+        raise dataset_error(who, f"tensors[{name!r}]", "be a dense torch.Tensor", kind, remedy)
     shape = (n, *expected.row_shape)
     if tuple(got.shape) != shape or got.dtype not in (dtypes or (expected.dtype,)):
         rule = f"be {expected.dtype} {list(shape)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from weakref import finalize
 
+from ..errors import DatasetError
 from ..format.commits import FOLDERS, check_folders
 from ..format.description import FILE_NAME, Description, read_description
 from ..format.extension import FOLDER as EXTENSIONS
@@ -79,7 +80,8 @@ class OwnFolder:
     def __init__(self, store: WriteFolder) -> None:
         self.folder = store.folder
         self._store = store
-        self._held: int | None = None
+        self._held: int | None = None  # None where the mount has no locks, too
+        self._released = False
         self._close: finalize[..., OwnFolder] | None = None
 
     def freed(self, removed: Sequence[str]) -> int:
@@ -91,8 +93,9 @@ class OwnFolder:
 
         Of several who find it one removes it; the others wait, and then find what the first has made in its place.
         """
-        if self._is(description, who):
-            return
+        with suppress(DatasetError):  # one that another removes meanwhile; what is damaged is found again below
+            if self._is(description, who):
+                return
         with locked(self.folder):  # whose file stays: others wait for it
             if not holds_dataset(self._store, who) or self._is(description, who):
                 return
@@ -134,6 +137,8 @@ class OwnFolder:
 
     def still_there(self) -> bool:
         """Whether no other process has put another dataset in the place of this one."""
+        if self._released:  # then nobody keeps others from it
+            return False
         if self._held is None:
             return True
         with suppress(OSError):
@@ -159,7 +164,7 @@ class OwnFolder:
 
     def release(self, wait: bool) -> None:
         """Give up the lock."""
-        self._held = None
+        self._released, self._held = True, None
         if self._close is not None:
             self._close()
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...errors import broken_rule
 from ..errors import dataset_error, extra
 from ..format.card import dataset_card
 from ..format.commits import (
@@ -113,7 +114,7 @@ class DatasetWriter:
         self._native = pick_writer(_WHO, backend)
         self._store = as_write_store(out)
         self.bytes_written = 0
-        self._abandoned = False
+        self._abandoned = self._closed = False
         description = describe(_WHO, header, columns, plan, about)
         self._tokens_per_example = _tokens_per_example(description)
         self._units: UnitFolder
@@ -183,7 +184,9 @@ class DatasetWriter:
 
         Raises:
             DatasetError: where another process has extended the dataset by other examples, or the disk is too full.
+            RuntimeError: after `close`.
         """
+        self._check_open("extend", f"{n_examples} examples")
         new = self.description.extended(n_examples, examples)
         self._check_disk_space(n_examples, self.columns)
         publish_extension(self._store, new, as_yaml(config), (dataset_card(self.description), dataset_card(new)))
@@ -219,14 +222,20 @@ class DatasetWriter:
         Raises:
             DatasetError: for tensors or examples that are not the unit's.
             OSError: where the disk fails; nothing of the unit exists then.
+            RuntimeError: after `close`; nothing of the unit exists then.
             UploadError: where the upload of an earlier unit has failed.
         """
+        self._check_open("write_unit", unit.name)
         contents = self._checked(unit, tensors, examples, flags)
         self._units.wait_for_room()
         won = False
         if not self._is_committed(unit):
-            won = self._write(unit, contents, examples, [0] * len(unit) if flags is None else flags)
-            self._units.written(unit)
+            try:
+                won = self._write(unit, contents, examples, [0] * len(unit) if flags is None else flags)
+                self._units.written(unit)
+            except OSError:
+                self._check_open("write_unit", unit.name)  # another thread's close has removed the staging folder
+                raise
         self.done.add(unit.name)
         return won
 
@@ -257,6 +266,7 @@ class DatasetWriter:
                 )
                 planned_by, n_bad = self.description.hash_of(unit), int(bad.sum())
                 commit = Commit(unit, planned_by, (files[0], files[1]), n_bad, contents.n_tokens)
+                self._check_open("write_unit", unit.name)  # another thread may have closed it, which gives up the lock
                 if not self._units.still_there():
                     self._same(self.description)
                 return publish(folder, commit, (data, rows))
@@ -287,8 +297,15 @@ class DatasetWriter:
         """Let nothing be waited for: a unit that is being uploaded is whole later, or never exists."""
         self._abandoned = True
 
+    @property
+    def closed(self) -> bool:
+        """Whether it writes no more: `close` was called, or its ``with`` block was left."""
+        return self._closed
+
     def close(self) -> None:
         """Wait until every unit is where it belongs, and end: other processes see that this one writes no more.
+
+        `write_unit`, `extend` and a ``with`` block are errors from then on; what was written can be read.
 
         Raises:
             UploadError: where an upload has failed.
@@ -299,9 +316,15 @@ class DatasetWriter:
             self._release()
 
     def _release(self) -> None:
+        self._closed = True  # first: nothing may be written without the lock
         self._units.release(wait=not self._abandoned)
 
+    def _check_open(self, what: str, got: str) -> None:
+        if self._closed:
+            raise RuntimeError(broken_rule(_WHO, what, "come before close", got, "Open it again."))
+
     def __enter__(self) -> DatasetWriter:
+        self._check_open("a with block", str(self.out))
         return self
 
     def __exit__(
