@@ -22,7 +22,6 @@ from tlfast.dataset import (
     FLAG_MISSING,
     FLAG_NON_FINITE,
     BackgroundWriter,
-    Column,
     DatasetError,
     DatasetWriter,
     Example,
@@ -440,9 +439,8 @@ def test_rows_of_another_kind(tmp_path):
     columns = COLUMNS | {"first": (torch.float16, (5,))}
     writer = DatasetWriter(tmp_path, header={}, columns=columns, plan=PLAN)
     text = (
-        f"rows at first must be those of the dataset, {Column(torch.float16, (5,))}, "
-        f"got {Column(torch.float32, (5,))} here. "
-        "Give capture another dtype or reduction, or write another dataset."
+        "rows at first must be torch.float16 [5], as in the dataset, got torch.float32 [5]. Pad to one length, "
+        "give capture another dtype or reduction, and keep autocast as it was; or write another dataset."
     )
     with refuses(text), entered() as cap, cap.into(writer):
         run(cap, [0])
@@ -451,6 +449,21 @@ def test_rows_of_another_kind(tmp_path):
     with refuses(text):
         cap.into(writer).__enter__()
     assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype, n", [(torch.float32, 7), (torch.float32, 3), (torch.float64, 5)])
+@pytest.mark.parametrize("size", [4, 2])
+def test_a_later_unit_with_rows_of_another_kind(tmp_path, backend, dtype, n, size):
+    text = f"rows at first must be torch.float32 [5], as in the dataset, got {dtype} [{n}]."
+    with refuses(text), entered(backend) as cap, cap.into(tmp_path, plan=PLAN) as out:
+        for ids in out.batches(size):
+            x = torch.ones(len(ids), 5) if ids[0] < 4 else torch.ones(len(ids), n, dtype=dtype)
+            with cap.batch(ids=ids):
+                MODEL(x.requires_grad_()).sum().backward()
+    dataset = open_dataset(tmp_path, partial=True)
+    assert dataset.ids.tolist() == [0, 1, 2, 3]
+    assert torch.equal(dataset["second"][:], torch.ones(4, 5))
+    assert not any("u000000" in str(problem) for problem in dataset.verify().problems)
 
 
 def test_a_folder_of_somebody_else(tmp_path):

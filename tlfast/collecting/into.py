@@ -25,7 +25,7 @@ from ..errors import broken_rule
 from ..hooks.captured import Capture
 from .drain import Drain, streams_for
 from .fingerprint import describe_spec
-from .loop import submit_unit
+from .loop import rings_of, submit_unit
 from .options import check_positive
 from .resume import has_units
 from .unit import Oddities
@@ -233,8 +233,8 @@ class IntoDataset:
 
     def _start(self, whole: bool) -> None:
         """Begin to write, as soon as it is known what a row is: when all points have fired, in the first unit."""
-        silent = [name for name, absent in self._cap.missing.items() if absent.all()]
-        if silent:
+        silent = [name for name in self._cap.names if not self._cap.is_known(name)]
+        if silent and self._writer is None:
             if whole:
                 rule, remedy = (
                     "be there in the first unit",
@@ -242,25 +242,36 @@ class IntoDataset:
                 )
                 raise RuntimeError(broken_rule(_WHO, f"rows at {silent[0]}", rule, "none", remedy))
             return
-        rings = {name: self._cap[name] for name in self._cap.names}
-        columns = {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rings.items()}
         if self._writer is None:
-            self._open(self._stack, columns)
-        for name, column in columns.items():
-            there = Column(*self._writer.columns[name])
-            if there != column:
-                got, remedy = f"{column} here", "Give capture another dtype or reduction, or write another dataset."
-                raise ValueError(broken_rule(_WHO, f"rows at {name}", f"be those of the dataset, {there}", got, remedy))
+            rows = {name: self._cap[name] for name in self._cap.names}
+            self._open(self._stack, {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rows.items()})
+        rings = rings_of(self._cap, self._writer.columns)
+        self._check_kind(rings)
         largest = max(map(len, self.plan.units))
         self._drain = Drain(streams_for({ring.device for ring in rings.values()}), self._writer.columns, largest)
         self._background = self._stack.enter_context(BackgroundWriter(self._writer, 2, self._disk_wait_s))
 
+    def _check_kind(self, rings: Mapping[str, torch.Tensor]) -> None:
+        """ValueError where rows are not as in the dataset: after each unit the capture takes those of any kind."""
+        for name, ring in rings.items():
+            there = self._writer.columns[name]
+            if (ring.dtype, tuple(ring.shape[1:])) != (there.dtype, tuple(there.row_shape)):
+                rule = f"be {there.dtype} {list(there.row_shape)}, as in the dataset"
+                got = f"{ring.dtype} {list(ring.shape[1:])}"
+                remedy = (
+                    "Pad to one length, give capture another dtype or reduction, and keep autocast as it was; "
+                    "or write another dataset."
+                )
+                raise ValueError(broken_rule(_WHO, f"rows at {name}", rule, got, remedy))
+
     def _submit(self, unit: Unit) -> None:
         assert self._background is not None
+        rings = rings_of(self._cap, self._writer.columns)
+        self._check_kind(rings)
         numbers = range(unit.start, unit.stop)
         places = torch.tensor([self._places[number] for number in numbers])
         submit_unit(
-            self._cap, self._drain, self._background, self._oddities, unit,
+            self._cap, rings, self._drain, self._background, self._oddities, unit,
             [self._examples[number] for number in numbers], places, True, self._background.wait_for_room,
         )  # fmt: skip
         self._written.add(unit.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -14,11 +13,11 @@ from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
 from ..dataset.read.shuffle import permutation
 from ..errors import broken_rule
-from ..hooks.captured import Capture
 from ..spec import Points, Spec, one_of
 from .batches import unit_rows
 from .fsdp import is_sharded
 from .identity import describe_loss
+from .loop import rings_of
 from .options import CollectOptions, check_positive
 from .unit import Oddities, Runner
 from .work import Work
@@ -231,22 +230,14 @@ class _Units(Work):
             runner = Runner(self.model, cap, self.batching, options.loss, options.grad_scale)
             places = runner.fill_ring(part, _nothing)
         absent = cap.missing if options.missing == "nan" else {}
-        rows = {name: self._column(cap, name, places, absent) for name in cap.names}
+        rings = rings_of(cap, self.columns)
+        rows = {name: ring.index_select(0, places.to(ring.device)) for name, ring in rings.items()}
         missing = torch.stack(list(absent.values())).any(0)[places] if absent else None
         counters = torch.stack([counted.cpu() for counted in cap.counters])
         odd = missing is not None or bool(counters[:, 0].any())
         looked_at = {name: block.cpu() for name, block in rows.items()} if odd else rows
         Oddities(self._stops, _WHO).flags(looked_at, counters, missing, cap.n_writes, unit)
         return rows
-
-    def _column(
-        self, cap: Capture, name: str, places: torch.Tensor, absent: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """The rows of one column; NaN where its point fired for none of these examples."""
-        if name in absent and bool(absent[name].all()):
-            column, device = self.columns[name], next(iter(self._probed.devices))
-            return torch.full((len(places), *column.row_shape), math.nan, dtype=column.dtype, device=device)
-        return cap[name].index_select(0, places.to(cap[name].device))
 
 
 def _nothing(n_examples: int, n_tokens: int) -> None:

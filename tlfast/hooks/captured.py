@@ -210,6 +210,10 @@ class Capture:
         view: torch.Tensor = rows[:end]
         return view
 
+    def is_known(self, name: str) -> bool:
+        """Whether the point of a column has fired, so that the shape of its rows is known."""
+        return self._columns[name].rows is not None
+
     @property
     def ids(self) -> list[Any]:
         """The example id of each row, as given to `batch`; None where none was given."""
