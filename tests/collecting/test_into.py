@@ -684,6 +684,15 @@ def test_it_is_entered_once_and_knows_nothing_before(tmp_path):
             out.__enter__()
 
 
+def test_a_writer_that_is_closed(tmp_path, monkeypatch):
+    writer = DatasetWriter(tmp_path, header={}, columns=COLUMNS, plan=PLAN)
+    out = entered().into(writer)
+    writer.close()
+    monkeypatch.setattr(DatasetWriter, "closed", True, raising=False)
+    with refuses("the writer must be open, got a closed one. Open the dataset again.", RuntimeError):
+        out.__enter__()
+
+
 def test_a_url_that_nobody_knows():
     with refuses("url must be one that fsspec knows", DatasetError):
         entered().into("s3x://b/c", plan=PLAN)

@@ -192,14 +192,15 @@ class IntoDataset:
         if ids is None:  # of a recording, which makes no rows; those that it does make are found by the next batch
             return
         examples = [_example(given) for given in ids]
-        self._expected = self._checked(examples) if examples else None
+        if not examples:
+            return
+        self._expected = unit, _ = self._checked(examples)
         if self._let_go:
             self._make_room()
-        n_rows = self._n_rows + len(examples)
-        if n_rows > self._cap.capacity and len(self._places) < self._n_rows:
-            n_lost = self._n_rows - len(self._places)
+        n_lost = self._n_rows - len(self._places)
+        if n_lost and self._n_rows + len(examples) > self._cap.capacity:
             rule = f"hold the {n_lost} that a failed batch left in this unit beside its own"
-            remedy = f"Give capture rows={len(self._expected[0]) + n_lost} or more, or run the loop again."
+            remedy = f"Give capture rows={len(unit) + n_lost} or more, or run the loop again."
             raise RuntimeError(broken_rule(_WHO, "rows of the capture", rule, self._cap.capacity, remedy))
 
     def took(self) -> None:
