@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -181,6 +181,26 @@ def test_a_point_that_did_not_fire_is_flagged(tmp_path):
     assert [e["flags"] for e in examples] == [FLAG_MISSING | FLAG_NON_FINITE, 0, 0]
 
 
+def test_a_run_that_begins_where_a_point_is_silent_continues(tmp_path, backend):
+    def go(folder, stop=3):
+        model = Skipping()
+        with (
+            tlfast.capture(model, ["first", "second"], rows=2, missing="nan", backend=backend) as cap,
+            cap.into(folder, plan=Plan(3, 2)) as out,
+        ):
+            for unit in out.units[:stop]:
+                with cap.batch(ids=range(unit.start, unit.stop)):  # one example: its first point is silent
+                    model(DATA[unit.start : unit.stop].requires_grad_()).sum().backward()
+
+    go(tmp_path / "whole")
+    go(tmp_path / "again", stop=1)
+    go(tmp_path / "again")
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "again")
+    dataset = open_dataset(tmp_path / "again")
+    assert dataset["first"][:].isnan().all(1).tolist() == [False, False, True]
+    assert [e["flags"] for e in dataset.examples] == [0, 0, FLAG_MISSING | FLAG_NON_FINITE]
+
+
 def test_a_point_that_never_fired_has_rows_of_no_known_kind(tmp_path):
     text = "rows at first must be there in the first unit, got none. Begin with examples that reach the point, or"
     with refuses(text, RuntimeError):
@@ -244,12 +264,70 @@ def test_a_loop_that_begins_anew_drops_what_is_there(tmp_path, monkeypatch):
     assert_whole(tmp_path)
 
 
+def fail_after_backward(cap, ids, factor=9.0):
+    with suppress(LookupError), cap.batch(ids=ids):
+        (MODEL(DATA[ids].requires_grad_()) * factor).sum().backward()
+        raise LookupError
+
+
 def test_a_batch_that_fails_may_be_tried_again(tmp_path):
     with entered() as cap, cap.into(tmp_path, plan=Plan(2, 2)):
         with pytest.raises(LookupError), cap.batch(ids=[0, 1]):
             raise LookupError
         run(cap, [0, 1])
     assert len(open_dataset(tmp_path)) == 2
+
+
+def test_a_batch_that_fails_after_its_backward_may_be_tried_again(tmp_path, backend):
+    with entered(backend, rows=6) as cap, cap.into(tmp_path, plan=PLAN) as out:
+        for k, ids in enumerate(out.batches(2)):
+            if k != 3:  # also as the first batch of all, and where all rows of the unit are those of failed ones
+                fail_after_backward(cap, ids, float("nan"))
+            if k == 2:
+                fail_after_backward(cap, ids)
+            run(cap, ids)
+    assert_whole(tmp_path)
+    assert not any(example["flags"] for example in open_dataset(tmp_path).examples)
+
+
+def test_a_whole_unit_that_fails_after_its_backward(tmp_path):
+    with entered() as cap, cap.into(tmp_path, plan=PLAN) as out:
+        for ids in out.batches(4):
+            fail_after_backward(cap, ids)
+            fail_after_backward(cap, ids)
+            run(cap, ids)
+    assert_whole(tmp_path)
+
+
+def test_no_room_for_what_a_failed_batch_left(tmp_path):
+    text = (
+        "rows of the capture must hold the 2 that a failed batch left in this unit beside its own, got 4. "
+        "Give capture rows=6 or more, or run the loop again."
+    )
+    with refuses(text, RuntimeError), entered() as cap, cap.into(tmp_path, plan=PLAN):
+        run(cap, [0, 1])
+        fail_after_backward(cap, [2, 3])
+        run(cap, [2, 3])
+
+
+def test_a_batch_with_two_backwards_may_be_tried_again(tmp_path):
+    with entered(rows=8) as cap, cap.into(tmp_path, plan=Plan(2, 2)):
+        with refuses("a batch must make a row for each of its 2 ids, got 4.", RuntimeError), cap.batch(ids=[0, 1]):
+            run_loss()
+            run_loss()
+        run(cap, [1, 0])
+    assert torch.equal(open_dataset(tmp_path)["first"][:], rows_at()["first"][:2])
+
+
+def test_a_clear_in_a_batch_that_fails(tmp_path):
+    text = "rows in the capture must be the 2 that came with ids, got 2 after a clear()."
+    with refuses(text, RuntimeError), entered() as cap, cap.into(tmp_path, plan=PLAN):
+        run(cap, [0, 1])
+        with suppress(LookupError), cap.batch(ids=[2, 3]):
+            cap.clear()
+            run_loss()
+            raise LookupError
+        run(cap, [2, 3])
 
 
 def test_nothing_is_done_where_all_is_there(tmp_path):
@@ -367,6 +445,27 @@ TOO_EARLY = (
         ([], [10], ValueError, "ids must be in 0..9, numbers of the plan, got 10. Number the examples from 0 on."),
         ([], [-1], ValueError, "ids must be in 0..9, numbers of the plan, got -1. Number the examples from 0 on."),
         ([], ["a"], TypeError, "ids must be numbers of examples, or Examples, got 'a'. Number the examples from 0 on."),
+        ([], [True], TypeError, "ids must be numbers of examples, or Examples, got True."),
+        ([], torch.tensor([True]), TypeError, "ids must be numbers of examples, or Examples, got tensor(True)."),
+        ([], [1.0], TypeError, "ids must be numbers of examples, or Examples, got 1.0."),
+        (
+            [],
+            [Example("0", (), "", 0, 0)],
+            TypeError,
+            "ids must be numbers of examples, or Examples, got Example(id='0'",
+        ),
+        (
+            [],
+            [Example(torch.tensor(0), (), "", 0, 0)],
+            TypeError,
+            "ids must be numbers of examples, or Examples, got Exa",
+        ),
+        (
+            [],
+            [Example(True, (), "", 0, 0)],
+            TypeError,
+            "ids must be numbers of examples, or Examples, got Example(id=Tr",
+        ),
     ],
 )
 def test_ids_that_can_not_be_placed(tmp_path, before, ids, error, text):
@@ -379,6 +478,34 @@ def test_ids_that_can_not_be_placed(tmp_path, before, ids, error, text):
     assert ran == []  # nothing is computed for nothing
 
 
+@pytest.mark.parametrize(
+    "ids, kind",
+    [((i for i in (0, 1)), "generator"), (3, "int"), ({0, 1}, "set"), (torch.tensor(3), "Tensor"), ({}, "dict")],
+)
+def test_ids_that_are_no_sequence(tmp_path, ids, kind):
+    text = f"batch: ids must be a sequence, got {kind}. Give a list with one id for each example."
+    with (
+        pytest.raises(TypeError, match=re.escape(text)),
+        entered() as cap,
+        cap.into(tmp_path, plan=PLAN),
+        cap.batch(ids=ids),
+    ):
+        run_loss()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_rows_that_are_not_for_the_dataset_and_have_no_room(tmp_path, inside):
+    text = "the loop must make the rows of its ids alone, got capture at second: rows must hold the 4 rows written"
+    with refuses(text, RuntimeError) as caught, entered() as cap, cap.into(tmp_path, plan=PLAN):
+        run(cap, range(4))
+        with cap.batch() if inside else nullcontext():
+            run_loss()
+    assert str(caught.value).endswith(
+        ". Run what is not for the dataset outside the capture, and one backward for each batch."
+    )
+    assert open_dataset(tmp_path, partial=True).ids.tolist() == [0, 1, 2, 3]
+
+
 def run_loss():
     MODEL(DATA[:2].requires_grad_()).sum().backward()
 
@@ -388,7 +515,7 @@ def run_loss():
 def test_rows_without_ids(tmp_path, inside, then):
     text = (
         "rows in the capture must be the 0 that came with ids, got 2. "
-        "Run each backward inside cap.batch(ids=...), and leave clear() to into."
+        "Run each backward inside cap.batch(ids=...) or outside the capture, and leave clear() to into."
     )
     with refuses(text, RuntimeError), entered() as cap, cap.into(tmp_path, plan=PLAN):
         with cap.batch() if inside else nullcontext():
@@ -398,7 +525,7 @@ def test_rows_without_ids(tmp_path, inside, then):
 
 
 def test_rows_that_were_cleared(tmp_path):
-    text = "rows in the capture must be the 2 that came with ids, got 0."
+    text = "rows in the capture must be the 2 that came with ids, got 0 after a clear()."
     with refuses(text, RuntimeError), entered() as cap, cap.into(tmp_path, plan=PLAN):
         run(cap, [0, 1])
         cap.clear()
@@ -436,13 +563,45 @@ def test_another_dataset(tmp_path):
     assert other.receiver is summed.receiver is None
 
 
+def test_calls_and_missing_say_what_a_dataset_is(tmp_path):
+    write(tmp_path / "plain", plan=Plan(2, 2))
+    assert set(open_dataset(tmp_path / "plain").header) == {"specs"}
+    for setting, value in (("calls", "sum"), ("missing", "nan")):
+        with entered(**{setting: value}) as cap, cap.into(tmp_path / setting, plan=Plan(2, 2)):
+            run(cap, [0, 1])
+        assert open_dataset(tmp_path / setting).header[setting] == value
+        with pytest.raises(DatasetError, match=rf"header\.{setting}"):
+            entered(**{setting: value}).into(tmp_path / "plain", plan=Plan(2, 2)).__enter__()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("specs", "mine"), ("calls", "sum"), ("missing", "nan"), ("specs", [{"reduce": "sum"}])]
+)
+def test_a_header_that_says_something_else_of_the_capture(tmp_path, key, value):
+    with refuses(f"header['{key}'] must be left to the capture, or say what it has, "):
+        entered().into(tmp_path, plan=PLAN, header={key: value})
+
+
+@pytest.mark.parametrize(
+    "column, said", [({"of": "act"}, "act"), ({"encoding": "int8"}, "int8"), ({"per": "token"}, "token")]
+)
+def test_columns_that_a_capture_can_not_fill(tmp_path, column, said):
+    columns = COLUMNS | {"first": Column(torch.float32, (5,), **column)}
+    writer = DatasetWriter(tmp_path, header={}, columns=columns, plan=PLAN)
+    text = "the column first must be of gradients, with a row for each example, and not encoded, got "
+    out = entered().into(writer)
+    with refuses(text) as caught:
+        out.__enter__()
+    assert said in str(caught.value)
+    assert str(caught.value).endswith("Write such columns by DatasetWriter.write_unit.")
+
+
 def test_rows_of_another_kind(tmp_path):
     columns = COLUMNS | {"first": (torch.float16, (5,))}
     writer = DatasetWriter(tmp_path, header={}, columns=columns, plan=PLAN)
     text = (
-        f"rows at first must be those of the dataset, {Column(torch.float16, (5,))}, "
-        f"got {Column(torch.float32, (5,))} here. "
-        "Give capture another dtype or reduction, or write another dataset."
+        "rows at first must be torch.float16 [5], as in the dataset, got torch.float32 [5]. Pad to one length, "
+        "give capture another dtype or reduction, and keep autocast as it was; or write another dataset."
     )
     with refuses(text), entered() as cap, cap.into(writer):
         run(cap, [0])
@@ -451,6 +610,21 @@ def test_rows_of_another_kind(tmp_path):
     with refuses(text):
         cap.into(writer).__enter__()
     assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype, n", [(torch.float32, 7), (torch.float32, 3), (torch.float64, 5)])
+@pytest.mark.parametrize("size", [4, 2])
+def test_a_later_unit_with_rows_of_another_kind(tmp_path, backend, dtype, n, size):
+    text = f"rows at first must be torch.float32 [5], as in the dataset, got {dtype} [{n}]."
+    with refuses(text), entered(backend) as cap, cap.into(tmp_path, plan=PLAN) as out:
+        for ids in out.batches(size):
+            x = torch.ones(len(ids), 5) if ids[0] < 4 else torch.ones(len(ids), n, dtype=dtype)
+            with cap.batch(ids=ids):
+                MODEL(x.requires_grad_()).sum().backward()
+    dataset = open_dataset(tmp_path, partial=True)
+    assert dataset.ids.tolist() == [0, 1, 2, 3]
+    assert torch.equal(dataset["second"][:], torch.ones(4, 5))
+    assert not any("u000000" in str(problem) for problem in dataset.verify().problems)
 
 
 def test_a_folder_of_somebody_else(tmp_path):
@@ -491,6 +665,37 @@ def test_a_bad_batch_size(tmp_path):
     out = entered().into(tmp_path, plan=PLAN)
     with refuses("batch_size must be a positive number, got 0. Give a whole number."):
         out.batches(0)
+
+
+def test_it_is_entered_once_and_knows_nothing_before(tmp_path):
+    with entered() as cap:
+        out = cap.into(tmp_path, plan=PLAN)
+        assert repr(out) == f"<tlfast rows into {tmp_path}: not entered>"
+        text = (
+            "what is left must be asked inside its with block, got a question before it. Write: with cap.into(...) as"
+        )
+        for ask in (lambda: out.units, lambda: out.left, lambda: out.batches(2)):
+            with refuses(text, RuntimeError):
+                ask()
+        with out:
+            run(cap, range(4))
+        assert out.left == [4, 5, 6, 7, 8, 9]
+        with refuses("a dataset must be entered once, got a second time. Call cap.into again.", RuntimeError):
+            out.__enter__()
+
+
+def test_a_writer_that_is_closed(tmp_path, monkeypatch):
+    writer = DatasetWriter(tmp_path, header={}, columns=COLUMNS, plan=PLAN)
+    out = entered().into(writer)
+    writer.close()
+    monkeypatch.setattr(DatasetWriter, "closed", True, raising=False)
+    with refuses("the writer must be open, got a closed one. Open the dataset again.", RuntimeError):
+        out.__enter__()
+
+
+def test_a_url_that_nobody_knows():
+    with refuses("url must be one that fsspec knows", DatasetError):
+        entered().into("s3x://b/c", plan=PLAN)
 
 
 def test_one_dataset_at_a_time_and_an_empty_capture(tmp_path):

@@ -147,6 +147,18 @@ def test_a_drain_brings_each_form_to_the_host_and_to_the_disk(streams, tmp_path)
     assert same_bits(torch.cat(ds["tokens"][:]), torch.cat([truth["tokens"] for truth in wanted]))
 
 
+@pytest.mark.parametrize("n", [2, 9])
+def test_rows_of_another_shape_than_their_column(n):
+    columns = {"a": Column(torch.float32, (5,)), "b": Column(torch.float32, (5,))}
+    block = UnitMemory(columns, 2, torch.device("cpu")).block(2)
+    block["b"].zero_()
+    rings = {"a": torch.ones(2, n), "b": torch.zeros(2, 5)}
+    message = f"Pack: rows of a ring must have the shape of their column, got [{n}] for [5]. Make the Pack for these"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Pack(columns).put(rings, {name: torch.tensor([0, 1]) for name in rings}, block)
+    assert not block["b"].any()
+
+
 def test_a_unit_with_more_tokens_than_there_is_room_for():
     drain = Drain(DirectStreams(), COLUMNS, n_rows=2, n_tokens=3)
     rings, _ = rings_of([0, 1], Tokens([2, 2]))

@@ -232,7 +232,86 @@ def test_close_ends_it_and_lets_the_rows_go():
     batches.close()  # twice does no harm
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_rows_do_not_know_the_autocast_of_who_asks_for_them(begun):
+    def autocast(enabled):
+        return torch.autocast("cpu", torch.bfloat16, enabled)
+
+    with autocast(begun):
+        expected, batches = list(streamed(Small())), streamed(Small())
+    with autocast(not begun):
+        for batch, truth in zip(batches, expected, strict=True):
+            assert torch.is_autocast_enabled("cpu") is not begun
+            assert torch.equal(batch["embed"], truth["embed"])
+        other = next(streamed(Small()))
+    assert not torch.equal(other["embed"], expected[0]["embed"])  # it does matter
+
+
 # What is refused.
+
+
+@pytest.mark.parametrize("begin", ["stream", "collect", "next"])
+def test_inside_a_capture_of_the_model(tmp_path, begin):
+    model = Small()
+    batches = streamed(model)
+    text = (
+        "collect: model must be in no capture, got <tlfast.Capture of point: 2 of 4 rows, {}> already. "
+        "The rows would be in that capture too: leave its block first."
+    )
+    with tlfast.capture(model, "point", rows=4) as cap:
+        model(torch.tensor([[1], [2]])).sum().backward()
+        unread = iter(EXAMPLES)
+        work = {
+            "stream": lambda: streamed(model, unread),
+            "collect": lambda: collect(model, tmp_path / "new", unread, points="embed"),
+            "next": lambda: next(batches),
+        }
+        with pytest.raises(RuntimeError, match=re.escape(text.format(cap.backend))):
+            work[begin]()
+        assert cap.rows == 2
+        assert next(unread) == EXAMPLES[0]
+        assert len(list(streamed(Small()))) == 8  # another model may
+    assert not (tmp_path / "new").exists()
+    assert len(list(streamed(model))) == 8
+
+
+def test_inference_mode():
+    batches = streamed()
+    text = (
+        "collect: torch.inference_mode must be off, got on. "
+        "Leave that block: its tensors never have gradients. torch.no_grad() may stay."
+    )
+    for ask in (streamed, lambda: next(batches)):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=re.escape(text)):
+            ask()
+
+
+@pytest.mark.parametrize("what", ["one stream", "two streams"])
+def test_two_threads(what):
+    model, inside, asked, given = Small(), threading.Event(), threading.Event(), []
+
+    def waiting(model, batch):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert asked.wait(60)
+        return next_token_loss(model, batch)
+
+    batches = streamed(model, loss=waiting)
+    others = batches if what == "one stream" else streamed(model)
+    thread = threading.Thread(target=lambda: given.append(next(batches)))
+    thread.start()
+    assert inside.wait(60)
+    text = {
+        "one stream": "stream: a stream must be read by one thread at a time, got a second one. Put a lock around next",
+        "two streams": "collect: model must be ",
+    }[what]
+    try:
+        with pytest.raises(RuntimeError, match=re.escape(text)):
+            next(others)
+    finally:
+        asked.set()
+        thread.join(60)
+    assert [list(batch) for batch in given] == [["id", "embed"]]
 
 
 def mean_loss(model, batch):
@@ -287,6 +366,8 @@ NO_ROOM = "have room for a batch of 4 beside a unit of 5, got 8. Give more, or a
         ({"batch_size": 1.5}, ValueError, "batch_size must be a positive number, got 1.5. Give a whole number."),
         ({"buffer_rows": 8, "rows_per_unit": 5}, ValueError, f"buffer_rows must {NO_ROOM}"),
         ({"seed": "a"}, TypeError, "seed must be an int, got 'a'. Give a whole number."),
+        ({"seed": 2**70}, ValueError, f"seed must be a number of 64 bits, got {2**70}. Give a smaller one."),
+        ({"seed": -(2**64)}, ValueError, f"seed must be a number of 64 bits, got -{2**64}. Give a smaller one."),
         ({"non_finite": "flag"}, ValueError, "non_finite must be one of keep, stop, got 'flag'."),
     ],
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import broken_rule
+from ..hooks.captured import captures_of
 from ..hooks.points import find_points, named_points
 from ..spec import Spec, as_specs
 from .options import CollectOptions
@@ -35,6 +39,36 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule("collect", "over", "keep the batch: a row is an example", spec.over, remedy))
     return specs
+
+
+def check_left_alone(model: Any) -> None:
+    """RuntimeError where a capture of somebody else would take the rows too, or no gradient can be had."""
+    theirs = captures_of(model)
+    if theirs:
+        remedy = "The rows would be in that capture too: leave its block first."
+        raise RuntimeError(broken_rule("collect", "model", "be in no capture", f"{theirs[0]!r} already", remedy))
+    if torch.is_inference_mode_enabled():
+        remedy = "Leave that block: its tensors never have gradients. torch.no_grad() may stay."
+        raise RuntimeError(broken_rule("collect", "torch.inference_mode", "be off", "on", remedy))
+
+
+_worked_on: list[Any] = []  # models, each by one thread
+_claims = Lock()
+
+
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """Hold a model for this thread; RuntimeError where another one has it: both would change its modes and hooks."""
+    with _claims:
+        if any(held is model for held in _worked_on):
+            got, remedy = "another one's work on it", "Wait for that, or give each thread a copy."
+            raise RuntimeError(broken_rule("collect", "model", "be used by one thread at a time", got, remedy))
+        _worked_on.append(model)
+    try:
+        yield
+    finally:
+        with _claims:
+            _worked_on[:] = [held for held in _worked_on if held is not model]
 
 
 def check_peaceful(overwrite: bool, resume: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from ..dataset.format.description import read_description
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example, Plan, Unit
-from ..dataset.places.remote import url_of
+from ..dataset.places.remote import RemoteFolder, local_path, url_of
 from ..dataset.write.background import BackgroundWriter
 from ..dataset.write.folder import refuse_stranger
 from ..dataset.write.writer import DatasetWriter
@@ -25,7 +25,7 @@ from ..errors import broken_rule
 from ..hooks.captured import Capture
 from .drain import Drain, streams_for
 from .fingerprint import describe_spec
-from .loop import submit_unit
+from .loop import rings_of, submit_unit
 from .options import check_positive
 from .resume import has_units
 from .unit import Oddities
@@ -61,7 +61,7 @@ class IntoDataset:
             self.plan: Plan = out.plan
         else:
             self.plan = _checked_place(out, plan, header, staging)
-            self._settings |= {"plan": plan, "header": {"specs": _specs_of(cap), **(header or {})}}
+            self._settings |= {"plan": plan, "header": _header_of(cap, header or {})}
         n_rows = min(self.plan.n_examples, self.plan.rows_per_unit)
         if cap.capacity < n_rows:
             remedy = f"Give capture rows={n_rows}."
@@ -69,6 +69,7 @@ class IntoDataset:
         self._stack = ExitStack()  # the writer, where it is ours, and the thread
         self._background: BackgroundWriter | None = None
         self._oddities = Oddities(who=_WHO)
+        self._entered = False
         self._before: set[str] = set()  # units that were there
         self._written: set[str] = set()  # units of this run
         self._expected: tuple[Unit, list[Example]] | None = None
@@ -76,6 +77,7 @@ class IntoDataset:
         self._places: dict[int, int] = {}  # of its examples, where the row lies in the capture
         self._examples: dict[int, Example] = {}
         self._n_rows = 0  # in the capture
+        self._n_cleared = 0  # by us
         self._let_go = self._dropped = False  # these rows are on their way or not wanted: the next batch has the room
 
     # What a user asks.
@@ -83,6 +85,11 @@ class IntoDataset:
     @property
     def units(self) -> list[Unit]:
         """The units that are not written yet, by rising number."""
+        if not self._entered:
+            remedy = "Write: with cap.into(...) as out."
+            raise RuntimeError(
+                broken_rule(_WHO, "what is left", "be asked inside its with block", "a question before it", remedy)
+            )
         done = self._before | self._written
         return [unit for unit in self.plan.units if unit.name not in done]
 
@@ -108,11 +115,19 @@ class IntoDataset:
 
     def __repr__(self) -> str:
         place = getattr(self._writer, "out", self._out)
+        if not self._entered:
+            return f"<tlfast rows into {place}: not entered>"
         return f"<tlfast rows into {place}: {len(self.units)} of {self.plan.n_units} units left>"
 
     # The context.
 
     def __enter__(self) -> IntoDataset:
+        if self._entered:
+            raise RuntimeError(
+                broken_rule(_WHO, "a dataset", "be entered once", "a second time", "Call cap.into again.")
+            )
+        if getattr(self._writer, "closed", False):
+            raise RuntimeError(broken_rule(_WHO, "the writer", "be open", "a closed one", "Open the dataset again."))
         if self._cap.receiver is not None:
             got = f"{self._cap.receiver!r} already"
             raise RuntimeError(broken_rule(_WHO, "a capture", "go into one dataset", got, "Leave that block first."))
@@ -123,11 +138,11 @@ class IntoDataset:
             if self._writer is None and has_units(self._out):
                 self._open(stack, read_description(self._out, _WHO).columns)
             if self._writer is not None:
-                self._check_names()
+                self._check_columns()
                 self.plan, self._before = self._writer.plan, set(self._writer.done)
             self._stack = stack.pop_all()
         self._starts = [unit.start for unit in self.plan.units]
-        self._cap.receiver = self
+        self._cap.receiver, self._n_cleared, self._entered = self, self._cap.n_cleared, True
         return self
 
     def __exit__(
@@ -135,6 +150,11 @@ class IntoDataset:
     ) -> None:
         self._cap.receiver = None
         self._stack.__exit__(kind, error, trace)
+        if isinstance(error, RuntimeError) and "call clear()" in str(error):  # a remedy for other loops
+            remedy = "Run what is not for the dataset outside the capture, and one backward for each batch."
+            raise RuntimeError(
+                broken_rule(_WHO, "the loop", "make the rows of its ids alone", error, remedy)
+            ) from error
         if error is not None:
             return
         self._check_rows()
@@ -148,7 +168,13 @@ class IntoDataset:
         writer = DatasetWriter(self._out, columns=columns, replace_unused=True, **self._settings)
         self._writer = stack.enter_context(writer)
 
-    def _check_names(self) -> None:
+    def _check_columns(self) -> None:
+        """ValueError where the dataset can't hold what a capture has."""
+        for name, column in self._writer.columns.items():
+            if not column.is_plain:
+                rule = "be of gradients, with a row for each example, and not encoded"
+                remedy = "Write such columns by DatasetWriter.write_unit."
+                raise ValueError(broken_rule(_WHO, f"the column {name}", rule, column.notes, remedy))
         odd = sorted(set(self._writer.columns) ^ set(self._cap.names))
         if odd:
             got = f"a difference in {', '.join(odd[:3])}"
@@ -162,18 +188,46 @@ class IntoDataset:
         if self._background is not None:
             self._background.check()
         self._check_rows()
+        self._expected = None
         if ids is None:  # of a recording, which makes no rows; those that it does make are found by the next batch
             return
         examples = [_example(given) for given in ids]
-        self._expected = self._checked(examples) if examples else None
+        if not examples:
+            return
+        self._expected = unit, _ = self._checked(examples)
         if self._let_go:
             self._make_room()
+        n_lost = self._n_rows - len(self._places)
+        if n_lost and self._n_rows + len(examples) > self._cap.capacity:
+            rule = f"hold the {n_lost} that a failed batch left in this unit beside its own"
+            remedy = f"Give capture rows={len(unit) + n_lost} or more, or run the loop again."
+            raise RuntimeError(broken_rule(_WHO, "rows of the capture", rule, self._cap.capacity, remedy))
 
     def took(self) -> None:
         """Note where the rows of the batch lie, and let them be written where they make their unit whole."""
+        try:
+            self._take()
+        except BaseException:
+            self.failed()
+            raise
+
+    def failed(self) -> None:
+        """Leave the rows of the batch out, whose ids may come again."""
+        if self._cap.n_cleared != self._n_cleared:  # which is found by the next batch
+            return
+        for example in self._expected[1] if self._expected else ():
+            self._places.pop(example.id, None)
+            self._examples.pop(example.id, None)
+        if not self._places:
+            self._unit = None
+        if self._cap.rows > self._n_rows and not self._places:
+            self._let_go = self._dropped = True
+        self._n_rows = self._cap.rows
+
+    def _take(self) -> None:
         unit, examples = self._expected or (None, [])
         n_new = self._cap.rows - self._n_rows
-        if n_new != len(examples):
+        if n_new != len(examples) or self._cap.n_cleared != self._n_cleared:
             rule = f"make a row for each of its {len(examples)} ids"
             remedy = "Run one backward in it, whose reduction keeps the batch; leave clear() to into."
             raise RuntimeError(broken_rule(_WHO, "a batch", rule, n_new, remedy))
@@ -218,23 +272,25 @@ class IntoDataset:
         return unit, list(examples)
 
     def _check_rows(self) -> None:
-        n_rows = self._cap.rows
-        if n_rows != self._n_rows:
-            rule = f"be the {self._n_rows} that came with ids"
-            remedy = "Run each backward inside cap.batch(ids=...), and leave clear() to into."
-            raise RuntimeError(broken_rule(_WHO, "rows in the capture", rule, n_rows, remedy))
+        n_rows, cleared = self._cap.rows, self._cap.n_cleared != self._n_cleared
+        if n_rows != self._n_rows or cleared:
+            rule, got = f"be the {self._n_rows} that came with ids", f"{n_rows}{' after a clear()' * cleared}"
+            remedy = "Run each backward inside cap.batch(ids=...) or outside the capture, and leave clear() to into."
+            raise RuntimeError(broken_rule(_WHO, "rows in the capture", rule, got, remedy))
 
     def _make_room(self) -> None:
-        if self._dropped and self._background is not None:
-            self._background.flush()  # the thread looks at the counts, too
+        if self._dropped:
+            if self._background is not None:
+                self._background.flush()  # the thread looks at the counts, too
             self._oddities.leave_out(self._cap.counters)
         self._cap.clear()
+        self._n_cleared = self._cap.n_cleared
         self._n_rows, self._let_go, self._dropped = 0, False, False
 
     def _start(self, whole: bool) -> None:
         """Begin to write, as soon as it is known what a row is: when all points have fired, in the first unit."""
-        silent = [name for name, absent in self._cap.missing.items() if absent.all()]
-        if silent:
+        silent = [name for name in self._cap.names if not self._cap.is_known(name)]
+        if silent and self._writer is None:
             if whole:
                 rule, remedy = (
                     "be there in the first unit",
@@ -242,25 +298,36 @@ class IntoDataset:
                 )
                 raise RuntimeError(broken_rule(_WHO, f"rows at {silent[0]}", rule, "none", remedy))
             return
-        rings = {name: self._cap[name] for name in self._cap.names}
-        columns = {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rings.items()}
         if self._writer is None:
-            self._open(self._stack, columns)
-        for name, column in columns.items():
-            there = Column(*self._writer.columns[name])
-            if there != column:
-                got, remedy = f"{column} here", "Give capture another dtype or reduction, or write another dataset."
-                raise ValueError(broken_rule(_WHO, f"rows at {name}", f"be those of the dataset, {there}", got, remedy))
+            rows = {name: self._cap[name] for name in self._cap.names}
+            self._open(self._stack, {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rows.items()})
+        rings = rings_of(self._cap, self._writer.columns)
+        self._check_kind(rings)
         largest = max(map(len, self.plan.units))
         self._drain = Drain(streams_for({ring.device for ring in rings.values()}), self._writer.columns, largest)
         self._background = self._stack.enter_context(BackgroundWriter(self._writer, 2, self._disk_wait_s))
 
+    def _check_kind(self, rings: Mapping[str, torch.Tensor]) -> None:
+        """ValueError where rows are not as in the dataset: after each unit the capture takes those of any kind."""
+        for name, ring in rings.items():
+            there = self._writer.columns[name]
+            if (ring.dtype, tuple(ring.shape[1:])) != (there.dtype, tuple(there.row_shape)):
+                rule = f"be {there.dtype} {list(there.row_shape)}, as in the dataset"
+                got = f"{ring.dtype} {list(ring.shape[1:])}"
+                remedy = (
+                    "Pad to one length, give capture another dtype or reduction, and keep autocast as it was; "
+                    "or write another dataset."
+                )
+                raise ValueError(broken_rule(_WHO, f"rows at {name}", rule, got, remedy))
+
     def _submit(self, unit: Unit) -> None:
         assert self._background is not None
+        rings = rings_of(self._cap, self._writer.columns)
+        self._check_kind(rings)
         numbers = range(unit.start, unit.stop)
         places = torch.tensor([self._places[number] for number in numbers])
         submit_unit(
-            self._cap, self._drain, self._background, self._oddities, unit,
+            self._cap, rings, self._drain, self._background, self._oddities, unit,
             [self._examples[number] for number in numbers], places, True, self._background.wait_for_room,
         )  # fmt: skip
         self._written.add(unit.name)
@@ -289,19 +356,45 @@ def _checked_place(out: Any, plan: Any, header: Any, staging: Any) -> Plan:
     if staging is not None and not url_of(out):
         rule, remedy = "be left out unless out is a URL", "A folder needs none."
         raise ValueError(broken_rule(_WHO, "staging", rule, repr(str(staging)), remedy))
+    url = url_of(local_path(out))
+    if url:
+        RemoteFolder(url, _WHO)  # speaks in our name of a URL that nobody knows
     refuse_stranger(out, _WHO)
     return plan
 
 
 def _example(given: Any) -> Example:
     """The example that an id means; one that is a number alone has no tokens."""
-    if isinstance(given, Example):
-        return given
+    number = given.id if isinstance(given, Example) else given
     try:
-        return Example(index(given), (), "", 0, 0)
+        if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
+            raise TypeError
+        if isinstance(given, Example):
+            if isinstance(number, torch.Tensor):
+                raise TypeError
+            return given if type(number) is int else replace(given, id=index(number))
+        return Example(index(number), (), "", 0, 0)
     except TypeError as error:
         rule, remedy = "be numbers of examples, or Examples", "Number the examples from 0 on."
         raise TypeError(broken_rule(_WHO, "ids", rule, repr(given), remedy)) from error
+
+
+def _header_of(cap: Capture, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataset says of its rows; ValueError where ``given`` says other things of the capture."""
+    own: dict[str, Any] = {"specs": _specs_of(cap)}
+    own |= {name: value for name, value in cap.kept_as.items() if value != "raise" or name in given}
+    for key in own.keys() & given.keys():
+        if _said(given[key]) != _said(own[key]):
+            rule = f"be left to the capture, or say what it has, {own[key]}"
+            raise ValueError(broken_rule(_WHO, f"header[{key!r}]", rule, repr(given[key]), "Take another key."))
+    return own | dict(given)
+
+
+def _said(value: Any) -> Any:
+    """What a header says of a capture; of its specs all but the points, which may be globs: the columns name them."""
+    if not isinstance(value, list) or not all(isinstance(spec, dict) for spec in value):
+        return value
+    return sorted(repr(sorted((spec | {"points": None}).items())) for spec in value)
 
 
 def _specs_of(cap: Capture) -> list[dict[str, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 
+from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example, Unit
 from ..dataset.write.background import BackgroundWriter, Contents
 from ..dataset.write.writer import DatasetWriter
@@ -70,7 +72,8 @@ def run_units(
             except _Overtaken:
                 shown.n_done = n_done
                 continue
-            submit_unit(cap, drain, background, oddities, unit, part, places, with_missing, wait_for_room)
+            rings = rings_of(cap, writer.columns)
+            submit_unit(cap, rings, drain, background, oddities, unit, part, places, with_missing, wait_for_room)
         while not (background.flush(1.0) and writer.flush(1.0)):
             step_done(0, 0)
     except LeaveAtOnce:
@@ -79,8 +82,24 @@ def run_units(
         raise
 
 
+def rings_of(cap: Capture, columns: Mapping[str, Column]) -> dict[str, torch.Tensor]:
+    """The rows of each column of a capture that holds some; NaN where its point has never fired.
+
+    ``columns`` say what a row is there: a run that continues another may begin with examples that don't reach it.
+    """
+    rings = {name: cap[name] for name in cap.names if cap.is_known(name)}
+    device = next(iter(rings.values())).device
+    for name in cap.names:
+        if name not in rings:
+            column = columns[name]
+            nan = torch.full((), math.nan, dtype=column.dtype, device=device)
+            rings[name] = nan.expand(cap.rows, *column.row_shape)
+    return {name: rings[name] for name in cap.names}
+
+
 def submit_unit(
     cap: Capture,
+    rings: Mapping[str, torch.Tensor],
     drain: Drain,
     background: BackgroundWriter,
     oddities: Oddities,
@@ -92,10 +111,10 @@ def submit_unit(
 ) -> None:
     """Let the rows of a unit be written; those in the capture may be overwritten by what is queued after this.
 
+    ``rings`` are the rows by column, as `rings_of` gives them;
     ``places`` is where the row of each example lies in the capture, int64 [examples], on the host.
     """
     missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
-    rings = {name: cap[name] for name in cap.names}
     arrived = drain.drain(rings, cap.counters, places, wait_for_room)
     background.submit_unfinished(unit, partial(_finish, oddities, unit, arrived, missing, cap.n_writes), examples)
 

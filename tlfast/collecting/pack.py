@@ -114,6 +114,9 @@ def _token_rows(places: torch.Tensor, tokens: Tokens | None, width: int) -> torc
 
 
 def _gather(rows: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor) -> None:
+    if out.shape != (len(chosen), *rows.shape[1:]):  # torch would let `out` grow, over what lies behind it
+        got, remedy = f"{list(rows.shape[1:])} for {list(out.shape[1:])}", "Make the Pack for these columns."
+        raise ValueError(broken_rule("Pack", "rows of a ring", "have the shape of their column", got, remedy))
     if out.device == rows.device and out.dtype == rows.dtype:
         torch.index_select(rows, 0, chosen, out=out)
     else:

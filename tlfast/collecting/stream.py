@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -14,11 +15,11 @@ from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
 from ..dataset.read.shuffle import permutation
 from ..errors import broken_rule
-from ..hooks.captured import Capture
 from ..spec import Points, Spec, one_of
 from .batches import unit_rows
 from .fsdp import is_sharded
 from .identity import describe_loss
+from .loop import rings_of
 from .options import CollectOptions, check_positive
 from .unit import Oddities, Runner
 from .work import Work
@@ -50,11 +51,17 @@ class GradientStream(Iterator[Batch]):
         columns: Mapping[str, Column],
         skipped: Sequence[Sequence[Any]],
     ):
-        self._batches, self._n_batches = batches, n_batches
+        self._batches, self._n_batches, self._turn = batches, n_batches, Lock()
         self.columns, self.skipped = dict(columns), [tuple(entry) for entry in skipped]
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        if not self._turn.acquire(blocking=False):
+            remedy = "Put a lock around next(), or give each thread a stream and a model."
+            raise RuntimeError(broken_rule(_WHO, "a stream", "be read by one thread at a time", "a second one", remedy))
+        try:
+            return next(self._batches)
+        finally:
+            self._turn.release()
 
     def __len__(self) -> int:
         return self._n_batches
@@ -144,12 +151,16 @@ def stream(
     device computes either that or a step of training, and torch's modes belong to a whole process, so nothing runs
     behind the loop's back.
 
+    Rows are of the weights at the moment when their unit is computed, so a batch has rows that are up to
+    ``buffer_rows`` rows old. After the model was changed, start another stream. `torch.autocast` is as it was when the
+    stream was made, whatever is in force where batches are asked for.
+
     Args:
         model, batches, points: as in `collect`. For another epoch, call again with another ``seed``.
         buffer_rows: how many rows are held and mixed, on the device of the gradients. It has room for a unit beside a
             batch; two units more are in memory while one is computed.
         batch_size: rows of a batch; the last one may be shorter.
-        seed: makes the order, the same for the same examples and settings.
+        seed: makes the order, the same for the same examples and settings; 64 bits.
         drop_last: leave out the last batch, if it is shorter.
         non_finite: for a row with a NaN or an infinity: "stop" raises when its unit is computed, "keep" gives it out.
         settings: reduce, over, dtype, output, embedding, loss, batch_tokens, seq_len, rows_per_unit, padding_side,
@@ -163,6 +174,8 @@ def stream(
 
     Raises:
         ValueError, TypeError: for bad arguments, and all that `collect` refuses, in its words, before the first batch.
+        RuntimeError: inside a capture of the model, or `torch.inference_mode`; where another thread is at work on the
+            model or reads this stream.
         FloatingPointError: for ``non_finite="stop"``. After this or any other error there are no more batches, and
             the model is as before.
 
@@ -186,6 +199,8 @@ def stream(
     check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
     if type(seed) is not int:
         raise TypeError(broken_rule(_WHO, "seed", "be an int", repr(seed), "Give a whole number."))
+    if not -(2**63) <= seed < 2**64:  # what torch takes; more bits would make no other order
+        raise ValueError(broken_rule(_WHO, "seed", "be a number of 64 bits", seed, "Give a smaller one."))
     most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
     if buffer_rows < batch_size + most:
         rule = f"have room for a batch of {batch_size} beside a unit of {most}"
@@ -215,6 +230,7 @@ class _Units(Work):
             remedy = "Collect a dataset, and read it with ShuffledBatches."
             raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
         self._stops = non_finite == "stop"
+        self._autocast = _Autocast(self.devices)
         self.read(batches, with_graphs=False)
         with self.at_work():
             self._probed = self.look(most)
@@ -227,11 +243,12 @@ class _Units(Work):
         """
         part, options = self.examples[unit.start : unit.stop], self.options
         cap = self.enter(len(part), self.specs).unmasked(self._probed.unmasked)
-        with self.at_work(), cap:
+        with self.at_work(), self._autocast.as_begun(), cap:
             runner = Runner(self.model, cap, self.batching, options.loss, options.grad_scale)
             places = runner.fill_ring(part, _nothing)
         absent = cap.missing if options.missing == "nan" else {}
-        rows = {name: self._column(cap, name, places, absent) for name in cap.names}
+        rings = rings_of(cap, self.columns)
+        rows = {name: ring.index_select(0, places.to(ring.device)) for name, ring in rings.items()}
         missing = torch.stack(list(absent.values())).any(0)[places] if absent else None
         counters = torch.stack([counted.cpu() for counted in cap.counters])
         odd = missing is not None or bool(counters[:, 0].any())
@@ -239,14 +256,22 @@ class _Units(Work):
         Oddities(self._stops, _WHO).flags(looked_at, counters, missing, cap.n_writes, unit)
         return rows
 
-    def _column(
-        self, cap: Capture, name: str, places: torch.Tensor, absent: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """The rows of one column; NaN where its point fired for none of these examples."""
-        if name in absent and bool(absent[name].all()):
-            column, device = self.columns[name], next(iter(self._probed.devices))
-            return torch.full((len(places), *column.row_shape), math.nan, dtype=column.dtype, device=device)
-        return cap[name].index_select(0, places.to(cap[name].device))
+
+class _Autocast:
+    """The modes of `torch.autocast` of here and now, for rows that are computed where others are in force."""
+
+    def __init__(self, devices: Iterable[torch.device]):
+        kinds = {"cpu"} | {device.type for device in devices if torch.amp.is_autocast_available(device.type)}
+        self._modes = {kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds}
+        self._caches = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def as_begun(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, (dtype, enabled) in self._modes.items():
+                mode = torch.autocast(kind, dtype if enabled else None, enabled, self._caches)
+                stack.enter_context(mode)
+            yield
 
 
 def _nothing(n_examples: int, n_tokens: int) -> None:

@@ -12,7 +12,7 @@ from ..hooks.captured import Capture
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..spec import Spec
 from .batches import Batching, as_examples, bucket_lengths
-from .checks import positions_of, wanted_specs, width_of
+from .checks import alone_with, check_left_alone, positions_of, wanted_specs, width_of
 from .determinism import deterministic
 from .loop import at_work
 from .loss import check_causal, next_token_loss
@@ -31,6 +31,7 @@ class Work:
 
     def __init__(self, model: nn.Module, options: CollectOptions) -> None:
         self.model, self.options = model, options
+        check_left_alone(model)
         self.specs = wanted_specs(model, options)
         self.devices = {p.device for p in model.parameters()}
         self.bad = BadExamples(options.bad_examples, options.skipped)
@@ -55,7 +56,12 @@ class Work:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """The model as it must be for all that it does here, and torch deterministic; both as before afterwards."""
-        with at_work(self.model, self.options.embedding), deterministic(self.options.deterministic, self.devices):
+        check_left_alone(self.model)
+        with (
+            alone_with(self.model),
+            at_work(self.model, self.options.embedding),
+            deterministic(self.options.deterministic, self.devices),
+        ):
             yield
 
     def look(self, most: int | None) -> Probed:

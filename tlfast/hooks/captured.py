@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,7 +19,7 @@ from ..errors import broken_rule
 from ..spec import Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
-from .into import Into, openers
+from .into import Into, check_ids, openers
 from .options import CaptureOptions
 from .points import find_points
 
@@ -33,6 +34,15 @@ def _seen(see: See, name: str, convert: Change | None) -> Change:
         return converted
 
     return shown
+
+
+_entered: weakref.WeakSet[Capture] = weakref.WeakSet()
+
+
+def captures_of(model: Any) -> list[Capture]:
+    """The captures that are entered and have a point in a model."""
+    modules = set(model.modules()) if isinstance(model, nn.Module) else set()
+    return [cap for cap in list(_entered) if any(module in modules for module, _ in cap._taps)]
 
 
 class Capture:
@@ -96,6 +106,8 @@ class Capture:
         self._ids: list[Any] = []
         self._see: See | None = None
         self.receiver: Into | None = None  # what takes the rows out, inside `into`
+        self.n_cleared = 0  # how often all rows were forgotten
+        self.kept_as = {"calls": options.calls, "missing": options.missing}  # beside the specs, what rows are made of
         self._entered = self._compiled_before = False
 
     # The context.
@@ -117,6 +129,7 @@ class Capture:
         except BaseException:
             self._detach()
             raise
+        _entered.add(self)
         return self
 
     def __exit__(
@@ -156,6 +169,7 @@ class Capture:
         return hook_module(module, tap, self._attach, self._engine)
 
     def _detach(self) -> None:
+        _entered.discard(self)
         self._backwards.close()
         for handle in self._handles:
             handle.remove()
@@ -210,6 +224,10 @@ class Capture:
         view: torch.Tensor = rows[:end]
         return view
 
+    def is_known(self, name: str) -> bool:
+        """Whether the point of a column has fired, so that the shape of its rows is known."""
+        return self._columns[name].rows is not None
+
     @property
     def ids(self) -> list[Any]:
         """The example id of each row, as given to `batch`; None where none was given."""
@@ -253,6 +271,7 @@ class Capture:
         """
         self._ledger.clear()
         self._ids.clear()
+        self.n_cleared += 1
 
     @contextmanager
     def batch(
@@ -262,11 +281,13 @@ class Capture:
 
         Args:
             mask: bool [B, P], True at real tokens: reductions leave the others out, ``none`` stores zeros there.
-            ids: one id for each example, kept in `ids`; inside `into` its number in the plan, or an `Example`.
+            ids: a sequence with one id for each example, kept in `ids`; inside `into` its number in the plan, or an
+                `Example`.
             grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
 
         Raises:
             ValueError: if mask and ids don't fit each other, or later the gradients.
+            TypeError: for ids that are no sequence.
             RuntimeError: if no backward was committed inside.
         """
         who = "batch"
@@ -275,6 +296,7 @@ class Capture:
             raise ValueError(
                 broken_rule(who, "mask", "be boolean [B, P]", f"{mask.dtype} {list(mask.shape)}", "Use mask.bool().")
             )
+        check_ids(who, ids)
         if ids is not None and mask is not None and len(ids) != mask.shape[0]:
             raise ValueError(
                 broken_rule(who, "ids", f"have one id for each of {mask.shape[0]} examples", len(ids), "Check both.")
@@ -288,6 +310,10 @@ class Capture:
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         try:
             yield
+        except BaseException:
+            if self.receiver is not None:
+                self.receiver.failed()
+            raise
         finally:
             self._backwards.set_batch(None, -1, 1.0)
             written = self.rows - len(self._ids)  # clear() inside the block empties both
@@ -321,17 +347,19 @@ class Capture:
         thread writes them, and the next batch has the room; it waits where two units are not on disk yet. So read rows
         before the next batch, and leave `clear` alone. Units may come in any order, and so may the examples of a unit,
         but all of these before those of another one: a batch has examples of one unit, so that a run that continues
-        this one makes the same batches, and the same bits.
+        this one makes the same batches, and the same bits. A batch that raised may be run again: the rows that it has
+        made are dropped, and need room in the capture until their unit is written.
 
         Of the ``with`` block's value, ``left`` are the numbers of the examples that are not written yet, ``units``
-        their units, and ``batches(n)`` these numbers in batches. A unit that was there before may be computed again;
-        its rows are dropped. After an error all whole units are kept, and nothing of another one.
+        their units, and ``batches(n)`` these numbers in batches; before the block is entered they are not known. A unit
+        that was there before may be computed again; its rows are dropped. After an error all whole units are kept, and
+        nothing of another one.
 
         Args:
             out: a folder or URL, new or with a part of this dataset; or a `DatasetWriter`, which stays open.
             plan: the `tlfast.dataset.Plan`: how many examples there are, and how many of them are a unit.
-            header: what the data are (model, loss, ...), JSON; a part of the dataset's identity, as the specs of this
-                capture are.
+            header: what the data are (model, loss, ...), JSON; a part of the dataset's identity, as specs, calls and
+                missing of this capture are.
             config: text or mapping for config.yaml.
             staging: where units lie until they are uploaded, if ``out`` is a URL; None: in the user's cache folder.
             disk_wait_s: how many seconds a full disk is waited for.
@@ -339,6 +367,7 @@ class Capture:
         Raises:
             ValueError, TypeError: for bad arguments; for another dataset in ``out``, at the first step; in `batch` for
                 ids that are not of one unit, come twice or are not in the plan.
+            ValueError: in the last `batch` of a unit whose rows have another shape or dtype than those before.
             RuntimeError: at the end of the block, where a unit has some of its rows and not all; all others are kept.
             OSError: where the disk fails or stays full, in the next `batch`.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
+
+from ..errors import broken_rule
 
 
 class Into(Protocol):
@@ -32,11 +34,25 @@ class Into(Protocol):
         """Hear that the rows of this batch, which had ids, are in the capture."""
         ...
 
+    def failed(self) -> None:
+        """Hear that the batch raised: what rows of it are in the capture are nobody's."""
+        ...
+
     def __enter__(self) -> Into: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def check_ids(who: str, ids: Any) -> None:
+    """TypeError for ids that have no length and no order."""
+    if ids is None:
+        return
+    ordered = hasattr(ids, "__len__") and hasattr(ids, "__getitem__") and not isinstance(ids, Mapping)
+    if not ordered or getattr(ids, "ndim", 1) == 0:
+        got, remedy = type(ids).__name__, "Give a list with one id for each example."
+        raise TypeError(broken_rule(who, "ids", "be a sequence", got, remedy))
 
 
 # A capture knows no dataset, so the package itself says how one is written (tlfast/__init__.py).
