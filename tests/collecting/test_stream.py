@@ -366,8 +366,8 @@ NO_ROOM = "have room for a batch of 4 beside a unit of 5, got 8. Give more, or a
         ({"batch_size": 1.5}, ValueError, "batch_size must be a positive number, got 1.5. Give a whole number."),
         ({"buffer_rows": 8, "rows_per_unit": 5}, ValueError, f"buffer_rows must {NO_ROOM}"),
         ({"seed": "a"}, TypeError, "seed must be an int, got 'a'. Give a whole number."),
-        ({"seed": 2**70}, ValueError, f"seed must be a number of 64 bits, got {2**70}. Give a smaller one."),
-        ({"seed": -(2**64)}, ValueError, f"seed must be a number of 64 bits, got -{2**64}. Give a smaller one."),
+        ({"seed": 2**70}, ValueError, f"seed must be in -2**63..2**63-1, got {2**70}. Give one of 64 bits."),
+        ({"seed": -(2**64)}, ValueError, f"seed must be in -2**63..2**63-1, got -{2**64}. Give one of 64 bits."),
         ({"non_finite": "flag"}, ValueError, "non_finite must be one of keep, stop, got 'flag'."),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
-from ..dataset.read.shuffle import permutation
+from ..dataset.read.shuffle import check_seed, permutation
 from ..errors import broken_rule
 from ..spec import Points, Spec, one_of
 from .batches import unit_rows
@@ -197,10 +197,7 @@ def stream(
         describe_loss(given, "", None)  # raises what `collect` does
     one_of(_WHO, "non_finite", non_finite, ("keep", "stop"))
     check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
-    if type(seed) is not int:
-        raise TypeError(broken_rule(_WHO, "seed", "be an int", repr(seed), "Give a whole number."))
-    if not -(2**63) <= seed < 2**64:  # what torch takes; more bits would make no other order
-        raise ValueError(broken_rule(_WHO, "seed", "be a number of 64 bits", seed, "Give a smaller one."))
+    check_seed(_WHO, seed)
     most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
     if buffer_rows < batch_size + most:
         rule = f"have room for a batch of {batch_size} beside a unit of {most}"
