@@ -52,9 +52,16 @@ def test_in_a_reentrant_checkpoint_and_outside(backend, attach, order):
     torch.testing.assert_close(cap["layer"], model.truth(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo itself
-def test_eager_after_compiled_is_an_error(backend):
+@pytest.fixture
+def nothing_compiled():
+    """What is compiled here is forgotten: an error text elsewhere says whether anything is."""
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo itself
+def test_eager_after_compiled_is_an_error(backend, nothing_compiled):
     model, x = Chain("ce", None), x_of()
     compiled = torch.compile(model.step, backend="aot_eager")
     model.inside = lambda step, x: compiled(x)
