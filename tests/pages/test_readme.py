@@ -81,7 +81,7 @@ def test_the_versions_of_the_readme_are_those_that_ci_runs():
     torch_version = re.search(r"^TORCH_VERSION := (\S+)", makefile, flags=re.MULTILINE)[1]
     lens = re.search(r"^LENS_VERSIONS \?= (.+)", makefile, flags=re.MULTILINE)[1].split()
     oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
-    said = f"all tests beside torch {torch_version}, the core tests beside torch {oldest}.0, and TransformerLens "
+    said = f"the tests beside torch {torch_version}, the core tests beside torch {oldest}.0, and TransformerLens "
     assert said + " and ".join(lens) in words
     assert set(re.findall(r"torch[ =]=?(\d+\.\d+)", words)) == {torch_version.rpartition(".")[0], oldest}
     assert list(lens) == list(quoted.LENS)
