@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +17,17 @@ from .streams import current_stream, read_on
 from .tensor_cache import Change, TensorCache
 
 
-class Keeper:
+class Keeper(ABC):
     """What all keepers are asked for."""
 
     keeps_outputs = False  # whether outputs are kept, and a call without a gradient passes zeros on
     columns: Sequence[Column] = ()  # that make rows of a gradient; without one no backward is a step
 
+    @abstractmethod
     def gradient(self, call: Call, grad: torch.Tensor) -> None:
         """The gradient of one call: plain memory, without a history."""
-        raise NotImplementedError
 
-    def output(self, kept: torch.Tensor | None) -> None:
+    def output(self, kept: torch.Tensor | None) -> None:  # noqa: B027 (most keep none)
         """What a call put out, as an alias without a history; None stands for what is no tensor."""
 
 
