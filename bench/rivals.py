@@ -56,6 +56,19 @@ def empty_full_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
 
 
 @contextmanager
+def returning_full_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
+    """A full backward hook that returns the gradients that it was given, as one that changes them would."""
+
+    def hook(module: nn.Module, grad_input: tuple[torch.Tensor, ...], grad_output: object) -> object:
+        return (*grad_input,)
+
+    handles = [model.get_submodule(name).register_full_backward_hook(hook) for name in keep.points]
+    yield lambda: None
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
 def python_full_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
     """What a user writes today: a full backward hook that reduces and copies into a preallocated row."""
     buf = torch.full((len(keep.points), *keep.row_shape), torch.nan, dtype=keep.dtype, device=keep.device)
@@ -102,6 +115,17 @@ def python_tensor_hook(model: nn.Module, keep: Keep) -> Iterator[Rows]:
         handle.remove()
 
 
+def called_natively(attach: Attach) -> Attach:
+    """The same hooks under `tlfast.accelerate_hooks`."""
+
+    @contextmanager
+    def attached(model: nn.Module, keep: Keep) -> Iterator[Rows]:
+        with tlfast.accelerate_hooks(), attach(model, keep) as rows:
+            yield rows
+
+    return attached
+
+
 def tlfast_capture(attach: str, backend: str) -> Attach:
     """The capture as a user writes it."""
 
@@ -120,7 +144,9 @@ def tlfast_capture(attach: str, backend: str) -> Attach:
 
 BARE = "bare model (floor)"
 EMPTY = "empty full hook"
+RETURNING = "returning full hook"
 FULL_HOOK = "Python full hook"
+NATIVELY = ", called natively"
 TENSOR_HOOK = "Python tensor hook"
 AUTO = "tlfast auto"
 AUTO_FULL = "tlfast full"
@@ -136,4 +162,13 @@ VARIANTS: dict[str, Attach] = {
     AUTO_FULL: tlfast_capture("full", "auto"),
     AUTO_PYTHON: tlfast_capture("auto", "python"),
     FULL_PYTHON: tlfast_capture("full", "python"),
+}
+
+# PyTorch's full backward hooks, as it calls them and natively.
+FULL_HOOKS: dict[str, Attach] = {
+    **VARIANTS,
+    EMPTY + NATIVELY: called_natively(empty_full_hook),
+    RETURNING: returning_full_hook,
+    RETURNING + NATIVELY: called_natively(returning_full_hook),
+    FULL_HOOK + NATIVELY: called_natively(python_full_hook),
 }

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from .hooks.capture import attach, capture
     from .hooks.captured import Capture
     from .hooks.freeze import freeze
+    from .hooks.full_hooks import (
+        accelerate_hooks,
+        install_hooks,
+        register_full_backward_hook,
+        register_full_backward_pre_hook,
+        uninstall_hooks,
+    )
     from .hooks.graph_step import graph_step
     from .spec import Spec
 
@@ -22,15 +29,20 @@ if TYPE_CHECKING:
 _HOMES = {
     "Capture": "hooks.captured",
     "Spec": "spec",
+    "accelerate_hooks": "hooks.full_hooks",
     "attach": "hooks.capture",
     "backend": "backends.choice",
     "capture": "hooks.capture",
     "collect": "collecting.run",
     "freeze": "hooks.freeze",
     "graph_step": "hooks.graph_step",
+    "install_hooks": "hooks.full_hooks",
     "open_dataset": "dataset",
     "reduce_into": "backends.choice",
+    "register_full_backward_hook": "hooks.full_hooks",
+    "register_full_backward_pre_hook": "hooks.full_hooks",
     "stream": "collecting.stream",
+    "uninstall_hooks": "hooks.full_hooks",
 }
 _ROOMS = ("backends", "batches", "collecting", "dataset", "hooks", "loss", "report", "stopping", "transformer_lens")
 
@@ -60,13 +72,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Capture",
     "Spec",
+    "accelerate_hooks",
     "attach",
     "backend",
     "capture",
     "collect",
     "freeze",
     "graph_step",
+    "install_hooks",
     "open_dataset",
     "reduce_into",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
     "stream",
+    "uninstall_hooks",
 ]

@@ -6,6 +6,7 @@
 #include "cuda_status.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
+#include "py_full_call.h"
 #include "py_reduce.h"
 #include "py_tap.h"
 
@@ -76,6 +77,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_capability", &cuda_capability);
   m.add_object("reduce_at_once", py::reinterpret_steal<py::object>(PyCFunction_New(&reduce_at_once, nullptr)));
   m.def("call_natively", &PyTap::call_natively);
+  m.def("choose_natively", &choose_natively);
+  m.def("choose_for", &choose_for);
+  m.def("learn_outputs", &learn_outputs);
 
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")
       .def(py::init(&make_column))

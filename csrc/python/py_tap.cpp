@@ -5,34 +5,19 @@
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <atomic>
+#include <algorithm>
 
 #include "autograd/plain.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
+#include "references.h"
 
 namespace py = pybind11;
 
 namespace tlfast {
 namespace {
 
-// How often an output, its memory and its node are referenced while a forward hook looks at a plain output that nobody
-// else holds: by the running frames alone. It depends on Python's and torch's versions, so it is learnt, from a module
-// made for it.
-struct References {
-  Py_ssize_t object = 0;
-  size_t tensor = 0, storage = 0, node = 0;
-
-  static References of(PyObject* object, const at::Tensor& tensor) {
-    const auto& node = tensor.grad_fn();
-    const size_t storage = is_plain(tensor) && tensor.has_storage() ? tensor.storage().use_count() : ~size_t(0);
-    return {Py_REFCNT(object), size_t(tensor.use_count()), storage, node ? size_t(node.use_count()) : 0};
-  }
-  bool within(const References& most) const {
-    return object <= most.object && tensor <= most.tensor && storage <= most.storage && node <= most.node;
-  }
-};
-std::atomic<const References*> unshared{nullptr};  // set once, and null until then: taps on nodes come after it
+Unshared unshared;  // as a forward hook sees an output: taps on nodes come after it is learnt
 
 py::object from_outputs(const char* name) { return py::module_::import("tlfast.backends.outputs").attr(name); }
 
@@ -40,16 +25,6 @@ py::object from_outputs(const char* name) { return py::module_::import("tlfast.b
 [[noreturn]] void throw_python(const py::object& error) {
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
   throw py::error_already_set();
-}
-
-PyTap& tap_of(PyObject* hook) {
-  static PyObject* const name = PyUnicode_InternFromString("tap");
-  const auto tap = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name));
-  if (!tap) throw py::error_already_set();
-  py::detail::make_caster<PyTap> native;
-  TORCH_CHECK_TYPE(native.load(tap, /*convert=*/false) && !tap.is_none(),
-                   broken_rule("capture", "a hook's tap", "be a native one", type_name(tap), "Leave it as it was."));
-  return py::detail::cast_op<PyTap&>(native);
 }
 
 // What a hook is called with, for the call of a hook may come from anywhere.
@@ -60,30 +35,12 @@ void check_arguments(PyObject* args, PyObject* kwargs, Py_ssize_t n, const char*
                                "Leave the call to the module."));
 }
 
-// An output as torch.Tensor.detach() gives it, but of its own class and with its attributes.
-at::Tensor detached(const py::handle& output) {
-  if (THPVariable_CheckExact(output.ptr())) return alias_of(THPVariable_Unpack(output.ptr()));
-  return from_outputs("alias")(output).cast<at::Tensor>();
-}
-
 // How many hooks were ever registered anywhere: their ids are counted up in one place.
 long long hooks_registered() {
   static PyObject* const handle_type =
       py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle")).release().ptr();
   static PyObject* const name = PyUnicode_InternFromString("next_id");
   return PyLong_AsLongLong(py::reinterpret_steal<py::object>(PyObject_GetAttr(handle_type, name)).ptr());
-}
-
-template <class Body>
-PyObject* guarded(Body body) {
-  try {
-    return body().release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (...) {
-    torch::translate_exception_to_python(std::current_exception());
-  }
-  return nullptr;
 }
 
 // hook(module, args)
@@ -121,6 +78,21 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
 
 }  // namespace
 
+PyTap& tap_of(PyObject* hook) {
+  static PyObject* const name = PyUnicode_InternFromString("tap");
+  const auto tap = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook, name));
+  if (!tap) throw py::error_already_set();
+  py::detail::make_caster<PyTap> native;
+  TORCH_CHECK_TYPE(native.load(tap, /*convert=*/false) && !tap.is_none(),
+                   broken_rule("capture", "a hook's tap", "be a native one", type_name(tap), "Leave it as it was."));
+  return py::detail::cast_op<PyTap&>(native);
+}
+
+at::Tensor detached(const py::handle& output) {
+  if (THPVariable_CheckExact(output.ptr())) return alias_of(THPVariable_Unpack(output.ptr()));
+  return from_outputs("alias")(output).cast<at::Tensor>();
+}
+
 std::shared_ptr<SinkKeeper> sink_keeper(const py::object& sink, const std::string& reduce, std::vector<int64_t> dims) {
   if (!THPVariable_Check(sink.ptr())) {
     TORCH_CHECK_TYPE(PyCallable_Check(sink.ptr()), broken_rule("attach", "sink", "be a tensor or callable",
@@ -142,13 +114,15 @@ PyTap::PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std:
   if (anchor) tap->anchor = *anchor;
 }
 
+void check_ours_to_change(const char* who, const py::handle& type) {
+  auto* const checked = reinterpret_cast<PyTypeObject*>(type.ptr());
+  const bool ours_to_change = PyType_HasFeature(checked, Py_TPFLAGS_HEAPTYPE) && checked->tp_call;
+  TORCH_CHECK_TYPE(ours_to_change, broken_rule(who, "a hook", "be a class with a __call__",
+                                               py::str(type).cast<std::string>(), "Pass one written in Python."));
+}
+
 void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook) {
-  for (const py::handle hook : {pre_hook, forward_hook}) {
-    auto* type = reinterpret_cast<PyTypeObject*>(hook.ptr());
-    const bool ours_to_change = PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE) && type->tp_call;
-    TORCH_CHECK_TYPE(ours_to_change, broken_rule("call_natively", "a hook", "be a class with a __call__",
-                                                 py::str(hook).cast<std::string>(), "Pass one written in Python."));
-  }
+  for (const py::handle hook : {pre_hook, forward_hook}) check_ours_to_change("call_natively", hook);
   // The interpreter calls an object through its type's tp_call, Dynamo traces what it finds under `__call__`: so eager
   // code runs natively, and compiled code sees the Python of these classes.
   reinterpret_cast<PyTypeObject*>(pre_hook.ptr())->tp_call = call_pre_hook;
@@ -197,12 +171,10 @@ py::object PyTap::forward(const py::handle& given) {
     const at::Tensor& tensor = THPVariable_Unpack(given.ptr());
     const References references = References::of(given.ptr(), tensor);
     if (learning_) {
-      const References* none = nullptr;
-      auto learnt = std::make_unique<const References>(references);
-      if (unshared.compare_exchange_strong(none, learnt.get())) learnt.release();
+      unshared.learn(references);
       return py::none();
     }
-    const References* const most = unshared.load();
+    const References* const most = unshared.most();
     const bool own = most && tensor.requires_grad() && references.within(*most);
     const at::Tensor checked_tensor = checked(given, given);
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
@@ -247,18 +219,25 @@ py::object PyTap::forward_slowly(const py::handle& given) {
   return from_outputs("replace_output")(given, found[1], behind(found[0]));
 }
 
-void PyTap::check_full(const py::handle& given) {
+Py_ssize_t PyTap::place_for_full(const py::handle& given) {
   // PyTorch makes such an output anew of its items, which no other kind of tuple takes one by one.
   const bool known = THPVariable_Check(given.ptr()) || PyTuple_CheckExact(given.ptr()) ||
                      (PyTuple_Check(given.ptr()) && py::hasattr(given, "_make"));
   if (!known)
     TORCH_CHECK_TYPE(false, broken_rule(tap->point->who, "the output", "be a tensor or a tuple with attach=\"full\"",
                                         type_name(given), "Use attach=\"tensor\"."));
-  if (!tap->backwards->active) return;
+  if (!tap->backwards->active) return -1;
+  if (THPVariable_Check(given.ptr())) return checked(given, given).defined() ? 0 : -1;
   const py::tuple found = from_outputs("select_output")(given, output);
-  if (checked(found[0], given).defined()) tap->called_with_full_hook();
-  full_index_ = py::isinstance<py::int_>(found[1]) ? found[1].cast<Py_ssize_t>() : 0;
-  if (!others_noted_ && !found[1].is_none()) note_others(given, found[1]);
+  if (!checked(found[0], given).defined()) return -1;
+  if (!others_noted_) note_others(given, found[1]);
+  const Py_ssize_t place = found[1].cast<Py_ssize_t>();
+  return place < 0 ? place + PyTuple_GET_SIZE(given.ptr()) : place;
+}
+
+void PyTap::check_full(const py::handle& given) {
+  full_place_ = place_for_full(given);
+  if (full_place_ >= 0) tap->called_with_full_hook();
 }
 
 void PyTap::note_others(const py::handle& given, const py::handle& key) {
@@ -268,8 +247,7 @@ void PyTap::note_others(const py::handle& given, const py::handle& key) {
 
 void PyTap::full(const py::tuple& grad_output) const {
   if (!tap->backwards->active) return;
-  const Py_ssize_t n = Py_ssize_t(grad_output.size());
-  const py::object grad = grad_output[size_t(full_index_ < 0 ? full_index_ + n : full_index_)];
+  const py::object grad = grad_output[size_t(std::max<Py_ssize_t>(full_place_, 0))];
   if (!THPVariable_Check(grad.ptr())) return;
   const at::Tensor tensor = THPVariable_Unpack(grad.ptr());
   const py::gil_scoped_release release;

@@ -1,6 +1,7 @@
 // The Python end of a tap: what PyTorch's module hooks call.
 #pragma once
 
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "autograd/tap.h"
@@ -20,7 +21,11 @@ class PyTap {
   // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
   pybind11::object forward(const pybind11::handle& given);
 
-  // What a full backward hook needs of an output; called before the hook wraps it.
+  // Where in an output the tensor is that a full backward hook reads, or -1 where that can have no gradient; an error
+  // for an output that such hooks can't take.
+  Py_ssize_t place_for_full(const pybind11::handle& given);
+
+  // The same where the hook is PyTorch's own; called before it wraps the output.
   void check_full(const pybind11::handle& given);
 
   // The body of a full backward hook.
@@ -47,8 +52,30 @@ class PyTap {
 
   bool learning_ = false;
   bool others_noted_ = false;
-  Py_ssize_t full_index_ = 0;  // where in the output the tensor was, for the full hook
+  Py_ssize_t full_place_ = 0;  // where in the output the tensor was, for PyTorch's own full hook
 };
+
+// The tap of a hook written in Python.
+PyTap& tap_of(PyObject* hook);
+
+// An output as torch.Tensor.detach() gives it, but of its own class and with its attributes.
+at::Tensor detached(const pybind11::handle& output);
+
+// An error unless the instances of a class may be called natively.
+void check_ours_to_change(const char* who, const pybind11::handle& type);
+
+// What a function called by the interpreter returns: a new reference, or null after an error.
+template <class Body>
+PyObject* guarded(Body body) {
+  try {
+    return body().release().ptr();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+  }
+  return nullptr;
+}
 
 // A keeper that hands each gradient to a sink, a tensor or a callable.
 std::shared_ptr<SinkKeeper> sink_keeper(const pybind11::object& sink, const std::string& reduce,

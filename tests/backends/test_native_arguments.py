@@ -32,6 +32,11 @@ BY_NAME = {
     "data": [None, 1, "text", memoryview(b"abcdef")[::2], memoryview(b"abcdef")[::-1]],
     "pre_hook": [None, 1, int, type("Bare", (), {})],
     "forward_hook": [None, 1, int, type("Bare", (), {})],
+    "chooser": [None, 1, int, type("Bare", (), {})],
+    "ours": [None, 1],
+    "plain": [None, 1],
+    "checked": [None, 1],
+    "ids": [None, 1, []],
     "blocks": [
         None, 1, [None], [(1,)], [(0, 1, 1, "F32", 0, 0)], [(0, -1, 1, "F32", 0, 0)], [(0, 0, -1, "F32", 0, 0)],
         [(0, 0, 1, "F8", 0, 0)],
@@ -89,7 +94,8 @@ class Made:
         by_name = {
             "reduce": "sum", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0, "piece_bytes": 4096,
             "sink": torch.ones(2), "data": b"abc", "blocks": [], "pre_hook": self.hooks[0],
-            "forward_hook": self.hooks[1],
+            "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
+            "checked": self.hooks[0], "ids": {},
         }  # fmt: skip
         if name in by_name:
             return by_name[name]

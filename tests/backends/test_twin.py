@@ -13,7 +13,8 @@ STUB = {node.name: node for node in ast.parse((Path(tlfast.__file__).parent / "_
         if isinstance(node, ast.ClassDef | ast.FunctionDef)}  # fmt: skip
 # What only native code needs: about the module itself, hooks that are called natively, recorded steps.
 NATIVE_ONLY = {
-    "describe", "cuda_status", "cuda_capability", "call_natively", "reduce_at_once", "Recording", "Ledger.cursor",
+    "describe", "cuda_status", "cuda_capability", "call_natively", "choose_natively", "choose_for",
+    "learn_outputs", "reduce_at_once", "Recording", "Ledger.cursor",
     "Ledger.start_trial", "Ledger.stop_trial", "Ledger.start_recording", "Ledger.stop_recording", "Ledger.replay",
     "Ledger.take_back", "Tap.learn_references",
 }  # fmt: skip

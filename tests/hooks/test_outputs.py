@@ -133,7 +133,7 @@ def test_output_without_a_tensor(backend, attach):
             )
 
 
-@pytest.mark.filterwarnings(NO_ROWS)
+@pytest.mark.filterwarnings(NO_ROWS, "ignore:For backward hooks to be called")  # PyTorch's, before it asks
 def test_full_hooks_can_not_see_mappings_and_lists(backend):
     for value, kind in (({"a": 1}, "dict"), ([1], "list")):
 

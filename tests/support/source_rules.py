@@ -38,8 +38,8 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "into", "points"),
-            ("freeze", "options"),
+            ("__init__", "dimensions", "inert", "into", "patches", "points"),
+            ("freeze", "full_hooks", "options"),
             ("attachment",),
             ("diagnosis",),
             ("captured",),
@@ -51,7 +51,7 @@ ROOMS = (
         (
             ("library",),
             ("arguments", "loading", "names"),
-            ("handles", "patches", "theirs"),
+            ("handles", "theirs"),
             ("running",),
             ("caching", "capturing"),
             ("compatibility",),
@@ -160,15 +160,16 @@ NATIVE_ROOMS = (
             ("backwards",),
             ("keeper.h",),
             ("tap",),
-            ("keeper",),
+            ("full_call", "keeper"),
         ),
     ),
     (
         "python",
         (
-            ("cuda_status", "python_result"),
+            ("cuda_status", "python_result", "references"),
             ("plain", "py_callable", "py_reduce"),
             ("py_tap",),
+            ("py_full_call",),
             ("module",),
         ),
     ),

@@ -15,7 +15,7 @@ from models import (
 from torch import nn
 
 import tlfast
-from tlfast.hooks.attachment import _FullHook
+from tlfast.hooks.full_hooks import FullHook
 
 NO_ROWS = "ignore:capture. no backward reached the points"
 
@@ -27,7 +27,7 @@ def test_trap_20_hooks_return_nothing_and_change_nothing(backend, attach):
     setup.model.zero_grad()
     with tlfast.capture(setup.model, setup.points, reduce="mean", rows=4, attach=attach, backend=backend) as cap:
         setup.loss().backward()
-        full = _FullHook(cap._taps[0][1])
+        full = FullHook(cap._taps[0][1])
         cap._backwards.close()
         assert full(setup.model, (), (torch.ones(3, 4, 6),)) is None
     for p, want in zip(setup.model.parameters(), plain, strict=True):

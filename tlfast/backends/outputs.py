@@ -103,3 +103,19 @@ def replace_output(output: Any, key: int | str | None, tensor: torch.Tensor) -> 
     copied = copy.copy(output)  # a dataclass: made without a call of it, which may do more than to keep fields
     object.__setattr__(copied, str(key), tensor)  # also where it is frozen
     return copied
+
+
+def values_of(output: object) -> tuple[object, ...] | None:
+    """What a list, a mapping or a dataclass holds, in its order; None for what is none of them."""
+    if isinstance(output, list):
+        return tuple(output)
+    return tuple(_by_name(output).values()) or None
+
+
+def with_values(output: Any, values: tuple[object, ...]) -> Any:
+    """The same with other values, as `values_of` gives them; what doesn't change isn't copied."""
+    items = list(enumerate(output)) if isinstance(output, list) else list(_by_name(output).items())
+    for (key, before), value in zip(items, values, strict=True):
+        if value is not before:
+            output = replace_output(output, key, value)  # type: ignore[arg-type]
+    return output

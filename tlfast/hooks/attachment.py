@@ -13,36 +13,17 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import BackwardHook, RemovableHandle
 
-from ..backends.backwards import refuse_compiled_autograd
 from ..backends.interface import Backend
 from ..backends.outputs import replace_output, select_output
 from ..backends.plain import check_full_hook
 from ..backends.taps import fire_op
 from ..errors import broken_rule
+from .full_hooks import FullHook, NativeFullHook, TakenNative
+from .inert import Hook
+from .inert import _copied as _copied  # as it is named in pickles
 
 
-def _inert(*_: object) -> None:
-    """What a copied or unpickled hook becomes: a copy of a model carries no capture."""
-
-
-def _copied() -> Any:
-    return _inert
-
-
-class _Hook:
-    """A hook of ours: the copy of a hooked model holds `_inert` in its place."""
-
-    def __init__(self, tap: Any):
-        self.tap = tap
-
-    def __deepcopy__(self, memo: object) -> Any:
-        return _inert
-
-    def __reduce__(self) -> Any:
-        return _copied, ()
-
-
-class ForwardPreHook(_Hook):
+class ForwardPreHook(Hook):
     """Tells the tap that its module is entered, and keeps its forward hook the last one.
 
     A full backward hook wraps the output after all forward hooks have run, so a tap that fires on the same gradient
@@ -81,7 +62,7 @@ class _Traced(torch.autograd.Function):
         return grad, None, None, None
 
 
-class _ForwardHook(_Hook):
+class _ForwardHook(Hook):
     def __init__(self, tap: Any):
         super().__init__(tap)
         # For compiled code, which can't look into a native object: the tap is a number, and the op that fires it must
@@ -136,7 +117,7 @@ def behind_full_hook(module: nn.Module, hooks: list[Any], args: Any, output: Any
     return behind if type(output) is tuple else type(output)(*behind)
 
 
-class CacheHook(_Hook):
+class CacheHook(Hook):
     """The forward hook of a tap that caches; it isn't for compiled code."""
 
     anchor: torch.Tensor | None = None  # as the tap has it
@@ -158,7 +139,7 @@ class _NativeCacheHook(CacheHook):
     """The same, called natively where the module puts out the one tensor that it was given."""
 
 
-class _CheckInputsHook(_Hook):
+class _CheckInputsHook(Hook):
     """Before a full hook wraps the inputs: can it?"""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -166,7 +147,7 @@ class _CheckInputsHook(_Hook):
             check_full_hook(f"capture at {self.tap.name}", "an input", args)
 
 
-class _CheckHook(_Hook):
+class _CheckHook(Hook):
     """Before a full hook wraps the output: can it, and can the output have a gradient at all?"""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -177,16 +158,10 @@ class _CheckHook(_Hook):
             check_full_hook(f"capture at {self.tap.name}", "the output", outputs)
 
 
-class _FullHook(_Hook):
-    def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        refuse_compiled_autograd()
-        self.tap.full(grad_output)
-
-
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckInputsHook, _CheckHook, _FullHook):
+for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckInputsHook, _CheckHook, FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -226,12 +201,14 @@ def hook_module(module: nn.Module, tap: Any, attach: str, backend: Backend) -> l
     native = backend.NAME == "native"
     if native:
         _prepare(backend)
+        if attach == "full":  # at whose nodes all is done that is done here otherwise
+            return [TakenNative(), module.register_full_backward_hook(NativeFullHook(tap))]
     pre = _NativePreHook(tap) if native else ForwardPreHook(tap)
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))
         handles.append(module.register_forward_pre_hook(_CheckInputsHook(tap)))
-        handles.append(module.register_full_backward_hook(_FullHook(tap)))
+        handles.append(module.register_full_backward_hook(FullHook(tap)))
     else:
         handles.append(module.register_forward_hook(_NativeForwardHook(tap) if native else _ForwardHook(tap)))
     pre.hook_id = handles[1].id

@@ -14,13 +14,14 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import broken_rule
+from ..hooks import full_hooks
+from ..hooks.patches import Patch, Patches
 from .arguments import by_name, uncounted
 from .caching import run_as_theirs
 from .compatibility import warn_if_wrong
 from .handles import SinkHandle, Sinks
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
-from .patches import Patch, Patches
 from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, remembering
 
 # The hooks by which TransformerLens fills its caches: they read a gradient and return None.
@@ -164,7 +165,8 @@ def install() -> None:
     """Let every TransformerLens model cache through tlfast, from now on, until `uninstall`.
 
     ``run_with_cache(incl_bwd=True)``, ``get_caching_hooks`` and ``add_caching_hooks`` give what they gave, to the bit;
-    ``HookPoint.add_hook`` stays as it is, and so does every hook that isn't TransformerLens' own caching. Warns where
+    ``HookPoint.add_hook`` stays as it is. Every other backward hook of a HookPoint is called by native code, as by
+    `tlfast.install_hooks`, and gives what it gave: also one that returns a gradient. Warns where
     backward hooks of this TransformerLens are wrong. Calls are counted: it is in force until as many calls of
     `uninstall`.
 
@@ -175,12 +177,14 @@ def install() -> None:
     if not installed():
         warn_if_wrong()
     _in_force.enter(_replacements)
+    full_hooks.enter([hook_point_type()])
 
 
 def uninstall() -> None:
     """Take back one `install`. With the last the classes are as they were; without any nothing happens."""
     if installed():
         _in_force.leave()
+        full_hooks.leave([hook_point_type()])
 
 
 @contextmanager
@@ -198,7 +202,9 @@ def accelerate(model: Any) -> Iterator[Any]:
     """
     only = [model, *{id(point): point for point in hook_points("accelerate", model).values()}.values()]
     _in_force.enter(_replacements, only)
+    full_hooks.enter(only)
     try:
         yield model
     finally:
+        full_hooks.leave(only)
         _in_force.leave(only)

@@ -16,11 +16,11 @@ from ..errors import broken_rule
 from ..hooks.attachment import (
     CacheHook,
     ForwardPreHook,
-    _Hook,
     behind_full_hook,
     fires_at_output,
     hook_module,
 )
+from ..hooks.inert import Hook
 from .library import lens_handle
 from .names import conversion_of
 
@@ -221,7 +221,7 @@ class ListedTap:
                 listed[:] = [handle for handle in listed if handle is not self.handle]
 
 
-class ListedWithGradients(_Hook):
+class ListedWithGradients(Hook):
     """On a norm, before it looks at the hooks of its points: a tap is listed while there are gradients alone."""
 
     def __call__(self, norm: Any, args: Any) -> None:
@@ -230,7 +230,7 @@ class ListedWithGradients(_Hook):
             self.tap.list()
 
 
-class SameNorm(_Hook):
+class SameNorm(Hook):
     """On such a norm, behind its first forward with gradients: a RuntimeError where its other path is another norm."""
 
     looked = False

@@ -1,4 +1,4 @@
-"""What stands in TransformerLens' classes in place of its own: for whom, how many asked for it, and its way back."""
+"""What stands in other libraries' modules and classes in place of their own: for whom, and the way back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-Patch = tuple[type, str, Any]  # a class, a name in it, what is to stand there
+Patch = tuple[Any, str, Any]  # a class or a Python module, a name in it, what is to stand there
 
 
 class Patches:
-    """Class attributes that are replaced while anybody wants it, for every object or for some.
+    """Names of classes and Python modules that are replaced while anybody wants it, for every object or for some.
 
     Nothing is written into an object: what is copied, pickled or compared inside is the object as it was, and users
     who leave in another order than they came undo nothing of each other.
@@ -21,7 +21,7 @@ class Patches:
         self._everywhere = 0
         self._only: dict[int, int] = {}  # the ids of single objects, and how many want them
         self._users = 0
-        self._done: list[tuple[type, str, Any, Any]] = []  # with what stood in the class itself before, or _NOTHING
+        self._done: list[tuple[Any, str, Any, Any]] = []  # with what stood there itself before, or _NOTHING
 
     def everywhere(self) -> bool:
         """Whether somebody wants it for every object."""
@@ -43,16 +43,28 @@ class Patches:
                 self._everywhere += 1
             for owner in only or ():
                 self._only[id(owner)] = self._only.get(id(owner), 0) + 1
+            self.changed()
 
     def leave(self, only: Iterable[object] | None = None) -> None:
-        """One fewer; after the last the classes are as they were."""
+        """One fewer; after the last all is as it was."""
+        self._leave(None if only is None else [id(owner) for owner in only])
+
+    def leave_by_id(self, owner_id: int) -> None:
+        """One fewer, which wanted it for one object that is gone by now."""
+        self._leave([owner_id])
+
+    def changed(self) -> None:
+        """Called when somebody has come or gone."""
+
+    def _leave(self, only: list[int] | None) -> None:
         with self._lock:
             if only is None:
                 self._everywhere -= 1
-            for owner in only or ():
-                self._only[id(owner)] -= 1
-                if not self._only[id(owner)]:
-                    del self._only[id(owner)]
+            for owner_id in only or ():
+                self._only[owner_id] -= 1
+                if not self._only[owner_id]:
+                    del self._only[owner_id]
+            self.changed()
             self._users -= 1
             while not self._users and self._done:
                 cls, name, before, new = self._done.pop()
