@@ -25,7 +25,7 @@ struct HookNode : Node {
     if (side == FullNode::Side::outputs) {
       call->at_outputs(grads, [&] { return filled(grads); });
     } else {
-      grads = filled(grads);
+      grads = filled(std::move(grads));
       call->at_inputs(grads);
     }
     return std::move(grads);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -27,6 +28,7 @@ namespace tlfast {
 namespace {
 
 using torch::autograd::variable_list;
+using Places = c10::SmallVector<Py_ssize_t, 4>;  // in a tuple
 
 // Set once by `choose_natively`, and never dropped.
 PyTypeObject* ours = nullptr;  // the class of a capture's own hooks
@@ -65,7 +67,7 @@ bool compiled_autograd_is_on() {
 py::object wrapped(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
 // A tuple of `size`: the tensors at their places, None elsewhere.
-py::object packed(const std::vector<Py_ssize_t>& places, const variable_list& tensors, Py_ssize_t size) {
+py::object packed(const Places& places, const variable_list& tensors, Py_ssize_t size) {
   auto made = py::reinterpret_steal<py::object>(PyTuple_New(size));
   for (size_t i = 0; i < places.size(); ++i) PyTuple_SET_ITEM(made.ptr(), places[i], THPVariable_Wrap(tensors[i]));
   for (Py_ssize_t i = 0; i < size; ++i)
@@ -74,7 +76,7 @@ py::object packed(const std::vector<Py_ssize_t>& places, const variable_list& te
 }
 
 // What hooks made of gradients, in place of these: the checks that PyTorch makes of what a node's hook returns.
-void put(variable_list& grads, const std::vector<Py_ssize_t>& places, const py::object& made) {
+void put(variable_list& grads, const Places& places, const py::object& made) {
   for (size_t i = 0; i < places.size(); ++i) {
     const auto index = py::int_(places[i]);
     const py::object item = result_of(PyObject_GetItem(made.ptr(), index.ptr()));
@@ -129,7 +131,8 @@ class PyFullCall final : public FullCall {
       for (auto& reader : readers) reader.hook.release();
       return;
     }
-    const py::gil_scoped_acquire gil;
+    std::optional<py::gil_scoped_acquire> gil;
+    if (!PyGILState_Check()) gil.emplace();
     for (py::object* held : {&module_, &hooks_, &pre_hooks_, &grad_output_}) *held = {};
     readers.clear();
   }
@@ -219,7 +222,7 @@ class PyFullCall final : public FullCall {
   bool has_inputs = false;                         // whether there is a node before the inputs
   bool reads_python = false, has_readers = false;  // whether one of the hooks is Python's, or a tap's
   Py_ssize_t n_inputs = -1, n_outputs = -1;
-  std::vector<Py_ssize_t> input_places, output_places;  // of the tensors
+  Places input_places, output_places;  // of the tensors
   std::vector<Reader> readers;
 
  private:
@@ -317,7 +320,7 @@ struct Items {
   int n_grad = 0;  // how many require grad
   bool has_tangent = false;
   variable_list tensors;
-  std::vector<Py_ssize_t> places;
+  Places places;
 };
 
 py::object pytorchs(FullHooks& self, const char* method, PyObject* given) {
@@ -343,6 +346,7 @@ py::object setup_inputs(FullHooks& self, PyObject* given) {
   call.input_places = items.places;
   self.inputs.emplace(self.call, FullNode::Side::inputs, items.tensors);
   variable_list through;
+  through.reserve(items.tensors.size());
   for (size_t i = 0; i < items.tensors.size(); ++i) {
     const at::Tensor& tensor = items.tensors[i];
     at::Tensor made;
@@ -429,6 +433,7 @@ py::object setup_outputs(FullHooks& self, PyObject* given) {
   call.output_places = items.places;
   FullNode node(self.call, FullNode::Side::outputs, items.tensors);
   variable_list through;
+  through.reserve(items.tensors.size());
   for (size_t i = 0; i < items.tensors.size(); ++i) {
     const at::Tensor& tensor = items.tensors[i];
     at::Tensor made;
