@@ -119,7 +119,10 @@ def test_batches_go_on_and_merged_datasets_join(merged, two):
         merged.plan  # noqa: B018 (it raises)
     with pytest.raises(DatasetError, match="write_report: path must be one dataset, got several that were merged in"):
         write_report(two / "m", two / "page.html")
-    assert len(join_datasets(open_dataset(two / "a"), open_dataset(two / "a"))) == 11
+    joined = join_datasets(merged, merged.filter("id % 2 == 1"))
+    assert joined.ids.tolist() == list(range(1, 22, 2))
+    assert same_bits(joined.left["loss"][:], joined.right["loss"][:])
+    assert repr(joined).splitlines()[1] == f"  {two}/a, {two}/b"
 
 
 def test_all_of_it_is_moved(merged, two):

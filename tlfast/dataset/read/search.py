@@ -54,13 +54,15 @@ def search(
     n_queries, n_rows = len(given[0].values), int(columns[0].lengths().sum()) if per_token else len(ds)
     step = max(1, min(_MOST_ROWS, BLOCK_BYTES // max(1, *(ds.column(q.point).row_bytes for q in given))))
     blocks = _token_blocks(columns[0], ds, step) if per_token else _blocks(columns, len(ds), step)
+    scorer = Scorer(given, metric, step)
     best = Best(n_queries, min(k, n_rows), given[0].values)
     some = max(1, _SCORE_BYTES // (step * given[0].values.element_size()))
     for block in blocks:
         for part in _parts(block, step):
+            rows = scorer.take(part)
             for at in range(0, n_queries, some):
                 which = slice(at, min(n_queries, at + some))
-                best.add(which, _scores(part, given, which, metric), part)
+                best.add(which, scorer.scores(rows, which), part)
         if progress is not None:
             progress(block.n_rows)
     positions = best.positions.cpu() if per_token else None
@@ -176,15 +178,30 @@ def _parts(block: Block, step: int) -> Iterator[Block]:
         yield Block(values, block.rows[at], None if block.positions is None else block.positions[at], 0)
 
 
-def _scores(block: Block, given: Sequence[Queries], which: slice, metric: str) -> torch.Tensor:
-    """Return the scores of some queries: [queries, rows]."""
-    total: torch.Tensor | None = None
-    for point, queries in given:
-        rows = block.values[point].to(queries.device).to(queries.dtype)
-        scores = queries[which] @ (rows if metric == "dot" else directions(rows)).T
-        total = scores if total is None else total.add_(scores)
-    assert total is not None
-    return total
+class Scorer:
+    """The queries, and memory for rows as they are scored: new memory for each block would cost four times as much."""
+
+    def __init__(self, given: Sequence[Queries], metric: str, step: int) -> None:
+        self._given, self._metric = given, metric
+        widest = max((q.values.shape[1] for q in given), default=0)
+        self._memory = torch.empty((step * widest,), dtype=given[0].values.dtype, device=given[0].values.device)
+
+    def take(self, block: Block) -> list[torch.Tensor]:
+        """Return the scores' other factor of each point: the rows, [rows, values], or their directions."""
+        return [self._as_scored(block.values[point], queries) for point, queries in self._given]
+
+    def _as_scored(self, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        if rows.dtype != queries.dtype or rows.device != queries.device:
+            memory = self._memory if len(self._given) == 1 else torch.empty_like(self._memory)
+            rows = memory[: rows.numel()].view(rows.shape).copy_(rows)
+        return rows if self._metric == "dot" else directions(rows)
+
+    def scores(self, rows: Sequence[torch.Tensor], which: slice) -> torch.Tensor:
+        """Return the scores of some queries: [queries, rows]."""
+        total = self._given[0].values[which] @ rows[0].T
+        for (_, queries), more in zip(self._given[1:], rows[1:], strict=True):
+            total.addmm_(queries[which], more.T)
+        return total
 
 
 def directions(rows: torch.Tensor) -> torch.Tensor:
@@ -216,7 +233,9 @@ class Best:
         if not k:
             return
         old, full = self.scores[which], self.rows[which, -1:] >= 0
-        better = torch.where(full, scores > old[:, -1:], ~scores.isnan())
+        better = scores > old[:, -1:]  # of NaN never
+        if not bool(full.all()):
+            better = torch.where(full, better, ~scores.isnan())
         if scores.shape[1] > 4 * k and int(better.sum(1).max()) > 4 * k:  # the k-th best of the block is a floor too
             floor = scores.masked_fill(~better, -torch.inf).topk(k, dim=1).values[:, -1:]
             better &= scores >= floor

@@ -243,8 +243,6 @@ class ViewExamples(Sequence[dict[str, Any]]):
 
 
 def _indexed(index: Any, n: int) -> Array:
-    if isinstance(index, slice) and (index.step or 1) < 0:
-        raise ValueError("DatasetView: slice step must be positive, got a negative one. Flip the tensor.")
     return np.arange(n)[index] if isinstance(index, slice) else row_numbers(index, n)
 
 
