@@ -1,4 +1,4 @@
-"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens] [--quick] [--rehearse] [--out FILE]`."""
+"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens search] [--quick] [--rows N] [--out FILE]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from .report import Result, save, show
 
 BENCHES = ("hooks", "kernel", "step", "collect", "dataset", "gpu")
 GPU_PARTS = {f"gpu_{name}": name for name in gpu.PARTS}  # each in a process of its own: a GPU that failed stays failed
-ON_REQUEST = ("lens", "dataset_read", "dataset_resume", *GPU_PARTS)  # needs TransformerLens; parts of dataset, of gpu
+ON_REQUEST = (
+    "lens",
+    "search",
+    "dataset_read",
+    "dataset_resume",
+    *GPU_PARTS,
+)  # needs TransformerLens; parts of dataset, of gpu
 
 
 def lacks_gpu() -> str:
@@ -38,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, help="JSON file for all results, or a folder for one each (default: bench/results)"
     )
     parser.add_argument("--rehearse", action="store_true", help="gpu: run its code on the CPU, to see that it does")
+    parser.add_argument("--rows", type=int, metavar="N", help="search: of how many rows (default: 1,000,000)")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in BENCHES + ON_REQUEST]
     if unknown:
@@ -45,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"bench: the name must be one of {known}, got {unknown[0]!r}. Check the spelling.")
     if options.rehearse and not options.quick:
         parser.error("bench: --rehearse must come with --quick, got none. Its figures say nothing of a GPU.")
+    if options.rows is not None and (options.benches != ["search"] or options.rows < 1):
+        parser.error(
+            f"bench: --rows must be a number of rows, with search alone, got {options.rows}. See bench/README.md."
+        )
     lacks = "" if options.rehearse else lacks_gpu()
     asked = next((name for name in options.benches if name.startswith("gpu")), "")
     if asked and lacks:
@@ -63,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
             settings |= {"rehearse": options.rehearse, "only": GPU_PARTS.get(name, "")}
             if options.out is not None and options.out.is_dir():
                 settings["part_done"] = lambda result: save([result], options.out)
+        if options.rows is not None:
+            settings |= {"rows": options.rows}
         results.append(module.run(**settings))
         print(show(results[-1]), flush=True)
     if lacks and not options.benches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import markup as _markup
 from .hooks import into as _into
 
 if TYPE_CHECKING:
@@ -65,7 +66,12 @@ def _into_dataset(*given: Any, **named: Any) -> _into.Into:
     return opened
 
 
+def _report_page(dataset: Any, **named: Any) -> Any:
+    return import_module(f"{__name__}.report").report_page(dataset, **named)
+
+
 _into.openers["dataset"] = _into_dataset
+_markup.makers["report"] = _report_page
 
 
 __version__ = "0.1.0"

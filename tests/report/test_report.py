@@ -170,3 +170,14 @@ def test_a_missing_library_names_its_extra(tmp_path, monkeypatch, library):
     monkeypatch.setitem(__import__("sys").modules, library, None)
     with pytest.raises(ImportError, match=r"pip install 'tlfast\[plot\]'"):
         write_report(make(tmp_path / "ds"))
+
+
+def test_a_report_within_a_notebook(tmp_path):
+    ds = open_dataset(make(tmp_path / "ds"))
+    page = ds.report()
+    assert page.html == write_report(tmp_path / "ds").read_text(encoding="utf-8")
+    assert page.title == f"Report of {tmp_path / 'ds'}"
+    assert page._repr_html_().startswith('<iframe sandbox=""')
+    empty = open_dataset(make(tmp_path / "empty", units=()), partial=True)
+    with pytest.raises(DatasetError, match=r"write_report: path must hold at least one unit, got .*empty without any"):
+        empty.report()

@@ -19,7 +19,7 @@ MANY = {
 # From the ground up. A room's modules import from rooms above its own in this list, and in their own from rows above
 # theirs. A new module needs a place here.
 ROOMS = (
-    ("", (("_C", "_build_info", "_disk", "errors"), ("spec",))),
+    ("", (("_C", "_build_info", "_disk", "errors", "markup"), ("spec",))),
     (
         "backends",
         (
@@ -76,7 +76,7 @@ ROOMS = (
             ("__init__", "encodings", "plan", "row_limits", "strict_json"),
             ("coverage", "extension", "layout"),
             ("description", "norms"),
-            ("commits",),
+            ("commits", "merged"),
             ("card", "row_table"),
         ),
     ),
@@ -84,9 +84,14 @@ ROOMS = (
     (
         "dataset.read",
         (
-            ("__init__", "pretrained", "shuffle", "unit_files"),
+            ("__init__", "ahead", "arrow_rows", "conditions", "pretrained", "row_fields", "shuffle", "unit_files"),
             ("columns", "decoding", "hub"),
             ("showing", "token_columns"),
+            ("found", "selection"),
+            ("search",),
+            ("converting",),
+            ("views",),
+            ("merged",),
             ("reader",),
             ("joined", "row_dataset"),
             ("shuffled_batches",),
@@ -98,11 +103,11 @@ ROOMS = (
             ("__init__", "background", "folder", "native", "payload", "unit_contents"),
             ("staging", "unit_folder"),
             ("upload",),
-            ("staged_units",),
+            ("merge", "staged_units"),
             ("writer",),
         ),
     ),
-    ("dataset.export", (("__init__", "parts"), ("formats",), ("export",))),
+    ("dataset.export", (("__init__", "formats"), ("export",))),
     ("dataset", (("__init__",),)),
     (
         "collecting",
@@ -177,7 +182,7 @@ NATIVE_ROOMS = (
 NATIVE_FLOORS = tuple(row for _, rows in NATIVE_ROOMS for row in rows)
 # The dataset on disk knows nothing of capture: of the rest of the package it may import these alone. `backends.choice`
 # says why there is no native code.
-BELOW_DATASET = {"_disk", "errors", "backends.choice"}
+BELOW_DATASET = {"_disk", "errors", "markup", "backends.choice"}
 CORE_LIBRARIES = {"torch", "numpy"}
 VAGUE_FILES = re.compile(r"(^|_)(utils?|helpers?|misc|common|managers?|handlers?|stuff)(_|$)")
 VAGUE_NAMES = re.compile(r"(Utils?|Helper|Manager|Handler)$")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 from ..dataset.errors import extra
+from ..markup import in_notebook, table
 
 _LINE_EVERY_S = 30.0
 _SHOWN_FROM_S = 0.05  # seconds that don't round to 0.0
@@ -51,7 +52,7 @@ class Progress:
         self.waits_for = waits_for
         self._file = sys.stderr if file is None else file
         self._enabled = enabled
-        self._terminal = enabled and self._file.isatty()
+        self._terminal = enabled and (self._file.isatty() or in_notebook())
         self._bar: Any = None
         self._start = self._last = time.monotonic()
 
@@ -142,6 +143,12 @@ class Report:
     n_skipped: int
     non_finite: tuple[NonFinite, ...]
     waits_for: str = "the disk"
+
+    def _repr_html_(self) -> str:
+        told = [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "non_finite"]
+        lines = [(name, f"{value:.1f}" if isinstance(value, float) else str(value)) for name, value in told]
+        lines += [("non_finite", str(row)) for row in self.non_finite]
+        return table([], lines, str(self))
 
     def __str__(self) -> str:
         rate = self.n_rows / max(self.time_s, 1e-9)

@@ -12,8 +12,9 @@ from ..dataset import DatasetError, Repair, open_dataset, repair_dataset, verify
 from ..dataset.errors import NoDataset
 from ..dataset.format.commits import file_sizes
 from ..dataset.format.coverage import Part, completeness
-from ..dataset.format.description import CONFIG, read_description
+from ..dataset.format.description import CONFIG
 from ..dataset.format.layout import notes_of
+from ..dataset.format.merged import stores_of
 from .arguments import FAILED, OK, Arguments
 from .bar import bar
 from .doctor import diagnose
@@ -30,9 +31,9 @@ def info(args: list[str]) -> int:
     # The list of those left out can be long; they are counted below.
     info["header"] = info["header"] | ({"examples": info["examples"]} if info["examples"] else {})
     reasons = Counter(reason for _, _, reason in ds.skipped)
-    parts = completeness(ds.plan, ds.units)
+    parts = [part for source in ds.sources for part in completeness(source.plan, source.units)]
     if wanted.json:
-        info |= {"skipped": dict(reasons), "parts": [part._asdict() for part in parts]}
+        info = {"parts": [part._asdict() for part in parts]} | info | {"skipped": dict(reasons)}
         print(json.dumps(info, indent=1, allow_nan=False))
     else:
         _show(info, reasons, parts)
@@ -53,7 +54,9 @@ def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> Non
     header, absent = info["header"], info["planned_units"] - info["units"]
     print(f"{info['path']}: {info['rows']} of {info['planned_rows']} rows in {info['units']} units")
     print(f"size          {info['bytes'] / 1e6:.1f} MB, {info['non_finite_rows']} rows with non-finite values")
-    for number, rows, planned_rows, units, planned_units in parts if len(parts) > 1 else []:
+    for part in info.get("parts", []):
+        print(f"{_plain(part['path'])}: {part['rows']} of {part['planned_rows']} rows in {part['units']} units")
+    for number, rows, planned_rows, units, planned_units in parts if len(parts) > 1 and "parts" not in info else []:
         name = f"extension {number}" if number else "first plan"
         print(f"{name:<13} {rows} of {planned_rows} rows in {units} of {planned_units} units")
     if reasons:
@@ -109,7 +112,7 @@ def verify(args: list[str]) -> int:
     arguments.add_argument("--repair", action="store_true", help="drop damaged units, so that the next run makes them")
     wanted = arguments.read(args)
     try:
-        read_description(wanted.dir, "tlfast verify")
+        stores_of(wanted.dir, "tlfast verify")
     except NoDataset:
         raise
     except DatasetError:
@@ -125,7 +128,8 @@ def verify(args: list[str]) -> int:
 def _n_bytes(place: str) -> int:
     """The bytes to read, as far as the folder tells; what is wrong with it, verify says."""
     try:
-        return sum(size or 0 for size in file_sizes(place, "verify").values())
+        stores = stores_of(place, "verify")
+        return sum(size or 0 for store in stores for size in file_sizes(store, "verify").values())
     except (DatasetError, OSError):
         return 0
 

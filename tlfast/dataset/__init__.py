@@ -15,13 +15,17 @@ from .format.plan import (
     Unit,
 )
 from .read.columns import GradientColumn, RawColumn
+from .read.found import SearchResult
 from .read.joined import Join, join_datasets
+from .read.merged import MergedDataset
 from .read.reader import GradientDataset, open_dataset
 from .read.row_dataset import RowDataset
 from .read.shuffled_batches import ShuffledBatches
 from .read.token_columns import TokenColumn
+from .read.views import DatasetView, concat_datasets
 from .write.background import BackgroundWriter
 from .write.folder import check_disk_space
+from .write.merge import merge_datasets
 from .write.writer import DatasetWriter, estimate_bytes
 
 __all__ = [
@@ -31,25 +35,30 @@ __all__ = [
     "BackgroundWriter",
     "Column",
     "DatasetError",
+    "DatasetView",
     "DatasetWriter",
     "Encoded",
     "Example",
     "GradientColumn",
     "GradientDataset",
     "Join",
+    "MergedDataset",
     "Plan",
     "Problem",
     "RawColumn",
     "Repair",
     "Report",
     "RowDataset",
+    "SearchResult",
     "ShuffledBatches",
     "TokenColumn",
     "Unit",
     "check_disk_space",
+    "concat_datasets",
     "estimate_bytes",
     "export_dataset",
     "join_datasets",
+    "merge_datasets",
     "open_dataset",
     "repair_dataset",
     "verify_dataset",

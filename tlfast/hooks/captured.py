@@ -16,6 +16,7 @@ from ..backends.choice import pick_backend
 from ..backends.interface import Column, Tap
 from ..backends.plain import plain
 from ..errors import broken_rule
+from ..markup import table
 from ..spec import Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
@@ -198,6 +199,15 @@ class Capture:
 
     def __repr__(self) -> str:
         return f"<tlfast.Capture of {', '.join(self.names)}: {self.rows} of {self.capacity} rows, {self.backend}>"
+
+    def _repr_html_(self) -> str:
+        lines = []
+        for name, (point, spec) in self.wanted.items():
+            rows = self._columns[name].rows
+            kind = "no gradient yet" if rows is None else str(rows.dtype).removeprefix("torch.")
+            lines.append([name, point, str(spec.reduce), kind, "" if rows is None else str(list(rows.shape[1:]))])
+        head = ["column", "point", "reduce", "dtype", "shape of a row"]
+        return table(head, lines, f"{self.rows} of {self.capacity} rows, {self.backend}")
 
     def __bool__(self) -> bool:
         return True  # also without a row: it is asked whether there is a capture

@@ -1,5 +1,5 @@
 """A report on a dataset: one HTML page with charts, to be read anywhere. Needs the extra ``plot``."""
 
-from .writing import write_report
+from .writing import report_page, write_report
 
-__all__ = ["write_report"]
+__all__ = ["report_page", "write_report"]

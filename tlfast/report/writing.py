@@ -16,6 +16,7 @@ from ..dataset.export.export import beside
 from ..dataset.format.coverage import completeness, missing_units
 from ..dataset.format.layout import DTYPE_NAMES
 from ..dataset.places.durable import write_small
+from ..markup import Page
 from . import charts
 from .page import render
 from .positions import norms_by_position, points_with_positions
@@ -65,19 +66,35 @@ def write_report(
         >>> write_report(out).read_text().startswith("<!doctype html>")
         True
     """
-    for library in ("matplotlib.figure", "jinja2"):
-        extra(library, _WHO, "plot")
-    dataset = open_dataset(path, partial=True)
-    if not len(dataset):
-        raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
+    dataset = _checked(open_dataset(path, partial=True), path)
     target = beside(dataset, "-report.html") if out is None else Path(out)
     if target.is_dir():
         raise dataset_error(_WHO, "out", "be a file", f"{target}, a folder", "Name a file.")
-    decode, note = decoder(dataset, tokenizer)
-    summary = summarize(dataset, progress)
-    page = render(**_values(dataset, summary, decode, note))
+    page = _page(dataset, tokenizer, progress)
     write_small(target, page.encode("utf-8", errors="replace"), replace=True)
     return target
+
+
+def report_page(dataset: Any, *, tokenizer: Any = None, progress: Callable[[int], None] | None = None) -> Page:
+    """Return the page about an open dataset, to be shown in a notebook: ``ds.report()``. See write_report."""
+    page = _page(_checked(dataset, dataset.path), tokenizer, progress)
+    return Page(page, f"Report of {dataset.path}")
+
+
+def _checked(dataset: Any, path: object) -> GradientDataset:
+    for library in ("matplotlib.figure", "jinja2"):
+        extra(library, _WHO, "plot")
+    if not isinstance(dataset, GradientDataset):
+        got = f"several that were merged in {path}"
+        raise dataset_error(_WHO, "path", "be one dataset", got, "Report on each of ds.sources.")
+    if not len(dataset):
+        raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
+    return dataset
+
+
+def _page(dataset: GradientDataset, tokenizer: Any, progress: Callable[[int], None] | None) -> str:
+    decode, note = decoder(dataset, tokenizer)
+    return render(**_values(dataset, summarize(dataset, progress), decode, note))
 
 
 def _values(dataset: GradientDataset, summary: Summary, decode: Decode, note: str) -> dict[str, Any]:

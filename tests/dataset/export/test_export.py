@@ -13,7 +13,7 @@ from dataset_cases import COLUMNS, PLAN, make_dataset, make_writer, rows_of, tru
 from dataset_cases import examples as examples_of
 
 from tlfast.dataset import DatasetError, Plan, export_dataset, open_dataset
-from tlfast.dataset.export import parts
+from tlfast.dataset.read import arrow_rows
 
 POINTS = list(COLUMNS)
 FORMATS = ["parquet", "arrow", "npy", "hf", "lance", "bergson"]
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Parts smaller than a unit: 3 rows of these columns."""
-    monkeypatch.setattr(parts, "PART_BYTES", 3 * 70)
+    monkeypatch.setattr(arrow_rows, "PART_BYTES", 3 * 70)
 
 
 def expected():

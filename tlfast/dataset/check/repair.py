@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import DatasetError, dataset_error
 from ..format.commits import commit_path, data_path, read_folder, rows_path
 from ..format.description import Description
+from ..format.merged import read_parts
 from ..format.plan import Unit
 from ..places.durable import locked, sync_folder
 from ..places.store import LocalStore, as_store
@@ -71,6 +72,9 @@ def repair_dataset(path: str | PathLike[str], *, progress: Callable[[int], None]
     store = as_store(path)
     if not isinstance(store, LocalStore):
         raise dataset_error(_WHO, "path", "be a folder of this machine", path, "Repair a copy of it.")
+    if read_parts(store, _WHO) is not None:
+        got = f"several that were merged in {store.folder}"
+        raise dataset_error(_WHO, "path", "be the folder of one dataset", got, "Repair each of them.")
     repair = Repair(verify_dataset(store, partial=True, progress=progress))
     description, _ = read_folder(store, _WHO)  # raises where verify could not even begin
     for problem in repair.found.problems:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatasetError, dataset_error
+from ...markup import table
+from ..errors import DatasetError, NoDataset, dataset_error
 from ..format.commits import (
     Commit,
     CommittedFile,
@@ -26,8 +27,9 @@ from ..format.commits import (
     read_folder,
     rows_path,
 )
-from ..format.description import Description
+from ..format.description import Description, read_description
 from ..format.layout import check_header, unit_layout
+from ..format.merged import read_parts
 from ..format.plan import FLAG_NON_FINITE, Unit
 from ..format.row_table import decode_rows
 from ..places.durable import crc32c
@@ -66,6 +68,10 @@ class Report:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def _repr_html_(self) -> str:
+        head, *_ = str(self).splitlines()
+        return table(["unit", "problem"] if self.problems else [], [(p.unit, p.text) for p in self.problems], head)
+
     def __str__(self) -> str:
         checked = f"{self.n_rows} rows in {self.n_units} units, {self.n_bytes / 1e6:.1f} MB read"
         if self.ok:
@@ -95,6 +101,8 @@ def verify_dataset(
     try:
         description, names = read_folder(store, _WHO)
         files = file_sizes(store, _WHO)
+    except NoDataset as error:
+        return _verify_parts(store, error, partial, progress)
     except DatasetError as error:
         report.problems.append(Problem("", str(error)))
         return report
@@ -106,6 +114,37 @@ def verify_dataset(
         report.problems.append(Problem("", text))
     commits = (f"commits/{name}" for name in store.names("commits", _WHO))
     report.unnamed = sorted(name for name in chain(files, commits) if name not in named)
+    return report
+
+
+def _verify_parts(store: Store, absent: NoDataset, partial: bool, progress: Callable[[int], None] | None) -> Report:
+    """Verify each of the datasets that were merged; where there is no such dataset, say what ``absent`` says."""
+    report = Report()
+    try:
+        parts = read_parts(store, _WHO)
+    except DatasetError as error:
+        parts, absent = None, NoDataset(str(error))
+    if parts is None:
+        report.problems.append(Problem("", str(absent)))
+        return report
+    for part in parts:
+        place = part.store(store)
+        try:
+            changed = read_description(place, _WHO).last_checksum != part.identity
+        except DatasetError as error:
+            report.problems.append(Problem(part.path, str(error)))
+            continue
+        if changed:
+            text = "another dataset, or one that was extended since it was merged: merge the datasets again"
+            report.problems.append(Problem(part.path, text))
+        found = verify_dataset(place, partial=partial, progress=progress)
+        for problem in found.problems:
+            unit = f"{part.path}/{problem.unit}".rstrip("/")
+            report.problems.append(Problem(unit, problem.text, problem.damaged))
+        report.n_units += found.n_units
+        report.n_rows += found.n_rows
+        report.n_bytes += found.n_bytes
+        report.unnamed += [f"{part.path}/{name}" for name in found.unnamed]
     return report
 
 

@@ -9,20 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from ..errors import dataset_error, extra
 from ..places.durable import sync_folder
-from ..read.reader import GradientDataset, open_dataset
+from ..read.arrow_rows import Rows
+from ..read.reader import open_dataset
+from ..read.views import Readable
 from ..write.folder import check_disk_space
 from .formats import FORMATS, Format
-from .parts import Rows
 
 _WHO = "export_dataset"
 _EXAMPLE_TOKENS = 512  # tokens per example where the dataset doesn't say
 
 
 def export_dataset(
-    path: str | PathLike[str],
+    path: str | PathLike[str] | Readable,
     out: str | PathLike[str] | None = None,
     *,
     to: str,
@@ -30,11 +32,12 @@ def export_dataset(
     partial: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write the dataset in folder ``path`` in another format, streamed in parts of 32 MiB.
+    """Write the dataset in folder ``path``, or an open one or a view, in another format, in parts of 32 MiB.
 
     Args:
-        path: the dataset's folder.
-        out: the new file or folder; None: beside the dataset, named after it. Nothing may be there.
+        path: the dataset's folder; or an open dataset, or a view of some, whose rows are written.
+        out: the new file or folder; None: beside the dataset, named after it. Nothing may be there. A view has no name:
+            it must be given.
         to: "parquet" or "arrow" (one file: the columns of the row tables and ``grad:<point>``, flat lists of fixed
             size), "npy" (a folder: an array per point, ids.npy and points.json), "hf" (a folder for
             `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder
@@ -65,10 +68,14 @@ def export_dataset(
     form = FORMATS[to]
     for library, name in form.needs:
         extra(library, _WHO, name)
-    dataset = open_dataset(path, partial=partial)
+    dataset = path if isinstance(path, Readable) else open_dataset(path, partial=partial)
     if not len(dataset):
+        if isinstance(path, Readable):
+            raise dataset_error(_WHO, "path", "hold at least one row", "a view without any", "Select some rows.")
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
-    rows = Rows(dataset, _known(dataset, points), progress)
+    if out is None and not hasattr(dataset, "path"):
+        raise dataset_error(_WHO, "out", "be given for a view", "none", "Name the new file or folder.")
+    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO)
     target = beside(dataset, form.ending) if out is None else Path(out)
     if os.path.lexists(target):
         raise _exists(target)
@@ -80,14 +87,14 @@ def export_dataset(
     return target
 
 
-def beside(dataset: GradientDataset, ending: str) -> Path:
+def beside(dataset: Any, ending: str) -> Path:
     """Return a path named after the dataset: beside its folder, or in the working folder if it lies elsewhere."""
     if isinstance(dataset.path, Path):
         return Path(f"{os.path.abspath(dataset.path) if dataset.path.name in ('', '..') else dataset.path}{ending}")
     return Path(dataset.path.rstrip("/").rpartition("/")[2] + ending)
 
 
-def _known(dataset: GradientDataset, points: Sequence[str] | None) -> list[str]:
+def _known(dataset: Readable, points: Sequence[str] | None) -> list[str]:
     if points is None:
         return dataset.points
     wanted = list(dict.fromkeys([points] if isinstance(points, str) else points))
@@ -104,8 +111,9 @@ def _exists(target: Path) -> Exception:
 
 
 def _estimate(rows: Rows) -> int:
-    tokens = rows.dataset.header.get("examples", {}).get("tokens")
-    per_example = tokens / rows.dataset.plan.n_examples if isinstance(tokens, int) else _EXAMPLE_TOKENS
+    info = rows.dataset.info()
+    tokens = info["header"].get("examples", {}).get("tokens")
+    per_example = tokens / info["planned_rows"] if isinstance(tokens, int) else _EXAMPLE_TOKENS
     norms_and_numbers = 4 * len(rows.dataset.points) + 64
     return int(len(rows) * (rows.row_bytes + 4 * per_example + norms_and_numbers))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import extra
-from .parts import Rows
+from ..read.arrow_rows import Rows
 
 _WHO = "export_dataset"
 _ONE_ARROW_FILE = "data-00000-of-00001.arrow"
@@ -49,10 +49,7 @@ def _arrow(rows: Rows, folder: Path) -> None:
 
 def _npy(rows: Rows, folder: Path) -> None:
     names = _file_names(list(rows.columns))
-    ids = np.concatenate(
-        [np.arange(u.start, u.stop, dtype=np.int64) for u in rows.dataset.units] or [np.empty(0, "i8")]
-    )
-    np.save(folder / "ids.npy", ids)
+    np.save(folder / "ids.npy", rows.dataset.ids.numpy())
     for point, column in rows.columns.items():
         descr = np.lib.format.dtype_to_descr(torch.empty(0, dtype=column.dtype).numpy().dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (len(rows), *column.row_shape)}
@@ -158,7 +155,7 @@ def _bergson(rows: Rows, folder: Path) -> None:
     for name in ("normalizers", "hessians", "hessians_eigen"):
         torch.save({}, folder / f"{name}.pth")
     (folder / "data.hf").mkdir()
-    examples_only = Rows(rows.dataset, [])
+    examples_only = Rows(rows.dataset, [], who=_WHO, verify=False)  # which was done for the rows
     _save_to_disk(examples_only, folder / "data.hf", examples_only.schema())
 
 

@@ -72,6 +72,11 @@ class Description:
         """SHA-256 of the identity."""
         return sha256_of(self.identity())
 
+    @property
+    def last_checksum(self) -> str:
+        """The config_hash, or the checksum of the last extension: another one whenever examples are added."""
+        return self.extensions[-1].checksum if self.extensions else self.config_hash
+
     def hash_of(self, unit: Unit) -> str:
         """What the commit of a unit names: the config_hash, or the checksum of the extension that planned the unit."""
         number = self.plan.extension_of(unit.start)
@@ -79,7 +84,7 @@ class Description:
 
     def extended(self, n_examples: int, examples: Mapping[str, Any]) -> Description:
         """Return the description with an extension by so many examples, of which ``examples`` is said."""
-        before = self.extensions[-1].checksum if self.extensions else self.config_hash
+        before = self.last_checksum
         number = len(self.extensions) + 1
         extension = Extension(number, before, self.plan.n_examples, n_examples, dict(examples))
         return replace(self, plan=self.plan.extended(n_examples), extensions=(*self.extensions, extension))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...markup import shortened
+from ...markup import table as html_table
 from ..errors import dataset_error, extra
 from ..places.store import Store
 from .commits import Commit
@@ -18,6 +21,7 @@ from .row_limits import check_unpacked, unpack
 
 NORM = "norm:"  # a point's float32 L2 norms stand in the column "norm:<point>"
 _READER = "GradientDataset"
+_SHOWN_TEXT, _SHOWN_NORMS = 120, 12  # characters of a value, and norms, that a notebook shows
 
 
 def row_schema(points: Iterable[str]) -> Any:
@@ -86,6 +90,23 @@ def decode_rows(
     return table
 
 
+class ExampleRow(dict[str, Any]):
+    """What is known of one example: a dict, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        norms = self.get("norms", {})
+        lines = [(str(key), shortened(str(value), _SHOWN_TEXT)) for key, value in self.items() if key != "norms"]
+        lines += [(f"|{point}|", f"{norm:.4g}") for point, norm in list(norms.items())[:_SHOWN_NORMS]]
+        more = len(norms) - _SHOWN_NORMS
+        return html_table([], lines, f"{more} more points: see row['norms']" if more > 0 else "")
+
+
+def as_examples(table: Any, points: Sequence[str]) -> list[ExampleRow]:
+    """Return the rows of a table as ``ds.examples`` has them: a dict each, with the norms in one of their own."""
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return [ExampleRow(row | {"norms": {point: row.pop(NORM + point) for point in points}}) for row in rows]
+
+
 class ExampleTable(Sequence[dict[str, Any]]):
     """The examples of a dataset, read unit by unit when asked: ``ds.examples[i]`` is a dict."""
 
@@ -111,11 +132,39 @@ class ExampleTable(Sequence[dict[str, Any]]):
         row = i + len(self) if i < 0 else i
         if not 0 <= row < len(self):
             raise IndexError(f"GradientDataset: example must be in 0..{len(self) - 1}, got {i}. See len(ds).")
-        k = int(np.searchsorted(self._stops, row, side="right"))
-        local = row - (int(self._stops[k - 1]) if k else 0)
-        flat: dict[str, Any] = self.table(k).slice(local, 1).to_pylist()[0]
-        norms = {point: flat.pop(NORM + point) for point in self._points}
-        return flat | {"norms": norms}
+        return as_examples(self.arrow(np.array([row])), self._points)[0]
+
+    @property
+    def names(self) -> list[str]:
+        """What is known of an example beside its norms: id, input_ids, ..., and what was kept with it."""
+        norms = {NORM + point for point in self._points}
+        schema = self.table(0).schema if self._commits else row_schema(self._points)
+        return [name for name in schema.names if name not in norms]
+
+    def arrow(self, rows: np.ndarray[Any, Any], names: Sequence[str] | None = None) -> Any:
+        """Return columns of the row tables, all by default, for these rows (int64 [n], 0..n-1): a pyarrow Table."""
+        pa = extra("pyarrow", _READER)
+        units = np.searchsorted(self._stops, rows, side="right")
+        order = None if (np.diff(units) >= 0).all() else np.argsort(units, kind="stable")
+        if order is not None:  # each table is read once
+            rows, units = rows[order], units[order]
+        firsts = [*np.flatnonzero(np.diff(units, prepend=-1)).tolist(), len(rows)]
+        parts = []
+        for first, last in pairwise(firsts):
+            k = int(units[first])
+            local = rows[first:last] - (self._stops[k - 1] if k else 0)
+            table = self.table(k) if names is None else self.table(k).select(names)
+            behind = (np.diff(local) == 1).all()
+            parts.append(table.slice(int(local[0]), len(local)) if behind else table.take(pa.array(local)))
+        if not parts:
+            empty = self.table(0).slice(0, 0) if self._commits else row_schema(self._points).empty_table()
+            return empty if names is None else empty.select(names)
+        found = pa.concat_tables(parts)
+        if order is None:
+            return found
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return found.take(pa.array(back))
 
     def norms(self, point: str) -> torch.Tensor:
         """Return the float32 L2 norm of every row of ``point``: shape [rows]."""

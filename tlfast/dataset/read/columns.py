@@ -16,6 +16,9 @@ from ..format.layout import Column, Field, as_integers
 from ..places.store import Range
 from .unit_files import UnitFiles
 
+Piece = tuple[UnitFiles, Iterator[Range]]
+"""Ranges, and the dataset's files that they are ranges of."""
+
 
 class GradientColumn:
     """The rows of one point: index it like a tensor along its first dimension and get a copy, a torch tensor.
@@ -95,6 +98,10 @@ class GradientColumn:
         """Yield what to read to fill ``memory`` with the rows from ``start`` to ``stop``."""
         return self._files.ranges(self.name, start, stop, as_integers(memory))
 
+    def pieces(self, start: int, stop: int, memory: torch.Tensor) -> list[Piece]:
+        """Return what to read to fill ``memory`` with the rows from ``start`` to ``stop``: see read_stretches."""
+        return [(self._files, self.ranges(start, stop, memory))]
+
     def read(self, ranges: Iterable[Range]) -> None:
         """Read ranges, of whatever columns of the dataset, many at once."""
         self._files.read(ranges)
@@ -162,13 +169,15 @@ def column_of(point: str, column: Column, files: UnitFiles) -> GradientColumn:
 
 
 def read_stretches(
-    columns: Sequence[GradientColumn], bounds: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor] | None = None
+    columns: Sequence[Any], bounds: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """Return the rows of several stretches ``(start, stop)`` behind each other, all columns' read at once.
 
+    ``columns`` are GradientColumns, or those of a view, whose rows may be of several datasets.
+
     ``into`` is memory of an earlier call, which may have more rows: what is returned is the beginning of it.
     """
-    n, stored, ranges = sum(stop - start for start, stop in bounds), {}, []
+    n, stored, pieces = sum(stop - start for start, stop in bounds), {}, list[Piece]()
     for column in chain.from_iterable(column.fields for column in columns):
         memory = (into or {}).get(column.name)
         if memory is None or len(memory) < n:
@@ -176,9 +185,12 @@ def read_stretches(
         stored[column.name] = memory[:n]
         ends = accumulate(stop - start for start, stop in bounds)
         for (start, stop), end in zip(bounds, ends, strict=True):
-            ranges.append(column.ranges(start, stop, memory[end - (stop - start) : end]))
-    if columns:
-        columns[0].read(chain.from_iterable(ranges))
+            pieces += column.pieces(start, stop, memory[end - (stop - start) : end])
+    by_files: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_files.setdefault(id(piece[0]), []).append(piece)
+    for of_one in by_files.values():
+        of_one[0][0].read(chain.from_iterable(ranges for _, ranges in of_one))
     return {column.name: column.decoded(*(stored[field.name] for field in column.fields)) for column in columns}
 
 

@@ -3,79 +3,53 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 
-from ...errors import broken_rule
 from ..errors import dataset_error
-from .columns import row_numbers
 from .reader import GradientDataset
+from .views import Readable
 
 _WHO = "join_datasets"
 _COMPARED_ROWS = 4096  # whose tokens are held at once
 
 
-class JoinedColumn:
-    """One point of one of the joined datasets: index it by the rows of the join, and get a tensor."""
-
-    def __init__(self, ds: GradientDataset, point: str, rows: np.ndarray[Any, Any]) -> None:
-        self._column = ds[point]
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def flat(self) -> NoReturn:
-        """AttributeError: the examples of the join don't lie behind each other."""
-        got = f"the joined {self._column.name!r}"
-        remedy = "Index it by rows of the join, or take side.ds[point].flat, which has the tokens of all its examples."
-        raise AttributeError(broken_rule(_WHO, "flat", "be asked of a dataset's own column", got, remedy))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(rows of the join, *shape of a row)``; AttributeError for a point per token, as of a dataset's column."""
-        return (len(self), *self._column.shape[1:])
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        """Return the indexed rows as the dataset's column does."""
-        chosen = index if isinstance(index, slice) else row_numbers(index, len(self))
-        return self._column[self._rows[chosen]]
-
-
 class JoinedSide:
     """One of the joined datasets, restricted to the examples that both have: ``side[point][rows]``."""
 
-    def __init__(self, ds: GradientDataset, rows: np.ndarray[Any, Any]) -> None:
+    def __init__(self, ds: Readable, rows: torch.Tensor) -> None:
         self.ds = ds
-        self.rows = torch.from_numpy(rows)  # of the dataset, int64 per row of the join
+        self.rows = rows  # of the dataset, int64 per row of the join
+        self.view = ds.select(rows)  # row r of it is row r of the join
 
-    def __getitem__(self, point: str) -> JoinedColumn:
-        return JoinedColumn(self.ds, point, self.rows.numpy())
+    def __getitem__(self, point: str) -> Any:
+        """Return the rows of ``point``: index them by rows of the join."""
+        return self.view[point]
 
     def norms(self, point: str) -> torch.Tensor:
         """Return the float32 L2 norm of every row of ``point``."""
-        return self.ds.norms(point)[self.rows]
+        return self.view.norms(point)
 
 
 class Join:
     """Made by join_datasets: ``left`` and ``right``, row r of both being example ``ids[r]``."""
 
-    def __init__(self, left: GradientDataset, right: GradientDataset, ids: np.ndarray[Any, Any]) -> None:
+    def __init__(self, left: Readable, right: Readable, ids: np.ndarray[Any, Any]) -> None:
         self.ids = torch.from_numpy(ids)
-        self.left, self.right = (JoinedSide(ds, ds.rows_of(ids).numpy()) for ds in (left, right))
+        self.left, self.right = (JoinedSide(ds, ds.rows_of(ids)) for ds in (left, right))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return f"Join: {len(self)} examples of\n  {self.left.ds.path}\n  {self.right.ds.path}"
+        places = (", ".join(str(source.path) for source in side.ds.sources) for side in (self.left, self.right))
+        return "\n  ".join([f"Join: {len(self)} examples of", *places])
 
 
-def join_datasets(left: GradientDataset, right: GradientDataset) -> Join:
-    """Join two datasets of the same data by example id; the examples that both have stay.
+def join_datasets(left: Readable, right: Readable) -> Join:
+    """Join two datasets, or views of some, of the same data by example id; the examples that both have stay.
 
     The examples are the same where dataset.json says so of both, by its fingerprint of all examples; otherwise the
     tokens of every shared example are compared.
@@ -85,6 +59,7 @@ def join_datasets(left: GradientDataset, right: GradientDataset) -> Join:
 
     Raises:
         DatasetError: where an id stands for other tokens in the other dataset.
+        KeyError: where several rows of a view have an id.
 
     Example:
         >>> import tempfile, torch
@@ -99,9 +74,9 @@ def join_datasets(left: GradientDataset, right: GradientDataset) -> Join:
         >>> (pair.left["early"][:] * pair.right["late"][:]).sum(1)
         tensor([2.])
     """
-    ids = np.intersect1d(left.ids.numpy(), right.ids.numpy(), assume_unique=True)
-    joined = Join(left, right, ids)
-    if left.examples_fingerprint is None or left.examples_fingerprint != right.examples_fingerprint:
+    joined = Join(left, right, np.intersect1d(left.ids.numpy(), right.ids.numpy()))
+    said = [ds.examples_fingerprint if isinstance(ds, GradientDataset) else None for ds in (left, right)]
+    if said[0] is None or said[0] != said[1]:
         _compare(joined)
     return joined
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,20 +12,24 @@ import numpy as np
 import torch
 
 from ...errors import broken_rule
+from ...markup import makers
 from ..check.verify import Report, check_unit, missing_names, verify_dataset
-from ..errors import dataset_error
+from ..errors import NoDataset, dataset_error
 from ..format.commits import Commit, read_commits, read_folder
 from ..format.description import Description, skipped_examples
 from ..format.layout import DTYPE_NAMES, Column
+from ..format.merged import read_parts
 from ..format.plan import Plan, Unit
 from ..format.row_table import ExampleTable
 from ..places.store import LocalStore, Store, as_store
 from .columns import GradientColumn, RawColumn, column_of, integers, row_numbers
-from .decoding import given_tokenizer, recorded_tokenizer
+from .decoding import recorded_tokenizer
 from .hub import OnHub
-from .showing import Sample, described, take_sample
+from .merged import MergedDataset
+from .showing import described
 from .token_columns import TokenColumn, TokenSpans
 from .unit_files import UnitFiles
+from .views import Readable
 
 _WHO = "open_dataset"
 
@@ -35,7 +39,7 @@ Access = Literal["auto", "mmap", "pread"]
 
 def open_dataset(
     path: str | PathLike[str] | Store, *, partial: bool = False, access: Access = "auto"
-) -> GradientDataset:
+) -> GradientDataset | MergedDataset:
     """Open the dataset in folder ``path`` for reading.
 
     Args:
@@ -45,7 +49,8 @@ def open_dataset(
             reads 16 at once over a network. "auto" is "pread" on network filesystems and where nothing can be mapped.
 
     Returns:
-        A GradientDataset: ``ds.points``, ``len(ds)``, ``ds[point][rows]``, ``ds.examples[row]``.
+        A GradientDataset: ``ds.points``, ``len(ds)``, ``ds[point][rows]``, ``ds.examples[row]``. Where merge_datasets
+        made the folder a MergedDataset, which is read in the same way.
 
     Raises:
         DatasetError: where the folder is no dataset, is damaged, lacks units, or cannot be read by ``access``.
@@ -64,6 +69,16 @@ def open_dataset(
         rule = f"be one of {', '.join(get_args(Access))}"
         raise dataset_error(_WHO, "access", rule, repr(access), "Leave it out to let tlfast choose.")
     store = as_store(path)
+    try:
+        return _open(store, partial, access)
+    except NoDataset:
+        parts = read_parts(store, _WHO)
+        if parts is None:
+            raise
+    return MergedDataset(store, parts, [_open(part.store(store), partial, access) for part in parts], partial)
+
+
+def _open(store: Store, partial: bool, access: Access) -> GradientDataset:
     description, names = read_folder(store, _WHO)
     commits = read_commits(store, description, _WHO, names)
     absent = description.plan.n_units - len(commits)
@@ -79,7 +94,7 @@ def open_dataset(
     return GradientDataset(store, description, commits, partial=partial, mapped=mapped)
 
 
-class GradientDataset(OnHub):
+class GradientDataset(Readable, OnHub):
     """A dataset of gradients; made by open_dataset."""
 
     def __init__(
@@ -94,7 +109,7 @@ class GradientDataset(OnHub):
         self._spans = TokenSpans(self.examples, self._files)
 
     @classmethod
-    def _open(cls, place: Any, partial: bool) -> GradientDataset:
+    def _open(cls, place: Any, partial: bool) -> Any:
         return open_dataset(place, partial=partial)
 
     @property
@@ -119,6 +134,11 @@ class GradientDataset(OnHub):
         return tuple(map(str, found)) if all(found) else None
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of what it holds and how it was made: another one once examples are added."""
+        return self._description.last_checksum
+
+    @property
     def plan(self) -> Plan:
         """Which examples form which unit."""
         return self._description.plan
@@ -134,9 +154,9 @@ class GradientDataset(OnHub):
         return [commit.unit for commit in self._commits]
 
     @property
-    def ids(self) -> torch.Tensor:
-        """The example's id of every row: int64 [rows], rising. In a complete dataset row r is example r."""
-        return self.ids_of(np.arange(len(self)))
+    def sources(self) -> list[GradientDataset]:
+        """The datasets whose rows these are: this one."""
+        return [self]
 
     @property
     def unit_bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -145,9 +165,6 @@ class GradientDataset(OnHub):
 
     def __len__(self) -> int:
         return len(self._files)
-
-    def __contains__(self, point: object) -> bool:
-        return point in self._description.columns
 
     def __getitem__(self, point: str) -> GradientColumn | TokenColumn:
         """Return the rows of ``point``, lazily, decoded where they are encoded; KeyError where there is no such point.
@@ -181,10 +198,6 @@ class GradientDataset(OnHub):
             return RawColumn(*(TokenColumn(field, self._spans) for field in fields))
         return RawColumn(*fields)
 
-    def rows(self, index: Any, points: Iterable[str] | None = None) -> dict[str, Any]:
-        """Return the indexed rows of several points (all by default): ``{point: ds[point][index]}``."""
-        return {point: self[point][index] for point in (self.points if points is None else points)}
-
     def ids_of(self, rows: Any) -> torch.Tensor:
         """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""
         numbers = row_numbers(rows, len(self))
@@ -208,27 +221,6 @@ class GradientDataset(OnHub):
             raise KeyError(broken_rule("GradientDataset", "id", rule, example, "See ds.ids; complete the dataset."))
         return torch.from_numpy(np.append(starts, 0)[k] + within).reshape(wanted.shape)
 
-    def norms(self, point: str) -> torch.Tensor:
-        """Return the float32 L2 norm of every row of ``point`` from the row tables: shape [rows]."""
-        self[point]
-        return self.examples.norms(point)
-
-    def sample(
-        self, n: int = 5, *, seed: int = 0, tokenizer: Any = None, points: Iterable[str] | None = None
-    ) -> Sample:
-        """Return ``n`` examples picked at random, with their text and the norms of their rows; it prints as a table.
-
-        Args:
-            n: how many; all where there are fewer.
-            seed: the same examples for the same seed.
-            tokenizer: anything with a method ``decode``, or the name or folder of one. By default the one that the
-                dataset names, if it is on this machine; otherwise the text is the tokens as numbers.
-            points: whose norms are shown; all by default.
-        """
-        shown = self.points if points is None else [self[point].name for point in points]
-        used = self.tokenizer() if tokenizer is None else given_tokenizer(tokenizer)
-        return take_sample(self.examples, shown, n, seed, used)
-
     def tokenizer(self) -> Any:
         """Return the tokenizer that the examples were cut with; None where it isn't here. Asks no network."""
         return recorded_tokenizer(self._store, self.header)
@@ -240,6 +232,11 @@ class GradientDataset(OnHub):
     def verify_unit(self, unit: Unit) -> None:
         """Re-read every byte of one unit against its checksum; DatasetError where something is wrong."""
         check_unit(self._store, unit, self._description)
+
+    def verify_rows(self, start: int, stop: int) -> None:
+        """Re-read the units of these rows against their checksums; DatasetError where something is wrong."""
+        for number in np.unique(self._files.examples.unit_of(np.arange(start, stop))).tolist():
+            self.verify_unit(self.units[number])
 
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""
@@ -258,6 +255,14 @@ class GradientDataset(OnHub):
             "about": self._description.about,
             "config_hash": self._description.config_hash,
         } | ({"tokens": len(self._files.tokens)} if self._description.has_tokens else {})
+
+    def report(self, *, tokenizer: Any = None) -> Any:
+        """Return the page of `tlfast report` for a notebook, which shows it in place; needs the extra ``plot``.
+
+        Args:
+            tokenizer: an object with ``decode``, or the name of one, for texts; None: the dataset's, if it is here.
+        """
+        return makers["report"](self, tokenizer=tokenizer)
 
     def __repr__(self) -> str:
         n_bytes = sum(commit.n_bytes for commit in self._commits)

@@ -9,29 +9,36 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ...errors import broken_rule
-from .columns import GradientColumn, integers, row_numbers
-from .reader import GradientDataset
-from .token_columns import TokenColumn
+from .columns import integers, row_numbers
+from .row_fields import columns_of, entries
+from .views import Readable
 
 Batch = dict[str, Any]
-_OWN = ("id", "input_ids")  # entries of an item beside its points
 
 
-def checked_points(who: str, ds: GradientDataset, points: Iterable[str] | None, input_ids: bool) -> list[str]:
-    """Return the points that were asked for; KeyError or ValueError for one that there isn't, or that has no place."""
+def checked_entries(
+    who: str, ds: Readable, points: Iterable[str] | None, input_ids: bool
+) -> tuple[list[str], list[str]]:
+    """Return the points that were asked for, and the columns of the row tables, as entries of a batch.
+
+    KeyError or ValueError for one that there isn't, or that has no place.
+    """
     chosen = ds.points if points is None else [points] if isinstance(points, str) else list(points)
     for point in chosen:
         ds[point]
-        if point in _OWN[: 1 + input_ids]:
+    wanted = [*(["input_ids"] if input_ids else []), *ds.loaded]
+    beside = [name for name in columns_of(wanted, chosen) if name != "id"]
+    for point in chosen:
+        if point in ("id", *beside):
             remedy = "Leave it out, and read it by ds[point]."
             raise ValueError(broken_rule(who, "points", "not include the name of another entry", repr(point), remedy))
-    return chosen
+    return chosen, beside
 
 
-def per_example(who: str, ds: GradientDataset, point: str) -> GradientColumn:
+def per_example(who: str, ds: Readable, point: str) -> Any:
     """Return the rows of a point; ValueError where an example of it has as many as tokens."""
     column = ds[point]
-    if isinstance(column, TokenColumn):
+    if ds.column(point).per == "token":
         remedy = "Leave it out of points, and read it by ds[point]."
         raise ValueError(broken_rule(who, f"point {point!r}", "have a row for each example", "one per token", remedy))
     return column
@@ -46,7 +53,8 @@ class RowDataset(Dataset[Batch]):
     ``input_ids``, examples differ in length: ``collate_fn=list`` makes a batch a list of items.
 
     Args:
-        ds: an open dataset.
+        ds: an open dataset, or a view of some. Items hold the fields that ``ds.with_fields`` named as well: of a list
+            of rows numbers as a tensor, whatever else as a list.
         points: names of points; all by default.
         input_ids: whether items hold the example's tokens as well, an int64 tensor of its length; lists of rows hold
             a list of them.
@@ -62,10 +70,10 @@ class RowDataset(Dataset[Batch]):
         {'id': 0, 'h': tensor([3., 4.])}
     """
 
-    def __init__(self, ds: GradientDataset, points: Iterable[str] | None = None, *, input_ids: bool = False) -> None:
+    def __init__(self, ds: Readable, points: Iterable[str] | None = None, *, input_ids: bool = False) -> None:
         self.ds = ds
-        self.points = checked_points("RowDataset", ds, points, input_ids)
-        self.input_ids = input_ids
+        self.points, self.fields = checked_entries("RowDataset", ds, points, input_ids)
+        self.input_ids = "input_ids" in self.fields
 
     def __len__(self) -> int:
         return len(self.ds)
@@ -73,12 +81,11 @@ class RowDataset(Dataset[Batch]):
     def __getitem__(self, index: Any) -> Batch:
         rows = row_numbers(index, len(self)) if not isinstance(index, slice) else np.arange(len(self))[index]
         item: Batch = {"id": self.ds.ids_of(rows)} | self.ds.rows(rows, self.points)
-        if self.input_ids:
-            item["input_ids"] = [self.ds.examples.tokens(row, row + 1)[0] for row in rows.reshape(-1).tolist()]
+        beside = entries(self.ds.examples, rows.reshape(-1), self.fields)
         if rows.ndim == 0:
             item["id"] = int(item["id"])
-            item.update({"input_ids": item["input_ids"][0]} if self.input_ids else {})
-        return item
+            beside = {name: values[0] for name, values in beside.items()}
+        return item | beside
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """Read many rows at once; what a DataLoader calls."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
+from ...markup import shortened, table
 from ..format.layout import Column
+from ..format.row_table import ExampleRow
 from .decoding import text_of
 
 _TEXT_WIDTH = 60  # characters of a text that are shown
@@ -35,8 +37,8 @@ class Sample(Sequence[dict[str, Any]]):
     def _cells(self) -> list[list[str]]:
         head = ["id", "source", "tokens", *(f"|{point}|" for point in self._points), "text"]
         return [head] + [
-            [str(e["id"]), _short(e["source"], 24), str(e["length"]), *(f"{e['norms'][p]:.4g}" for p in self._points),
-             _short(e["text"], _TEXT_WIDTH)]
+            [str(e["id"]), shortened(e["source"], 24), str(e["length"]),
+             *(f"{e['norms'][p]:.4g}" for p in self._points), shortened(e["text"], _TEXT_WIDTH)]
             for e in self._examples
         ]  # fmt: skip
 
@@ -54,16 +56,12 @@ class Sample(Sequence[dict[str, Any]]):
         return table(head, rows, self._note())
 
 
-def _short(text: str, width: int) -> str:
-    plain = "".join(c if c.isprintable() else " " for c in text[: width + 1])
-    return plain if len(plain) <= width else plain[: width - 1] + "\u2026"
-
-
 def take_sample(examples: Sequence[dict[str, Any]], points: list[str], n: int, seed: int, tokenizer: Any) -> Sample:
     """Pick ``n`` examples at random and decode them; see GradientDataset.sample."""
     rows = np.random.default_rng(seed).choice(len(examples), min(max(0, n), len(examples)), replace=False)
     chosen = [examples[row] for row in sorted(rows.tolist())]
-    return Sample([example | {"text": text_of(tokenizer, example["input_ids"])} for example in chosen], points)
+    texts = [text_of(tokenizer, example["input_ids"]) for example in chosen]
+    return Sample([ExampleRow(e | {"text": text}) for e, text in zip(chosen, texts, strict=True)], points)
 
 
 def described(title: str, columns: Mapping[str, Column]) -> str:
@@ -72,10 +70,3 @@ def described(title: str, columns: Mapping[str, Column]) -> str:
         [name, str(c.dtype).removeprefix("torch.") + c.notes, str(list(c.row_shape))] for name, c in columns.items()
     ]
     return f"<p>{escape(title)}</p>" + table(["point", "dtype", "shape of a row"], rows)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") -> str:
-    """Return an HTML table; every text is escaped, so that a text that was collected is never taken for markup."""
-    lines = ["<table><thead><tr>", *(f"<th>{escape(cell)}</th>" for cell in head), "</tr></thead><tbody>"]
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "".join([*lines, "</tbody></table>", f"<p>{escape(note)}</p>" if note else ""])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from queue import Empty, SimpleQueue
@@ -16,14 +14,15 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import broken_rule
-from .columns import GradientColumn, read_stretches
-from .reader import GradientDataset
-from .row_dataset import Batch, checked_points, per_example
+from .ahead import read_ahead
+from .columns import read_stretches
+from .row_dataset import Batch, checked_entries, per_example
+from .row_fields import entries
 from .shuffle import Blocks, Group, check_seed, share
+from .views import Readable
 
 BLOCK_BYTES = 768 << 10  # of one point: measured, from there on a disk reads blocks here and there as fast as a file
 _GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed
-_AHEAD = 2  # groups that are being read: the disk has one to go on with when the other ends; one more is given out
 
 
 class ShuffledBatches(IterableDataset[Batch]):
@@ -38,7 +37,8 @@ class ShuffledBatches(IterableDataset[Batch]):
     worker); after ``load_state_dict`` the next iteration gives exactly the rest of that epoch.
 
     Args:
-        ds: an open dataset; of a partial one the units that were there when it was opened.
+        ds: an open dataset, or a view of some, with the fields that ``ds.with_fields`` named; of a partial one the
+            units that were there when it was opened.
         batch_size: rows of a batch; the last one of each worker may be shorter.
         points: names of points; all by default.
         seed: of 64 bits, signed; together with ``set_epoch`` makes the order.
@@ -67,7 +67,7 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def __init__(
         self,
-        ds: GradientDataset,
+        ds: Readable,
         batch_size: int,
         *,
         points: Iterable[str] | None = None,
@@ -81,13 +81,13 @@ class ShuffledBatches(IterableDataset[Batch]):
         mixed_blocks: int = 16,
     ) -> None:
         self.ds = ds
-        self.points = checked_points("ShuffledBatches", ds, points, input_ids)
+        self.points, self.fields = checked_entries("ShuffledBatches", ds, points, input_ids)
         self.batch_size = _positive("batch_size", batch_size)
         self.mixed_blocks = _positive("mixed_blocks", mixed_blocks)
         self._columns()  # a point that can't be given is found here
         self.block_rows = self._block_rows() if block_rows is None else _positive("block_rows", block_rows)
         self.seed = check_seed("ShuffledBatches", seed)
-        self.shuffle, self.drop_last, self.input_ids = shuffle, drop_last, input_ids
+        self.shuffle, self.drop_last, self.input_ids = shuffle, drop_last, "input_ids" in self.fields
         self.rank, self.world_size = _place(rank, world_size)
         self._blocks = Blocks.cut(*ds.unit_bounds, self.block_rows)
         # In shared memory, so that workers that outlive an epoch see the next one.
@@ -95,11 +95,11 @@ class ShuffledBatches(IterableDataset[Batch]):
         self._done = 0  # rows given in this epoch, by this process
         self._resumed: dict[str, Any] | None = None
 
-    def _columns(self) -> list[GradientColumn]:
+    def _columns(self) -> list[Any]:
         return [per_example("ShuffledBatches", self.ds, point) for point in self.points]
 
     def _block_rows(self) -> int:
-        sizes = [column.row_bytes for column in self._columns()]
+        sizes: list[int] = [column.row_bytes for column in self._columns()]
         most = max(1, _GROUP_BYTES // (self.mixed_blocks * max(1, sum(sizes))))
         return max(1, min(most, BLOCK_BYTES // max(1, *sizes)))
 
@@ -157,7 +157,11 @@ class ShuffledBatches(IterableDataset[Batch]):
     def _batches(self, groups: Iterator[Group], skipped: int) -> Iterator[Batch]:
         parts: list[Batch] = []
         n, free = 0, SimpleQueue[Batch]()
-        for data, order in self._read_ahead(_behind(groups, skipped), free):
+
+        def read(part: tuple[Group, int]) -> tuple[Batch, torch.Tensor]:
+            return self._read(*part, free)
+
+        for data, order in read_ahead(_behind(groups, skipped), read):
             for at in _cuts(len(order), self.batch_size, n):
                 parts.append({name: _pick(values, order[at]) for name, values in data.items()})
                 n += at.stop - at.start
@@ -170,22 +174,6 @@ class ShuffledBatches(IterableDataset[Batch]):
             self._done += n
             yield _joined(parts)
 
-    def _read_ahead(
-        self, groups: Iterator[tuple[Group, int]], free: SimpleQueue[Batch]
-    ) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Yield each group's rows and their order; the next groups are being read meanwhile."""
-        thread = ThreadPoolExecutor(_AHEAD, "tlfast-blocks")
-        ahead: deque[Future[tuple[Batch, torch.Tensor]]] = deque()
-        try:
-            for group, skipped in groups:
-                ahead.append(thread.submit(self._read, group, skipped, free))
-                if len(ahead) > _AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            thread.shutdown(cancel_futures=True)
-
     def _read(self, group: Group, skipped: int, free: SimpleQueue[Batch]) -> tuple[Batch, torch.Tensor]:
         bounds = list(zip(group.starts.tolist(), group.stops.tolist(), strict=True))
         rows = np.concatenate([np.arange(start, stop) for start, stop in bounds])
@@ -193,8 +181,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         with suppress(Empty):  # new memory costs as much as copying into it
             memory = free.get_nowait()
         data: Batch = {"id": self.ds.ids_of(rows)} | read_stretches(self._columns(), bounds, memory)
-        if self.input_ids:
-            data["input_ids"] = [ids for start, stop in bounds for ids in self.ds.examples.tokens(start, stop)]
+        data |= entries(self.ds.examples, rows, self.fields)
         return data, torch.from_numpy(group.order[skipped:])
 
 

@@ -108,13 +108,17 @@ class TokenColumn:
         """Return the rows of an example, or a list of those of several."""
         chosen = np.arange(len(self))[index] if isinstance(index, slice) else index
         rows = row_numbers(chosen, len(self))
-        starts, stops = self._spans.bounds(np.atleast_1d(rows).reshape(-1))
-        if rows.ndim == 0:
-            return self.flat[int(starts[0]) : int(stops[0])]
-        if not len(starts):
-            return []
-        tokens = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
-        return list(self.flat[tokens].split((stops - starts).tolist()))
+        values, lengths = self.joined(rows.reshape(-1))
+        return values if rows.ndim == 0 else list(values.split(lengths.tolist()))
+
+    def joined(self, rows: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of some examples (int64 [n]) behind each other, and how many each has: int64 [n]."""
+        starts, stops = self._spans.bounds(rows)
+        lengths = torch.from_numpy(stops - starts)
+        if len(rows) and (starts[1:] == stops[:-1]).all():  # one stretch
+            return self.flat[int(starts[0]) : int(stops[-1])], lengths
+        spans = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return self.flat[np.concatenate([np.empty(0, np.int64), *spans])], lengths
 
     def lengths(self) -> torch.Tensor:
         """Return how many tokens each example has: int64 [examples]."""

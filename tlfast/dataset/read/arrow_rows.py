@@ -1,4 +1,4 @@
-"""The rows of a dataset as another format wants them, part by part: numpy arrays beside a table of examples."""
+"""The rows of a dataset, part by part, as other programs take them: numpy arrays beside an Arrow table of examples."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import torch
 from ..errors import dataset_error, extra
 from ..format.layout import DTYPE_NAMES, Column
 from ..format.row_table import row_schema
-from ..read.reader import GradientDataset
 
 PART_BYTES = 32 << 20  # of gradients in memory at a time: large enough for the disk, far below a unit
 GRADIENTS = "grad:"  # a point's rows stand in the column "grad:<point>", beside "norm:<point>"
-_WHO = "export_dataset"
 
 
-def _others(dataset: GradientDataset) -> str:
+def _others(dataset: Any) -> str:
     names = [repr(name) for name in dataset.points if dataset.column(name).per == "example"]
     return f" These have one: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}." if names else ""
 
@@ -38,24 +36,33 @@ class Rows:
     """The rows of ``points``, to be written in another format. bfloat16 becomes float32, which holds it exactly.
 
     Args:
-        dataset: where they are.
+        dataset: a dataset or a view.
         points: which points; DatasetError for what other formats can't hold, an empty row shape and rows per token.
         progress: called with the number of rows just written.
+        who: who speaks in an error.
+        verify: whether rows are compared with their checksums first.
     """
 
     def __init__(
-        self, dataset: GradientDataset, points: Sequence[str], progress: Callable[[int], None] | None = None
+        self,
+        dataset: Any,
+        points: Sequence[str],
+        progress: Callable[[int], None] | None = None,
+        *,
+        who: str,
+        verify: bool = True,
     ) -> None:
         self.dataset = dataset
+        self._who, self._verify = who, verify
         self.columns: dict[str, Column] = {}
         for point in points:
             dtype, row_shape, _, per, _ = dataset.column(point)
             if per != "example":
                 remedy = f"Leave it out, and read ds[{point!r}].{_others(dataset)}"
-                raise dataset_error(_WHO, f"point {point!r}", "have a row for each example", "one per token", remedy)
+                raise dataset_error(who, f"point {point!r}", "have a row for each example", "one per token", remedy)
             if not prod(row_shape):
                 rule = "have a value in each row"
-                raise dataset_error(_WHO, f"point {point!r}", rule, f"shape {list(row_shape)}", "Leave it out.")
+                raise dataset_error(who, f"point {point!r}", rule, f"shape {list(row_shape)}", "Leave it out.")
             self.columns[point] = Column(torch.float32 if dtype == torch.bfloat16 else dtype, row_shape)
         self._progress = progress
 
@@ -68,22 +75,20 @@ class Rows:
         return sum(column.row_bytes for column in self.columns.values())
 
     def parts(self) -> Iterator[Part]:
-        """Yield all rows in order; a part belongs to one unit and has at most PART_BYTES, or one row."""
+        """Yield all rows in order; a part has at most PART_BYTES, or one row."""
         most = max(1, PART_BYTES // max(1, self.row_bytes))
-        first = 0
-        for k, unit in enumerate(self.dataset.units):
-            self.dataset.verify_unit(unit)  # the copy has no checksums, so what goes into it must be right
-            table = self.dataset.examples.table(k)
-            for start in range(0, len(unit), most):
-                stop = min(start + most, len(unit))
-                rows = slice(first + start, first + stop)
+        for first, end in zip(*(bounds.tolist() for bounds in self.dataset.unit_bounds), strict=True):
+            if self._verify:  # a copy has no checksums, so what goes into it must be right
+                self.dataset.verify_rows(first, end)
+            for start in range(first, end, most):
+                stop = min(start + most, end)
                 arrays = {
-                    point: self.dataset[point][rows].to(column.dtype).numpy() for point, column in self.columns.items()
+                    point: self.dataset[point][start:stop].to(column.dtype).numpy()
+                    for point, column in self.columns.items()
                 }
-                yield Part(table.slice(start, stop - start), arrays)
+                yield Part(self.dataset.examples.arrow(np.arange(start, stop)), arrays)
                 if self._progress is not None:
                     self._progress(stop - start)
-            first += len(unit)
 
     def provenance(self) -> dict[str, Any]:
         """What the file says of itself: how the data were made, and each point as it was stored."""
@@ -100,35 +105,38 @@ class Rows:
 
     def schema(self, gradients: bool = True) -> Any:
         """Return the Arrow schema: the columns of the row table, then ``grad:<point>``, flat lists of fixed size."""
-        pa = extra("pyarrow", _WHO)
-        schema = row_schema(self.dataset.points)
+        pa = extra("pyarrow", self._who)
+        standard, there = row_schema(self.dataset.points), self.dataset.examples.arrow(np.empty(0, np.int64)).schema
+        schema = pa.schema([standard.field(f.name) if f.name in standard.names else f for f in there])
         for point, column in self.columns.items() if gradients else ():
             said = {"point": point, "shape": json.dumps(column.row_shape), "stored": self._stored(point)}
-            schema = schema.append(pa.field(GRADIENTS + point, _list_type(column), nullable=False, metadata=said))
+            schema = schema.append(
+                pa.field(GRADIENTS + point, _list_type(column, self._who), nullable=False, metadata=said)
+            )
         return schema.with_metadata({"tlfast": json.dumps(self.provenance())})
 
     def batches(self, schema: Any) -> Iterator[Any]:
         """Yield the parts as Arrow record batches of ``schema``."""
-        pa = extra("pyarrow", _WHO)
+        pa = extra("pyarrow", self._who)
         for part in self.parts():
             columns = [column.combine_chunks() for column in part.examples.columns]
-            columns += [_lists(part.arrays[point], column) for point, column in self.columns.items()]
+            columns += [_lists(part.arrays[point], column, self._who) for point, column in self.columns.items()]
             yield pa.record_batch(columns[: len(schema)], schema=schema)
 
     def _stored(self, point: str) -> str:
-        column = self.dataset.column(point)
+        column: Column = self.dataset.column(point)
         return DTYPE_NAMES[column.dtype] + column.notes
 
 
-def _list_type(column: Column) -> Any:
-    pa = extra("pyarrow", _WHO)
+def _list_type(column: Column, who: str) -> Any:
+    pa = extra("pyarrow", who)
     value = pa.from_numpy_dtype(torch.empty(0, dtype=column.dtype).numpy().dtype)
     if not column.row_shape:
         return value
     return pa.list_(pa.field("item", value, nullable=False), prod(column.row_shape))
 
 
-def _lists(array: np.ndarray[Any, Any], column: Column) -> Any:
-    pa = extra("pyarrow", _WHO)
+def _lists(array: np.ndarray[Any, Any], column: Column, who: str) -> Any:
+    pa = extra("pyarrow", who)
     values = pa.array(array.reshape(-1))
-    return values if not column.row_shape else pa.FixedSizeListArray.from_arrays(values, type=_list_type(column))
+    return values if not column.row_shape else pa.FixedSizeListArray.from_arrays(values, type=_list_type(column, who))
