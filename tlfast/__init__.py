@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .hooks import into as _into
 
 if TYPE_CHECKING:
-    from .backends.choice import backend, reduce_into
+    from .backends.choice import backend, reduce_into, reduce_product_into
     from .collecting.run import collect
     from .collecting.stream import stream
     from .dataset import open_dataset
@@ -30,6 +30,7 @@ _HOMES = {
     "graph_step": "hooks.graph_step",
     "open_dataset": "dataset",
     "reduce_into": "backends.choice",
+    "reduce_product_into": "backends.choice",
     "stream": "collecting.stream",
 }
 _ROOMS = ("backends", "batches", "collecting", "dataset", "hooks", "loss", "report", "stopping", "transformer_lens")
@@ -68,5 +69,6 @@ __all__ = [
     "graph_step",
     "open_dataset",
     "reduce_into",
+    "reduce_product_into",
     "stream",
 ]
