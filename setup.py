@@ -53,6 +53,14 @@ TOGETHER = {
         "tensor_cache",
     ),
 }
+# What a device needs, by the kind of build: a device that is missing is another file, and no condition in one. The
+# kernels themselves are linked, or no_cuda.cpp takes their place; the CPU has no streams, so those of the tests take
+# notes.
+STREAMS = {
+    "cuda": "csrc/autograd/streams.cpp",
+    "simt": "tests/simt/streams.cpp",
+    "cpu": "csrc/autograd/no_streams.cpp",
+}
 OLDEST_TORCH = (2, 11)
 SANITIZE = os.environ.get("TLFAST_SANITIZE") == "1"
 SIMT = os.environ.get("TLFAST_SIMT") == "1"
@@ -120,17 +128,24 @@ def compile_flags(torch):
     return flags
 
 
-def native_sources():
+def kind_of(choice):
+    """Return which kernels of CUDA are in the build: those of a GPU, the same on the CPU, or none."""
+    return "simt" if SIMT else "cuda" if choice.cuda else "cpu"
+
+
+def native_sources(kind):
     """Return the files of tlfast._C; those of TOGETHER are written to build/. With sanitizers each is alone."""
     alone = {
         path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp") if path.parent.name != "disk"
     }
-    if SIMT:  # the CPU has no streams: those of the tests take notes
-        alone["streams"] = "tests/simt/streams.cpp"
+    del alone["no_streams"]
+    alone["streams"] = STREAMS[kind]
+    if kind != "cpu":
+        del alone["no_cuda"]
     made = []
     for name, stems in TOGETHER.items() if not SANITIZE else ():
-        path = ROOT / "build" / ("together_simt" if SIMT else "together") / f"{name}.cpp"
-        text = "".join(f'#include "../../{alone.pop(stem)}"\n' for stem in stems)
+        path = ROOT / "build" / "together" / kind / f"{name}.cpp"
+        text = "".join(f'#include "../../../{alone.pop(stem)}"\n' for stem in stems)
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -138,11 +153,11 @@ def native_sources():
     return sorted([*alone.values(), *made])
 
 
-def extension(name, sources, flags, choice, **more):
-    """Return an extension of these sources, with flags of its own."""
+def extension(name, sources, choice, **more):
+    """Return an extension of these sources."""
     from torch.utils.cpp_extension import include_paths
 
-    flags = [*compile_flags(choice.torch), f"-I{ROOT / 'csrc'}", *flags]
+    flags = [*compile_flags(choice.torch), f"-I{ROOT / 'csrc'}"]
     # -isystem, not -I: warnings of torch's own headers are not ours to fix.
     flags += [word for path in include_paths() for word in ("-isystem", path)]
     return Extension(
@@ -160,16 +175,12 @@ def native_extensions(choice):
     """Return tlfast._C, against torch's libraries for the CPU, and tlfast._disk (csrc/disk), against none."""
     from torch.utils.cpp_extension import library_paths
 
-    flags = []
-    if choice.cuda or SIMT:
-        flags.append("-DTLFAST_CUDA=1")
-    if SIMT:
-        flags.append("-DTLFAST_SIMT=1")
+    sources = native_sources(kind_of(choice))
     libraries = ["c10", "torch", "torch_cpu", "torch_python"]
     on_disk = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "disk").glob("*.cpp"))
     return [
-        extension("tlfast._C", native_sources(), flags, choice, library_dirs=library_paths(), libraries=libraries),
-        extension("tlfast._disk", on_disk, [], choice),
+        extension("tlfast._C", sources, choice, library_dirs=library_paths(), libraries=libraries),
+        extension("tlfast._disk", on_disk, choice),
     ]
 
 
@@ -290,8 +301,7 @@ if CHOICE.torch is not None:
 
         def finalize_options(self):
             super().finalize_options()
-            kind = "cuda" if CHOICE.cuda else "cpu"
-            kind = "-".join(["simt"] * SIMT + ["sanitize"] * SANITIZE) or kind
+            kind = "-".join([kind_of(CHOICE)] + ["sanitize"] * SANITIZE)
             name = f"{kind}-{sys.implementation.cache_tag}-torch{CHOICE.torch.__version__}"
             self.build_temp = str(Path("build") / name)
 

@@ -39,6 +39,7 @@ class Column:
 
 class Recording:
     n_rows: int
+    scratch: list[torch.Tensor]
 
 class Ledger:
     n_ended: int

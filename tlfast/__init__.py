@@ -9,7 +9,7 @@ from . import markup as _markup
 from .hooks import into as _into
 
 if TYPE_CHECKING:
-    from .backends.choice import backend, reduce_into
+    from .backends.choice import backend, reduce_into, reduce_product_into
     from .collecting.run import collect
     from .collecting.stream import stream
     from .dataset import open_dataset
@@ -40,6 +40,7 @@ _HOMES = {
     "install_hooks": "hooks.full_hooks",
     "open_dataset": "dataset",
     "reduce_into": "backends.choice",
+    "reduce_product_into": "backends.choice",
     "register_full_backward_hook": "hooks.full_hooks",
     "register_full_backward_pre_hook": "hooks.full_hooks",
     "stream": "collecting.stream",
@@ -88,6 +89,7 @@ __all__ = [
     "install_hooks",
     "open_dataset",
     "reduce_into",
+    "reduce_product_into",
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
     "stream",

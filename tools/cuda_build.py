@@ -136,7 +136,7 @@ def compile_for_cpu(command: list[str]) -> Path:
     """
     shim = [*command, "-O2", "-fPIC", "-fvisibility=default", "-Itests/simt"]
     shim += ["-fno-extern-tls-init"]  # shared memory needs no constructor
-    kernels = [*shim, "-x", "c++", "-include", "tests/simt/simt.h", "-DTLFAST_SIMT=1"]
+    kernels = [*shim, "-x", "c++", "-include", "tests/simt/simt.h"]
     kernels += ["-fsanitize=alignment", "-Wno-unknown-pragmas"]  # an address as a GPU wants it; nvcc's unroll
     sources = {SOURCE: kernels} | {Path("tests/simt") / f"{name}.cpp": shim for name in SHIM}
     made = [Path("build/simt/objects") / f"{source.stem}.o" for source in sources]

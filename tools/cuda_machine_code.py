@@ -20,8 +20,8 @@ USUAL_PLACE = Path("/usr/local/cuda/bin")
 _REGISTER = re.compile(r"\bR(\d+)(?:\.64)?\b")
 # Instructions for each element that is taken in by the loop without a mask. Measured with nvcc 13.0 on sm_90, and a
 # third more: Add 2.0 (double) to 3.6 (bfloat16), AddSquare 2.5 to 5.0, MaxAbs 5.4 to 10.8.
-MOST_INSTRUCTIONS = {"Add": 4.8, "AddSquare": 6.7, "MaxAbs": 14.4}
-IN_FLIGHT = 4  # kInFlight and kPieceLoads of csrc/kernel/cuda_results.cuh
+MOST_INSTRUCTIONS = {"Add": 4.8, "AddSquare": 6.7, "MaxAbs": 14.4, "Add of a product": 9.6}
+IN_FLIGHT = 4  # kInFlight and kPieceLoads of csrc/kernel/cuda_results.cuh, for each operand
 MOST_BYTES = 48 << 10
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")
@@ -162,22 +162,29 @@ def _broken(code: Code, name: str) -> Iterator[tuple[str, object]]:
     # sm_80 has calls of its own that bring the lanes of a warp together.
     if code.arch >= "sm_90" and (calls := sum(loop.calls for loop in code.loops)):
         yield "call nothing in a loop that loads", calls
-    template, _, words = name.partition("<")
-    parameters = [word.strip() for word in words.rstrip(">").split(",")]
+    template, parameters = template_of(name)
     wide = "true" in parameters or (template == "picks" and parameters[-1] != "1")
     if not wide:
         return
+    product = parameters[0].startswith("Product<")
+    in_flight = IN_FLIGHT * (2 if product else 1)
     # The columns have a third loop, for dimensions that can't be joined: rare, and one row at a time.
     wanted = 2 if template == "columns" else 1
-    full = [loop for loop in code.loops if loop.in_flight == [IN_FLIGHT]]
+    full = [loop for loop in code.loops if loop.in_flight == [in_flight]]
     if len(full) < wanted or len(code.loops) - len(full) > (template == "columns"):
-        rule = f"have {IN_FLIGHT} wide loads in flight in {'both its loops' if wanted == 2 else 'its loop'}"
+        rule = f"have {in_flight} wide loads in flight in {'both its loops' if wanted == 2 else 'its loop'}"
         yield rule, [loop.in_flight for loop in code.loops]
     elif template == "columns":
-        elements = IN_FLIGHT * int(parameters[2])
-        least = min(loop.instructions for loop in full) / elements
-        if least > MOST_INSTRUCTIONS[parameters[1]]:
-            yield f"take in an element by {MOST_INSTRUCTIONS[parameters[1]]} instructions", round(least, 1)
+        most = MOST_INSTRUCTIONS[parameters[1] + (" of a product" if product else "")]
+        least = min(loop.instructions for loop in full) / (IN_FLIGHT * int(parameters[2]))
+        if least > most:
+            yield f"take in an element by {most} instructions", round(least, 1)
+
+
+def template_of(name: str) -> tuple[str, list[str]]:
+    """``columns<Product<bf16, bf16>, Add, 8, true>`` -> columns and its four parameters."""
+    template, _, rest = name.removesuffix(">").partition("<")
+    return template, [word.strip() for word in re.split(r",(?![^<]*>)", rest)]
 
 
 def summary(codes: Iterable[Code], names: dict[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-// The fused op: schema, checks, geometry; dispatch by device.
+// The fused ops: schemas, checks, geometry; dispatch by device.
 #include "capture.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -97,27 +97,72 @@ void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor
       broken_rule(who, "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(), "Move one of them."));
 }
 
+void check_ref(const std::string& who, const at::Tensor& ref, const at::Tensor& out, const at::Tensor& grad,
+               Reduction reduction) {
+  TORCH_CHECK_VALUE(reduces_products(reduction),
+                    broken_rule(who, "reduce", "be none, sum, mean or last where there is a ref",
+                                c10::str("'", kReductionNames[size_t(reduction)], "'"),
+                                "Keep each product by \"none\", and reduce these by reduce_into."));
+  TORCH_CHECK_VALUE(dtype_of(ref.scalar_type()), broken_rule(who, "ref", "be float32, bfloat16, float16 or float64",
+                                                             name_of(ref.scalar_type()), "Cast it first."));
+  TORCH_CHECK_VALUE(ref.sizes() == grad.sizes(), broken_rule(who, "ref", "have grad's shape " + list_of(grad.sizes()),
+                                                             list_of(ref.sizes()), "Use ref.expand_as(grad)."));
+  TORCH_CHECK_VALUE(
+      ref.device() == grad.device(),
+      broken_rule(who, "ref", c10::str("be on ", grad.device(), ", as grad is"), ref.device(), "Move one of them."));
+  TORCH_CHECK_VALUE(!out.has_storage() || !out.is_alias_of(ref) || out.numel() == 0,
+                    broken_rule(who, "out", "not share memory with ref", "a view of it", "Pass a tensor of its own."));
+}
+
 View view_of(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask, at::IntArrayRef dims,
-             Reduction reduction) {
+             Reduction reduction, const std::optional<at::Tensor>& ref) {
   ViewBuilder builder;
   int64_t out_dim = 0;
   for (int64_t d = 0; d < grad.dim(); ++d) {
-    const int64_t mask_stride = mask && d < mask->dim() ? mask->stride(d) : 0;
+    const int64_t mask_stride = mask && d < mask->dim() ? mask->stride(d) : 0, ref_stride = ref ? ref->stride(d) : 0;
     if (std::find(dims.begin(), dims.end(), d) != dims.end())
-      builder.reduce({grad.size(d), grad.stride(d), 0, mask_stride});
+      builder.reduce({grad.size(d), grad.stride(d), 0, mask_stride, ref_stride});
     else
-      builder.keep({grad.size(d), grad.stride(d), out.stride(out_dim++), mask_stride});
+      builder.keep({grad.size(d), grad.stride(d), out.stride(out_dim++), mask_stride, ref_stride});
   }
   return builder.build(reduction == Reduction::last);
 }
 
-void capture_op(at::Tensor out, const at::Tensor& given, c10::string_view reduce, at::IntArrayRef over,
-                const std::optional<at::Tensor>& given_mask, double scale) {
+CudaCapture call_of(const Plan& plan, const Operands& with, const OnDevice& there) {
+  return {.view = plan.view,
+          .reduction = plan.reduction,
+          .grad_dtype = plan.dtypes.grad,
+          .out_dtype = plan.dtypes.out,
+          .ref_dtype = plan.dtypes.ref,
+          .scale = with.scale,
+          .grad = with.grad,
+          .ref = with.ref,
+          .out = with.out,
+          .mask = static_cast<const uint8_t*>(with.mask),
+          .cursor = there.cursor,
+          .row_elements = there.row_elements,
+          .counters = there.counters,
+          .scratch = there.scratch.defined() ? there.scratch.mutable_data_ptr() : nullptr};
+}
+
+void capture(const at::Tensor& out, const at::Tensor& given, const std::optional<at::Tensor>& given_ref,
+             c10::string_view reduce, at::IntArrayRef over, const std::optional<at::Tensor>& given_mask, double scale) {
   const at::Tensor grad = plain("capture", "grad", given);
+  const auto ref = given_ref ? std::optional(plain("capture", "ref", *given_ref)) : std::nullopt;
   const auto mask = given_mask ? std::optional(plain("capture", "mask", *given_mask)) : std::nullopt;
   check_destination("capture", "out", out);
-  const Plan plan = make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask);
-  run_plan("capture", plan, out, grad, mask, scale, nullptr);
+  const Plan plan = make_plan("capture", out, grad, parse_reduction(std::string(reduce)), over, mask, ref);
+  run_plan("capture", plan, out, grad, mask, scale, nullptr, ref);
+}
+
+void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce, at::IntArrayRef over,
+                const std::optional<at::Tensor>& mask, double scale) {
+  capture(out, grad, std::nullopt, reduce, over, mask, scale);
+}
+
+void capture_product_op(at::Tensor out, const at::Tensor& grad, const at::Tensor& ref, c10::string_view reduce,
+                        at::IntArrayRef over, const std::optional<at::Tensor>& mask, double scale) {
+  capture(out, grad, ref, reduce, over, mask, scale);
 }
 
 }  // namespace
@@ -156,56 +201,61 @@ std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims) 
   return out;
 }
 
-Counts Plan::run(const void* grad, void* out, const void* mask, double scale) const {
+Counts Plan::run(const Operands& with) const {
   if (empty) return {};
-  return capture_cpu(view, reduction, grad_dtype, out_dtype, grad, out, static_cast<const uint8_t*>(mask), scale);
+  return capture_cpu(view, reduction, dtypes, with);
 }
 
-CudaCapture Plan::call(const void* grad, void* out, const void* mask, double scale) const {
-  return {.view = view,
-          .reduction = reduction,
-          .grad_dtype = grad_dtype,
-          .out_dtype = out_dtype,
-          .scale = scale,
-          .grad = grad,
-          .out = out,
-          .mask = static_cast<const uint8_t*>(mask),
-          .cursor = nullptr,
-          .row_elements = 0,
-          .counters = nullptr,
-          .scratch = nullptr};
+void Plan::launch(const std::string& who, const c10::Stream& stream, const Operands& with,
+                  const OnDevice& there) const {
+  if (empty) return;
+  launch_capture(who, stream, call_of(*this, with, there));
 }
+
+at::Tensor Plan::scratch(const at::Tensor& like) const { return scratch_for(call_of(*this, {}, {}), like); }
 
 Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,
-                const std::optional<at::Tensor>& mask, double scale, int64_t* counters) {
+                const std::optional<at::Tensor>& mask, double scale, int64_t* counters,
+                const std::optional<at::Tensor>& ref) {
   if (plan.empty) return {};
-  const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
-  if (!on_gpu(grad)) return plan.run(grad.const_data_ptr(), out.mutable_data_ptr(), mask_data, scale);
-  CudaCapture call = plan.call(grad.const_data_ptr(), out.mutable_data_ptr(), mask_data, scale);
-  const at::Tensor scratch = scratch_for(call, grad);
-  call.scratch = scratch.defined() ? scratch.mutable_data_ptr() : nullptr;
-  call.counters = counters;
-  launch_capture(who, current_stream(grad.device()), call);
+  const Operands with{.grad = grad.const_data_ptr(),
+                      .ref = ref ? ref->const_data_ptr() : nullptr,
+                      .mask = mask ? mask->const_data_ptr() : nullptr,
+                      .out = out.mutable_data_ptr(),
+                      .scale = scale};
+  if (!on_gpu(grad)) return plan.run(with);
+  plan.launch(who, current_stream(grad.device()), with, {.counters = counters, .scratch = plan.scratch(grad)});
   return {};
 }
 
 Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& grad, Reduction reduction,
-               at::IntArrayRef over, const std::optional<at::Tensor>& mask) {
+               at::IntArrayRef over, const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& ref) {
   const auto dims = reduction == Reduction::none ? std::vector<int64_t>() : normal_dims(who, over, grad.dim());
   check(who, out, grad, dims);
+  if (ref) check_ref(who, *ref, out, grad, reduction);
   if (mask) check_mask(who, *mask, grad);
   TORCH_CHECK_VALUE(grad.is_cpu() || on_gpu(grad), broken_rule(who, "grad", "be where the native code runs",
                                                                grad.device(), "Use backend=\"python\"."));
-  return {view_of(out, grad, mask, dims, reduction), reduction, *dtype_of(grad.scalar_type()),
-          *dtype_of(out.scalar_type()), out.numel() == 0};
+  const Dtypes dtypes{.grad = *dtype_of(grad.scalar_type()),
+                      .out = *dtype_of(out.scalar_type()),
+                      .ref = ref ? *dtype_of(ref->scalar_type()) : Dtype::f32};
+  return {view_of(out, grad, mask, dims, reduction, ref), reduction, dtypes, out.numel() == 0};
 }
 
 TORCH_LIBRARY_FRAGMENT(tlfast, library) {
   library.def("capture(Tensor(a!) out, Tensor grad, str reduce, int[] over, Tensor? mask=None, float scale=1.0) -> ()",
               {at::Tag::pt2_compliant_tag});
+  // An op of its own: the schema of the other one lies in graphs that were compiled and saved.
+  library.def(
+      "capture_product(Tensor(a!) out, Tensor grad, Tensor ref, str reduce, int[] over, Tensor? mask=None, "
+      "float scale=1.0) -> ()",
+      {at::Tag::pt2_compliant_tag});
 }
 
 // For every device and layout: what can't be done is refused in our own words.
-TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) { library.impl("capture", capture_op); }
+TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) {
+  library.impl("capture", capture_op);
+  library.impl("capture_product", capture_product_op);
+}
 
 }  // namespace tlfast

@@ -68,7 +68,7 @@ std::shared_ptr<const Column::Known> Column::learn(const at::Tensor& grad, const
       .scratch = {},
   });
   if (on_gpu(grad)) {
-    made->scratch = scratch_for(made->plan.call(nullptr, nullptr, nullptr, 1.0), grad);
+    made->scratch = made->plan.scratch(grad);
     rows.come_after_filling(place, *stream);
     rows.used_on(*stream);
   }
@@ -96,29 +96,32 @@ void Column::write(const Place& place, const at::Tensor& grad, const std::option
   if (on_gpu(grad)) stream = current_stream(grad.device());
   auto known = recall(grad, mask, stream);
   if (!known) known = learn(grad, mask, place, stream);
-  const void* const mask_data = mask ? mask->const_data_ptr() : nullptr;
-  if (stream) return launch(*known, place, grad, mask_data, scale);
-  rows.count(known->plan.run(grad.const_data_ptr(), known->rows + place.base * known->row_bytes, mask_data, scale));
+  const Operands with{.grad = grad.const_data_ptr(),
+                      .ref = nullptr,
+                      .mask = mask ? mask->const_data_ptr() : nullptr,
+                      .out = known->rows + place.base * known->row_bytes,
+                      .scale = scale};
+  if (!stream) return rows.count(known->plan.run(with));
+  if (!known->plan.empty) launch(*known, place, with, rows.device_counters(place, grad));
 }
 
-void Column::launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale) {
-  if (known.plan.empty) return;
-  int64_t* const counters = rows.device_counters(place, grad);
-  CudaCapture call = known.plan.call(grad.const_data_ptr(), known.rows + place.base * known.row_bytes, mask, scale);
-  call.cursor = place.cursor;
-  call.row_elements = known.row_elements;
-  call.counters = counters;
-  call.scratch = known.scratch.defined() ? known.scratch.mutable_data_ptr() : nullptr;
+void Column::launch(const Known& known, const Place& place, const Operands& with, int64_t* counters) {
+  const OnDevice there{place.cursor, known.row_elements, counters, known.scratch};
   {
     // Of a reduction that is split, the merge must come right behind its parts, whose scratch others may use.
     std::unique_lock<std::mutex> both(launching_, std::defer_lock);
     if (known.scratch.defined()) both.lock();
-    launch_capture(who, *known.stream, call);
+    known.plan.launch(who, *known.stream, with, there);
   }
   rows.launched(place);
   if (!place.cursor || !known.scratch.defined()) return;
   std::lock_guard<std::mutex> lock(mutex_);
   recorded_.push_back(known.scratch);
+}
+
+std::vector<at::Tensor> Column::take_recorded_scratch() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(recorded_, {});
 }
 
 at::Tensor Column::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,

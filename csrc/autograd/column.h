@@ -34,6 +34,9 @@ class Column {
   // Write the parts of several calls; they become the first dimension of a row.
   void put_stack(const Place& place, const std::vector<at::Tensor>& parts);
 
+  // The scratch of all recorded writes since the last call: it must live as long as what was recorded.
+  std::vector<at::Tensor> take_recorded_scratch();
+
   // An error where the rows lie on another device than the cursor of a recording.
   void check_recorded_on(const at::Device& device) const;
 
@@ -69,14 +72,14 @@ class Column {
                                       const std::optional<c10::Stream>& stream) const;
   std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
                                      const std::optional<c10::Stream>& stream);
-  void launch(const Known& known, const Place& place, const at::Tensor& grad, const void* mask, double scale);
+  void launch(const Known& known, const Place& place, const Operands& with, int64_t* counters);
 
   mutable std::mutex mutex_;
   std::mutex launching_;  // held over the launches of a reduction that is split
   static constexpr size_t kGeometries = 8;
   std::vector<std::shared_ptr<const Known>> known_;  // at most that many: a new one takes the place of the oldest
   size_t oldest_known_ = 0;
-  std::vector<at::Tensor> recorded_;  // scratch that graphs use for as long as they live
+  std::vector<at::Tensor> recorded_;  // scratch of the recording that is made
 };
 
 }  // namespace tlfast

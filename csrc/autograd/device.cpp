@@ -7,8 +7,6 @@
 #include "kernel/errors.h"
 
 namespace tlfast {
-
-#if TLFAST_CUDA
 namespace {
 
 void check(const std::string& who, int error) {
@@ -40,14 +38,5 @@ at::Tensor scratch_for(const CudaCapture& call, const at::Tensor& like) {
   const int64_t n_bytes = tlfast_cuda_scratch_bytes(&call);
   return n_bytes ? at::empty({n_bytes}, like.options().dtype(at::kByte)) : at::Tensor();
 }
-
-#else  // built without the CUDA kernels: nothing is on a GPU of ours, so nothing is ever launched
-
-void launch_capture(const std::string&, const c10::Stream&, const CudaCapture&) {}
-void launch_set_cursor(const at::Tensor&, int64_t) {}
-void launch_advance(const at::Tensor&, int64_t) {}
-at::Tensor scratch_for(const CudaCapture&, const at::Tensor&) { return {}; }
-
-#endif
 
 }  // namespace tlfast

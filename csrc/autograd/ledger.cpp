@@ -10,6 +10,18 @@
 
 namespace tlfast {
 
+std::vector<at::Tensor> Recording::scratch() const {
+  std::vector<at::Tensor> all;
+  for (const auto& write : writes) all.insert(all.end(), write.scratch.begin(), write.scratch.end());
+  return all;
+}
+
+void Recording::runs_on(const c10::Stream& stream) {
+  if (std::find(replayed_on.begin(), replayed_on.end(), stream) != replayed_on.end()) return;
+  replayed_on.push_back(stream);
+  for (const auto& held : scratch()) read_on(stream, held);
+}
+
 std::shared_ptr<Block> Ledger::reserve(const std::string& who, int64_t n) {
   std::lock_guard<std::mutex> lock(mutex_);
   blocks_.push_back(std::make_shared<Block>(Block{.base = check_room(who, n), .n = n, .missing = {}}));
@@ -150,7 +162,8 @@ Recording Ledger::stop_recording() {
   recording_ = false;
   Recording out;
   for (const auto& column : columns)
-    out.writes.push_back({column, column->rows.take_recorded(), column->rows.tensor()});
+    out.writes.push_back(
+        {column, column->rows.take_recorded(), column->rows.tensor(), column->take_recorded_scratch()});
   TORCH_CHECK(recorded.size() == 1 && recorded[0]->state == Block::State::committed,
               broken_rule("graph_step", "step", "run one backward that reaches the points", c10::str(recorded.size()),
                           "Call backward() once in it."));
@@ -159,7 +172,7 @@ Recording Ledger::stop_recording() {
   return out;
 }
 
-void Ledger::replay(const Recording& recording) {
+void Ledger::replay(Recording& recording) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_at_rest("graph_step");
   for (const auto& write : recording.writes)
@@ -168,6 +181,7 @@ void Ledger::replay(const Recording& recording) {
                             "others at " + write.column->name, "Record it again: after clear() their shape changed."));
   const int64_t base = check_room("capture", recording.n_rows);
   settle_locked();
+  recording.runs_on(current_stream(cursor_.device()));
   if (cursor_stands_ != base) launch_set_cursor(cursor_, base);
   cursor_stands_ = base + recording.n_rows;
   blocks_.push_back(std::make_shared<Block>(Block{.base = base, .n = recording.n_rows, .missing = recording.missing}));

@@ -26,9 +26,16 @@ struct Recording {
   struct Write {
     std::shared_ptr<Column> column;
     int64_t n;
-    at::Tensor rows;  // where its kernels write
+    at::Tensor rows;                  // where its kernels write
+    std::vector<at::Tensor> scratch;  // what they use meanwhile: it goes with the recording
   };
   std::vector<Write> writes;
+  std::vector<c10::Stream> replayed_on;  // the allocator knows that these use the scratch
+
+  std::vector<at::Tensor> scratch() const;
+
+  // It is replayed on a stream: its scratch isn't given to others before that is done, also where it goes earlier.
+  void runs_on(const c10::Stream& stream);
 };
 
 class Ledger {
@@ -67,7 +74,7 @@ class Ledger {
   at::Tensor cursor() const { return cursor_; }
 
   // Reserve and commit the rows of one replay, which is launched next; `take_back` where that failed.
-  void replay(const Recording& recording);
+  void replay(Recording& recording);
   void take_back(const Recording& recording);
 
   // What runs between these two leaves rows and counts as they were: to warm up what is recorded next.

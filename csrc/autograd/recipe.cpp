@@ -34,8 +34,9 @@ at::Tensor Recipe::first_of(const at::Tensor& rows, const at::Tensor& grad) cons
   return keeps_batch(grad.sizes()) ? rows.narrow(0, 0, grad.size(0)) : rows.select(0, 0);
 }
 
-Plan Recipe::plan(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask) const {
-  return make_plan(who_, out, grad, reduction_, dims_, mask);
+Plan Recipe::plan(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+                  const std::optional<at::Tensor>& ref) const {
+  return make_plan(who_, out, grad, reduction_, dims_, mask, ref);
 }
 
 at::Tensor Recipe::empty_for(const at::Tensor& grad) const {

@@ -26,8 +26,9 @@ class Recipe {
   // Of rows, the first ones, in the shape that this gradient is reduced to.
   at::Tensor first_of(const at::Tensor& rows, const at::Tensor& grad) const;
 
-  // How a gradient is written into `out`, checked.
-  Plan plan(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask) const;
+  // How a gradient, or its product with `ref`, is written into `out`, checked.
+  Plan plan(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+            const std::optional<at::Tensor>& ref = std::nullopt) const;
 
   // Memory for the rows of one gradient alone, in the shape that it is reduced to.
   at::Tensor empty_for(const at::Tensor& grad) const;

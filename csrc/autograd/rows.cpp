@@ -62,10 +62,9 @@ void Rows::put(const Place& place, const at::Tensor& rows, const at::Tensor& val
   const c10::Stream stream = current_stream(out.device());
   come_after_filling(place, stream);
   used_on(stream);
-  CudaCapture call = plan.call(values.const_data_ptr(), out.mutable_data_ptr(), nullptr, 1.0);
-  call.cursor = place.cursor;
-  call.row_elements = out.stride(0);
-  launch_capture(who_, stream, call);
+  const Operands with{
+      .grad = values.const_data_ptr(), .ref = nullptr, .mask = nullptr, .out = out.mutable_data_ptr(), .scale = 1.0};
+  plan.launch(who_, stream, with, {.cursor = place.cursor, .row_elements = out.stride(0)});
 }
 
 void Rows::fill_nan(const Place& place, int64_t n) {

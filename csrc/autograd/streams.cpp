@@ -1,4 +1,5 @@
-// Streams of CUDA. The build of `make simt` has tests/simt/streams.cpp in place of this file.
+// Streams of CUDA. A build without CUDA has no_streams.cpp in place of this file, that of `make simt`
+// tests/simt/streams.cpp.
 #include "streams.h"
 
 #include <c10/core/Event.h>
@@ -6,11 +7,11 @@
 
 namespace tlfast {
 
-#if TLFAST_CUDA
-
 struct Event {
   c10::Event event;
 };
+
+const bool cpu_plays_gpu = false;
 
 bool on_gpu(const at::Tensor& tensor) { return tensor.device().is_cuda(); }
 
@@ -31,18 +32,5 @@ void wait_for(const Done& done, const c10::Stream& stream) {
 }
 
 void read_on(const c10::Stream& stream, const at::Tensor& tensor) { tensor.record_stream(stream); }
-
-#else  // built without the CUDA kernels: nothing is on a GPU of ours, so nothing else is ever called
-
-struct Event {};
-
-bool on_gpu(const at::Tensor&) { return false; }
-c10::Stream current_stream(const at::Device& device) { return c10::Stream(c10::Stream::DEFAULT, device); }
-void* native(const c10::Stream&) { return nullptr; }
-Done done_by_now(const c10::Stream&) { return nullptr; }
-void wait_for(const Done&, const c10::Stream&) {}
-void read_on(const c10::Stream&, const at::Tensor&) {}
-
-#endif
 
 }  // namespace tlfast

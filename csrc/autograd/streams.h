@@ -8,6 +8,9 @@
 
 namespace tlfast {
 
+// Whether this is the build of `make simt`, in which tensors of the CPU are on a GPU.
+extern const bool cpu_plays_gpu;
+
 // Whether the CUDA kernels do the work for tensors like this one.
 bool on_gpu(const at::Tensor& tensor);
 

@@ -2,7 +2,8 @@
 //
 // A task is one outer index and a block of the inner dimension. It keeps one accumulator an element in the L1 cache and
 // streams the reduced rows through it, so that each byte of the gradient is read once, in order. Where the inner
-// dimension itself is reduced, a fixed number of lanes stands in for the block and is folded at the end.
+// dimension itself is reduced, a fixed number of lanes stands in for the block and is folded at the end. What is
+// streamed, the gradient or its product with a second operand, is a policy of operands.h.
 #include "capture_cpu.h"
 
 #include <ATen/Parallel.h>
@@ -11,30 +12,30 @@
 #include <atomic>
 
 #include "choose.h"
-#include "isa.h"
-#include "loops.h"
+#include "operands.h"
 
 namespace tlfast {
 namespace {
 
 constexpr int64_t kBlock = 2048;   // accumulators of a task: 8 KiB of the L1 cache in float32
 constexpr int64_t kCut = 64;       // elements; where few outer indices are to keep many threads busy
-constexpr int64_t kOffsets = 256;  // reduced rows looked up at once
 constexpr int64_t kGrain = 32768;  // elements worth a thread, as at::internal::GRAIN_SIZE
 // Bytes above which the next four rows are fetched into L2 ahead of use, half of a common L2: a gradient that lies in
 // a cache is up to 15 % slower for it, one that doesn't up to 2.5 times as fast (bench kernel).
 constexpr int64_t kHot = 512 << 10;
 
-// The offsets of the reduced rows that the mask lets through, a few at a time.
-template <class Use>
+// The reduced rows that the mask lets through, a few at a time. kPair: in both operands.
+template <bool kPair, class Use>
 int64_t for_real_rows(const View& view, const uint8_t* mask, bool last_only, Use use) {
-  int64_t offsets[kOffsets], held = 0, n = 0;
+  RowOffsets rows;
+  int64_t n = 0;
   if (!mask && !last_only && view.reduced.size() <= 1) {  // the common case, without the walk
-    const int64_t stride = view.reduced.size() ? view.reduced[0].grad : 0;
-    for (; n < view.n_reduced; n += held) {
-      held = std::min(kOffsets, view.n_reduced - n);
-      for (int64_t k = 0; k < held; ++k) offsets[k] = (n + k) * stride;
-      use(offsets, held);
+    const Dim along = view.reduced.size() ? view.reduced[0] : Dim{1, 0, 0, 0};
+    for (; n < view.n_reduced; n += rows.n) {
+      rows.n = std::min(RowOffsets::kMost, view.n_reduced - n);
+      for (int64_t k = 0; k < rows.n; ++k) rows.grad[k] = (n + k) * along.grad;
+      for (int64_t k = 0; kPair && k < rows.n; ++k) rows.ref[k] = (n + k) * along.ref;
+      use(rows);
     }
     return n;
   }
@@ -42,14 +43,15 @@ int64_t for_real_rows(const View& view, const uint8_t* mask, bool last_only, Use
   for (int64_t k = 0; k < view.n_reduced; ++k, walk.next()) {
     if (mask && !mask[walk.mask]) continue;
     ++n;
-    held = last_only ? 0 : held;
-    offsets[held++] = walk.grad;
-    if (held == kOffsets) {
-      use(offsets, held);
-      held = 0;
+    rows.n = last_only ? 0 : rows.n;
+    if (kPair) rows.ref[rows.n] = walk.ref;
+    rows.grad[rows.n++] = walk.grad;
+    if (rows.n == RowOffsets::kMost) {
+      use(rows);
+      rows.n = 0;
     }
   }
-  if (held) use(offsets, held);
+  if (rows.n) use(rows);
   return n;
 }
 
@@ -69,9 +71,10 @@ void store_task(void* out, int64_t at, const A* acc, int64_t length, int64_t str
     Store<A, O, false>::run(o, acc, length, stride, reduction, n, scale, counts);
 }
 
-template <class G, class R, class A = typename AccumulatorOf<G>::type>
-Counts run(const View& v, Reduction reduction, const G* grad, void* out, StoreTask<A> store, const uint8_t* mask,
-           double scale) {
+template <class R, class Source, class A = typename Source::A>
+Counts run(const View& v, Reduction reduction, const Source& source, const Operands& with, StoreTask<A> store) {
+  const auto* const mask = static_cast<const uint8_t*>(with.mask);
+  const A scale = A(with.scale);
   const bool row = v.inner_reduced;
   const int64_t whole = row ? 1 : v.inner.size;
   // The cut of the inner dimension changes no result: each of its elements is added up on its own.
@@ -80,7 +83,7 @@ Counts run(const View& v, Reduction reduction, const G* grad, void* out, StoreTa
   const int64_t block = std::min(kBlock, share);
   const int64_t n_blocks = (whole + block - 1) / block;
   const int64_t work = std::max<int64_t>(v.n_reduced, 1) * (row ? v.inner.size : std::min(whole, block));
-  const bool ahead = v.n_outer * v.n_reduced * v.inner.size * int64_t(sizeof(G)) > kHot;
+  const bool ahead = v.n_outer * v.n_reduced * v.inner.size * source.element_bytes() > kHot;
   std::atomic<int64_t> nonfinite{0}, saturated{0};
 
   const auto do_tasks = [&](int64_t begin, int64_t end) {
@@ -90,29 +93,22 @@ Counts run(const View& v, Reduction reduction, const G* grad, void* out, StoreTa
     walk.seek(begin / n_blocks);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = (task % n_blocks) * block, length = std::min(block, whole - first);
-      const G* g = grad + walk.grad + first * v.inner.grad;
+      const Source here = source.from(walk.grad + first * v.inner.grad, walk.ref + first * v.inner.ref);
       int64_t n;
       For<Start<A>>::here(acc, row ? kLanes : length);
       const uint8_t* m = mask ? mask + walk.mask : nullptr;
-      const int64_t stride = v.inner.grad;
       if (row) {
-        n = v.inner.size * for_real_rows(v, m, false, [&](const int64_t* offsets, int64_t held) {
-              if (stride == 1)
-                For<Lanes<G, R, true>>::here(acc, g, offsets, held, v.inner.size, stride);
-              else
-                For<Lanes<G, R, false>>::here(acc, g, offsets, held, v.inner.size, stride);
+        n = v.inner.size * for_real_rows<Source::kPair>(v, m, false, [&](const RowOffsets& rows) {
+              here.template lanes<R>(acc, rows, v.inner);
             });
         for (int64_t half = kLanes / 2; half > 0; half /= 2)
           for (int64_t j = 0; j < half; ++j) acc[j] = R::combine(acc[j], acc[j + half]);
       } else {
-        n = for_real_rows(v, m, reduction == Reduction::last, [&](const int64_t* offsets, int64_t held) {
-          if (stride == 1)
-            For<Columns<G, R, true>>::here(acc, g, offsets, held, length, stride, ahead);
-          else
-            For<Columns<G, R, false>>::here(acc, g, offsets, held, length, stride, false);
+        n = for_real_rows<Source::kPair>(v, m, reduction == Reduction::last, [&](const RowOffsets& rows) {
+          here.template columns<R>(acc, rows, length, v.inner, ahead);
         });
       }
-      store(out, walk.out + first * v.inner.out, acc, length, row ? 1 : v.inner.out, reduction, n, A(scale), &counts);
+      store(with.out, walk.out + first * v.inner.out, acc, length, row ? 1 : v.inner.out, reduction, n, scale, &counts);
       if (task % n_blocks == n_blocks - 1) walk.next();
     }
     nonfinite += counts.nonfinite;
@@ -128,15 +124,16 @@ Counts run(const View& v, Reduction reduction, const G* grad, void* out, StoreTa
 
 }  // namespace
 
-Counts capture_cpu(const View& v, Reduction r, Dtype grad_dtype, Dtype out_dtype, const void* grad, void* out,
-                   const uint8_t* mask, double scale) {
-  return with_dtype(grad_dtype, [&](auto grad_type) {
+Counts capture_cpu(const View& v, Reduction r, const Dtypes& dtypes, const Operands& with) {
+  return with_dtype(dtypes.grad, [&](auto grad_type) {
     using G = typename decltype(grad_type)::type;
     using A = typename AccumulatorOf<G>::type;
     const StoreTask<A> store = with_dtype(
-        out_dtype, [](auto out_type) -> StoreTask<A> { return store_task<A, typename decltype(out_type)::type>; });
+        dtypes.out, [](auto out_type) -> StoreTask<A> { return store_task<A, typename decltype(out_type)::type>; });
     return with_reduction(r, [&](auto reduction) {
-      return run<G, typename decltype(reduction)::type>(v, r, static_cast<const G*>(grad), out, store, mask, scale);
+      using R = typename decltype(reduction)::type;
+      if (with.ref) return run<R>(v, r, Products<A>::template of<G>(with, dtypes.ref), with, store);
+      return run<R>(v, r, Alone<G>{static_cast<const G*>(with.grad)}, with, store);
     });
   });
 }

@@ -4,9 +4,7 @@
 #include "capture_cuda.cuh"
 #include "choose.h"
 
-#if !TLFAST_SIMT
 #include <cuda_runtime.h>
-#endif
 
 #include <algorithm>
 
@@ -43,14 +41,22 @@ bool all_divide(const Dims& dims, int64_t Dim::* stride, int64_t by) {
   return true;
 }
 
-// Whether `v` neighbours of the inner dimension lie side by side everywhere. It decides the order of additions, so it
-// asks for sizes and strides alone; the address decides only how the neighbours are loaded.
-bool lies_in_vectors(const CudaCapture& c, int64_t v) {
-  return c.view.inner.grad == 1 && c.view.inner.size % v == 0 && all_divide(c.view.outer, &Dim::grad, v) &&
-         all_divide(c.view.reduced, &Dim::grad, v);
+bool lies_in_vectors(const View& view, int64_t Dim::* stride, int64_t v) {
+  return view.inner.*stride == 1 && all_divide(view.outer, stride, v) && all_divide(view.reduced, stride, v);
 }
 
-bool loads_wide(const CudaCapture& c) { return reinterpret_cast<uintptr_t>(c.grad) % kLoadBytes == 0; }
+// Whether `v` neighbours of the inner dimension lie side by side everywhere. It decides the order of additions, so it
+// asks for dtypes, sizes and strides alone; the address decides only how the neighbours are loaded. Two operands of
+// different dtypes are taken in one by one: kernels for each pair would be most of all, and a point's gradient and
+// activation have one dtype.
+bool lies_in_vectors(const CudaCapture& c, int64_t v) {
+  return c.view.inner.size % v == 0 && lies_in_vectors(c.view, &Dim::grad, v) &&
+         (!c.ref || (c.ref_dtype == c.grad_dtype && lies_in_vectors(c.view, &Dim::ref, v)));
+}
+
+bool loads_wide(const CudaCapture& c) {
+  return reinterpret_cast<uintptr_t>(c.grad) % kLoadBytes == 0 && reinterpret_cast<uintptr_t>(c.ref) % kLoadBytes == 0;
+}
 
 // Whether `v` results can be stored at once everywhere.
 bool stores_vectors(const CudaCapture& c, int64_t v) {
@@ -127,70 +133,90 @@ template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), int64_t n_blocks, int splits, int threads, size_t shared, void* stream,
                    const Args&... args) {
   const dim3 grid(unsigned(std::min(n_blocks, kMostBlocks)), unsigned(splits)), block(static_cast<unsigned>(threads));
-  const auto on = static_cast<cudaStream_t>(stream);
-#if TLFAST_SIMT
-  simt::launch(kernel, grid, block, shared, on, args...);
-#else
-  kernel<<<grid, block, shared, on>>>(args...);
-#endif
+  static_assert((std::is_same_v<std::remove_const_t<Params>, Args> && ...));  // what is pointed to is read as that
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
   return cudaGetLastError();
 }
 
-template <class G, class R, int V, bool kWide>
+template <class L, class R, int V, bool kWide>
 cudaError_t reduce(const CudaCapture& c, void* stream) {
-  using A = typename AccumulatorOf<G>::type;
+  using A = typename Source<L>::A;
   const Cut cut = cut_of(c);
   cudaError_t error;
   if (c.view.inner_reduced) {
-    error = launch(rows<G, R, V, kWide>, cut.n_items, cut.splits, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
+    error = launch(rows<L, R, V, kWide>, cut.n_items, cut.splits, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
   } else {
     const size_t shared = size_t(cut.warps) * cut.tile * V * sizeof(A);
-    error = launch(columns<G, R, V, kWide>, cut.n_items, cut.splits, cut.warps * kLanesOfWarp, shared, stream, c, cut);
+    error = launch(columns<L, R, V, kWide>, cut.n_items, cut.splits, cut.warps * kLanesOfWarp, shared, stream, c, cut);
   }
   if (error || cut.splits == 1) return error;
   const int64_t n_results = c.view.n_outer * (c.view.inner_reduced ? 1 : c.view.inner.size);
   return launch(merge<A, R>, over(n_results, kMergeThreads), 1, kMergeThreads, 0, stream, c, cut);
 }
 
-template <class G, class R>
+// The most elements that a kernel takes in at once.
+template <class L>
+constexpr int kMostAtOnce = kLoadBytes / sizeof(L);
+template <class G, class F>
+constexpr int kMostAtOnce<Product<G, F>> = std::is_same_v<G, F> ? kLoadBytes / sizeof(G) : 1;
+
+template <class L, class R>
 cudaError_t pick_width(const CudaCapture& c, void* stream) {
-  constexpr int kVector = kLoadBytes / sizeof(G);
-  if (vector_of(c) == 1) return reduce<G, R, 1, false>(c, stream);
-  return loads_wide(c) ? reduce<G, R, kVector, true>(c, stream) : reduce<G, R, kVector, false>(c, stream);
+  constexpr int kVector = kMostAtOnce<L>;
+  if constexpr (kVector > 1) {
+    if (vector_of(c) > 1)
+      return loads_wide(c) ? reduce<L, R, kVector, true>(c, stream) : reduce<L, R, kVector, false>(c, stream);
+  }
+  return reduce<L, R, 1, false>(c, stream);
 }
 
-template <class G, class O>
+template <class L, class O>
 cudaError_t pick(const CudaCapture& c, void* stream) {
-  constexpr int kVector = kLoadBytes / sizeof(G);
+  constexpr int kVector = kMostAtOnce<L>;
   const auto go = [&](auto kernel, int64_t v) {
     const Cut cut = whole(c.view, kLanesOfWarp, over(over(c.view.inner.size, v), kLanesOfWarp * kPieceLoads));
     return launch(kernel, over(cut.n_items, kPickWarps), 1, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
   };
   const bool vectors = lies_in_vectors(c, kVector) && loads_wide(c) && stores_vectors(c, kVector);
-  return vectors ? go(picks<G, O, kVector>, kVector) : go(picks<G, O, 1>, 1);
+  return vectors ? go(picks<L, O, kVector>, kVector) : go(picks<L, O, 1>, 1);
 }
 
 // A float64 result comes of float64 gradients alone: the other kernels aren't made.
-template <class G>
+template <class L>
 cudaError_t pick_stored(const CudaCapture& c, void* stream) {
   return with_dtype(c.out_dtype, [&](auto stored) {
     using O = typename decltype(stored)::type;
-    if constexpr (sizeof(O) <= sizeof(typename AccumulatorOf<G>::type))
-      return pick<G, O>(c, stream);
+    if constexpr (sizeof(O) <= sizeof(typename Source<L>::A))
+      return pick<L, O>(c, stream);
+    else
+      return cudaErrorInvalidValue;
+  });
+}
+
+template <class L>
+constexpr bool kReducesAll = true;
+template <class G, class F>
+constexpr bool kReducesAll<Product<G, F>> = false;  // see reduces_products
+
+template <class L>
+cudaError_t pick_reduction(const CudaCapture& c, void* stream) {
+  return with_reduction(c.reduction, [&](auto reduction) {
+    using R = typename decltype(reduction)::type;
+    if constexpr (std::is_same_v<R, Keep>)
+      return pick_stored<L>(c, stream);
+    else if constexpr (std::is_same_v<R, Add> || kReducesAll<L>)
+      return pick_width<L, R>(c, stream);
     else
       return cudaErrorInvalidValue;
   });
 }
 
 template <class G>
-cudaError_t pick_reduction(const CudaCapture& c, void* stream) {
-  return with_reduction(c.reduction, [&](auto reduction) {
-    using R = typename decltype(reduction)::type;
-    if constexpr (std::is_same_v<R, Keep>)
-      return pick_stored<G>(c, stream);
-    else
-      return pick_width<G, R>(c, stream);
-  });
+cudaError_t pick_operands(const CudaCapture& c, void* stream) {
+  if (!c.ref) return pick_reduction<G>(c, stream);
+  return with_dtype(c.ref_dtype,
+                    [&](auto ref) { return pick_reduction<Product<G, typename decltype(ref)::type>>(c, stream); });
 }
 
 __global__ void set_cursor(int64_t* cursor, int64_t row) { cursor[0] = row; }
@@ -208,7 +234,7 @@ int64_t tlfast_cuda_scratch_bytes(const tlfast::CudaCapture* call) {
 
 int tlfast_cuda_capture(const tlfast::CudaCapture* call, void* stream) {
   return tlfast::with_dtype(call->grad_dtype,
-                            [&](auto grad) { return pick_reduction<typename decltype(grad)::type>(*call, stream); });
+                            [&](auto grad) { return pick_operands<typename decltype(grad)::type>(*call, stream); });
 }
 
 int tlfast_cuda_set_cursor(int64_t* cursor, int64_t row, void* stream) {
@@ -223,6 +249,7 @@ const char* tlfast_cuda_error(int error) { return cudaGetErrorString(static_cast
 
 tlfast::CudaStatus tlfast_cuda_status() {
   tlfast::CudaStatus status{};
+  status.built = true;
   status.error = cudaGetDeviceCount(&status.n_devices);
   cudaDriverGetVersion(&status.driver);
   cudaRuntimeGetVersion(&status.runtime);

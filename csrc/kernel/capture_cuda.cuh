@@ -18,57 +18,59 @@ __device__ __forceinline__ A* shared_partials() {
 // The rows begin, begin + step, ... below `end` of one column, and how many they are. Loads in flight are what makes it
 // fast, and the compiler waits behind a load that lies under a condition: so none does. Where there is no row, the
 // first one is read once more, and dropped.
-template <class R, bool kWide, class A, class G, int V>
-__device__ __forceinline__ int64_t take_rows(A (&acc)[V], const G* grad, int64_t stride, int64_t begin, int64_t end,
-                                             int64_t step) {
+template <class R, bool kWide, class S, int V>
+__device__ __forceinline__ int64_t take_rows(typename S::A (&acc)[V], const S& source, const Dim& along, int64_t begin,
+                                             int64_t end, int64_t step) {
   if (begin >= end) return 0;
   int64_t k = begin;
-  Pack<G, V> held[kInFlight];
+  typename S::template Held<V> held[kInFlight];
   for (; k + (kInFlight - 1) * step < end; k += kInFlight * step) {
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) held[i] = load<kWide, G, V>(grad + (k + i * step) * stride);
+    for (int i = 0; i < kInFlight; ++i) held[i] = source.template row<kWide, V>(along, k + i * step);
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, held[i]);
+    for (int i = 0; i < kInFlight; ++i) take_in<R, S>(acc, held[i]);
   }
   if (k < end) {
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      held[i] = load<kWide, G, V>(grad + (k + i * step < end ? k + i * step : k) * stride);
+      held[i] = source.template row<kWide, V>(along, k + i * step < end ? k + i * step : k);
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      if (k + i * step < end) take_in<R>(acc, held[i]);
+      if (k + i * step < end) take_in<R, S>(acc, held[i]);
   }
   return (end - begin + step - 1) / step;
 }
 
 // The same for the rows that a mask calls real: the bytes of a turn are all asked for before the first is waited for.
-template <class R, bool kWide, class A, class G, int V>
-__device__ __forceinline__ int64_t take_masked_rows(A (&acc)[V], const G* grad, int64_t stride, const uint8_t* mask,
-                                                    int64_t of_mask, int64_t begin, int64_t end, int64_t step) {
+template <class R, bool kWide, class S, int V>
+__device__ __forceinline__ int64_t take_masked_rows(typename S::A (&acc)[V], const S& source, const Dim& along,
+                                                    const uint8_t* mask, int64_t begin, int64_t end, int64_t step) {
   int64_t n = 0;
   for (int64_t k = begin; k < end; k += kInFlight * step) {
     bool real[kInFlight];
-    Pack<G, V> held[kInFlight];
+    typename S::template Held<V> held[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) real[i] = mask[(k + i * step < end ? k + i * step : k) * of_mask];
+    for (int i = 0; i < kInFlight; ++i) real[i] = mask[(k + i * step < end ? k + i * step : k) * along.mask];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       real[i] &= k + i * step < end;
       n += real[i];
-      held[i] = load<kWide, G, V>(grad + (real[i] ? k + i * step : k) * stride);
+      held[i] = source.template row<kWide, V>(along, real[i] ? k + i * step : k);
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) take_in<R>(acc, only_if(real[i], held[i]));
+    for (int i = 0; i < kInFlight; ++i) take_in<R, S>(acc, S::template only_if<V>(real[i], held[i]));
   }
   return n;
 }
 
 // The reduced dimension lies outside of the inner one: a block takes a tile of the inner dimension, and its threads
-// take reduced rows in turn. V elements at once, in one load if kWide.
-template <class G, class R, int V, bool kWide>
+// take reduced rows in turn. V elements at once, in one load if kWide. L is what is loaded: the gradient's type, or a
+// Product.
+template <class L, class R, int V, bool kWide>
 __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
     columns(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
-  using A = typename AccumulatorOf<G>::type;
+  using S = Source<L>;
+  using A = typename S::A;
   __shared__ int64_t counted[kMostWarps];
   A* const partial = shared_partials<A>();  // [warps][tile * V]
   const View& v = c.view;
@@ -84,23 +86,22 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
     const uint8_t* const mask = c.mask ? c.mask + at.mask : nullptr;
     const int64_t mine = first + across * V;
     // Beyond the edge a lane reads what its neighbour reads; nobody asks for its result.
-    const G* const grad =
-        static_cast<const G*>(c.grad) + at.grad + (mine < v.inner.size ? mine : first) * stride_of<V>(v.inner.grad);
+    const S source = S::of(c, at).template along<V>(v.inner, mine < v.inner.size ? mine : first);
     A acc[V] = {};
     int64_t n = 0;
     const int64_t begin = split * cut.per_split + warp * rows_of_warp + lane / cut.tile;
     if (v.reduced.size() <= 1) {
       const Dim& along = v.reduced.size() ? v.reduced[0] : Dim{1, 0, 0, 0};
       if (mask)
-        n = take_masked_rows<R, kWide>(acc, grad, along.grad, mask, along.mask, begin, end, n_at_once);
+        n = take_masked_rows<R, kWide>(acc, source, along, mask, begin, end, n_at_once);
       else
-        n = take_rows<R, kWide>(acc, grad, along.grad, begin, end, n_at_once);
+        n = take_rows<R, kWide>(acc, source, along, begin, end, n_at_once);
     } else {  // dimensions that can't be joined: rare, and one row at a time
       for (int64_t k = begin; k < end; k += n_at_once) {
         const Offsets from = offsets_of(v.reduced, cut.by_reduced, k);
         const bool real = !mask || mask[from.mask];
         n += real;
-        if (real) take_in<R>(acc, load<kWide, G, V>(grad + from.grad));
+        if (real) take_in<R, S>(acc, source.template at<kWide, V>(from));
       }
     }
     // First over the rows of a warp, then over the warps: always in this order.
@@ -130,10 +131,11 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
 }
 
 // The inner dimension itself is reduced: `warps` warps share the pieces of one result.
-template <class G, class R, int V, bool kWide>
+template <class L, class R, int V, bool kWide>
 __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
     rows(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
-  using A = typename AccumulatorOf<G>::type;
+  using S = Source<L>;
+  using A = typename S::A;
   __shared__ int64_t counted[kPickWarps];
   __shared__ A partial[kPickWarps];
   const View& v = c.view;
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
     const int64_t outer = item * n_together + own;
     const bool there = outer < v.n_outer;
     const Offsets at = offsets_of(v.outer, cut.by_outer, there ? outer : 0);
-    const G* const grad = static_cast<const G*>(c.grad) + at.grad;
+    const S source = S::of(c, at);
     A acc[V] = {};
     int64_t n = 0;
     const int64_t begin = split * cut.per_split + share;
@@ -156,16 +158,16 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
       const bool real = !c.mask || c.mask[at.mask + from.mask];
       n += real && part == 0 ? v.inner.size : 0;
       if (real) {  // for the whole warp
-        Pack<G, V> held[kPieceLoads];
+        typename S::template Held<V> held[kPieceLoads];
 #pragma unroll
         for (int i = 0; i < kPieceLoads; ++i) {
           const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-          held[i] = load<kWide, G, V>(grad + from.grad + (mine < v.inner.size ? mine : 0) * stride_of<V>(v.inner.grad));
+          held[i] = source.template along<V>(v.inner, mine < v.inner.size ? mine : 0).template at<kWide, V>(from);
         }
 #pragma unroll
         for (int i = 0; i < kPieceLoads; ++i) {
           const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-          take_in<R>(acc, only_if(mine < v.inner.size, held[i]));
+          take_in<R, S>(acc, S::template only_if<V>(mine < v.inner.size, held[i]));
         }
       }
       for (part += cut.warps; part >= cut.n_across; part -= cut.n_across) ++k;
@@ -215,10 +217,11 @@ __global__ void merge(const __grid_constant__ CudaCapture c, const __grid_consta
 }
 
 // Nothing is added up (`none`, `last`): a warp copies and casts a piece of the inner dimension.
-template <class G, class O, int V>
+template <class L, class O, int V>
 __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
     picks(const __grid_constant__ CudaCapture c, const __grid_constant__ Cut cut) {
-  using A = typename AccumulatorOf<G>::type;
+  using S = Source<L>;
+  using A = typename S::A;
   const View& v = c.view;
   const int lane = threadIdx.x % kLanesOfWarp;
   const int64_t row_base = first_row(c), n_warps = int64_t(gridDim.x) * kPickWarps;
@@ -239,14 +242,15 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
       }
     }
     const bool found = k >= 0;
-    const G* const grad = static_cast<const G*>(c.grad) + at.grad + (found ? reduced_row(v, cut, k).grad : 0);
+    const Offsets from = found ? reduced_row(v, cut, k) : Offsets{0, 0, 0, 0};
+    const S source = S::of(c, at);
     O* const out = static_cast<O*>(c.out) + row_base + at.out;
-    Pack<G, V> held[kPieceLoads];
+    typename S::template Held<V> held[kPieceLoads];
     if (found) {  // for the whole warp; nothing may be there to be read otherwise
 #pragma unroll
       for (int i = 0; i < kPieceLoads; ++i) {
         const int64_t mine = ((part * kPieceLoads + i) * kLanesOfWarp + lane) * V;
-        held[i] = load<true, G, V>(grad + (mine < v.inner.size ? mine : 0) * stride_of<V>(v.inner.grad));
+        held[i] = source.template along<V>(v.inner, mine < v.inner.size ? mine : 0).template at<true, V>(from);
       }
     }
 #pragma unroll
@@ -258,7 +262,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
       bool fine = true;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        values[j] = (found ? A(widen(held[i].values[j])) : of_nothing) * scale;
+        values[j] = (found ? S::template value<V>(held[i], j) : of_nothing) * scale;
         stored.values[j] = Narrow<O>::of(values[j]);
         fine &= is_finite(widen(stored.values[j]));
       }

@@ -12,9 +12,10 @@ enum Counter : int { kNonfinite, kSaturated, kWrites, kCounters };
 struct CudaCapture {
   View view;
   Reduction reduction;
-  Dtype grad_dtype, out_dtype;
+  Dtype grad_dtype, out_dtype, ref_dtype;
   double scale;
   const void* grad;
+  const void* ref;  // or null; else the gradient is multiplied with it
   void* out;
   const uint8_t* mask;    // or null
   const int64_t* cursor;  // or null; else the rows begin at out + cursor[0] * row_elements: read on the device
@@ -25,6 +26,7 @@ struct CudaCapture {
 
 // What is there; `error` is the answer to the question for devices.
 struct CudaStatus {
+  bool built;                             // whether there are kernels at all: no_cuda.cpp stands in for them
   int error, n_devices, driver, runtime;  // versions as CUDA writes them: 13000 is 13.0
 };
 

@@ -51,7 +51,7 @@ struct Cut {
 
 // Where the n-th index of some dimensions lies, in row-major order.
 __device__ __forceinline__ Offsets offsets_of(const Dims& dims, const Divisor* by, int64_t n) {
-  Offsets at{0, 0, 0};
+  Offsets at{0, 0, 0, 0};
   for (int d = dims.size(); d-- > 0;) {
     const Dim& dim = dims[d];
     const int64_t rest = by[d](n), index = n - rest * dim.size;
@@ -59,6 +59,7 @@ __device__ __forceinline__ Offsets offsets_of(const Dims& dims, const Divisor* b
     at.grad += index * dim.grad;
     at.out += index * dim.out;
     at.mask += index * dim.mask;
+    at.ref += index * dim.ref;
   }
   return at;
 }
@@ -97,10 +98,88 @@ __device__ __forceinline__ Pack<T, V> only_if(bool wanted, const Pack<T, V>& hel
   return kept;
 }
 
-template <class R, class A, class G, int V>
-__device__ __forceinline__ void take_in(A (&acc)[V], const Pack<G, V>& held) {
+// What two operands are loaded for, where else the gradient's type stands: their product.
+template <class G, class F>
+struct Product {};
+
+// The load policy of a kernel: V neighbours of the gradient by itself,
+template <class L>
+struct Source {
+  using G = L;
+  using A = typename AccumulatorOf<G>::type;
+  template <int V>
+  using Held = Pack<G, V>;
+  const G* grad;
+
+  static __device__ __forceinline__ Source of(const CudaCapture& c, const Offsets& at) {
+    return {static_cast<const G*>(c.grad) + at.grad};
+  }
+  template <int V>  // `n` neighbours further along the inner dimension
+  __device__ __forceinline__ Source along(const Dim& inner, int64_t n) const {
+    return {grad + n * stride_of<V>(inner.grad)};
+  }
+  template <bool kWide, int V>  // those of the reduced row `n` of a dimension
+  __device__ __forceinline__ Held<V> row(const Dim& reduced, int64_t n) const {
+    return load<kWide, G, V>(grad + n * reduced.grad);
+  }
+  template <bool kWide, int V>
+  __device__ __forceinline__ Held<V> at(const Offsets& from) const {
+    return load<kWide, G, V>(grad + from.grad);
+  }
+  template <int V>
+  static __device__ __forceinline__ A value(const Held<V>& held, int j) {
+    return A(widen(held.values[j]));
+  }
+  // The same, or zero, which changes no sum and no maximum.
+  template <int V>
+  static __device__ __forceinline__ Held<V> only_if(bool wanted, const Held<V>& held) {
+    return cuda::only_if(wanted, held);
+  }
+};
+
+// or the products of as many neighbours of it and of the second operand.
+template <class G_, class F>
+struct Source<Product<G_, F>> {
+  using G = G_;
+  using A = typename AccumulatorOf<G>::type;
+  template <int V>
+  struct Held {
+    Pack<G, V> grad;
+    Pack<F, V> ref;
+  };
+  const G* grad;
+  const F* ref;
+
+  static __device__ __forceinline__ Source of(const CudaCapture& c, const Offsets& at) {
+    return {static_cast<const G*>(c.grad) + at.grad, static_cast<const F*>(c.ref) + at.ref};
+  }
+  template <int V>
+  __device__ __forceinline__ Source along(const Dim& inner, int64_t n) const {
+    return {grad + n * stride_of<V>(inner.grad), ref + n * stride_of<V>(inner.ref)};
+  }
+  template <bool kWide, int V>
+  __device__ __forceinline__ Held<V> row(const Dim& reduced, int64_t n) const {
+    return {load<kWide, G, V>(grad + n * reduced.grad), load<kWide, F, V>(ref + n * reduced.ref)};
+  }
+  template <bool kWide, int V>
+  __device__ __forceinline__ Held<V> at(const Offsets& from) const {
+    return {load<kWide, G, V>(grad + from.grad), load<kWide, F, V>(ref + from.ref)};
+  }
+  template <int V>
+  static __device__ __forceinline__ A value(const Held<V>& held, int j) {
+    return A(widen(held.grad.values[j])) * A(widen(held.ref.values[j]));
+  }
+  template <int V>
+  static __device__ __forceinline__ Held<V> only_if(bool wanted, const Held<V>& held) {
+    return {cuda::only_if(wanted, held.grad), cuda::only_if(wanted, held.ref)};
+  }
+};
+
+// Take neighbours in, each into an accumulator of its own.
+template <class R, class S, int V>
+__device__ __forceinline__ void take_in(typename S::A (&acc)[V], const typename S::template Held<V>& held) {
 #pragma unroll
-  for (int j = 0; j < V; ++j) acc[j] = R::step(acc[j], A(widen(held.values[j])));
+  for (int j = 0; j < V; ++j) acc[j] = R::step(acc[j], S::template value<V>(held, j));
 }
 
 template <class O, class A>
@@ -149,7 +228,8 @@ TLFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Where reduced row k lies: the common one or no dimension needs no division at all.
 __device__ __forceinline__ Offsets reduced_row(const View& v, const Cut& cut, int64_t k) {
   if (v.reduced.size() > 1) return offsets_of(v.reduced, cut.by_reduced, k);
-  return v.reduced.size() ? Offsets{k * v.reduced[0].grad, 0, k * v.reduced[0].mask} : Offsets{0, 0, 0};
+  const Dim along = v.reduced.size() ? v.reduced[0] : Dim{1, 0, 0, 0};
+  return {k * along.grad, 0, k * along.mask, k * along.ref};
 }
 
 // Finish one result and put it where it belongs: into `out`, or into the scratch of its part.

@@ -75,6 +75,34 @@ struct Lanes {
   }
 };
 
+// products[r * length + i] = grad[grad_rows[r] + i * grad_stride] * ref[ref_rows[r] + i * ref_stride] for n rows, each
+// factor widened or rounded to the accumulator's type first. `ahead`: four more rows follow, and are fetched.
+template <class G, class F, bool kUnit>
+struct Multiply {
+  using A = typename AccumulatorOf<G>::type;
+  static TLFAST_INLINE void run(A* __restrict products, const G* __restrict grad, const F* __restrict ref,
+                                const int64_t* grad_rows, const int64_t* ref_rows, int64_t n, int64_t length,
+                                int64_t grad_stride_, int64_t ref_stride_, bool ahead) {
+    const int64_t grad_stride = kUnit ? 1 : grad_stride_, ref_stride = kUnit ? 1 : ref_stride_;
+    for (int64_t r = 0; r < n; ++r) {
+      const G* __restrict g = grad + grad_rows[r];
+      const F* __restrict f = ref + ref_rows[r];
+      A* __restrict to = products + r * length;
+      int64_t i = 0;
+      if (kUnit && ahead) {
+        const G* next_g = grad + grad_rows[r + 4];
+        const F* next_f = ref + ref_rows[r + 4];
+        for (; i + kAhead <= length; i += kAhead) {
+          for (int64_t j = 0; j < kAhead; j += kCacheLine / sizeof(G)) __builtin_prefetch(next_g + i + j, 0, 2);
+          for (int64_t j = 0; j < kAhead; j += kCacheLine / sizeof(F)) __builtin_prefetch(next_f + i + j, 0, 2);
+          for (int64_t j = i; j < i + kAhead; ++j) to[j] = A(widen(g[j])) * A(widen(f[j]));
+        }
+      }
+      for (; i < length; ++i) to[i] = A(widen(g[i * grad_stride])) * A(widen(f[i * ref_stride]));
+    }
+  }
+};
+
 // What a stored value is in memory: for the 16-bit types their bits, since GCC doesn't vectorise stores of structs.
 TLFAST_INLINE float raw(float x) { return x; }
 TLFAST_INLINE double raw(double x) { return x; }

@@ -18,6 +18,22 @@ enum class Reduction : int { none, sum, mean, last, norm, absmax };
 inline constexpr std::array<const char*, 6> kReductionNames{"none", "sum", "mean", "last", "norm", "absmax"};
 enum class Dtype : int { f32, bf16, f16, f64 };
 
+// Whether there are kernels that reduce so the product with a second operand. Of squares and maxima of products there
+// are none: they would double the kernels, and what keeps each product (`none`) gives them, too.
+inline bool reduces_products(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::none:
+    case Reduction::sum:
+    case Reduction::mean:
+    case Reduction::last:
+      return true;
+    case Reduction::norm:
+    case Reduction::absmax:
+      break;
+  }
+  return false;
+}
+
 // How many stored values are infinite or NaN, and how many of them only through the cast.
 struct Counts {
   int64_t nonfinite = 0, saturated = 0;

@@ -1,4 +1,5 @@
-// A gradient read as [outer, reduced, inner] with strides: the geometry of one call, made once; knows no torch.
+// A gradient, and what it is multiplied with, read as [outer, reduced, inner] with strides: the geometry of one call,
+// made once; knows no torch.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,10 @@
 
 namespace tlfast {
 
-// One dimension; strides in elements. `out` is 0 where it is reduced, `mask` 0 where the mask doesn't depend on it.
+// One dimension; strides in elements. `out` is 0 where it is reduced, `mask` 0 where the mask doesn't depend on it, and
+// `ref`, of the second operand, where there is none or it doesn't depend on it.
 struct Dim {
-  int64_t size, grad, out, mask;
+  int64_t size, grad, out, mask, ref = 0;
 };
 
 // A few dimensions, in place: a call must not allocate.
@@ -49,13 +51,13 @@ struct View {
 
 namespace detail {
 
-// Append a dimension; it joins the one before it where they lie behind each other in all three tensors.
+// Append a dimension; it joins the one before it where they lie behind each other in all tensors.
 inline void append(Dims& dims, const Dim& d) {
   if (d.size == 1) return;
   if (dims.size() > 0) {
     Dim& o = dims.back();
-    if (o.grad == d.grad * d.size && o.out == d.out * d.size && o.mask == d.mask * d.size) {
-      o = {o.size * d.size, d.grad, d.out, d.mask};
+    if (o.grad == d.grad * d.size && o.out == d.out * d.size && o.mask == d.mask * d.size && o.ref == d.ref * d.size) {
+      o = {o.size * d.size, d.grad, d.out, d.mask, d.ref};
       return;
     }
   }
@@ -102,25 +104,37 @@ class ViewBuilder {
   View view_;
 };
 
-// Elements from the start of the three tensors.
-struct Offsets {
-  int64_t grad, out, mask;
+// The numbers of a call: where they lie, in which formats. All but `grad` and `out` may be null.
+struct Dtypes {
+  Dtype grad, out, ref;
+};
+struct Operands {
+  const void *grad, *ref;  // ref: the second operand, of the gradient's sizes
+  const void* mask;        // one byte an element
+  void* out;
+  double scale;
 };
 
-// Walks over all indices of some dimensions in row-major order, keeping the offsets into the three tensors.
+// Elements from the start of the tensors.
+struct Offsets {
+  int64_t grad, out, mask, ref;
+};
+
+// Walks over all indices of some dimensions in row-major order, keeping the offsets into the tensors.
 class Walk {
  public:
   explicit Walk(const Dims& dims) : dims_(dims) {}
 
   // Jump to the n-th index.
   void seek(int64_t n) {
-    grad = out = mask = 0;
+    grad = out = mask = ref = 0;
     for (int d = dims_.size(); d-- > 0;) {
       index_[d] = n % dims_[d].size;
       n /= dims_[d].size;
       grad += index_[d] * dims_[d].grad;
       out += index_[d] * dims_[d].out;
       mask += index_[d] * dims_[d].mask;
+      ref += index_[d] * dims_[d].ref;
     }
   }
 
@@ -129,15 +143,17 @@ class Walk {
       grad += dims_[d].grad;
       out += dims_[d].out;
       mask += dims_[d].mask;
+      ref += dims_[d].ref;
       if (++index_[d] < dims_[d].size) return;
       grad -= dims_[d].size * dims_[d].grad;
       out -= dims_[d].size * dims_[d].out;
       mask -= dims_[d].size * dims_[d].mask;
+      ref -= dims_[d].size * dims_[d].ref;
       index_[d] = 0;
     }
   }
 
-  int64_t grad = 0, out = 0, mask = 0;
+  int64_t grad = 0, out = 0, mask = 0, ref = 0;
 
  private:
   const Dims& dims_;

@@ -93,7 +93,9 @@ PYBIND11_MODULE(_C, m) {
         return std::pair(counts.nonfinite, counts.saturated);
       });
 
-  py::class_<Recording>(m, "Recording").def_readonly("n_rows", &Recording::n_rows);
+  py::class_<Recording>(m, "Recording")
+      .def_readonly("n_rows", &Recording::n_rows)
+      .def_property_readonly("scratch", &Recording::scratch);
 
   py::class_<Ledger, std::shared_ptr<Ledger>>(m, "Ledger")
       .def(py::init(&make_ledger))

@@ -67,8 +67,11 @@ bool at_once(PyObject* const* args) {
   const Plan plan = make_plan("capture", *out, *grad, *reduction, *dim, mask);
   std::optional<py::gil_scoped_release> released;
   if (grad->numel() > kHoldsGil) released.emplace();
-  plan.run(grad->const_data_ptr(), out->mutable_data_ptr(), mask ? mask->const_data_ptr() : nullptr,
-           PyFloat_AS_DOUBLE(args[5]));
+  plan.run({.grad = grad->const_data_ptr(),
+            .ref = nullptr,
+            .mask = mask ? mask->const_data_ptr() : nullptr,
+            .out = out->mutable_data_ptr(),
+            .scale = PyFloat_AS_DOUBLE(args[5])});
   return true;
 }
 

@@ -27,6 +27,12 @@ for shape, dtype in itertools.product([(3, 37, 65), (1, 1000, 7), (2, 5, 769)], 
                 out = torch.empty(row, dtype=stored)
                 tlfast.reduce_into(out, view, reduce, over, mask)
                 digest.update(out.nan_to_num(nan=1e4).contiguous().view(torch.uint8).numpy().tobytes())
+        for other in dtypes if reduce in ("none", "sum") else [] if reduce in ("norm", "absmax") else [dtype]:
+            ref = torch.randn(shape, dtype=torch.float64).mul(3).to(other)
+            for view in (ref, ref[..., :1].expand(shape)):
+                out = torch.empty(row)
+                tlfast.reduce_product_into(out, grad, view, reduce, over, mask)
+                digest.update(out.nan_to_num(nan=1e4).contiguous().view(torch.uint8).numpy().tobytes())
 from tlfast import _C
 print(_C.describe().removeprefix("cpu, "), digest.hexdigest())
 """

@@ -6,9 +6,12 @@ import pytest
 
 COLUMNS = "_ZN6tlfast4cuda7columnsINS_4bf16ENS_3AddELi8ELb1EEEvNS_11CudaCaptureENS0_3CutE"
 PICKS = "_ZN6tlfast4cuda5picksINS_4bf16ES2_Li8EEEvNS_11CudaCaptureENS0_3CutE"
+PRODUCTS = "_ZN6tlfast4cuda7columnsINS0_7ProductINS_4bf16ES3_EENS_3AddELi8ELb1EEEvNS_11CudaCaptureENS0_3CutE"
 LOADS = [f"LDG.E.128.CONSTANT R{4 * i + 8}, desc[UR4][R2.64+0x{i}0]" for i in range(4)]
 USES = [f"FADD R40, R40, R{4 * i + 8}" for i in range(4)]
 TOGETHER = [*LOADS, *USES]
+MORE = [f"LDG.E.128.CONSTANT R{4 * i + 48}, desc[UR4][R6.64+0x{i}0]" for i in range(4)]
+BOTH = [*LOADS, *MORE, *USES]
 ONE_BY_ONE = [line for pair in zip(LOADS, USES, strict=True) for line in pair]
 
 
@@ -49,6 +52,28 @@ def test_loops_are_found():
 def test_good_kernels_pass():
     rare = [LOADS[0], USES[0]]
     assert complaints(sass(rare, TOGETHER, TOGETHER) + sass(TOGETHER, kernel=PICKS)) == []
+    assert complaints(sass(rare, BOTH, BOTH, kernel=PRODUCTS)) == []
+
+
+def test_the_parameters_of_a_kernel():
+    (name,) = cuda_resources.short_names([PRODUCTS]).values()
+    assert cuda_machine_code.template_of(name) == ("columns", ["Product<bf16, bf16>", "Add", "8", "true"])
+    assert cuda_machine_code.template_of("picks<Product<float, double>, bf16, 1>")[1][-1] == "1"
+    assert cuda_machine_code.template_of("merge<float, Add>") == ("merge", ["float", "Add"])
+    assert cuda_machine_code.template_of("advance") == ("advance", [""])
+
+
+@pytest.mark.parametrize(
+    "loops, said",
+    [
+        ([TOGETHER, TOGETHER], "must have 8 wide loads in flight in both its loops, got [[4], [4]]."),
+        ([BOTH + 400 * ["NOP"]] * 2, "must take in an element by 9.6 instructions, got 12.9."),
+    ],
+)
+def test_a_broken_rule_of_products_is_told(loops, said):
+    assert complaints(sass(*loops, kernel=PRODUCTS)) == [
+        f"cuda-compile: columns<Product<bf16, bf16>, Add, 8, true> on sm_90 {said}"
+    ]
 
 
 @pytest.mark.parametrize(

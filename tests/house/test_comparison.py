@@ -93,6 +93,25 @@ def test_assert_captured_refuses_an_answer_that_ignores_the_mask(reduce):
         assert_captured(right_answer(grad, reduce, (1,)), grad, reduce, (1,), mask)
 
 
+PRODUCT_CASES = [(r, dims, masked) for r, dims, masked in CASES if r not in ("norm", "absmax")]
+
+
+@pytest.mark.parametrize("reduce, dims, masked", PRODUCT_CASES)
+def test_assert_captured_of_a_product_refuses(reduce, dims, masked):
+    grad, mask, _ = given(reduce, dims, masked)
+    ref = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2)).bfloat16()
+    right = right_answer(grad * ref.float(), reduce, dims, mask)
+    assert_captured(right, grad, reduce, dims, mask, ref=ref)
+    _, moved = truth(grad, reduce, dims, mask, ref=ref)
+    assert (moved <= 1e-4).all()
+    assert (moved >= 0).all()
+    others = (ref.roll(1, 0), ref * 1.01, ref.abs(), torch.ones_like(ref))
+    for wrong in (right * 2, right.roll(1, -1), right_answer(grad, reduce, dims, mask),
+                  *(right_answer(grad * other.float(), reduce, dims, mask) for other in others)):  # fmt: skip
+        with pytest.raises(AssertionError):
+            assert_captured(wrong, grad, reduce, dims, mask, ref=ref)
+
+
 @pytest.mark.parametrize("value, wrong", [(7e4, 65504.0), (-7e4, math.inf), (math.inf, 65504.0), (60000.0, math.inf)])
 def test_overflow_must_go_the_way_of_the_truth(value, wrong):
     exact, none = torch.tensor([value], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)

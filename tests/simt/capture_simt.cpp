@@ -4,11 +4,12 @@
 // The geometry of a call as torch has it: sizes and strides of the gradient, in elements; of `out` and of the mask only
 // where they have the dimension.
 struct FlatCall {
-  int32_t n_dims, reduction, grad_dtype, out_dtype;
-  const int64_t *sizes, *grad_strides, *out_strides, *mask_strides;
+  int32_t n_dims, reduction, grad_dtype, out_dtype, ref_dtype;
+  const int64_t *sizes, *grad_strides, *out_strides, *mask_strides, *ref_strides;
   const uint8_t* reduced;
   double scale;
   const void* grad;
+  const void* ref;  // or null
   void* out;
   const uint8_t* mask;
   const int64_t* cursor;
@@ -23,25 +24,27 @@ API int simt_capture(FlatCall* flat) {
   tlfast::ViewBuilder builder;
   int out_dim = 0;
   for (int d = 0; d < flat->n_dims; ++d) {
-    const int64_t of_mask = flat->mask ? flat->mask_strides[d] : 0;
+    const int64_t of_mask = flat->mask ? flat->mask_strides[d] : 0, of_ref = flat->ref ? flat->ref_strides[d] : 0;
     if (flat->reduced[d])
-      builder.reduce({flat->sizes[d], flat->grad_strides[d], 0, of_mask});
+      builder.reduce({flat->sizes[d], flat->grad_strides[d], 0, of_mask, of_ref});
     else
-      builder.keep({flat->sizes[d], flat->grad_strides[d], flat->out_strides[out_dim++], of_mask});
+      builder.keep({flat->sizes[d], flat->grad_strides[d], flat->out_strides[out_dim++], of_mask, of_ref});
   }
   const auto reduction = tlfast::Reduction(flat->reduction);
-  tlfast::CudaCapture call{builder.build(reduction == tlfast::Reduction::last),
-                           reduction,
-                           tlfast::Dtype(flat->grad_dtype),
-                           tlfast::Dtype(flat->out_dtype),
-                           flat->scale,
-                           flat->grad,
-                           flat->out,
-                           flat->mask,
-                           flat->cursor,
-                           flat->row_elements,
-                           flat->counters,
-                           nullptr};
+  tlfast::CudaCapture call{.view = builder.build(reduction == tlfast::Reduction::last),
+                           .reduction = reduction,
+                           .grad_dtype = tlfast::Dtype(flat->grad_dtype),
+                           .out_dtype = tlfast::Dtype(flat->out_dtype),
+                           .ref_dtype = tlfast::Dtype(flat->ref_dtype),
+                           .scale = flat->scale,
+                           .grad = flat->grad,
+                           .ref = flat->ref,
+                           .out = flat->out,
+                           .mask = flat->mask,
+                           .cursor = flat->cursor,
+                           .row_elements = flat->row_elements,
+                           .counters = flat->counters,
+                           .scratch = nullptr};
   const int64_t n_bytes = flat->scratch_bytes = tlfast_cuda_scratch_bytes(&call);
   constexpr int64_t kZone = 64;  // watched bytes behind the scratch; under AddressSanitizer it does that
   const std::unique_ptr<unsigned char[]> scratch(n_bytes ? new unsigned char[n_bytes + kZone] : nullptr);

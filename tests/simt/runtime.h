@@ -113,3 +113,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 }
 
 }  // namespace simt
+
+// The same with pointers to the values, which are of the kernel's types.
+template <class... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** values, size_t shared_bytes,
+                             cudaStream_t stream) {
+  const auto all = [&]<size_t... I>(std::index_sequence<I...>) {
+    simt::launch(kernel, grid, block, shared_bytes, stream, *static_cast<std::decay_t<Parameters>*>(values[I])...);
+  };
+  all(std::index_sequence_for<Parameters...>());
+  return cudaPeekAtLastError();
+}

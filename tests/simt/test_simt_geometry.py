@@ -3,17 +3,14 @@
 import ctypes
 import itertools
 import math
-import mmap
 
 import pytest
 import simt_build
 import torch
 from comparison import assert_captured, assert_same_bits
 from op_cases import GRAD_DTYPES, REDUCTIONS, Case, left_shape, make_mask
-from simt_capture import ORDERS, WRITES, capture, kernels
+from simt_capture import FAR, ORDERS, WRITES, capture, far_memory, kernels
 
-NORESERVE = 0x4000  # MAP_NORESERVE of Linux' asm-generic/mman-common.h; Python's mmap has the name from 3.13 on
-FAR = 2**31 + 8  # elements
 SPLIT = ("sum", "mean", "norm", "absmax")
 
 
@@ -191,13 +188,6 @@ def test_a_step_that_is_not_recorded_launches_the_kernel_of_one_that_is(dtype, r
         assert kernel[0] == kernel[1]
         used.add(kernel[0])
     assert len(used) == (1 if dtype == torch.float32 else 2)
-
-
-def far_memory(n, dtype):
-    """Memory of ``n`` elements that takes no page where it isn't touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
-    held = mmap.mmap(-1, n * dtype.itemsize, flags=flags)
-    return torch.frombuffer(held, dtype=dtype)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

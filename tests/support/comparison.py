@@ -32,16 +32,36 @@ def spread_mask(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
     return mask.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
 
 
+def terms(grad: torch.Tensor, ref: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is reduced, in float64: the gradient, or its product with ``ref``; and how far each term may be moved.
+
+    A factor of another dtype and the product are rounded to the accumulator's, or lost below its smallest number.
+    """
+    wide = grad.detach().double()
+    if ref is None:
+        return wide, torch.zeros_like(wide)
+    acc = torch.finfo(accumulator(grad.dtype))
+    product = wide * ref.detach().double()
+    return product, 2 * acc.eps * product.abs() + acc.smallest_normal * acc.eps * (1 + wide.abs())
+
+
 def truth(
-    grad: torch.Tensor, reduce: str, dims: tuple[int, ...], mask: torch.Tensor | None = None, scale: float = 1.0
+    grad: torch.Tensor,
+    reduce: str,
+    dims: tuple[int, ...],
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    ref: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The right values in float64 by numpy, and how far the accumulator's rounding may move each (absolute)."""
     acc = torch.finfo(accumulator(grad.dtype))
+    taken, apart = terms(grad, ref)
     if reduce == "none":
-        wide, real = grad.detach().double().numpy(), spread_mask(mask, grad.shape).numpy()
-        value = np.where(real, wide, 0.0) * scale
-        return torch.from_numpy(value), torch.from_numpy(_scaling(value, scale, acc))
-    g, left = as_columns(grad, dims)
+        real = spread_mask(mask, grad.shape).numpy()
+        value, moved = np.where(real, taken.numpy(), 0.0) * scale, np.where(real, apart.numpy(), 0.0) * abs(scale)
+        return torch.from_numpy(value), torch.from_numpy(moved + _scaling(value, scale, acc))
+    g, left = as_columns(taken, dims)
+    each, _ = as_columns(apart, dims)
     real, _ = as_columns(spread_mask(mask, grad.shape), dims)
     outer, n = g.shape
     with np.errstate(all="ignore"):
@@ -51,7 +71,8 @@ def truth(
         if reduce in ("sum", "mean"):
             count = real.sum(1) if reduce == "mean" else np.ones(outer)
             value = kept.sum(1) / count
-            moved = n * acc.eps * size.sum(1) / np.maximum(count, 1) + acc.eps * np.abs(value)
+            moved = n * acc.eps * size.sum(1) + np.where(real, each, 0.0).sum(1)
+            moved = moved / np.maximum(count, 1) + acc.eps * np.abs(value)
         elif reduce == "norm":
             squares = np.square(size).sum(1)
             value = np.sqrt(squares)
@@ -63,6 +84,7 @@ def truth(
         elif reduce == "last":
             place = np.where(real, np.arange(n), -1).max(1) if n else np.full(outer, -1)
             value = np.where(place < 0, np.nan, g[np.arange(outer), np.maximum(place, 0)] if n else np.nan)
+            moved = np.where(place < 0, 0.0, each[np.arange(outer), np.maximum(place, 0)] if n else 0.0)
         else:
             raise AssertionError(reduce)
         value = value * scale
@@ -131,10 +153,14 @@ def assert_captured(
     mask: torch.Tensor | None = None,
     scale: float = 1.0,
     what: object = "",
+    ref: torch.Tensor | None = None,
 ) -> None:
-    """``actual`` is ``grad`` reduced, scaled and stored, by the float64 truth; picks and copies to the bit."""
-    assert_close_to_truth(actual, *truth(grad, reduce, dims, mask, scale), what)
-    if scale == 1.0 and reduce in ("none", "last", "absmax"):
+    """``actual`` is ``grad``, or its product with ``ref``, reduced, scaled and stored, by the float64 truth.
+
+    Picks and copies of a gradient to the bit.
+    """
+    assert_close_to_truth(actual, *truth(grad, reduce, dims, mask, scale, ref), what)
+    if scale == 1.0 and reduce in ("none", "last", "absmax") and ref is None:
         assert_same_bits(actual, rounded_once(truth(grad, reduce, dims, mask)[0], actual.dtype), what)
 
 

@@ -1,11 +1,11 @@
-"""The table of the fused op: shapes x strides x dtypes x reductions x dims x masks."""
+"""The table of the fused ops: shapes x strides x dtypes x reductions x dims x masks, and a second operand."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ import tlfast.backends.reference
 REDUCTIONS = ("none", "sum", "mean", "last", "norm", "absmax")
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+OF_PRODUCTS = ("none", "sum", "mean", "last")
 
 # Odd sizes on both sides of the vector widths and blocks of the kernels; sizes zero and one in every place.
 SHAPES = (
@@ -21,6 +22,7 @@ SHAPES = (
     (2, 7, 769), (2, 2049, 3), (1, 1, 1, 1), (2, 3, 5, 7), (2, 9, 1, 65), (3, 4, 0, 2),
 )  # fmt: skip
 LAYOUTS = ("contiguous", "expanded", "transposed", "sliced", "offset")
+REF_LAYOUTS = (*LAYOUTS, "one for a vector")
 MASKS = ("none", "right padding", "left padding", "one empty", "random")
 
 
@@ -36,10 +38,13 @@ class Case:
     dims: tuple[int, ...]
     mask: str
     scale: float = 1.0
+    ref_layout: str = ""  # of a product
+    ref_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         parts = (list(self.shape), self.layout, self.grad_dtype, self.dtype, self.reduce, self.dims, self.mask)
-        return " ".join(map(str, (*parts, self.scale)))
+        ref = () if self.ref_dtype is None else ("x", self.ref_layout, self.ref_dtype)
+        return " ".join(map(str, (*parts, self.scale, *ref)))
 
 
 def stored_dtypes(grad_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -65,6 +70,8 @@ def make_gradient(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> to
         return torch.randn(shape[::-1]).to(dtype).permute(*reversed(range(len(shape))))
     if layout == "sliced":
         return torch.randn([2 * s + 1 for s in shape]).to(dtype)[tuple(slice(1, None, 2) for _ in shape)]
+    if layout == "one for a vector":  # a weight of each position
+        return torch.randn(*shape[:-1], 1).to(dtype).expand(shape)
     if layout == "offset":  # starts at an odd address of the vector
         n = torch.Size(shape).numel()
         return torch.randn(n + 1).to(dtype)[1:].view(shape)
@@ -122,6 +129,19 @@ def cases(grad_dtype: torch.dtype, reduce: str, share: float = 1.0) -> Iterator[
                 yield Case(shape, layout, grad_dtype, dtype, reduce, dims, mask, scale)
 
 
+def make_ref(case: Case) -> torch.Tensor:
+    """The second operand of a product."""
+    assert case.ref_dtype is not None
+    return make_gradient(case.shape, case.ref_layout, case.ref_dtype)
+
+
+def product_cases(grad_dtype: torch.dtype, reduce: str, share: float = 1.0) -> Iterator[Case]:
+    """The same for products; the dtype and the layout of the second operand are drawn, too."""
+    draw = random.Random(f"product {grad_dtype} {reduce} {share}")
+    for case in cases(grad_dtype, reduce, share):
+        yield replace(case, ref_layout=draw.choice(REF_LAYOUTS), ref_dtype=draw.choice((grad_dtype, *GRAD_DTYPES)))
+
+
 def run_op(
     backend: str,
     out: torch.Tensor,
@@ -130,9 +150,12 @@ def run_op(
     dims: tuple[int, ...],
     mask: torch.Tensor | None = None,
     scale: float = 1.0,
+    ref: torch.Tensor | None = None,
 ) -> None:
-    """Call one implementation of the op."""
-    if backend == "native":
+    """Call one implementation of the op, of the one for products where there is a ``ref``."""
+    if backend != "native":
+        tlfast.backends.reference.capture(out, grad, reduce, dims, mask, scale, ref=ref)
+    elif ref is None:
         torch.ops.tlfast.capture(out, grad, reduce, dims, mask, scale)
     else:
-        tlfast.backends.reference.capture(out, grad, reduce, dims, mask, scale)
+        torch.ops.tlfast.capture_product(out, grad, ref, reduce, dims, mask, scale)

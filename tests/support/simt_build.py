@@ -30,7 +30,7 @@ FLAGS = (
 # -Werror: the shim and the kernels compile without a warning, but for #pragma unroll, which is nvcc's.
 # -fno-extern-tls-init: shared memory has no constructors.
 STRICT = ("-Werror", "-Wno-unknown-pragmas", "-fno-extern-tls-init")
-KERNEL = ("-x", "c++", f"-I{HERE}", f"-I{ROOT / 'csrc' / 'kernel'}", "-include", "simt.h", "-DTLFAST_SIMT=1")
+KERNEL = ("-x", "c++", f"-I{HERE}", f"-I{ROOT / 'csrc' / 'kernel'}", "-include", "simt.h")
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1")
 
 

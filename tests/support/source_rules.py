@@ -146,8 +146,8 @@ NATIVE_ROOMS = (
         (
             ("errors", "isa", "reduce"),
             ("choose", "loops", "view"),
-            ("capture_cpu", "capture_cuda.h"),
-            ("cuda_results",),
+            ("capture_cuda.h", "operands"),
+            ("capture_cpu", "cuda_results", "no_cuda"),
             ("capture_cuda",),
         ),
     ),
@@ -155,8 +155,8 @@ NATIVE_ROOMS = (
     (
         "autograd",
         (
-            ("plain.h", "streams"),
-            ("device",),
+            ("plain.h", "streams.h"),
+            ("device", "no_streams", "streams"),
             ("capture",),
             ("recipe", "rows"),
             ("column",),

@@ -1,4 +1,4 @@
-"""The one door to the native code: is it there, does it fit this torch, and the fused op by itself."""
+"""The one door to the native code: is it there, does it fit this torch, and the fused ops by themselves."""
 
 from __future__ import annotations
 
@@ -70,6 +70,19 @@ def _register_fakes() -> None:
     ) -> None:
         dims = () if reduce == "none" else reference.normal_dims("capture", tuple(over), grad.dim())
         reference.check_capture("capture", out, grad, dims)
+
+    @torch.library.register_fake("tlfast::capture_product")  # type: ignore[untyped-decorator]
+    def capture_product(
+        out: torch.Tensor,
+        grad: torch.Tensor,
+        ref: torch.Tensor,
+        reduce: str,
+        over: list[int],
+        mask: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        capture(out, grad, reduce, over, mask, scale)
+        reference.check_ref("capture", ref, grad, reduce)
 
     @torch.library.register_fake("tlfast::fire")  # type: ignore[untyped-decorator]
     def fire(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
@@ -218,6 +231,63 @@ def reduce_into(
         reference.capture(memory, grad, reduce, dims, mask, scale)
     else:
         torch.ops.tlfast.capture(memory, grad, reduce, dims, mask, scale)
+    return out
+
+
+def reduce_product_into(
+    out: torch.Tensor,
+    grad: torch.Tensor,
+    ref: torch.Tensor,
+    reduce: str = "sum",
+    over: Over = -1,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Reduce the product of a gradient and another tensor into a preallocated tensor, in one pass over both.
+
+    The sum over the width is what attribution patching and saliency are made of: a gradient times an activation, or
+    times the difference of two. Nothing of the size of either is allocated.
+
+    Args:
+        out: where the result goes, of the gradient's shape without the reduced dimensions; float32, bfloat16 or float16
+            (float64 for float64 gradients), any strides.
+        grad: float32, bfloat16, float16 or float64, any strides and sizes.
+        ref: what it is multiplied with: an activation, a difference of activations, a direction. Of the gradient's
+            shape (``expand_as`` makes it so), in any of the four dtypes, which may be another than the gradient's.
+        reduce: none (each product is kept), sum, mean or last.
+        over: dimensions to reduce: "pos" (1), "batch" (0), numbers, or several. Ignored by ``none``. For heads that lie
+            side by side in the last dimension, split that in both, by ``unflatten(-1, (n_heads, d_head))``, and reduce
+            -1.
+        mask: bool, of the gradient's leading sizes, True at real tokens, as in `reduce_into`.
+        scale: a factor on the result, applied before the cast.
+
+    Returns:
+        ``out``. Both factors are converted to float32 (float64 where the gradient is that) and multiplied and added
+        there, with one rounding to the stored dtype.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, layout, dimension or mask, and for another reduction, before anything is
+            written.
+        RuntimeError: for a tensor whose value isn't all in its own memory, as a DTensor that is sharded.
+
+    Example:
+        >>> import torch, tlfast
+        >>> grad, act = torch.arange(6.0).reshape(1, 3, 2), torch.full((1, 3, 2), 2.0)
+        >>> tlfast.reduce_product_into(torch.empty(1, 3), grad, act)
+        tensor([[ 2., 10., 18.]])
+    """
+    who = "reduce_product_into"
+    one_of(who, "reduce", reduce, REDUCTIONS)
+    reference.check_of_products(who, reduce)
+    dims = parse_over(who, over)
+    grad, ref, memory = plain(who, "grad", grad), plain(who, "ref", ref), destination(who, "out", out)
+    mask = None if mask is None else plain(who, "mask", mask)
+    where = out.device.type
+    module = native() if where == "cpu" else pick_native(who, "auto", {where}) if where == "cuda" else None
+    if module is None:
+        reference.capture(memory, grad, reduce, dims, mask, scale, ref=ref)
+    else:
+        torch.ops.tlfast.capture_product(memory, grad, ref, reduce, dims, mask, scale)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The fused op in plain PyTorch: the fallback where there is no native code, and the oracle of the tests."""
+"""The fused ops in plain PyTorch: the fallback where there is no native code, and the oracle of the tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..errors import broken_rule
 from .plain import destination, plain
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALF_TYPES, torch.float64)
+NOT_OF_PRODUCTS = ("norm", "absmax")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -60,10 +62,13 @@ def reduce_gradient(
     mask: torch.Tensor | None,
     scale: float = 1.0,
     who: str = "capture",
+    ref: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reduce ``grad`` over the (normal) ``dims`` and return the result in the accumulator's dtype."""
+    """Reduce ``grad``, or its product with ``ref``, over the (normal) ``dims``; in the accumulator's dtype."""
     real = None if mask is None else check_mask(who, mask, grad)
     wide = grad.to(accumulator(grad.dtype))
+    if ref is not None:
+        wide = wide * ref.to(wide.dtype)
     if reduce == "none":
         out = wide if real is None else torch.where(real, wide, 0.0)
     elif reduce == "last":
@@ -101,7 +106,7 @@ def _last(wide: torch.Tensor, dims: tuple[int, ...], real: torch.Tensor | None) 
 
 def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[int, ...]) -> None:
     """Check dtypes, shape and memory of an op's arguments before a byte is written."""
-    if grad.dtype not in (torch.float32, *HALF_TYPES, torch.float64):
+    if grad.dtype not in FLOATS:
         raise ValueError(
             broken_rule(who, "grad", "be float32, bfloat16, float16 or float64", grad.dtype, "Cast it first.")
         )
@@ -120,18 +125,41 @@ def check_capture(who: str, out: torch.Tensor, grad: torch.Tensor, dims: tuple[i
         raise ValueError(broken_rule(who, "out", f"have shape {list(want)}", list(out.shape), remedy))
 
 
-def check_memory(who: str, out: torch.Tensor, grad: torch.Tensor) -> None:
-    """Check that no element of ``out`` lies where another one or the gradient does."""
+def check_of_products(who: str, reduce: str) -> None:
+    """Check that products are reduced in this way: there are no kernels for the others, which are rarely asked for."""
+    if reduce in NOT_OF_PRODUCTS:
+        remedy = 'Keep each product by "none", and reduce these by reduce_into.'
+        raise ValueError(
+            broken_rule(who, "reduce", "be none, sum, mean or last where there is a ref", repr(reduce), remedy)
+        )
+
+
+def check_ref(who: str, ref: torch.Tensor, grad: torch.Tensor, reduce: str) -> None:
+    """Check what a gradient is multiplied with, before a byte is written."""
+    check_of_products(who, reduce)
+    if ref.dtype not in FLOATS:
+        rule = "be float32, bfloat16, float16 or float64"
+        raise ValueError(broken_rule(who, "ref", rule, ref.dtype, "Cast it first."))
+    if ref.shape != grad.shape:
+        rule = f"have grad's shape {list(grad.shape)}"
+        raise ValueError(broken_rule(who, "ref", rule, list(ref.shape), "Use ref.expand_as(grad)."))
+    if ref.device != grad.device:
+        raise ValueError(broken_rule(who, "ref", f"be on {grad.device}, as grad is", ref.device, "Move one of them."))
+
+
+def check_memory(who: str, out: torch.Tensor, grad: torch.Tensor, ref: torch.Tensor | None = None) -> None:
+    """Check that no element of ``out`` lies where another one, or one that is read, does."""
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(
             broken_rule(
                 who, "out", "have memory of its own for each element", "an expanded tensor", "Pass a contiguous one."
             )
         )
-    if out.numel() and torch._C._is_alias_of(out, grad):  # type: ignore[attr-defined]
-        raise ValueError(
-            broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own.")
-        )
+    for name, read in (("grad", grad), ("ref", ref)):
+        if read is not None and out.numel() and torch._C._is_alias_of(out, read):  # type: ignore[attr-defined]
+            raise ValueError(
+                broken_rule(who, "out", f"not share memory with {name}", "a view of it", "Pass a tensor of its own.")
+            )
 
 
 def to_odd(wide: torch.Tensor) -> torch.Tensor:
@@ -154,19 +182,24 @@ def capture(
     mask: torch.Tensor | None = None,
     scale: float = 1.0,
     who: str = "capture",
+    ref: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reduce, cast and copy ``grad`` into ``out``; return how many stored values are non-finite and saturated.
 
-    Accumulates in float32 (float64 for float64) and casts once, to nearest even. Saturated: finite before the cast,
+    With a ``ref`` of its shape, its product with that. Accumulates in float32 (float64 for float64 gradients), to which
+    both factors are converted first, and casts once, to nearest even. Saturated: finite before the cast,
     infinite after it. The counts are int64 [2] on the device of ``out``, and nothing waits for them.
     """
     grad = plain(who, "grad", grad)
+    ref = None if ref is None else plain(who, "ref", ref).detach()
     mask = None if mask is None else plain(who, "mask", mask)
     out = destination(who, "out", out)
     dims = () if reduce == "none" else normal_dims(who, over, grad.dim())
     check_capture(who, out, grad, dims)
-    check_memory(who, out, grad)
-    wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale, who)
+    if ref is not None:
+        check_ref(who, ref, grad, reduce)
+    check_memory(who, out, grad, ref)
+    wide = reduce_gradient(grad.detach(), reduce, dims, mask, scale, who, ref)
     out.copy_(to_odd(wide) if wide.dtype == torch.float64 and out.dtype in HALF_TYPES else wide)
     bad = ~torch.isfinite(out)
     return torch.stack([bad.sum(), (bad & torch.isfinite(wide)).sum()])

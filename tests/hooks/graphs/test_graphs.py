@@ -1,9 +1,12 @@
 """Recorded steps: the rows of a replay are those of the step itself, and nothing else is touched."""
 
+import gc
+
 import pytest
 import torch
 from comparison import assert_rows, assert_same_bits
-from rerun_graphs import B, N, P, eager_rows, step_of
+from rerun_graphs import B, Model, N, P, eager_rows, step_of
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import tlfast
 
@@ -125,3 +128,21 @@ def test_counts_are_those_of_the_replays(rerun, model, batches):
         bad = int((~cap["first"].isfinite()).sum())
         assert bad > 0
         assert cap.counts["first"] == {"nonfinite": bad, "saturated": bad}
+
+
+@pytest.mark.simt
+def test_the_scratch_of_a_recorded_step_goes_with_it(rerun, batches):
+    """A sum over so many positions is split, and its parts lie in memory that each replay uses again."""
+    model = Model()
+    with tlfast.freeze(model), tlfast.capture(model, "first", reduce="sum", rows=40, backend="native") as cap:
+        step, _ = rerun(cap, step_of(model), batches[0].repeat(1, 4000))
+        (scratch,) = step._recording.scratch
+        held = StorageWeakRef(scratch.untyped_storage())
+        del scratch
+        for length in range(1, 9):  # as many other geometries as a column remembers
+            step_of(model)(batches[0].repeat(1, length))
+        assert not held.expired(), "the recording needs it"
+        step(batches[0].repeat(1, 4000))
+        del step
+        gc.collect()
+        assert held.expired()
