@@ -65,6 +65,10 @@ class Readable(ABC):
         """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""
 
     @abstractmethod
+    def rows_of(self, ids: Any) -> torch.Tensor:
+        """Return the rows of these examples: int64, of the shape of ``ids``."""
+
+    @abstractmethod
     def tokenizer(self) -> Any:
         """Return the tokenizer that the examples were cut with; None where it isn't here."""
 
