@@ -170,7 +170,7 @@ def _broken(code: Code, name: str) -> Iterator[tuple[str, object]]:
     in_flight = IN_FLIGHT * (2 if product else 1)
     # The columns have a third loop, for dimensions that can't be joined: rare, and one row at a time.
     wanted = 2 if template == "columns" else 1
-    full = [loop for loop in code.loops if loop.in_flight == [in_flight]]
+    full = [loop for loop in code.loops if _is_full(loop.in_flight, in_flight, template == "rows" and product)]
     if len(full) < wanted or len(code.loops) - len(full) > (template == "columns"):
         rule = f"have {in_flight} wide loads in flight in {'both its loops' if wanted == 2 else 'its loop'}"
         yield rule, [loop.in_flight for loop in code.loops]
@@ -179,6 +179,15 @@ def _broken(code: Code, name: str) -> Iterator[tuple[str, object]]:
         least = min(loop.instructions for loop in full) / (IN_FLIGHT * int(parameters[2]))
         if least > most:
             yield f"take in an element by {most} instructions", round(least, 1)
+
+
+def _is_full(groups: list[int], in_flight: int, parted: bool) -> bool:
+    """Whether a loop waits for none of its loads before all of them are under way.
+
+    Of a product that is reduced within a warp the compiler may take in the first of the pairs before the last are
+    loaded, so ``parted`` asks for as many at once as of one operand.
+    """
+    return groups == [in_flight] or (parted and sum(groups) == in_flight and groups[0] >= IN_FLIGHT)
 
 
 def template_of(name: str) -> tuple[str, list[str]]:

@@ -76,6 +76,14 @@ def test_a_broken_rule_of_products_is_told(loops, said):
     ]
 
 
+def test_a_product_reduced_within_a_warp_may_wait_between_four_loads_and_four():
+    rows = PRODUCTS.replace("7columns", "4rows")
+    assert complaints(sass([*TOGETHER, *MORE, *USES], kernel=rows)) == []
+    assert complaints(sass(BOTH, kernel=rows)) == []
+    (line,) = complaints(sass([*ONE_BY_ONE, *BOTH], kernel=rows))
+    assert "must have 8 wide loads in flight in its loop" in line
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
