@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))  # at the end: where tlfast is taken from another bui
 from bench import collect, gpu, hooks, kernel, step, storing, training
 from bench.measure import Times, WrongResult, check_close, check_equal, interleave
 from bench.report import Claim, Result, save, show
-from bench.rivals import BARE, VARIANTS, Keep, Rows, python_full_hook, tlfast_capture
+from bench.rivals import BARE, FULL_HOOKS, VARIANTS, Keep, Rows, python_full_hook, tlfast_capture
 
 
 def finite(value: object) -> bool:
@@ -111,7 +111,7 @@ def test_run_checks_before_it_times(bench, monkeypatch):
 
     monkeypatch.setattr(bench, "interleave", timed)
     with pytest.raises(WrongResult, match="wrong at"):
-        bench.run(quick=True, variants={**VARIANTS, "wrong": doubled})
+        bench.run(quick=True, variants={**FULL_HOOKS, "wrong": doubled})
 
 
 @pytest.mark.parametrize(

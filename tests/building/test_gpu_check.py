@@ -251,6 +251,7 @@ def test_the_stand_in_counts_as_the_library_does():
     assert stand_in.extend(0, data) != zlib.crc32(data)
 
 
+@pytest.mark.long
 def test_tests_that_need_an_absent_library_are_skipped(tmp_path):
     """In a process where tyro can't be found; what is skipped says which library is missing."""
     (tmp_path / "sitecustomize.py").write_text(

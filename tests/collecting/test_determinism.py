@@ -49,6 +49,7 @@ def run(out, stop_at=0):
     return collect(Summed(), out, EXAMPLES, points="point", rows_per_unit=2, batch_tokens=1, **more)
 
 
+@pytest.mark.long
 def test_a_run_is_continued_with_the_threads_that_it_was_begun_with(tmp_path):
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)

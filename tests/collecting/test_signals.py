@@ -99,6 +99,7 @@ def test_two_ctrl_c_do_not_wait_for_the_unit_that_is_being_written(tmp_path, mon
     assert tlfast.open_dataset(tmp_path, partial=True).verify().ok  # it was whole in the end
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_while_the_first_waits_for_the_disk(tmp_path, monkeypatch):
     """The first ends the run, which waits for the unit on its way to the disk; the second ends this too."""
     closing, end = threading.Event(), threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 from checkout import SUPPORT
 from fsdp_ranks import SETTINGS, examples
@@ -16,6 +17,7 @@ from tlfast.collecting.unit_queue import Share
 from tlfast.dataset.format.plan import Example, Plan
 
 
+@pytest.mark.long
 def test_two_ranks_capture_and_collect_on_a_sharded_model(tmp_path):
     script = SUPPORT / "fsdp_ranks.py"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]

@@ -36,6 +36,7 @@ def is_at_work(pid):
         return False
 
 
+@pytest.mark.long
 def test_a_worker_is_killed_and_ray_tries_again(undisturbed, tmp_path):
     out = tmp_path / "out"
     command = ["-m", "tlfast", *arguments(undisturbed, out, "--engine", "ray")]

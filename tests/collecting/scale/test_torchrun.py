@@ -48,6 +48,7 @@ def test_a_rank_is_killed_and_all_go_on_after_the_restart(undisturbed, tmp_path,
     check_equal(undisturbed, out)
 
 
+@pytest.mark.long
 def test_the_agent_is_stopped_and_another_engine_goes_on(undisturbed, tmp_path, capsys):
     out = tmp_path / "out"
     with started(*torchrun(2), *arguments(undisturbed, out), TLFAST_TEST=str(tmp_path)) as process:
