@@ -36,7 +36,16 @@ import cuda_build  # noqa: E402
 CHOICES = ("auto", "cpu", "cuda", "none")
 # Compiled as one file each: reading torch's headers takes most of a file's time. Every other file is compiled alone.
 TOGETHER = {
-    "with_python": ("cuda_status", "module", "plain", "py_callable", "py_full_call", "py_reduce", "py_tap"),
+    "with_python": (
+        "cuda_status",
+        "module",
+        "plain",
+        "py_callable",
+        "py_full_call",
+        "py_full_hooks",
+        "py_reduce",
+        "py_tap",
+    ),
     "with_tensors": (
         "backward",
         "backwards",

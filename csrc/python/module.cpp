@@ -6,7 +6,7 @@
 #include "cuda_status.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
-#include "py_full_call.h"
+#include "py_full_hooks.h"
 #include "py_reduce.h"
 #include "py_tap.h"
 

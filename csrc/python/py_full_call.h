@@ -1,19 +1,70 @@
-// Full backward hooks natively: what stands in place of torch.utils.hooks.BackwardHook.
+// What the nodes of full backward hooks call in a backward: Python's hooks, and the taps among them.
 #pragma once
 
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "autograd/full_call.h"
+#include "autograd/tap.h"
 
 namespace tlfast {
 
-// Let instances of a class make, when they are called as torch.utils.hooks.BackwardHook is, a FullHooks in its place,
-// where that can be equal; else one of `checked`, if a hook of class `ours` is among the hooks, or of `plain`.
-void choose_natively(const pybind11::type& chooser, const pybind11::type& ours, const pybind11::object& plain,
-                     const pybind11::object& checked);
+using Places = c10::SmallVector<Py_ssize_t, 4>;  // in a tuple
 
-// For which modules they do so: for all, or for those whose ids are in a dict. Hooks of class `ours` always are.
-void choose_for(bool all, const pybind11::dict& ids);
+// Whether a hook is of the class of a capture's own hooks, which is said once.
+bool is_ours(PyObject* hook);
+void ours_are(PyTypeObject* type);
 
-// From now on nothing is put behind anything, and the next output tells how often one is referenced that nobody holds.
-void learn_outputs(bool learning);
+// The hooks of one call of a module. What is public is set in its forward, and read in its backward.
+class PyFullCall final : public FullCall {
+ public:
+  // The two hooks are lists, as PyTorch makes them for this call alone.
+  PyFullCall(PyObject* module, PyObject* hooks, PyObject* pre_hooks);
+  ~PyFullCall() override;
+
+  void at_outputs(torch::autograd::variable_list& grads,
+                  c10::function_ref<torch::autograd::variable_list()> filled) override;
+  void at_inputs(torch::autograd::variable_list& grads) override;
+
+  // A tap among the hooks, and the call of it that this one is.
+  struct Reader {
+    Reader(pybind11::object hook, std::shared_ptr<Tap> tap, Py_ssize_t place, size_t number)
+        : hook(std::move(hook)), place(place), number(number), call(std::make_unique<Call>(std::move(tap))) {}
+    void fire(const at::Tensor& grad) const {
+      if (grad.defined()) call->tap->fire(*call, grad);
+    }
+    pybind11::object hook;
+    Py_ssize_t place;  // of its tensor in the output,
+    size_t number;     // and among the tensors of the output
+    std::unique_ptr<Call> call;
+  };
+
+  const pybind11::object& module() const { return module_; }
+  const pybind11::object& hooks() const { return hooks_; }
+  const pybind11::object& pre_hooks() const { return pre_hooks_; }
+
+  bool has_inputs = false;                         // whether there is a node before the inputs
+  bool reads_python = false, has_readers = false;  // whether one of the hooks is Python's, or a tap's
+  Py_ssize_t n_inputs = -1, n_outputs = -1;
+  Places input_places, output_places;  // of the tensors
+  std::vector<Reader> readers;
+
+ private:
+  // Call the hooks in their order: the taps, and each of Python's by `call_hook(hook)`.
+  template <class CallHook>
+  void each_hook(const pybind11::object& grad_output, CallHook call_hook) const;
+
+  pybind11::object module_, hooks_, pre_hooks_;
+  const Py_ssize_t n_pre_hooks_;
+  std::mutex mutex_;  // a graph may be run by several threads
+  // The gradients at the outputs, until those at the inputs are there; or what pre-hooks have made of them.
+  std::optional<torch::autograd::variable_list> came_;
+  pybind11::object grad_output_;
+};
 
 }  // namespace tlfast

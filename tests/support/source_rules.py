@@ -173,8 +173,8 @@ NATIVE_ROOMS = (
         (
             ("cuda_status", "python_result", "references"),
             ("plain", "py_callable", "py_reduce"),
-            ("py_tap",),
-            ("py_full_call",),
+            ("py_full_call", "py_tap"),
+            ("py_full_hooks",),
             ("module",),
         ),
     ),
