@@ -1,10 +1,8 @@
 """The op of products refuses bad arguments before a byte is written, with the same text from both backends."""
 
-import math
-
 import pytest
 import torch
-from op_cases import run_op
+from op_cases import nans, run_op
 
 import tlfast
 
@@ -13,11 +11,6 @@ STORED = "capture: out must be float32, bfloat16 or float16 (float64 for float64
 STORED += "Choose another stored dtype."
 NOT_SUMMED = "reduce must be none, sum, mean or last where there is a ref, got '{}'. "
 NOT_SUMMED += 'Keep each product by "none", and reduce these by reduce_into.'
-
-
-def nans(*shape, dtype=torch.float32):
-    """Memory that shows every write."""
-    return torch.full(shape, math.nan).to(dtype)
 
 
 REFUSED = {

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from comparison import assert_captured, assert_close_to_truth, assert_same_bits, truth
+from drawn_cases import OUT_LAYOUTS, odd_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
@@ -16,7 +17,6 @@ from op_cases import (
     REDUCTIONS,
     Case,
     cases,
-    dim_choices,
     left_shape,
     make_gradient,
     make_mask,
@@ -90,19 +90,9 @@ def test_the_reference_in_float64_is_the_truth(grad_dtype, reduce):
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def check_odd_ones(backend, data):
-    n_dims = data.draw(st.integers(1, 4))
-    case = Case(
-        shape=tuple(data.draw(st.lists(st.integers(0, 9) | st.just(67), min_size=n_dims, max_size=n_dims))),
-        layout=data.draw(st.sampled_from(LAYOUTS)),
-        grad_dtype=(grad_dtype := data.draw(st.sampled_from(GRAD_DTYPES))),
-        dtype=data.draw(st.sampled_from(stored_dtypes(grad_dtype))),
-        reduce=(reduce := data.draw(st.sampled_from(REDUCTIONS))),
-        dims=() if reduce == "none" else data.draw(st.sampled_from(dim_choices(n_dims))),
-        mask=data.draw(st.sampled_from(MASKS)),
-        scale=data.draw(st.sampled_from([1.0, 1.0, 1e-3, 3.0])),
-    )
+    case = odd_case(data, LAYOUTS, REDUCTIONS)
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    check(backend, case, data.draw(st.sampled_from(["rows", "sliced", "transposed"])))
+    check(backend, case, data.draw(OUT_LAYOUTS))
 
 
 def test_odd_ones(backend):

@@ -1,10 +1,8 @@
 """The fused op refuses bad arguments before a byte is written, with the same text from both backends."""
 
-import math
-
 import pytest
 import torch
-from op_cases import run_op
+from op_cases import nans, run_op
 
 import tlfast
 import tlfast.backends.reference
@@ -14,11 +12,6 @@ STORED = "capture: out must be float32, bfloat16 or float16 (float64 for float64
 STORED += "Choose another stored dtype."
 RAGGED = "capture: mask must have the leading sizes of a gradient of shape [2, 3, 4], got {}. "
 RAGGED += "Pass the attention mask of this very batch."
-
-
-def nans(*shape, dtype=torch.float32):
-    """Memory that shows every write."""
-    return torch.full(shape, math.nan).to(dtype)
 
 
 REFUSED = {

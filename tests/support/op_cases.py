@@ -110,6 +110,11 @@ def make_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[t
     return memory, memory[1]
 
 
+def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory that shows every write."""
+    return torch.full(shape, torch.nan).to(dtype)
+
+
 def left_shape(case: Case) -> tuple[int, ...]:
     """The shape of the result."""
     if case.reduce == "none":
