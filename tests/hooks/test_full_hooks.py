@@ -23,6 +23,7 @@ from torch.utils.hooks import BackwardHook
 import tlfast
 from tlfast.backends.choice import loaded
 
+pytestmark = pytest.mark.sanitize
 needs_native = pytest.mark.skipif(loaded() is None, reason="no native code")
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 import tlfast
 from tlfast.backends.choice import loaded
 
+pytestmark = pytest.mark.sanitize
 needs_native = pytest.mark.skipif(loaded() is None, reason="no native code")
 
 
