@@ -5,7 +5,8 @@ TLFAST_BUILD=auto  the default: build for the CPU if that is possible, else inst
 TLFAST_BUILD=cpu   build for the CPU alone, and fail if that is not possible
 TLFAST_BUILD=cuda  build for the CPU and CUDA, and fail if that is not possible
 TLFAST_BUILD=none  install the pure-Python package
-TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  for which GPUs (this is the default); no GPU is needed to build
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  for which GPUs; no GPU is needed to build. Unset: machine code for H100, and PTX
+                   that every GPU from A100 on compiles when it first runs
 TLFAST_SANITIZE=1  AddressSanitizer and UBSan (see `make sanitize`)
 TLFAST_SIMT=1      the CUDA kernels compiled for the CPU, in place of the others (see `make simt`)
 TLFAST_WERROR=1    warnings of the compiler are errors

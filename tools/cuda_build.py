@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("csrc/kernel/capture_cuda.cu")
 FOLDER = Path("build/cuda")
 OBJECT = FOLDER / "capture_cuda.o"
-# A100 and H100 as machine code; what is newer compiles the PTX when it first runs.
-DEFAULT_ARCHS = ("sm_80", "sm_90", "compute_90")
+# H100 as machine code, by way of A100's PTX: every other GPU from there on compiles that when it first runs. A second
+# architecture would take as long as all other files of the native module together.
+DEFAULT_ARCHS = ("sm_90", "compute_80")
 SHIM = ("scheduler", "fiber", "shared_memory")  # what tests/simt/simt.h declares
 OLDEST = (12, 0)  # the first nvcc that takes -std=c++20
 
@@ -52,13 +53,14 @@ class Toolkit:
             "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
             *[f"-ccbin={self.ccbin}" for _ in range(self.ccbin is not None)],
             *gencode(archs),
-            "--threads=2",  # machine code of two architectures at a time
+            "--threads=2",  # two architectures at a time, where so many are asked for
             "-Xptxas=-v",
         ]
 
 
 def parse_archs(listed: str | None) -> tuple[str, ...]:
-    """The architectures of TORCH_CUDA_ARCH_LIST: ``"8.0;9.0+PTX"`` -> ``("sm_80", "sm_90", "compute_90")``.
+    """The architectures of TORCH_CUDA_ARCH_LIST: ``"8.0;9.0+PTX"`` -> ``("sm_80", "sm_90", "compute_90")``;
+    ``DEFAULT_ARCHS`` where it is unset.
 
     Raises:
         ValueError: for what is not a compute capability.
@@ -73,7 +75,7 @@ def parse_archs(listed: str | None) -> tuple[str, ...]:
         if not found:
             raise ValueError(
                 f'TORCH_CUDA_ARCH_LIST must hold compute capabilities such as "8.0;9.0+PTX", got {word!r}. '
-                "Give numbers, or unset it for 8.0, 9.0 and PTX."
+                "Give numbers, or unset it for machine code of 9.0 and PTX of 8.0."
             )
         number = "".join(found.groups()[:3])
         archs += [f"sm_{number}", *[f"compute_{number}" for _ in range(bool(found[4]))]]
@@ -81,7 +83,10 @@ def parse_archs(listed: str | None) -> tuple[str, ...]:
 
 
 def gencode(archs: tuple[str, ...]) -> list[str]:
-    """nvcc's flags for these architectures; machine code and PTX of the same number share one front end."""
+    """nvcc's flags for these architectures. Machine code is made by the front end of its own number; that of
+    ``DEFAULT_ARCHS`` by the one of the PTX, so that there is one front end."""
+    if archs == DEFAULT_ARCHS:
+        return [f"-gencode=arch={archs[1]},code=[{','.join(archs)}]"]
     codes: dict[str, list[str]] = {}
     for arch in archs:
         codes.setdefault(arch.partition("_")[2], []).append(arch)

@@ -68,8 +68,8 @@ def calls(home):
 @pytest.mark.parametrize(
     "listed, archs",
     [
-        (None, ("sm_80", "sm_90", "compute_90")),
-        (" ", ("sm_80", "sm_90", "compute_90")),
+        (None, ("sm_90", "compute_80")),
+        (" ", ("sm_90", "compute_80")),
         ("8.0;9.0+PTX", ("sm_80", "sm_90", "compute_90")),
         ("8.6 9.0a, 12.0", ("sm_86", "sm_90a", "sm_120")),
         ("10.0f+PTX;10.0f", ("sm_100f", "compute_100f")),
@@ -87,11 +87,12 @@ def test_other_lists_are_refused(listed):
 
 def test_flags_and_words():
     archs = cuda_build.DEFAULT_ARCHS
-    assert cuda_build.gencode(archs) == [
+    assert cuda_build.gencode(archs) == ["-gencode=arch=compute_80,code=[sm_90,compute_80]"]
+    assert cuda_build.arch_words(archs) == "sm_90, PTX"
+    assert cuda_build.gencode(("sm_80", "sm_90", "compute_90")) == [
         "-gencode=arch=compute_80,code=[sm_80]",
         "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     ]
-    assert cuda_build.arch_words(archs) == "sm_80, sm_90, PTX"
     command = cuda_build.Toolkit("nvcc", "13.0", Path("x"), None).command(archs)
     assert "-fmad=false" in command
     assert not [word for word in command if "fast" in word or "ccbin" in word]
