@@ -189,8 +189,8 @@ def native_extensions(choice):
     libraries = ["c10", "torch", "torch_cpu", "torch_python"]
     on_disk = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "disk").glob("*.cpp"))
     return [
+        extension("tlfast._disk", on_disk, choice),  # first: it is small, and nvcc works beside it
         extension("tlfast._C", sources, choice, library_dirs=library_paths(), libraries=libraries),
-        extension("tlfast._disk", on_disk, choice),
     ]
 
 
@@ -316,8 +316,8 @@ if CHOICE.torch is not None:
             self.build_temp = str(Path("build") / name)
 
         def get_libraries(self, extension):
-            """What setuptools asks for when everything is compiled, before it links."""
-            if self.kernels:
+            """What setuptools asks for when an extension is compiled, before it links."""
+            if self.kernels and extension.name == "tlfast._C":
                 self.kernels.result()
             return super().get_libraries(extension)
 
@@ -325,10 +325,11 @@ if CHOICE.torch is not None:
             info = (ROOT / "tlfast" if self.inplace else Path(self.build_lib) / "tlfast") / "_build_info.py"
             # Another kind of build must be linked anew, also where the module is newer than every source.
             self.force = self.force or not info.is_file() or info.read_text() != build_info(CHOICE)
+            engine = next(one for one in self.extensions if one.name == "tlfast._C")
             if SIMT:
-                compile_simt(self.extensions[0], CHOICE)
+                compile_simt(engine, CHOICE)
             if CHOICE.cuda:
-                link_cuda(self.extensions[0], CHOICE)
+                link_cuda(engine, CHOICE)
             # nvcc works beside the C++ compiler: the object of the kernels is asked for when all is linked.
             with ThreadPoolExecutor(1) as beside:
                 if CHOICE.cuda:
