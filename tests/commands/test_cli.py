@@ -204,6 +204,19 @@ def test_doctor_names_the_backend_and_the_versions(capsys):
     assert torch.__version__ in shown
 
 
+def test_doctor_says_whether_full_backward_hooks_are_native(capsys, monkeypatch):
+    from tlfast.commands import doctor
+
+    for native_code, said in (
+        (object(), "can be native (tlfast.install_hooks); PyTorch's own are used in torch.func, "),
+        (None, "are PyTorch's own; native ones need the native code\n"),
+    ):
+        monkeypatch.setattr(doctor, "loaded", lambda native_code=native_code: native_code)
+        monkeypatch.setattr(doctor.cuda_status, "diagnose", lambda _: [])
+        assert main(["doctor"]) == 0
+        assert f"\nhooks         full backward hooks {said}" in capsys.readouterr().out
+
+
 def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
     def absent(library):
         if library in ("pyarrow", "tqdm"):

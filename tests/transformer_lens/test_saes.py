@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from host_adapter import adapter, adopt, counting
 from lens_models import MODELS, WIDTH, hooked_transformer, state, tokens
 
 import tlfast.transformer_lens as lens
@@ -82,6 +83,14 @@ def test_their_caches_are_the_same(model, how):
         assert_same(plain, caches(model))
     finally:
         lens.uninstall()
+
+
+def test_its_hooks_come_by_an_adapter(model, monkeypatch):
+    plain, made = caches(model), adapter()
+    hooked = counting(made)
+    adopt(monkeypatch, "transformer_lens", made)
+    assert_same(plain, caches(model))
+    assert any(str(module.name).endswith("hook_sae_acts_post") for module in hooked)
 
 
 def test_an_sae_is_attached_and_taken_off_inside_accelerate(model):

@@ -40,6 +40,7 @@ def diagnose() -> Iterator[str]:
     yield f"writer        {writer()}"
     if not backend().startswith("native"):
         yield "              to build it: pip install --no-build-isolation -e . (needs a C++ compiler and this torch)"
+    yield f"hooks         {_full_hooks()}"
     yield f"python        {platform.python_version()} on {platform.platform()}"
     yield f"torch         {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     yield f"gpus          {', '.join(map(_gpu, range(torch.cuda.device_count()))) or 'none'}"
@@ -52,6 +53,15 @@ def diagnose() -> Iterator[str]:
         absent = [library for library, needed_by in _LIBRARIES.items() if needed_by == name and not versions[library]]
         if absent:
             yield f"missing       {', '.join(absent)}: pip install 'tlfast[{name}]'"
+
+
+def _full_hooks() -> str:
+    if loaded() is None:
+        return "full backward hooks are PyTorch's own; native ones need the native code"
+    return (
+        "full backward hooks can be native (tlfast.install_hooks); PyTorch's own are used in torch.func, forward-mode "
+        "AD, jit.trace, export, make_fx, compiled code and compiled autograd"
+    )
 
 
 def _backward_hooks() -> str:

@@ -155,13 +155,20 @@ def _check(who: str, module: object, hook: object) -> None:
         raise TypeError(broken_rule(who, "hook", "be callable", type(hook).__name__, "Pass a function."))
 
 
+_marked: set[int] = set()  # the ids of modules that live
+
+
 def _mark(module: nn.Module) -> None:
-    """Let a module's hooks be native as long as it lives."""
+    """Let a module's hooks be native as long as it lives. Hooks come and go: it is marked once."""
+    if id(module) in _marked:
+        return
+    _marked.add(id(module))
     enter([module])
     weakref.finalize(module, _forget, id(module)).atexit = False
 
 
 def _forget(module_id: int) -> None:
+    _marked.discard(module_id)
     _in_force.leave_by_id(module_id)
 
 
