@@ -3,6 +3,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -295,7 +296,11 @@ bool are_wanted(PyObject* module, PyObject* hooks) {
 
 // Whether only PyTorch's own hooks can be right: what traces or transforms a forward must see what it knows.
 bool must_be_pytorchs() {
-  return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+  // What records operations (make_fx, torch.export, fake tensors, a mode of somebody's own) would record another one
+  // for each node: one that cuts the graph where the record is run.
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         included.has(c10::DispatchKey::PreDispatch) || c10::impl::dispatch_mode_enabled() ||
          torch::jit::tracer::isTracing() || compiled_autograd_is_on();
 }
 

@@ -60,7 +60,7 @@ def _full_hooks() -> str:
         return "full backward hooks are PyTorch's own; native ones need the native code"
     return (
         "full backward hooks can be native (tlfast.install_hooks); PyTorch's own are used in torch.func, forward-mode "
-        "AD, jit.trace, export, make_fx, compiled code and compiled autograd"
+        "AD, jit.trace, export, make_fx, dispatch modes, compiled code and compiled autograd"
     )
 
 
