@@ -65,6 +65,28 @@ def retyped(model: Any, tokens: Any, metric: Callable[[Any], Any], names: list[s
     return value.item(), acts, grads
 
 
+def notebook(model: Any, tokens: Any) -> tuple[dict, dict]:
+    """What the notebook "Attribution Patching" has: every activation and gradient, by hooks added one by one."""
+    acts: dict[str, Any] = {}
+    grads: dict[str, Any] = {}
+
+    def forward_cache_hook(act: Any, hook: Any) -> None:
+        acts[hook.name] = act.detach()
+
+    def backward_cache_hook(grad: Any, hook: Any) -> None:
+        grads[hook.name] = grad.detach()
+
+    def every(name: str) -> bool:  # but those that TransformerLens computes on request alone
+        return not name.endswith(("_input", "hook_result", "hook_attn_in", "hook_mlp_in"))
+
+    model.reset_hooks()
+    model.add_hook(every, forward_cache_hook, "fwd")
+    model.add_hook(every, backward_cache_hook, "bwd")
+    model(tokens, return_type="loss").backward()
+    model.reset_hooks()
+    return acts, grads
+
+
 def check_caches(what: str, got: Any, truth: Any) -> None:
     """Every tensor of a cache is theirs, to the bit."""
     if set(got.keys()) != set(truth.keys()):
@@ -106,6 +128,41 @@ def dispatch_bound(result: Result, rounds: int) -> None:
         Claim("tlfast, all points / plain step", "at most", 1.4, ratio["tlfast, all"]),
         Claim("tlfast, resid_post / plain step", "at most", 1.1, ratio["tlfast, resid_post"]),
     ]
+
+
+def users_hooks(result: Result, rounds: int) -> None:
+    """The same model with hooks of the user's own: where do they cost less inside install, and how much?"""
+    import tlfast.transformer_lens as lens
+
+    model, tokens = build(4, 64, 4, 8), torch.randint(512, (1, 8), generator=torch.Generator().manual_seed(0))
+
+    def installed(call: Callable[[], Any]) -> Any:
+        lens.install()
+        try:
+            return call()
+        finally:
+            lens.uninstall()
+
+    theirs = notebook(model, tokens)
+    model.zero_grad()  # a gradient that is kept without a copy may be that of a parameter, too, which adds up
+    ours = installed(lambda: notebook(model, tokens))
+    for what, got, truth in zip(("activations", "gradients"), ours, theirs, strict=True):
+        check_caches(f"the notebook's {what}", got, truth)
+    measured = measure(
+        model,
+        {
+            "plain": lambda: model(tokens, return_type="loss").backward(),
+            "notebook": lambda: notebook(model, tokens),
+            "notebook, install": lambda: installed(lambda: notebook(model, tokens)),
+        },
+        rounds,
+    )
+    result.tables.append(table(f"4 layers, d 64, [1, 8], hooks of the user's on {len(theirs[0])} points: ms", measured))
+    above = {name: times["total"].above(measured["plain"]["total"]) for name, times in measured.items()}
+    result.claims.append(
+        Claim("the notebook / the same inside install, above the plain step", "at least", 2.0,
+              above["notebook"] / above["notebook, install"])
+    )  # fmt: skip
 
 
 def gpt2_width(result: Result, rounds: int, batch: int, length: int) -> None:
@@ -209,7 +266,7 @@ def table(title: str, measured: Any) -> Table:
 
 
 def run(quick: bool = False) -> Result:
-    """Measure all three."""
+    """Measure all of them."""
     import warnings
 
     warnings.simplefilter("ignore")  # TransformerLens says at every norm which path it takes
@@ -217,6 +274,7 @@ def run(quick: bool = False) -> Result:
     rounds = 3 if quick else 21
     result = Result(f"lens-{found}", PREDICTION, {"transformer_lens": found, "rounds": rounds, "quick": quick})
     dispatch_bound(result, rounds)
+    users_hooks(result, rounds)
     one_point(result, rounds, 20 if quick else 200)
     gpt2_width(result, 3 if quick else 7, *((2, 16) if quick else (8, 128)))
     return result
