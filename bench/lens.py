@@ -157,7 +157,7 @@ def users_hooks(result: Result, rounds: int) -> None:
         },
         rounds,
     )
-    result.tables.append(table(f"4 layers, d 64, [1, 8], hooks of the user's on {len(theirs[0])} points: ms", measured))
+    result.tables.append(table(f"hooks of the user's on {len(theirs[0])} points of the small model: ms", measured))
     above = {name: times["total"].above(measured["plain"]["total"]) for name, times in measured.items()}
     result.claims.append(
         Claim("the notebook / the same inside install, above the plain step", "at least", 2.0,
