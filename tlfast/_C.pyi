@@ -34,7 +34,14 @@ class Column:
     counters: torch.Tensor
     counted: tuple[int, int]
     def __init__(
-        self, name: str, reduce: str, dims: Sequence[int], dtype: torch.dtype | None, capacity: int, calls: str
+        self,
+        name: str,
+        reduce: str,
+        dims: Sequence[int],
+        dtype: torch.dtype | None,
+        capacity: int,
+        calls: str,
+        of: str = "grad",
     ) -> None: ...
 
 class Recording:
@@ -89,6 +96,7 @@ class Tap:
     last_call: int
     others: str
     output: int | str | None
+    reads_outputs: bool
     def __init__(
         self,
         backwards: Backwards,
@@ -98,7 +106,11 @@ class Tap:
         anchor: torch.Tensor | None,
     ) -> None: ...
     def learn_references(self) -> None: ...
-    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None) -> None: ...
+    def set_convert(
+        self,
+        convert: Callable[[torch.Tensor], torch.Tensor] | None,
+        see: Callable[[torch.Tensor, torch.Tensor | None], Any] | None = None,
+    ) -> None: ...
     def forward_pre(self) -> None: ...
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None: ...
     def check_full(self, output: object) -> None: ...

@@ -12,6 +12,7 @@ from torch import nn
 from .errors import broken_rule
 
 Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
+Of = Literal["grad", "act", "grad*act"]
 Calls = Literal["raise", "sum", "last", "stack"]
 Missing = Literal["raise", "nan"]
 Attach = Literal["auto", "tensor", "full"]
@@ -21,6 +22,8 @@ Points = str | nn.Module | Sequence[str | nn.Module] | Callable[[str], bool]
 Over = str | int | Sequence[str | int]
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+SOURCES: tuple[str, ...] = get_args(Of)
+OF_PRODUCTS: tuple[str, ...] = ("none", "sum", "mean", "last")  # the reductions that products have
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 NAMED_DIMS = {"batch": 0, "pos": 1}
@@ -85,15 +88,22 @@ class Spec:
             example, or one backward where the batch is reduced too.
         dtype: the stored dtype, or its name; None keeps the gradient's.
         output: which output of the module (index of a tuple, key of a mapping); None is the first tensor.
-        name: the second part of the column's name where several specs cover one point; default: the reduction.
+        name: the second part of the column's name where several specs cover one point; default: the reduction. What is
+            not of the gradient alone always has one; default: "act" or "grad*act".
+        of: "grad", the gradient with respect to the output; "act", the output itself; or "grad*act", their product
+            element by element, which is reduced (none, sum, mean or last) where it is made. Summed over all but the
+            batch it is the first-order estimate of what setting the output to zero takes off the metric (attribution
+            patching: Nanda, 2023).
 
     Raises:
-        ValueError: for an unknown reduction, dimension or dtype.
+        ValueError: for an unknown reduction, dimension, dtype or source, and for a norm or maximum of products.
 
     Example:
         >>> import tlfast
         >>> tlfast.Spec("blocks.*.hook_resid_post", reduce="mean", over="pos").dims
         (1,)
+        >>> tlfast.Spec("transformer.h.*", of="grad*act", reduce="sum", over=(1, 2)).label
+        'grad*act'
     """
 
     points: Points
@@ -102,9 +112,11 @@ class Spec:
     dtype: torch.dtype | str | None = None
     output: int | str | None = None
     name: str | None = None
+    of: Of = "grad"
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
+        check_source("Spec", self.of, self.reduce)
         parse_over("Spec", self.over)
         object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
 
@@ -116,7 +128,15 @@ class Spec:
     @property
     def label(self) -> str:
         """What tells this spec's columns from another spec's at the same point."""
-        return self.name or self.reduce
+        return self.name or (self.reduce if self.of == "grad" else self.of)
+
+
+def check_source(who: str, of: str, reduce: str) -> None:
+    """ValueError for what nothing can be made of, or that can't be reduced so."""
+    one_of(who, "of", of, SOURCES)
+    if of == "grad*act" and reduce not in OF_PRODUCTS:
+        remedy = 'Keep each product by "none", and reduce these by reduce_into.'
+        raise ValueError(broken_rule(who, "reduce", "be none, sum, mean or last of products", repr(reduce), remedy))
 
 
 def as_specs(
@@ -126,6 +146,7 @@ def as_specs(
     over: Over,
     dtype: torch.dtype | str | None,
     output: int | str | None,
+    of: Of = "grad",
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or one made of the rest for names and predicates."""
     if isinstance(points, Spec):
@@ -139,6 +160,7 @@ def as_specs(
         if specs:
             return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
+    check_source(who, of, reduce)
     parse_over(who, over)
     stored_dtype(who, dtype)
-    return [Spec(cast(Points, points), reduce, over, dtype, output)]
+    return [Spec(cast(Points, points), reduce, over, dtype, output, of=of)]

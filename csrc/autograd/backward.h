@@ -27,9 +27,11 @@ struct Mask {
 // What waits for the end of a backward at one point, where it is called several times.
 struct Pending {
   at::Tensor sum;                              // of the gradients, for the columns that keep that
+  std::vector<at::Tensor> sums;                // of each column that adds up the rows of its calls
   std::vector<std::vector<at::Tensor>> parts;  // of each column that stacks, those of its calls
 
-  bool empty() const { return !sum.defined() && parts.empty(); }
+  bool adds() const { return sum.defined() || !sums.empty(); }
+  bool empty() const { return !adds() && parts.empty(); }
 };
 
 // One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.

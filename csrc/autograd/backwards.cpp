@@ -70,8 +70,12 @@ void finish(const Point& point, Backward& run) {
   if (held.sum.defined()) here(held.sum);
   for (size_t number = 0; number < point.columns.size(); ++number) {
     Column& column = *point.columns[number];
-    if (column.calls == Calls::sum && held.sum.defined())
-      column.write(run.block->place(), held.sum, run.mask_on(held.sum.device()), run.scale);
+    if (column.calls == Calls::sum && column.recipe.of == Of::grad && held.sum.defined())
+      column.write(run.block->place(), {.grad = held.sum, .act = {}}, run.mask_on(held.sum.device()), run.scale);
+    if (number < held.sums.size() && held.sums[number].defined()) {
+      here(held.sums[number]);
+      column.put_sum(run.block->place(), held.sums[number]);
+    }
     if (column.calls != Calls::stack || held.parts.empty()) continue;
     auto& parts = held.parts[number];
     for (const auto& part : parts) here(part);

@@ -99,10 +99,7 @@ void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor
 
 void check_ref(const std::string& who, const at::Tensor& ref, const at::Tensor& out, const at::Tensor& grad,
                Reduction reduction) {
-  TORCH_CHECK_VALUE(reduces_products(reduction),
-                    broken_rule(who, "reduce", "be none, sum, mean or last where there is a ref",
-                                c10::str("'", kReductionNames[size_t(reduction)], "'"),
-                                "Keep each product by \"none\", and reduce these by reduce_into."));
+  check_reduces_products(who, reduction);
   TORCH_CHECK_VALUE(dtype_of(ref.scalar_type()), broken_rule(who, "ref", "be float32, bfloat16, float16 or float64",
                                                              name_of(ref.scalar_type()), "Cast it first."));
   TORCH_CHECK_VALUE(ref.sizes() == grad.sizes(), broken_rule(who, "ref", "have grad's shape " + list_of(grad.sizes()),
@@ -199,6 +196,13 @@ std::vector<int64_t> reduced_shape(at::IntArrayRef shape, at::IntArrayRef dims) 
   for (int64_t d = 0; d < int64_t(shape.size()); ++d)
     if (std::find(dims.begin(), dims.end(), d) == dims.end()) out.push_back(shape[d]);
   return out;
+}
+
+void check_reduces_products(const std::string& who, Reduction reduction) {
+  TORCH_CHECK_VALUE(reduces_products(reduction),
+                    broken_rule(who, "reduce", "be none, sum, mean or last where there is a ref",
+                                c10::str("'", kReductionNames[size_t(reduction)], "'"),
+                                "Keep each product by \"none\", and reduce these by reduce_into."));
 }
 
 Counts Plan::run(const Operands& with) const {

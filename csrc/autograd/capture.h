@@ -50,6 +50,9 @@ Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& 
                at::IntArrayRef over, const std::optional<at::Tensor>& mask,
                const std::optional<at::Tensor>& ref = std::nullopt);
 
+// An error for a reduction of which there is no form for products.
+void check_reduces_products(const std::string& who, Reduction reduction);
+
 // Run a plan once, on the device of its tensors. On a GPU it is launched, and counted into `counters` (or not, if
 // null).
 Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,

@@ -1,6 +1,7 @@
 // A column writes gradients into its rows.
 #include "column.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
 #include <array>
@@ -19,56 +20,68 @@ Calls parse_calls(const std::string& name) {
 }
 
 Column::Column(std::string name_, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-               int64_t capacity, Calls calls)
+               int64_t capacity, Calls calls, Of of)
     : name(std::move(name_)),
       who("capture at " + name),
       calls(calls),
-      recipe(who, reduction, std::move(dims), dtype),
-      rows(who, capacity) {}
-
-at::Tensor Column::fitting(const at::Tensor& grad) {
-  return rows.fitting(recipe.row_shape(grad.sizes()), recipe.row_dtype(grad), grad);
+      recipe(who, reduction, std::move(dims), dtype, of),
+      rows(who, capacity) {
+  if (of == Of::product) check_reduces_products(who, reduction);
+  TORCH_CHECK_VALUE(of != Of::act || calls != Calls::sum,
+                    broken_rule(who, "calls", "be raise, last or stack for activations", "'sum'",
+                                "Activations of several calls have no sum: choose \"last\" or \"stack\"."));
 }
 
-bool Column::Known::fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
-                         const std::optional<c10::Stream>& on) const {
-  return grad.scalar_type() == dtype && grad.device() == device && stream == on &&
-         grad.sizes() == at::IntArrayRef(sizes) && grad.strides() == at::IntArrayRef(strides) &&
+at::Tensor Column::fitting(const at::Tensor& read) {
+  return rows.fitting(recipe.row_shape(read.sizes()), recipe.row_dtype(read), read);
+}
+
+bool Column::Known::fits(const at::Tensor& read, const std::optional<at::Tensor>& ref,
+                         const std::optional<at::Tensor>& mask, const std::optional<c10::Stream>& on) const {
+  // A plan was checked for a ref of what is read's sizes and device: another one is planned, and refused, anew.
+  return read.scalar_type() == dtype && read.device() == device && stream == on &&
+         read.sizes() == at::IntArrayRef(sizes) && read.strides() == at::IntArrayRef(strides) &&
+         (!ref || (ref->scalar_type() == ref_dtype && ref->device() == device &&
+                   ref->sizes() == at::IntArrayRef(sizes) && ref->strides() == at::IntArrayRef(ref_strides))) &&
          mask.has_value() == !mask_sizes.empty() &&
          (!mask || (mask->device() == device && mask->sizes() == at::IntArrayRef(mask_sizes) &&
                     mask->strides() == at::IntArrayRef(mask_strides)));
 }
 
-std::shared_ptr<const Column::Known> Column::recall(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+std::shared_ptr<const Column::Known> Column::recall(const at::Tensor& read, const std::optional<at::Tensor>& ref,
+                                                    const std::optional<at::Tensor>& mask,
                                                     const std::optional<c10::Stream>& stream) const {
   const int64_t generation = rows.generation();
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& known : known_)
-    if (known->generation == generation && known->fits(grad, mask, stream)) return known;
+    if (known->generation == generation && known->fits(read, ref, mask, stream)) return known;
   return nullptr;
 }
 
-std::shared_ptr<const Column::Known> Column::learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
-                                                   const Place& place, const std::optional<c10::Stream>& stream) {
-  if (on_gpu(grad)) rows.device_counters(place, grad);
-  const at::Tensor held = fitting(grad);
+std::shared_ptr<const Column::Known> Column::learn(const at::Tensor& read, const std::optional<at::Tensor>& ref,
+                                                   const std::optional<at::Tensor>& mask, const Place& place,
+                                                   const std::optional<c10::Stream>& stream) {
+  if (on_gpu(read)) rows.device_counters(place, read);
+  const at::Tensor held = fitting(read);
   auto made = std::make_shared<Known>(Known{
       .generation = rows.generation(),
-      .sizes = grad.sizes().vec(),
-      .strides = grad.strides().vec(),
+      .sizes = read.sizes().vec(),
+      .strides = read.strides().vec(),
+      .ref_strides = ref ? ref->strides().vec() : std::vector<int64_t>(),
       .mask_sizes = mask ? mask->sizes().vec() : std::vector<int64_t>(),
       .mask_strides = mask ? mask->strides().vec() : std::vector<int64_t>(),
-      .dtype = grad.scalar_type(),
-      .device = grad.device(),
-      .plan = recipe.plan(recipe.first_of(held, grad), grad, mask),
+      .dtype = read.scalar_type(),
+      .ref_dtype = ref ? ref->scalar_type() : read.scalar_type(),
+      .device = read.device(),
+      .plan = recipe.plan(recipe.first_of(held, read), read, mask, ref),
       .rows = static_cast<char*>(held.mutable_data_ptr()),
       .row_bytes = held.stride(0) * int64_t(held.element_size()),
       .stream = stream,
       .row_elements = held.stride(0),
       .scratch = {},
   });
-  if (on_gpu(grad)) {
-    made->scratch = made->plan.scratch(grad);
+  if (on_gpu(read)) {
+    made->scratch = made->plan.scratch(read);
     rows.come_after_filling(place, *stream);
     rows.used_on(*stream);
   }
@@ -89,20 +102,21 @@ const std::optional<at::Tensor>& Column::own(const std::optional<at::Tensor>& ma
   return masked ? mask : none;
 }
 
-void Column::write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
-                   double scale) {
+void Column::write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale) {
+  const at::Tensor& read = recipe.read(seen);
+  const auto ref = recipe.ref(seen);
   const std::optional<at::Tensor>& mask = own(mask_of_step);
   std::optional<c10::Stream> stream;
-  if (on_gpu(grad)) stream = current_stream(grad.device());
-  auto known = recall(grad, mask, stream);
-  if (!known) known = learn(grad, mask, place, stream);
-  const Operands with{.grad = grad.const_data_ptr(),
-                      .ref = nullptr,
+  if (on_gpu(read)) stream = current_stream(read.device());
+  auto known = recall(read, ref, mask, stream);
+  if (!known) known = learn(read, ref, mask, place, stream);
+  const Operands with{.grad = read.const_data_ptr(),
+                      .ref = ref ? ref->const_data_ptr() : nullptr,
                       .mask = mask ? mask->const_data_ptr() : nullptr,
                       .out = known->rows + place.base * known->row_bytes,
-                      .scale = scale};
+                      .scale = recipe.scale(scale)};
   if (!stream) return rows.count(known->plan.run(with));
-  if (!known->plan.empty) launch(*known, place, with, rows.device_counters(place, grad));
+  if (!known->plan.empty) launch(*known, place, with, rows.device_counters(place, read));
 }
 
 void Column::launch(const Known& known, const Place& place, const Operands& with, int64_t* counters) {
@@ -124,17 +138,36 @@ std::vector<at::Tensor> Column::take_recorded_scratch() {
   return std::exchange(recorded_, {});
 }
 
-at::Tensor Column::part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
-                        double scale) {
-  const std::optional<at::Tensor>& mask = own(mask_of_step);
-  const at::Tensor out = recipe.empty_for(grad);
-  const Plan plan = recipe.plan(out, grad, mask);
-  const bool gpu = on_gpu(grad) && !plan.empty;
-  int64_t* const counters = gpu ? rows.device_counters(place, grad) : nullptr;
-  if (gpu) rows.come_after_filling(place, current_stream(grad.device()));
-  rows.count(run_plan(who, plan, out, grad, mask, scale, counters));
+// Run a plan into memory that isn't that of the rows, and count what it stores.
+void Column::count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const at::Tensor& read,
+                        const std::optional<at::Tensor>& ref, const std::optional<at::Tensor>& mask, double scale) {
+  const bool gpu = on_gpu(read) && !plan.empty;
+  int64_t* const counters = gpu ? rows.device_counters(place, read) : nullptr;
+  if (gpu) rows.come_after_filling(place, current_stream(read.device()));
+  rows.count(run_plan(who, plan, out, read, mask, scale, counters, ref));
   if (gpu) rows.launched(place);
-  return recipe.keeps_batch(grad.sizes()) ? out : out.unsqueeze(0);
+}
+
+at::Tensor Column::part(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step,
+                        double scale) {
+  const at::Tensor& read = recipe.read(seen);
+  const auto ref = recipe.ref(seen);
+  const std::optional<at::Tensor>& mask = own(mask_of_step);
+  const bool added = calls == Calls::sum;
+  const at::Tensor out = recipe.empty_for(read, added ? accumulator(read.scalar_type()) : recipe.row_dtype(read));
+  const Plan plan = recipe.plan(out, read, mask, ref);
+  if (added)
+    run_plan(who, plan, out, read, mask, recipe.scale(scale), nullptr, ref);
+  else
+    count_plan(place, plan, out, read, ref, mask, recipe.scale(scale));
+  return recipe.keeps_batch(read.sizes()) ? out : out.unsqueeze(0);
+}
+
+void Column::put_sum(const Place& place, const at::Tensor& sum) {
+  const at::Tensor held = rows.fitting(sum.sizes().slice(1), recipe.row_dtype(sum), sum);
+  const at::Tensor rounded = at::empty(sum.sizes(), sum.options().dtype(held.scalar_type()));
+  count_plan(place, make_plan(who, rounded, sum, Reduction::none, {}, {}), rounded, sum, {}, {}, 1.0);
+  rows.put(place, held, rounded);
 }
 
 void Column::put_stack(const Place& place, const std::vector<at::Tensor>& parts) {

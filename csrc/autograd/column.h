@@ -19,20 +19,23 @@ inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kD
 class Column {
  public:
   Column(std::string name, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-         int64_t capacity, Calls calls);
+         int64_t capacity, Calls calls, Of of);
 
-  // An error unless a gradient makes rows that fit those that are there.
-  void check(const at::Tensor& grad) { fitting(grad); }
+  // An error unless what was seen makes rows that fit those that are there.
+  void check(const Seen& seen) { fitting(recipe.read(seen)); }
 
-  // Reduce, cast and copy a gradient into the rows from `place` on.
-  void write(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step, double scale);
+  // Reduce, cast and copy what was seen into the rows from `place` on.
+  void write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale);
 
-  // The same into rows of its own, for one of several calls.
-  at::Tensor part(const Place& place, const at::Tensor& grad, const std::optional<at::Tensor>& mask_of_step,
-                  double scale);
+  // The same into rows of its own, for one of several calls. Those that are to be added up are not rounded, nor
+  // counted.
+  at::Tensor part(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale);
 
   // Write the parts of several calls; they become the first dimension of a row.
   void put_stack(const Place& place, const std::vector<at::Tensor>& parts);
+
+  // Write the sum of the parts of several calls.
+  void put_sum(const Place& place, const at::Tensor& sum);
 
   // The scratch of all recorded writes since the last call: it must live as long as what was recorded.
   std::vector<at::Tensor> take_recorded_scratch();
@@ -50,12 +53,12 @@ class Column {
   // What was learnt from a gradient of this geometry. A training loop has the same one at every step, buckets of
   // lengths have a few in turn.
   struct Known {
-    bool fits(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+    bool fits(const at::Tensor& read, const std::optional<at::Tensor>& ref, const std::optional<at::Tensor>& mask,
               const std::optional<c10::Stream>& stream) const;
 
     int64_t generation;  // of the rows, whose address is among what was learnt
-    std::vector<int64_t> sizes, strides, mask_sizes, mask_strides;
-    at::ScalarType dtype;
+    std::vector<int64_t> sizes, strides, ref_strides, mask_sizes, mask_strides;
+    at::ScalarType dtype, ref_dtype;
     at::Device device;
     Plan plan;
     char* rows;
@@ -66,11 +69,15 @@ class Column {
     at::Tensor scratch;
   };
 
-  at::Tensor fitting(const at::Tensor& grad);
+  at::Tensor fitting(const at::Tensor& read);
+  void count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const at::Tensor& read,
+                  const std::optional<at::Tensor>& ref, const std::optional<at::Tensor>& mask, double scale);
   const std::optional<at::Tensor>& own(const std::optional<at::Tensor>& mask) const;
-  std::shared_ptr<const Known> recall(const at::Tensor& grad, const std::optional<at::Tensor>& mask,
+  std::shared_ptr<const Known> recall(const at::Tensor& read, const std::optional<at::Tensor>& ref,
+                                      const std::optional<at::Tensor>& mask,
                                       const std::optional<c10::Stream>& stream) const;
-  std::shared_ptr<const Known> learn(const at::Tensor& grad, const std::optional<at::Tensor>& mask, const Place& place,
+  std::shared_ptr<const Known> learn(const at::Tensor& read, const std::optional<at::Tensor>& ref,
+                                     const std::optional<at::Tensor>& mask, const Place& place,
                                      const std::optional<c10::Stream>& stream);
   void launch(const Known& known, const Place& place, const Operands& with, int64_t* counters);
 

@@ -11,65 +11,72 @@
 namespace tlfast {
 namespace {
 
-// Add a gradient to the sum of those of earlier calls.
-void add_to(Pending& held, const std::string& who, const at::Tensor& grad) {
-  if (!held.sum.defined()) {
-    held.sum = grad.to(accumulator(grad.scalar_type()), /*non_blocking=*/false, /*copy=*/true);
+// Add what was seen of a call to the sum of that of earlier calls.
+void add_to(at::Tensor& sum, const std::string& who, const at::Tensor& more) {
+  if (!sum.defined()) {
+    sum = more.to(accumulator(more.scalar_type()), /*non_blocking=*/false, /*copy=*/true);
     return;
   }
   TORCH_CHECK_VALUE(
-      held.sum.sizes() == grad.sizes(),  // which add_ would broadcast
-      broken_rule(who, "a point", "have one shape in all calls to be summed (" + list_of(held.sum.sizes()) + ")",
-                  list_of(grad.sizes()), "Choose calls=\"last\" or \"stack\"."));
-  if (on_gpu(grad)) read_on(current_stream(grad.device()), held.sum);  // memory of the first call's stream
-  held.sum.add_(grad);
+      sum.sizes() == more.sizes(),  // which add_ would broadcast
+      broken_rule(who, "a point", "have one shape in all calls to be summed (" + list_of(sum.sizes()) + ")",
+                  list_of(more.sizes()), "Choose calls=\"last\" or \"stack\"."));
+  if (on_gpu(more)) read_on(current_stream(more.device()), sum);  // memory of the first call's stream
+  sum.add_(more);
 }
 
 }  // namespace
 
 ColumnsKeeper::ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns)
-    : columns_(std::move(columns)), sums_(std::any_of(columns_.begin(), columns_.end(), [](const auto& column) {
-        return column->calls == Calls::sum;
-      })) {}
+    : columns_(std::move(columns)),
+      sums_(std::any_of(columns_.begin(), columns_.end(),
+                        [](const auto& column) { return column->calls == Calls::sum; })),
+      reads_outputs_(std::any_of(columns_.begin(), columns_.end(),
+                                 [](const auto& column) { return column->recipe.of != Of::grad; })) {}
 
-void ColumnsKeeper::gradient(const Call& call, const at::Tensor& grad) {
+void ColumnsKeeper::gradient(const Call& call, const Seen& seen) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const Point& point = *call.tap->point;
-  const auto [run, block, n_fired] = call.tap->backwards->begin(point, grad);
+  const auto [run, block, n_fired] = call.tap->backwards->begin(point, seen.grad);
   Pending& held = run->pending[point.index];
-  const auto mask = run->mask_on(grad.device());
+  const auto mask = run->mask_on(seen.grad.device());
   const Place place = block->place();
   // Both are of the moment before the first column: `held` changes below, and other threads make calls.
-  const bool alone = sums_ && call.alone() && !held.sum.defined();
-  const bool written = sums_ && n_fired > 1 && !held.sum.defined();  // by a call that was taken for the only one
+  const bool alone = sums_ && call.alone() && !held.adds();
+  const bool written = sums_ && n_fired > 1 && !held.adds();  // by a call that was taken for the only one
   bool summed = false;
   for (size_t number = 0; number < columns_.size(); ++number) {
     Column& column = *columns_[number];
     switch (column.calls) {
       case Calls::stack:
         held.parts.resize(columns_.size());
-        held.parts[number].push_back(column.part(place, grad, mask, run->scale));
+        held.parts[number].push_back(column.part(place, seen, mask, run->scale));
         break;
       case Calls::sum:
         TORCH_CHECK(!written, broken_rule(point.who, "a point", "fire as often as it was called since the last step",
                                           "once more", "Run one backward for each forward."));
         if (!alone) {
-          column.check(grad);
-          if (!std::exchange(summed, true)) add_to(held, point.who, grad);
+          column.check(seen);
+          if (column.recipe.of == Of::product) {  // of sums it would be another one
+            held.sums.resize(columns_.size());
+            add_to(held.sums[number], point.who, column.part(place, seen, mask, run->scale));
+          } else if (!std::exchange(summed, true)) {
+            add_to(held.sum, point.who, seen.grad);
+          }
           break;
         }
         [[fallthrough]];
       case Calls::raise:
       case Calls::last:
-        column.write(place, grad, mask, run->scale);
+        column.write(place, seen, mask, run->scale);
         break;
     }
   }
 }
 
-void CacheKeeper::gradient(const Call& call, const at::Tensor& grad) {
+void CacheKeeper::gradient(const Call& call, const Seen& seen) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  cache_->gradient(place_, grad, calls_ == Calls::sum, call.alone());
+  cache_->gradient(place_, seen.grad, calls_ == Calls::sum, call.alone());
 }
 
 }  // namespace tlfast

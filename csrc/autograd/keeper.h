@@ -14,14 +14,17 @@ class Keeper {
  public:
   virtual ~Keeper() = default;
 
-  // The gradient of one call: plain memory, without a history.
-  virtual void gradient(const Call& call, const at::Tensor& grad) = 0;
+  // What was seen of one call: plain memory, without a history.
+  virtual void gradient(const Call& call, const Seen& seen) = 0;
 
   // What a call put out, as an alias without a history; undefined stands for what is no tensor.
   virtual void output(const at::Tensor&) {}
 
   // The columns that make rows of a gradient; an empty one makes no backward a step.
   virtual std::vector<std::shared_ptr<Column>> columns() const { return {}; }
+
+  // Whether each call is to keep its output for its backward.
+  virtual bool reads_outputs() const { return false; }
 
   // Whether outputs are kept, and a call without a gradient passes zeros on, as a full backward hook does.
   virtual bool keeps_outputs() const { return false; }
@@ -31,12 +34,14 @@ class Keeper {
 class ColumnsKeeper : public Keeper {
  public:
   explicit ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns);
-  void gradient(const Call& call, const at::Tensor& grad) override;
+  void gradient(const Call& call, const Seen& seen) override;
   std::vector<std::shared_ptr<Column>> columns() const override { return columns_; }
+  bool reads_outputs() const override { return reads_outputs_; }
 
  private:
   const std::vector<std::shared_ptr<Column>> columns_;
-  const bool sums_;  // whether one of them adds up the gradients of several calls
+  const bool sums_;  // whether one of them adds up what it sees of several calls
+  const bool reads_outputs_;
 };
 
 // A cache of whole tensors; several calls are summed, or the last to fire is kept.
@@ -44,7 +49,7 @@ class CacheKeeper : public Keeper {
  public:
   CacheKeeper(std::shared_ptr<TensorCache> cache, const std::string& name, Change select, Calls calls)
       : cache_(std::move(cache)), place_(cache_->add(name, std::move(select))), calls_(calls) {}
-  void gradient(const Call& call, const at::Tensor& grad) override;
+  void gradient(const Call& call, const Seen& seen) override;
   void output(const at::Tensor& kept) override { cache_->output(place_, kept); }
   bool keeps_outputs() const override { return true; }
 
@@ -60,7 +65,7 @@ using Sink = std::function<void(const at::Tensor&)>;
 class SinkKeeper : public Keeper {
  public:
   explicit SinkKeeper(Sink takes) : takes_(std::move(takes)) {}
-  void gradient(const Call&, const at::Tensor& grad) override { takes_(grad); }
+  void gradient(const Call&, const Seen& seen) override { takes_(seen.grad); }
 
  private:
   const Sink takes_;

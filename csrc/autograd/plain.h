@@ -16,7 +16,7 @@ inline const uint64_t kPlainKeys =
 
 inline bool is_plain(const at::Tensor& tensor) { return !(tensor.key_set().raw_repr() & ~kPlainKeys); }
 
-inline constexpr const char* kGradient = "the gradient";
+inline constexpr const char *kGradient = "the gradient", *kOutput = "the output";
 
 // `given`, made plain or refused in the name of `who` by tlfast.backends.plain, with the GIL.
 at::Tensor made_plain(const std::string& who, const char* argument, const at::Tensor& given);

@@ -3,12 +3,24 @@
 
 #include <ATen/ops/empty.h>
 
+#include <array>
 #include <utility>
+
+#include "kernel/errors.h"
 
 namespace tlfast {
 
-Recipe::Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype)
-    : who_(std::move(who)), reduction_(reduction), dims_(std::move(dims)), dtype_(dtype) {}
+Of parse_of(const std::string& name) {
+  static constexpr std::array kNames{"grad", "act", "grad*act"};  // in the order of Of
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (name == kNames[i]) return Of(i);
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "of", rule, "'" + name + "'", "Check the spelling."));
+}
+
+Recipe::Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
+               Of of)
+    : of(of), who_(std::move(who)), reduction_(reduction), dims_(std::move(dims)), dtype_(dtype) {}
 
 std::vector<int64_t> Recipe::dims_of(at::IntArrayRef shape) const {
   return normal_dims(who_, dims_, int64_t(shape.size()));
@@ -39,8 +51,8 @@ Plan Recipe::plan(const at::Tensor& out, const at::Tensor& grad, const std::opti
   return make_plan(who_, out, grad, reduction_, dims_, mask, ref);
 }
 
-at::Tensor Recipe::empty_for(const at::Tensor& grad) const {
-  return at::empty(reduced_shape(grad.sizes(), dims_of(grad.sizes())), grad.options().dtype(row_dtype(grad)));
+at::Tensor Recipe::empty_for(const at::Tensor& grad, at::ScalarType dtype) const {
+  return at::empty(reduced_shape(grad.sizes(), dims_of(grad.sizes())), grad.options().dtype(dtype));
 }
 
 }  // namespace tlfast

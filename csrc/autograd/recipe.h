@@ -11,10 +11,27 @@
 
 namespace tlfast {
 
+// What a recipe reads of a call: its gradient, its activation, or their product, element by element.
+enum class Of { grad, act, product };
+Of parse_of(const std::string& name);
+
+// What a tap saw of a call, in its backward. The activation is undefined where no recipe reads it.
+struct Seen {
+  const at::Tensor& grad;
+  const at::Tensor& act;
+};
+
 class Recipe {
  public:
-  // `who` is named by its errors; without a dtype the rows have that of the gradients.
-  Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype);
+  // `who` is named by its errors; without a dtype the rows have that of what is read.
+  Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype, Of of);
+
+  // What is reduced, what it is multiplied with, and the factor on the rows: that of a loss is in no activation.
+  const at::Tensor& read(const Seen& seen) const { return of == Of::act ? seen.act : seen.grad; }
+  std::optional<at::Tensor> ref(const Seen& seen) const {
+    return of == Of::product ? std::optional(seen.act) : std::nullopt;
+  }
+  double scale(double of_loss) const { return of == Of::act ? 1.0 : of_loss; }
 
   // How many rows a gradient of this shape makes: one an example, or one where the batch is reduced.
   int64_t n_rows(at::IntArrayRef shape) const { return keeps_batch(shape) ? shape[0] : 1; }
@@ -31,9 +48,11 @@ class Recipe {
             const std::optional<at::Tensor>& ref = std::nullopt) const;
 
   // Memory for the rows of one gradient alone, in the shape that it is reduced to.
-  at::Tensor empty_for(const at::Tensor& grad) const;
+  at::Tensor empty_for(const at::Tensor& grad, at::ScalarType dtype) const;
 
   bool keeps_batch(at::IntArrayRef shape) const;
+
+  const Of of;
 
  private:
   std::vector<int64_t> dims_of(at::IntArrayRef shape) const;

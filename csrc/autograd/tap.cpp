@@ -49,26 +49,38 @@ struct IdentityNode : Node {
   variable_list apply(variable_list&& grads) override {
     Tap& tap = *call.tap;
     if (grads[0].defined())
-      tap.fire(call, grads[0]);
+      tap.fire(call, grads[0], kept());
     else if (tap.keeper->keeps_outputs())  // as a full backward hook, which is given no gradient, and passes zeros on
       grads[0] = input_metadata(0).zeros_like();
     else if (tap.backwards->active)
-      tap.fire(call, input_metadata(0).zeros_like());
+      tap.fire(call, input_metadata(0).zeros_like(), kept());
     grads.resize(num_outputs());  // nothing for the anchor
     return std::move(grads);
+  }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    call.output.reset_data();
   }
   std::string name() const override { return "TlfastIdentity"; }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
   Call call;
+
+ private:
+  // The output of the call; undefined where none was kept, or nobody asks for it any more.
+  at::Tensor kept() {
+    if (!call.tap->keeper->reads_outputs() || !call.tap->backwards->active) return {};
+    std::lock_guard<std::mutex> lock(mutex_);
+    return call.output.unpack();
+  }
 };
 
 // autograd::Edge holds its node by shared_ptr up to torch 2.11 and by intrusive_ptr in 2.13.
 template <class Pointer = decltype(autograd::Edge::function)>
-Pointer make_identity(std::shared_ptr<Tap> tap) {
+Pointer made_identity(IdentityNode* node) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-    return Pointer(new IdentityNode(std::move(tap)), [](auto* node) { deleteNode(node); });
+    return Pointer(node, [](auto* made) { deleteNode(made); });
   else
-    return c10::make_intrusive<IdentityNode>(std::move(tap));
+    return Pointer::unsafe_steal_from_new(node);
 }
 
 // Whether running a node can be seen from outside.
@@ -90,8 +102,9 @@ std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
 }
 std::atomic<int64_t> next_number{0};
 
-void fire_op(at::Tensor, const at::Tensor& grad, int64_t number) {
-  if (const auto tap = Tap::by_number(number)) tap->fire(Call(tap, Call::Of::compiled), grad);
+void fire_op(at::Tensor, const at::Tensor& grad, int64_t number, const std::optional<at::Tensor>& output) {
+  const auto tap = Tap::by_number(number);
+  if (tap) tap->fire(Call(tap, Call::Of::compiled), grad, output.value_or(at::Tensor()));
 }
 
 }  // namespace
@@ -169,7 +182,9 @@ bool Tap::attach_to_node(const at::Tensor& output) {
 }
 
 void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
-  auto node = make_identity(shared_from_this());
+  auto* const made = new IdentityNode(shared_from_this());
+  auto node = made_identity(made);
+  if (keeper->reads_outputs()) made->call.output = autograd::SavedVariable(output, /*is_output=*/false);
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
                                         : autograd::collect_next_edges(output));
   autograd::set_history(through, node);
@@ -183,11 +198,16 @@ void Tap::keep_output(const at::Tensor& kept) {
   keeper->output(convert && kept.defined() ? convert(kept) : kept);
 }
 
-void Tap::fire(const Call& call, const at::Tensor& given) {
+void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& output) {
   if (!backwards->active) return;
-  const at::Tensor grad = plain(point->who, kGradient, given);
-  if (!convert) return keeper->gradient(call, grad);
-  keeper->gradient(call, plain(point->who, kGradient, convert(grad)));
+  const auto taken = [&](const char* what, const at::Tensor& tensor) {
+    const at::Tensor found = plain(point->who, what, tensor);
+    return convert ? plain(point->who, what, convert(found)) : found;
+  };
+  const at::Tensor grad = taken(kGradient, given);
+  const at::Tensor act = output.defined() ? taken(kOutput, output) : at::Tensor();
+  if (see) see({.grad = grad, .act = act});
+  keeper->gradient(call, {.grad = grad, .act = act});
 }
 
 Waiting waiting_in(const at::Tensor& value) {
@@ -212,7 +232,8 @@ Waiting waiting_in(const at::Tensor& value) {
 }
 
 TORCH_LIBRARY_FRAGMENT(tlfast, library) {
-  library.def("fire(Tensor(a!) token, Tensor grad, int number) -> ()", {at::Tag::pt2_compliant_tag});
+  library.def("fire(Tensor(a!) token, Tensor grad, int number, Tensor? output=None) -> ()",
+              {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) { library.impl("fire", fire_op); }

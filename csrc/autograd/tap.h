@@ -3,6 +3,7 @@
 
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include "keeper.h"
@@ -28,9 +29,9 @@ class Tap : public std::enable_shared_from_this<Tap> {
   // makes no gradient of a parameter.
   void attach_behind(const at::Tensor& output, const at::Tensor& through);
 
-  // Give the keeper the gradient of a call. Needs no GIL, and touches no Python object but through a sink or a change
-  // made of one.
-  void fire(const Call& call, const at::Tensor& grad);
+  // Give the keeper the gradient of a call, and its output where the keeper reads that. Needs no GIL, and touches no
+  // Python object but through a sink or a change made of one.
+  void fire(const Call& call, const at::Tensor& grad, const at::Tensor& output = {});
 
   // A module called with a full backward hook, and the gradient that the hook found: it doesn't say of which call.
   void called_with_full_hook();
@@ -47,8 +48,9 @@ class Tap : public std::enable_shared_from_this<Tap> {
   const std::shared_ptr<Point> point;
   const int64_t number;
   // Set before the tap is hooked:
-  Change convert;     // made of each gradient, and of an output that is kept, before anything else
-  at::Tensor anchor;  // a leaf to which every identity node leads too: see `attach_behind`
+  Change convert;                        // made of each gradient, and of an output that is kept, before anything else
+  std::function<void(const Seen&)> see;  // what is shown them then
+  at::Tensor anchor;                     // a leaf to which every identity node leads too: see `attach_behind`
 
  private:
   friend struct Call;
@@ -80,6 +82,10 @@ struct Call {
   const std::shared_ptr<Tap> tap;
   const Of of;
   const bool recomputed;  // made inside a backward: of a checkpoint, whose other calls may still come
+
+  // What is kept for the backward, as autograd keeps what a formula needs: in place it may not be changed until then,
+  // and it goes with the graph.
+  torch::autograd::SavedVariable output;
 };
 
 // The same memory without a history, as output.detach() gives it, at a fifth of its cost.

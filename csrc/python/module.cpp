@@ -21,9 +21,10 @@ void check_rows(int64_t rows) {
 
 std::shared_ptr<Column> make_column(const std::string& name, const std::string& reduce, std::vector<int64_t> dims,
                                     const std::optional<at::ScalarType>& dtype, int64_t capacity,
-                                    const std::string& calls) {
+                                    const std::string& calls, const std::string& of) {
   check_rows(capacity);
-  return std::make_shared<Column>(name, parse_reduction(reduce), std::move(dims), dtype, capacity, parse_calls(calls));
+  return std::make_shared<Column>(name, parse_reduction(reduce), std::move(dims), dtype, capacity, parse_calls(calls),
+                                  parse_of(of));
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {
@@ -82,7 +83,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("learn_outputs", &learn_outputs);
 
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")
-      .def(py::init(&make_column))
+      .def(py::init(&make_column), py::arg("name"), py::arg("reduce"), py::arg("dims"), py::arg("dtype"),
+           py::arg("capacity"), py::arg("calls"), py::arg("of") = "grad")
       .def_readonly("name", &Column::name)
       .def_readwrite("masked", &Column::masked)
       .def_property_readonly("rows", [](const Column& column) { return defined(column.rows.tensor()); })
@@ -136,13 +138,14 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::shared_ptr<Backwards>, const std::string&, std::shared_ptr<Keeper>, py::object,
                     const std::optional<at::Tensor>&>(),
            needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"), py::arg("anchor"))
-      .def("set_convert", &PyTap::set_convert)
+      .def("set_convert", &PyTap::set_convert, py::arg("convert"), py::arg("see") = py::none())
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
       .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })
       .def("check_full", &PyTap::check_full)
       .def("full", &PyTap::full)
       .def_readonly("output", &PyTap::output)
+      .def_property_readonly("reads_outputs", [](const PyTap& tap) { return tap.tap->keeper->reads_outputs(); })
       .def_property_readonly("name", [](const PyTap& tap) { return tap.tap->point->name; })
       .def_property_readonly("others", [](const PyTap& tap) { return tap.tap->point->others; })
       .def_property_readonly("number", [](const PyTap& tap) { return tap.tap->number; })

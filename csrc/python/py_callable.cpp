@@ -20,10 +20,13 @@ std::shared_ptr<py::object> held_anywhere(py::object object) {
           }};
 }
 
-// Call Python with a tensor; the GIL must be held.
+// A tensor without its history, None where it is undefined; the GIL must be held.
+py::object without_history(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.defined() ? tensor.detach() : tensor));
+}
+
 py::object call(const py::object& callable, const at::Tensor& tensor) {
-  const auto given = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.detach()));
-  return result_of(PyObject_CallOneArg(callable.ptr(), given.ptr()));
+  return result_of(PyObject_CallOneArg(callable.ptr(), without_history(tensor).ptr()));
 }
 
 }  // namespace
@@ -34,6 +37,15 @@ Sink sink_of(py::object callable) {
   return [held = held_anywhere(std::move(callable))](const at::Tensor& grad) {
     const py::gil_scoped_acquire gil;
     call(*held, grad);
+  };
+}
+
+std::function<void(const Seen&)> see_of(py::object callable) {
+  if (callable.is_none()) return {};
+  return [held = held_anywhere(std::move(callable))](const Seen& seen) {
+    const py::gil_scoped_acquire gil;
+    result_of(
+        PyObject_CallObject(held->ptr(), py::make_tuple(without_history(seen.grad), without_history(seen.act)).ptr()));
   };
 }
 

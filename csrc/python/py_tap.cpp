@@ -106,7 +106,10 @@ std::shared_ptr<SinkKeeper> sink_keeper(const py::object& sink, const std::strin
   });
 }
 
-void PyTap::set_convert(const py::object& convert) { tap->convert = change_of(convert); }
+void PyTap::set_convert(const py::object& convert, const py::object& see) {
+  tap->convert = change_of(convert);
+  tap->see = see_of(see);
+}
 
 PyTap::PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
              py::object output, const std::optional<at::Tensor>& anchor)
@@ -175,7 +178,8 @@ py::object PyTap::forward(const py::handle& given) {
       return py::none();
     }
     const References* const most = unshared.most();
-    const bool own = most && tensor.requires_grad() && references.within(*most);
+    // A node that the output brought keeps nothing of ours.
+    const bool own = most && !tap->keeper->reads_outputs() && tensor.requires_grad() && references.within(*most);
     const at::Tensor checked_tensor = checked(given, given);
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
     return behind(given);

@@ -15,8 +15,9 @@ class PyTap {
   PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
         pybind11::object output, const std::optional<at::Tensor>& anchor);
 
-  // What is to be made of each gradient before anything else; a Python callable or None.
-  void set_convert(const pybind11::object& convert);
+  // What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown each
+  // gradient then. Python callables or None.
+  void set_convert(const pybind11::object& convert, const pybind11::object& see);
 
   // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
   pybind11::object forward(const pybind11::handle& given);

@@ -18,6 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from ..errors import broken_rule
 from .column import Column
 from .ledger import Block, Ledger
+from .recipe import Seen
 from .streams import Mask, current_stream, read_on
 
 
@@ -41,7 +42,13 @@ class Pending:
     """What waits for the end of a backward at one point, where it is called several times."""
 
     sum: torch.Tensor | None = None  # of the gradients, for the columns that keep that
+    sums: dict[int, torch.Tensor] = field(default_factory=dict)  # of each column that adds up the rows of its calls
     parts: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # column -> those of its calls
+
+    @property
+    def adds(self) -> bool:
+        """Whether a call was added up, or is to be with others."""
+        return self.sum is not None or bool(self.sums)
 
 
 class Backward:
@@ -394,12 +401,14 @@ class Backwards:
 def _finish(point: Point, held: Pending, run: Backward) -> None:
     """Write what had to wait for the end of the step: the sum of several calls, or their stack."""
     assert run.block is not None
-    for tensor in (held.sum, *(part for parts in held.parts.values() for part in parts)):
+    for tensor in (held.sum, *held.sums.values(), *(part for parts in held.parts.values() for part in parts)):
         if tensor is not None and (stream := current_stream(tensor.device)) is not None:
             read_on(stream, tensor)  # the backward's nodes may have run on another one
     for number, column in enumerate(point.columns):
-        if column.calls == "sum" and held.sum is not None:
-            column.write(run.block.base, held.sum, run.mask_on(held.sum.device), run.scale)
+        if number in held.sums:
+            column.put_sum(run.block.base, held.sums[number])
+        elif column.calls == "sum" and held.sum is not None:
+            column.write(run.block.base, Seen(held.sum), run.mask_on(held.sum.device), run.scale)
         elif number in held.parts:
             # The last call of the forward fires first: turned around, index k is call k.
             column.put_stack(run.block.base, run.block.n, held.parts[number][::-1])

@@ -6,25 +6,35 @@ from collections.abc import Sequence
 
 import torch
 
-from .recipe import Recipe
+from ..errors import broken_rule
+from .recipe import Recipe, Seen
+from .reference import accumulator, capture, check_of_products
 from .rows import Rows
 from .streams import current_stream
 
 
 class Column:
-    """Rows of what ``reduce`` makes of the gradients of one point; does what `tlfast._C.Column` does natively.
+    """Rows of what ``reduce`` makes of one point's gradients, activations, or products of both (``of``); does what
+    `tlfast._C.Column` does natively.
 
     A row is one example when the reduction keeps the batch dimension, else one backward. ``calls`` says what is done
     where the point fires several times in a backward.
     """
 
     def __init__(
-        self, name: str, reduce: str, dims: Sequence[int], dtype: torch.dtype | None, capacity: int, calls: str
-    ):
+        self, name: str, reduce: str, dims: Sequence[int], dtype: torch.dtype | None, capacity: int, calls: str,
+        of: str = "grad",
+    ):  # fmt: skip
         self.name, self.calls = name, calls
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
-        self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype)
-        self.memory = Rows(self.recipe.who, capacity)
+        self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of)
+        who = self.recipe.who
+        if of == "grad*act":
+            check_of_products(who, reduce)
+        if of == "act" and calls == "sum":
+            remedy = 'Activations of several calls have no sum: choose "last" or "stack".'
+            raise ValueError(broken_rule(who, "calls", "be raise, last or stack for activations", repr(calls), remedy))
+        self.memory = Rows(who, capacity)
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -47,22 +57,31 @@ class Column:
         n_nonfinite, n_saturated, _ = self.counters.tolist()
         return n_nonfinite, n_saturated
 
-    def check(self, grad: torch.Tensor) -> torch.Tensor:
-        """Return the rows, allocated at the first gradient; ValueError when a later one doesn't fit them."""
-        return self.memory.fitting(self.recipe.row_shape(grad.shape), self.recipe.row_dtype(grad), grad)
+    def check(self, seen: Seen) -> torch.Tensor:
+        """Return the rows, allocated at the first call; ValueError when what a later one shows doesn't fit them."""
+        read = self.recipe.read(seen)
+        return self.memory.fitting(self.recipe.row_shape(read.shape), self.recipe.row_dtype(read), read)
 
-    def write(self, base: int, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        """Reduce, cast and copy ``grad`` into the rows from ``base`` on."""
-        rows = self.check(grad)
-        self.memory.used_on(current_stream(grad.device))
-        out = rows[base : base + grad.shape[0]] if self.recipe.keeps_batch(grad.shape) else rows[base]
-        self.memory.count(self.recipe.write(out, grad, mask if self.masked else None, scale))
+    def write(self, base: int, seen: Seen, mask: torch.Tensor | None, scale: float) -> None:
+        """Reduce, cast and copy what was seen into the rows from ``base`` on."""
+        rows, shape = self.check(seen), self.recipe.read(seen).shape
+        self.memory.used_on(current_stream(rows.device))
+        out = rows[base : base + shape[0]] if self.recipe.keeps_batch(shape) else rows[base]
+        self.memory.count(self.recipe.write(out, seen, mask if self.masked else None, scale))
 
-    def part(self, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-        """Reduce and cast one call's gradient into rows of its own."""
-        out = self.recipe.empty_for(grad)
-        self.memory.count(self.recipe.write(out, grad, mask if self.masked else None, scale))
-        return out if self.recipe.keeps_batch(grad.shape) else out.unsqueeze(0)
+    def part(self, seen: Seen, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """The same into rows of its own, for one call. Those that are to be added up aren't rounded, nor counted."""
+        read, added = self.recipe.read(seen), self.calls == "sum"
+        out = self.recipe.empty_for(read, accumulator(read.dtype) if added else self.recipe.row_dtype(read))
+        counts = self.recipe.write(out, seen, mask if self.masked else None, scale)
+        if not added:
+            self.memory.count(counts)
+        return out if self.recipe.keeps_batch(read.shape) else out.unsqueeze(0)
+
+    def put_sum(self, base: int, total: torch.Tensor) -> None:
+        """Write the sum of the parts of several calls."""
+        rows = self.memory.fitting(total.shape[1:], self.recipe.row_dtype(total), total)
+        self.memory.count(capture(rows[base : base + len(total)], total, "none", (), who=self.recipe.who))
 
     def put_stack(self, base: int, n: int, parts: list[torch.Tensor]) -> None:
         """Write the parts of several calls; they become the first dimension of a row."""

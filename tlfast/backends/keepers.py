@@ -12,6 +12,7 @@ from ..errors import broken_rule
 from .backwards import Pending, Point
 from .calls import Call
 from .column import Column
+from .recipe import Seen
 from .reference import accumulator, capture
 from .streams import current_stream, read_on
 from .tensor_cache import Change, TensorCache
@@ -20,12 +21,13 @@ from .tensor_cache import Change, TensorCache
 class Keeper(ABC):
     """What all keepers are asked for."""
 
+    reads_outputs = False  # whether each call is to keep its output for its backward
     keeps_outputs = False  # whether outputs are kept, and a call without a gradient passes zeros on
     columns: Sequence[Column] = ()  # that make rows of a gradient; without one no backward is a step
 
     @abstractmethod
-    def gradient(self, call: Call, grad: torch.Tensor) -> None:
-        """The gradient of one call: plain memory, without a history."""
+    def gradient(self, call: Call, seen: Seen) -> None:
+        """What was seen of one call: plain memory, without a history."""
 
     def output(self, kept: torch.Tensor | None) -> None:  # noqa: B027 (most keep none)
         """What a call put out, as an alias without a history; None stands for what is no tensor."""
@@ -36,18 +38,20 @@ class ColumnsKeeper(Keeper):
 
     def __init__(self, columns: list[Column]):
         self.columns = columns
+        self.reads_outputs = any(column.recipe.of != "grad" for column in columns)
 
-    def gradient(self, call: Call, grad: torch.Tensor) -> None:
+    def gradient(self, call: Call, seen: Seen) -> None:
         point: Point = call.tap.point
+        grad = seen.grad
         run, block = call.tap.backwards.begin(point, grad.shape, grad.device)
         held = run.pending.setdefault(point.index, Pending())
         mask, summed = run.mask_on(grad.device), False
         # Both are of the moment before the first column: what is held changes below, and other threads make calls.
-        alone = call.alone and held.sum is None
-        written = run.fired[point.index] > 1 and held.sum is None  # by a call that was taken for the only one
+        alone = call.alone and not held.adds
+        written = run.fired[point.index] > 1 and not held.adds  # by a call that was taken for the only one
         for number, column in enumerate(self.columns):
             if column.calls == "stack":
-                held.parts.setdefault(number, []).append(column.part(grad, mask, run.scale))
+                held.parts.setdefault(number, []).append(column.part(seen, mask, run.scale))
             elif column.calls == "sum" and written:
                 raise RuntimeError(
                     broken_rule(
@@ -56,29 +60,31 @@ class ColumnsKeeper(Keeper):
                     )
                 )  # fmt: skip
             elif column.calls == "sum" and not alone:
-                column.check(grad)
-                if not summed:
-                    _add_to(held, point.who, grad)
-                summed = True
+                column.check(seen)
+                if column.recipe.of == "grad*act":  # of sums it would be another one
+                    part = column.part(seen, mask, run.scale)
+                    held.sums[number] = _added(held.sums.get(number), point.who, part)
+                elif not summed:
+                    held.sum, summed = _added(held.sum, point.who, grad), True
             else:
-                column.write(block.base, grad, mask, run.scale)
+                column.write(block.base, seen, mask, run.scale)
 
 
-def _add_to(held: Pending, who: str, grad: torch.Tensor) -> None:
-    """Add a gradient to the sum of those of earlier calls."""
-    if held.sum is None:
-        held.sum = grad.to(accumulator(grad.dtype), copy=True)
-        return
-    if held.sum.shape != grad.shape:  # which += would broadcast
+def _added(total: torch.Tensor | None, who: str, more: torch.Tensor) -> torch.Tensor:
+    """The sum of what was seen of a call and of that of earlier calls."""
+    if total is None:
+        return more.to(accumulator(more.dtype), copy=True)
+    if total.shape != more.shape:  # which += would broadcast
         raise ValueError(
             broken_rule(
-                who, "a point", f"have one shape in all calls to be summed ({list(held.sum.shape)})",
-                list(grad.shape), 'Choose calls="last" or "stack".',
+                who, "a point", f"have one shape in all calls to be summed ({list(total.shape)})",
+                list(more.shape), 'Choose calls="last" or "stack".',
             )
         )  # fmt: skip
-    if (stream := current_stream(grad.device)) is not None:
-        read_on(stream, held.sum)  # memory of the first call's stream
-    held.sum += grad
+    if (stream := current_stream(more.device)) is not None:
+        read_on(stream, total)  # memory of the first call's stream
+    total += more
+    return total
 
 
 class CacheKeeper(Keeper):
@@ -90,8 +96,8 @@ class CacheKeeper(Keeper):
         self._cache, self._calls = cache, calls
         self._place = cache.add(name, select)
 
-    def gradient(self, call: Call, grad: torch.Tensor) -> None:
-        self._cache.gradient(self._place, grad, self._calls == "sum", call.alone)
+    def gradient(self, call: Call, seen: Seen) -> None:
+        self._cache.gradient(self._place, seen.grad, self._calls == "sum", call.alone)
 
     def output(self, kept: torch.Tensor | None) -> None:
         self._cache.output(self._place, kept)
@@ -107,5 +113,5 @@ class SinkKeeper(Keeper):
         else:
             self._takes = sink
 
-    def gradient(self, call: Call, grad: torch.Tensor) -> None:
-        self._takes(grad)
+    def gradient(self, call: Call, seen: Seen) -> None:
+        self._takes(seen.grad)

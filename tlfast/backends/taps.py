@@ -13,10 +13,12 @@ import torch
 from ..errors import broken_rule
 from .backwards import Backwards, Point
 from .calls import Call
+from .interface import See
 from .keepers import Keeper
 from .no_graph import no_graph
 from .outputs import alias, no_tensor, other_outputs, replace_output, select_output
-from .plain import GRADIENT, check_output, plain
+from .plain import GRADIENT, OUTPUT, check_output, plain
+from .recipe import Seen
 
 
 class _Identity(torch.autograd.Function):
@@ -25,11 +27,15 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.call = Call(tap)
+        if tap.reads_outputs:
+            ctx.save_for_backward(x)
         return alias(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.call.tap.fire(grad, ctx.call)
+        tap: Tap = ctx.call.tap
+        reads = tap.reads_outputs and tap.backwards.active  # else nobody asks for what may be changed, or freed
+        tap.fire(grad, ctx.call, ctx.saved_tensors[0] if reads else None)
         return grad, None, None
 
     @staticmethod
@@ -56,15 +62,15 @@ _ALIVE: weakref.WeakValueDictionary[int, Tap] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("tlfast_python::fire", mutates_args={"token"})
-def _fire(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
+def _fire(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None) -> None:
     """Fire a tap from compiled code, where a tap is a number; ``token`` only keeps the call from being dropped."""
     tap = _ALIVE.get(number)
     if tap is not None:
-        tap.fire(grad, Call(tap, "compiled"))
+        tap.fire(grad, Call(tap, "compiled"), output)
 
 
 @_fire.register_fake
-def _(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
+def _(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None) -> None:
     return None
 
 
@@ -90,6 +96,7 @@ class Tap:
         self._seen_ended = -1  # and when the calls in flight were counted from 0
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
         self.convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._see: See | None = None
         self.number = next(_NUMBERS)  # how compiled code names this tap
         _ALIVE[self.number] = self
         backwards.add(self.point)
@@ -98,6 +105,11 @@ class Tap:
     def last_call(self) -> int:
         """When the module was entered last, counted over the capture."""
         return self.point.last_call
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether each call keeps its output for its backward."""
+        return self.keeper.reads_outputs
 
     @property
     def others(self) -> str | None:
@@ -157,9 +169,10 @@ class Tap:
         kind = _KeptIdentity if self.keeper.keeps_outputs else _Identity
         return kind.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
 
-    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
-        """What is to be made of each gradient before anything else."""
-        self.convert = convert
+    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None = None) -> None:
+        """What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown
+        them then."""
+        self.convert, self._see = convert, see
 
     def converted(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.convert is None:
@@ -170,10 +183,10 @@ class Tap:
             raise TypeError(broken_rule("capture", "a conversion", rule, type(changed).__name__, "Check it."))
         return changed
 
-    def taken(self, grad: torch.Tensor) -> torch.Tensor:
-        """A gradient as it is kept: plain memory, and converted."""
-        grad = plain(self.who, GRADIENT, grad).detach()
-        return grad if self.convert is None else plain(self.who, GRADIENT, self.converted(grad))
+    def taken(self, given: torch.Tensor, what: str = GRADIENT) -> torch.Tensor:
+        """A gradient, or an output, as it is kept: plain memory, and converted."""
+        given = plain(self.who, what, given).detach()
+        return given if self.convert is None else plain(self.who, what, self.converted(given))
 
     def checked_output(self, output: object) -> torch.Tensor | None:
         """The output tensor if it can have a gradient; an error, or None, where it can't."""
@@ -220,10 +233,14 @@ class Tap:
             self.fire(grad, Call(self, "full_hook"))
 
     @torch.no_grad()
-    def fire(self, grad: torch.Tensor, call: Call) -> None:
-        """Give the keeper the gradient of a call."""
-        if self.backwards.active:
-            self.keeper.gradient(call, self.taken(grad))
+    def fire(self, grad: torch.Tensor, call: Call, output: torch.Tensor | None = None) -> None:
+        """Give the keeper the gradient of a call, and its output where the keeper reads that."""
+        if not self.backwards.active:
+            return
+        seen = Seen(self.taken(grad), None if output is None else self.taken(output, OUTPUT))
+        if self._see is not None:
+            self._see(seen.grad, seen.act)
+        self.keeper.gradient(call, seen)
 
 
 def fire_op(tap: Any) -> Any:

@@ -90,4 +90,5 @@ def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
         "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),
         "output": spec.output,
         "name": spec.name,
+        **({} if spec.of == "grad" else {"of": spec.of}),
     }

@@ -177,14 +177,17 @@ class Probe:
         for column, (point, _) in self.wanted.items():
             columns_at.setdefault(point, []).append(column)
 
-        def see(point: str, grad: torch.Tensor) -> None:
+        def see(point: str, grad: torch.Tensor, act: torch.Tensor | None) -> None:
             done.seen[point] = Seen(len(examples), done.n_positions, tuple(grad.shape))
             done.n_terms[point] = grad.numel() // max(1, len(examples))
             for column in columns_at[point] if len(examples) == 1 and grad.dim() else ():
                 spec = self.wanted[column][1]
                 dims = normal_dims(f"collect at {point}", spec.dims, grad.dim())
-                size = reduce_gradient(grad.abs(), spec.reduce, dims, None).double().norm().item()
-                done.sizes[column] = done.sizes.get(column, 0.0) + size / (self.grad_scale * factor)
+                read, ref, scale = grad.abs(), None, 1 / (self.grad_scale * factor)
+                if act is not None and spec.of != "grad":
+                    read, ref, scale = (act.abs(), None, 1.0) if spec.of == "act" else (read, act.abs(), scale)
+                size = reduce_gradient(read, spec.reduce, dims, None, ref=ref).double().norm().item()
+                done.sizes[column] = done.sizes.get(column, 0.0) + size * scale
 
         try:
             with cap.unmasked(self.wanted if unmasked is None else unmasked).watched(see):

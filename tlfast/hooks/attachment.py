@@ -51,15 +51,20 @@ class _Traced(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, *firing: Any) -> torch.Tensor:
-        ctx.firing = firing
+    def forward(ctx: Any, tensor: torch.Tensor, reads: bool, *firing: Any) -> torch.Tensor:
+        ctx.firing, ctx.reads = firing, reads
+        if reads:
+            ctx.save_for_backward(tensor)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         fire_op, token, number = ctx.firing
-        fire_op(token, grad, number)
-        return grad, None, None, None
+        if ctx.reads:
+            fire_op(token, grad, number, ctx.saved_tensors[0])
+        else:
+            fire_op(token, grad, number)
+        return grad, None, None, None, None
 
 
 class _ForwardHook(Hook):
@@ -68,6 +73,7 @@ class _ForwardHook(Hook):
         # For compiled code, which can't look into a native object: the tap is a number, and the op that fires it must
         # change a tensor from outside the graph, or it would be dropped as unused.
         self.output, self.number, self.fire_op, self.token = tap.output, tap.number, fire_op(tap), torch.zeros(1)
+        self.reads = bool(tap.reads_outputs)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -79,7 +85,7 @@ class _ForwardHook(Hook):
         tensor, key = select_output(output, self.output)
         if tensor is None or not tensor.requires_grad:
             return None
-        traced = _Traced.apply(tensor, self.fire_op, self.token, self.number)  # type: ignore[no-untyped-call]
+        traced = _Traced.apply(tensor, self.reads, self.fire_op, self.token, self.number)  # type: ignore[no-untyped-call]
         return replace_output(output, key, traced)
 
 

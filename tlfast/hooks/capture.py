@@ -17,6 +17,7 @@ from ..spec import (
     Backend,
     Calls,
     Missing,
+    Of,
     Over,
     Points,
     Reduction,
@@ -41,6 +42,7 @@ def capture(
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
+    of: Of = "grad",
     attach: Attach = "auto",
     backend: Backend = "auto",
     calls: Calls = "raise",
@@ -51,18 +53,20 @@ def capture(
     Args:
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
-            list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype`` and
-            ``output`` are theirs).
+            list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype``,
+            ``output`` and ``of`` are theirs).
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
         dtype: the stored dtype, or its name ("bfloat16"); None keeps the gradient's.
         output: index or key of the output to take; None is the first tensor.
+        of: "grad"; "act", the output itself, in columns named ``point:act``; or "grad*act", their product. Not with
+            attach="full".
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
-            reduction), "last" (the last one to fire, which is the first call), "stack" (call index before the row's
-            dimensions).
+            reduction; of the products, behind it; activations have no sum), "last" (the last one to fire, which is the
+            first call), "stack" (call index before the row's dimensions).
         missing: for a point without a gradient in a backward: "raise", or "nan" rows, flagged in ``cap.missing``.
 
     Returns:
@@ -81,7 +85,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("capture", points, reduce, over, dtype, output)
+    specs = as_specs("capture", points, reduce, over, dtype, output, of)
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -25,16 +26,7 @@ from .options import CaptureOptions
 from .points import find_points
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-See = Callable[[str, torch.Tensor], None]
-
-
-def _seen(see: See, name: str, convert: Change | None) -> Change:
-    def shown(grad: torch.Tensor) -> torch.Tensor:
-        converted = grad if convert is None else convert(grad)
-        see(name, converted)
-        return converted
-
-    return shown
+See = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 
 
 _entered: weakref.WeakSet[Capture] = weakref.WeakSet()
@@ -88,15 +80,18 @@ class Capture:
                     broken_rule(who, "output", f"be the same in all specs of {name}", [s.output for s in here],
                                 "Use one capture for each output.")
                 )  # fmt: skip
-            columns = []
+            columns, n_gradients = [], sum(spec.of == "grad" for spec in here)
             for spec in here:
-                column = name if len(here) == 1 else f"{name}:{spec.label}"
+                plain_name = spec.of == "grad" and n_gradients == 1
+                column = name if plain_name else f"{name}:{spec.label}"
                 if column in self._columns:
                     raise ValueError(
                         broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
                     )
                 dtype = stored_dtype(who, spec.dtype)
-                self._columns[column] = engine.Column(column, spec.reduce, spec.dims, dtype, rows, options.calls)
+                self._columns[column] = engine.Column(
+                    column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of
+                )
                 columns.append(column)
                 self.wanted[column] = name, spec
             keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
@@ -126,7 +121,7 @@ class Capture:
             for module, tap in self._taps:
                 self._handles += self._hook(module, tap)
                 if self._see is not None:
-                    tap.set_convert(_seen(self._see, tap.name, self._conversion(module)))
+                    tap.set_convert(self._conversion(module), partial(self._see, tap.name))
         except BaseException:
             self._detach()
             raise
@@ -149,7 +144,8 @@ class Capture:
         return why_no_rows([tap for _, tap in self._taps], calls_before, ran)
 
     def watched(self, see: See) -> Capture:
-        """Show each gradient and its point's name to ``see`` before anything is checked; say so before entering."""
+        """Show the name of each point that fires, its gradient, and its output where a spec reads that (else None) to
+        ``see``, before anything is checked; say so before entering."""
         self._see = see
         return self
 
@@ -205,8 +201,10 @@ class Capture:
         for name, (point, spec) in self.wanted.items():
             rows = self._columns[name].rows
             kind = "no gradient yet" if rows is None else str(rows.dtype).removeprefix("torch.")
-            lines.append([name, point, str(spec.reduce), kind, "" if rows is None else str(list(rows.shape[1:]))])
-        head = ["column", "point", "reduce", "dtype", "shape of a row"]
+            lines.append(
+                [name, point, spec.of, str(spec.reduce), kind, "" if rows is None else str(list(rows.shape[1:]))]
+            )
+        head = ["column", "point", "of", "reduce", "dtype", "shape of a row"]
         return table(head, lines, f"{self.rows} of {self.capacity} rows, {self.backend}")
 
     def __bool__(self) -> bool:
