@@ -41,7 +41,7 @@ class Column:
         dtype: torch.dtype | None,
         capacity: int,
         calls: str,
-        of: str = "grad",
+        of: str,
     ) -> None: ...
 
 class Recording:
@@ -109,7 +109,7 @@ class Tap:
     def set_convert(
         self,
         convert: Callable[[torch.Tensor], torch.Tensor] | None,
-        see: Callable[[torch.Tensor, torch.Tensor | None], Any] | None = None,
+        see: Callable[[torch.Tensor, torch.Tensor | None], Any] | None,
     ) -> None: ...
     def forward_pre(self) -> None: ...
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None: ...

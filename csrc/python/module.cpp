@@ -83,8 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("learn_outputs", &learn_outputs);
 
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")
-      .def(py::init(&make_column), py::arg("name"), py::arg("reduce"), py::arg("dims"), py::arg("dtype"),
-           py::arg("capacity"), py::arg("calls"), py::arg("of") = "grad")
+      .def(py::init(&make_column))
       .def_readonly("name", &Column::name)
       .def_readwrite("masked", &Column::masked)
       .def_property_readonly("rows", [](const Column& column) { return defined(column.rows.tensor()); })
@@ -138,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::shared_ptr<Backwards>, const std::string&, std::shared_ptr<Keeper>, py::object,
                     const std::optional<at::Tensor>&>(),
            needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"), py::arg("anchor"))
-      .def("set_convert", &PyTap::set_convert, py::arg("convert"), py::arg("see") = py::none())
+      .def("set_convert", &PyTap::set_convert)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
       .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })

@@ -42,6 +42,8 @@ Sink sink_of(py::object callable) {
 
 std::function<void(const Seen&)> see_of(py::object callable) {
   if (callable.is_none()) return {};
+  TORCH_CHECK_TYPE(PyCallable_Check(callable.ptr()), broken_rule("capture", "what is shown a gradient", "be callable",
+                                                                 type_name(callable), "Pass a function or None."));
   return [held = held_anywhere(std::move(callable))](const Seen& seen) {
     const py::gil_scoped_acquire gil;
     result_of(

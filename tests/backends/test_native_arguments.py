@@ -22,6 +22,7 @@ STUBS = [ast.parse((Path(tlfast.__file__).parent / f"{name}.pyi").read_text()) f
 BY_NAME = {
     "reduce": ["average", "", None, 1],
     "calls": ["stop", "", None, 1],
+    "of": ["weight", "", None, 1],
     "missing": ["zero", "", None, 1],
     "rows": [0, -1, None, "1", 2**70],
     "capacity": [0, -1, None, "1", 2**70],
@@ -59,6 +60,7 @@ BY_ANNOTATION = {
     "torch.Tensor": [None, 1, object()],
     "torch.Tensor | None": [1, "mask", [True], object()],
     "Callable[[torch.Tensor], torch.Tensor] | None": [1, "f", object()],
+    "Callable[[torch.Tensor, torch.Tensor | None], Any] | None": [1, "f", object()],
     "object": [None, 1, object(), {}],
     "tuple[torch.Tensor | None, ...]": [None, 1, [torch.ones(2)]],
 }
@@ -86,13 +88,13 @@ class Made:
         self.module, self.ledger = module, module.Ledger(4)
         self.backwards = module.Backwards(self.ledger, "raise")
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        self.column = module.Column("0", "sum", [1], None, 4, "raise")
+        self.column = module.Column("0", "sum", [1], None, 4, "raise", "grad")
         self.keeper = module.ColumnsKeeper([self.column])
         self.hooks = [type("Hook", (), {"__call__": lambda *_: None}) for _ in range(2)]
 
     def right(self, name, annotation):
         by_name = {
-            "reduce": "sum", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0, "piece_bytes": 4096,
+            "reduce": "sum", "of": "grad", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0, "piece_bytes": 4096,
             "sink": torch.ones(2), "data": b"abc", "blocks": [], "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {},
@@ -171,7 +173,7 @@ def test_nothing_is_left_out_of_the_stubs(made):
 
 WORDS = {
     "calls": (
-        lambda m: m.Column("0", "sum", [1], None, 4, "stop"),
+        lambda m: m.Column("0", "sum", [1], None, 4, "stop", "grad"),
         "capture: calls must be one of raise, sum, last, stack, got 'stop'. Check the spelling.",
     ),
     "missing": (
@@ -179,7 +181,7 @@ WORDS = {
         "capture: missing must be one of raise, nan, got 'zero'. Check the spelling.",
     ),
     "reduce": (
-        lambda m: m.Column("0", "average", [1], None, 4, "raise"),
+        lambda m: m.Column("0", "average", [1], None, 4, "raise", "grad"),
         "capture: reduce must be one of none, sum, mean, last, norm, absmax, got 'average'. Check the spelling.",
     ),
     "rows": (lambda m: m.Ledger(0), "capture: rows must be a positive number, got 0. Give the rows to hold."),

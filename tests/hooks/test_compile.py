@@ -244,3 +244,27 @@ def test_trap_25_compiled_autograd_is_refused(backend, attach, compiler):
 def test_opcheck_of_the_firing_op(backend):
     op = torch.ops.tlfast.fire.default if backend == "native" else torch.ops.tlfast_python.fire.default
     torch.library.opcheck(op, (torch.zeros(1), torch.randn(2, 3), 10**9))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_activations_and_products_in_compiled_code(backend, compiler):
+    """What is kept for the backward is an output of the compiled forward, as what any formula needs."""
+    setup = chain()
+    right = activation_gradients(setup)
+    acts = {}
+    hooks = [
+        setup.model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: acts.__setitem__(name, out.detach().clone())
+        )
+        for name in ("linear", "tanh")
+    ]
+    setup.loss()
+    for hook in hooks:
+        hook.remove()
+    setup.points = [tlfast.Spec(["linear", "tanh"], of=of) for of in ("grad", "act", "grad*act")]
+    cap = compiled_rows(setup, compiler, backend)
+    for name, act in acts.items():
+        torch.testing.assert_close(cap[f"{name}:act"], act.repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cap[name], right[name][0].repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
+        want = (right[name][0] * act).repeat(2, 1, 1)
+        torch.testing.assert_close(cap[f"{name}:grad*act"], want, rtol=1e-5, atol=1e-6)

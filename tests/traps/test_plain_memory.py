@@ -180,7 +180,7 @@ def test_trap_40_41_the_op_itself(backend, kind, monkeypatch):
 def test_trap_41_a_conversion_may_give_a_lazy_view(backend):
     model, grad = Gives(values()), negated()
     with tlfast.capture(model, "hook", rows=4, backend=backend) as cap:
-        cap._taps[0][1].set_convert(lambda given: grad if given.dim() == 3 else given)
+        cap._taps[0][1].set_convert(lambda given: grad if given.dim() == 3 else given, None)
         model(inputs()).backward()
     assert_rows(cap, "hook", meant(grad))
 

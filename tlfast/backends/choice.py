@@ -85,7 +85,7 @@ def _register_fakes() -> None:
         reference.check_ref("capture", ref, grad, reduce)
 
     @torch.library.register_fake("tlfast::fire")  # type: ignore[untyped-decorator]
-    def fire(token: torch.Tensor, grad: torch.Tensor, number: int) -> None:
+    def fire(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None) -> None:
         return None
 
 

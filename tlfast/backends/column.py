@@ -23,7 +23,7 @@ class Column:
 
     def __init__(
         self, name: str, reduce: str, dims: Sequence[int], dtype: torch.dtype | None, capacity: int, calls: str,
-        of: str = "grad",
+        of: str,
     ):  # fmt: skip
         self.name, self.calls = name, calls
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them

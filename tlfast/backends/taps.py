@@ -169,7 +169,7 @@ class Tap:
         kind = _KeptIdentity if self.keeper.keeps_outputs else _Identity
         return kind.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
 
-    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None = None) -> None:
+    def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None) -> None:
         """What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown
         them then."""
         self.convert, self._see = convert, see

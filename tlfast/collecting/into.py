@@ -300,7 +300,9 @@ class IntoDataset:
             return
         if self._writer is None:
             rows = {name: self._cap[name] for name in self._cap.names}
-            self._open(self._stack, {name: Column(ring.dtype, tuple(ring.shape[1:])) for name, ring in rows.items()})
+            of = {name: spec.of for name, (_, spec) in self._cap.wanted.items()}
+            columns = {name: Column(ring.dtype, tuple(ring.shape[1:]), of[name]) for name, ring in rows.items()}
+            self._open(self._stack, columns)
         rings = rings_of(self._cap, self._writer.columns)
         self._check_kind(rings)
         largest = max(map(len, self.plan.units))

@@ -118,7 +118,7 @@ class Probe:
         if absent:  # missing="nan", and none of these examples reaches the point
             raise _no_gradient(f"no gradient at {absent} in the first examples")
         return Probed(
-            {name: Column(stored_dtype("collect", spec.dtype) or rows[name].dtype, tuple(rows[name].shape[1:]))
+            {name: Column(stored_dtype("collect", spec.dtype) or rows[name].dtype, tuple(rows[name].shape[1:]), spec.of)
              for name, (_, spec) in self.wanted.items()},
             {ring.device for ring in rows.values()}, unmasked,
         )  # fmt: skip

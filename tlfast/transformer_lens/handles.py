@@ -189,7 +189,7 @@ def convert_at(point: Any, tap: Any) -> None:
     """Let a tap see what a hook of TransformerLens would see at this point."""
     convert = conversion_of(point)
     if convert is not None:
-        tap.set_convert(convert)
+        tap.set_convert(convert, None)
 
 
 class ListedTap:
