@@ -94,8 +94,8 @@ class Made:
 
     def right(self, name, annotation):
         by_name = {
-            "reduce": "sum", "of": "grad", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0, "piece_bytes": 4096,
-            "sink": torch.ones(2), "data": b"abc", "blocks": [], "pre_hook": self.hooks[0],
+            "reduce": "sum", "of": "grad", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0,
+            "piece_bytes": 4096, "sink": torch.ones(2), "data": b"abc", "blocks": [], "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {},
         }  # fmt: skip

@@ -43,15 +43,15 @@ def test_rows_are_those_of_each_example_alone(tmp_path, kind, side):
     collect(model, tmp_path / "rows", EXAMPLES, points=specs(kind), **settings)
     rows = tlfast.open_dataset(tmp_path / "rows")
     points = [name for name in rows.points if ":" not in name]
-    assert len(points) == 2 and set(rows.points) == {p + end for p in points for end in ("", ":act", ":grad*act")}
+    assert len(points) == 2
+    assert set(rows.points) == {p + end for p in points for end in ("", ":act", ":grad*act")}
     for number, tokens in enumerate(EXAMPLES):
         for point in points:
             act, grad = alone(model, point, tokens)
+            # Activations carry the forward's rounding, which is of the size of the largest of them.
+            atol = 1e-5 * len(tokens) * float(act.abs().max())
             for column, terms in ((f"{point}:act", act), (point, grad), (f"{point}:grad*act", grad * act)):
-                # Activations carry the forward's rounding, which is of the size of the largest of them.
-                torch.testing.assert_close(
-                    rows[column][number].double(), terms.sum(0), rtol=1e-4, atol=1e-5 * len(tokens) * float(act.abs().max())
-                )  # fmt: skip
+                torch.testing.assert_close(rows[column][number].double(), terms.sum(0), rtol=1e-4, atol=atol)
 
 
 def test_attribution_of_a_point(tmp_path):

@@ -39,9 +39,9 @@ def right(model, x):
 def test_against_the_truth(backend, reduce, masked, dtype):
     model, x = model_and_input(dtype)
     mask = torch.arange(7) < torch.tensor([[7], [3], [0], [1]]) if masked else None
-    with tlfast.capture(model, both(reduce, dtype=torch.float32), rows=4, backend=backend) as cap:
-        with cap.batch(mask=mask, grad_scale=0.5):
-            uneven(model(x)).mul(0.5).backward()
+    kept = both(reduce, dtype=torch.float32)
+    with tlfast.capture(model, kept, rows=4, backend=backend) as cap, cap.batch(mask=mask, grad_scale=0.5):
+        uneven(model(x)).mul(0.5).backward()
     assert cap.names == ["0", "0:act", "0:grad*act"]
     grad, act = right(model, x)
     dims = () if reduce == "none" else (1,)
@@ -117,12 +117,12 @@ def test_rows_are_made_in_the_backward(backend):
     """So that a row is the same example in every column: a point that no gradient reaches misses both."""
     model, x = nn.Sequential(Pair(), nn.Identity()), inputs()
     specs = [Spec("0", output=1), Spec("0", output=1, of="act"), Spec("0.second")]
-    with pytest.raises(RuntimeError, match="must have a gradient|must fire|no gradient"):
-        with tlfast.capture(model, specs, rows=4, backend=backend):
-            model(x)[2].sum().backward()
+    with pytest.raises(RuntimeError, match="no gradient"), tlfast.capture(model, specs, rows=4, backend=backend):
+        model(x)[2].sum().backward()
     with tlfast.capture(model, specs, rows=4, backend=backend, missing="nan") as cap:
         model(x)[2].sum().backward()
-    assert cap.missing["0:act"].all() and not cap.is_known("0:act")
+    assert cap.missing["0:act"].all()
+    assert not cap.is_known("0:act")
     assert not cap.missing["0.second"].any()
 
 
@@ -157,9 +157,12 @@ def test_products_of_several_calls_are_added_behind_the_reduction(backend, reduc
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
     mask[0, 1:] = False
     spec = Spec("0.shared", reduce, of="grad*act", dtype=torch.bfloat16)
-    with tlfast.capture(model, [spec, Spec("0.shared", reduce)], rows=4, backend=backend, calls="sum") as cap:
-        with cap.batch(mask=mask, grad_scale=2.0):
-            uneven(model(x)).mul(2.0).backward()
+    specs = [spec, Spec("0.shared", reduce)]
+    with (
+        tlfast.capture(model, specs, rows=4, backend=backend, calls="sum") as cap,
+        cap.batch(mask=mask, grad_scale=2.0),
+    ):
+        uneven(model(x)).mul(2.0).backward()
     dims = () if reduce == "none" else (1,)
     parts = [truth(grad, reduce, dims, mask, 1.0, act) for grad, act in zip(grads, seen, strict=True)]
     value, moved = (sum(part[i] for part in parts) for i in (0, 1))
@@ -242,9 +245,9 @@ def test_in_place_changes_are_autograds_own_error(backend):
     with tlfast.capture(model, "layer", rows=4, backend=backend) as cap:
         model(x).sum().backward()  # gradients alone are what they always were
     assert cap.rows == x.shape[0]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        with tlfast.capture(model, "layer", of="act", rows=4, backend=backend) as cap:
-            model(x).sum().backward()
+    cap = tlfast.capture(model, "layer", of="act", rows=4, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), cap:
+        model(x).sum().backward()
     assert cap.rows == 0
 
 
@@ -313,7 +316,7 @@ def test_offloaded_like_any_saved_tensor(backend):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = uneven(model(x))
         loss.backward()
-    grad, act = right(model, x)
+    act = right(model, x)[1]
     assert any(tensor.shape == act.shape and torch.equal(tensor, act) for tensor in packed)
     assert_same_bits(cap["0:act"], act)
 
