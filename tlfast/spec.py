@@ -13,6 +13,7 @@ from .errors import broken_rule
 
 Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
 Of = Literal["grad", "act", "grad*act"]
+Side = Literal["output", "input"]
 Calls = Literal["raise", "sum", "last", "stack"]
 Missing = Literal["raise", "nan"]
 Attach = Literal["auto", "tensor", "full"]
@@ -23,6 +24,7 @@ Over = str | int | Sequence[str | int]
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SOURCES: tuple[str, ...] = get_args(Of)
+SIDES: tuple[str, ...] = get_args(Side)
 OF_PRODUCTS: tuple[str, ...] = ("none", "sum", "mean", "last")  # the reductions that products have
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
@@ -87,16 +89,20 @@ class Spec:
         over: the dimensions to reduce: "pos" (1), "batch" (0), numbers, or several; ignored by ``none``. A row is one
             example, or one backward where the batch is reduced too.
         dtype: the stored dtype, or its name; None keeps the gradient's.
-        output: which output of the module (index of a tuple, key of a mapping); None is the first tensor.
+        output: which output of the module (index of a tuple, key of a mapping); None is the first tensor. With
+            ``side="input"`` which input: the place of a positional one, or the name of one by keyword.
         name: the second part of the column's name where several specs cover one point; default: the reduction. What is
-            not of the gradient alone always has one; default: "act" or "grad*act".
+            not of the gradient at the output always has one; default: "act", "grad*act", "input", "input:act", ...
         of: "grad", the gradient with respect to the output; "act", the output itself; or "grad*act", their product
             element by element, which is reduced (none, sum, mean or last) where it is made. Summed over all but the
             batch it is the first-order estimate of what setting the output to zero takes off the metric (attribution
             patching: Nanda, 2023).
+        side: "output", or "input": what a module is given. The gradient there is that through this module alone.
+            The input of an attention's output projection is the heads' result, that of an MLP's second matrix its
+            hidden layer.
 
     Raises:
-        ValueError: for an unknown reduction, dimension, dtype or source, and for a norm or maximum of products.
+        ValueError: for an unknown reduction, dimension, dtype, source or side, and for a norm or maximum of products.
 
     Example:
         >>> import tlfast
@@ -113,10 +119,12 @@ class Spec:
     output: int | str | None = None
     name: str | None = None
     of: Of = "grad"
+    side: Side = "output"
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
         check_source("Spec", self.of, self.reduce)
+        one_of("Spec", "side", self.side, SIDES)
         parse_over("Spec", self.over)
         object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
 
@@ -128,7 +136,18 @@ class Spec:
     @property
     def label(self) -> str:
         """What tells this spec's columns from another spec's at the same point."""
-        return self.name or (self.reduce if self.of == "grad" else self.of)
+        if self.name or self.is_plain:
+            return self.name or self.reduce
+        return ":".join(["input"] * (self.side == "input") + [self.of] * (self.of != "grad"))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of the gradient at the output, whose column has the name of the point if it is the only one."""
+        return self.of == "grad" and self.side == "output"
+
+    def place(self, point: str) -> str:
+        """Which tap it needs: that of the point, or the one at its input."""
+        return point if self.side == "output" else f"{point}:input"
 
 
 def check_source(who: str, of: str, reduce: str) -> None:

@@ -16,7 +16,7 @@ inline const uint64_t kPlainKeys =
 
 inline bool is_plain(const at::Tensor& tensor) { return !(tensor.key_set().raw_repr() & ~kPlainKeys); }
 
-inline constexpr const char *kGradient = "the gradient", *kOutput = "the output";
+inline constexpr const char *kGradient = "the gradient", *kOutput = "the output", *kInput = "the input";
 
 // `given`, made plain or refused in the name of `who` by tlfast.backends.plain, with the GIL.
 at::Tensor made_plain(const std::string& who, const char* argument, const at::Tensor& given);
@@ -29,7 +29,7 @@ inline at::Tensor plain(const std::string& who, const char* argument, const at::
 // An error unless `given` is plain memory, to be written to. Nothing is resolved: a write to the copy would be lost.
 void check_destination(const std::string& who, const char* argument, const at::Tensor& given);
 
-// What can be told of an output before there is a gradient.
-void check_output(const std::string& who, const at::Tensor& output);
+// What can be told of an output, or an input, before there is a gradient.
+void check_output(const std::string& who, const char* argument, const at::Tensor& output);
 
 }  // namespace tlfast

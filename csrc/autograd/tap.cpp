@@ -13,7 +13,6 @@
 #include <unordered_set>
 
 #include "kernel/errors.h"
-#include "plain.h"
 
 namespace tlfast {
 namespace {
@@ -205,7 +204,7 @@ void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& outp
     return convert ? plain(point->who, what, convert(found)) : found;
   };
   const at::Tensor grad = taken(kGradient, given);
-  const at::Tensor act = output.defined() ? taken(kOutput, output) : at::Tensor();
+  const at::Tensor act = output.defined() ? taken(side, output) : at::Tensor();
   if (see) see({.grad = grad, .act = act});
   keeper->gradient(call, {.grad = grad, .act = act});
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "keeper.h"
+#include "plain.h"
 
 namespace tlfast {
 
@@ -48,6 +49,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
   const std::shared_ptr<Point> point;
   const int64_t number;
   // Set before the tap is hooked:
+  const char* side = kOutput;            // of its module at which it sits, for errors
   Change convert;                        // made of each gradient, and of an output that is kept, before anything else
   std::function<void(const Seen&)> see;  // what is shown them then
   at::Tensor anchor;                     // a leaf to which every identity node leads too: see `attach_behind`

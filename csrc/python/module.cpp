@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
                     const std::optional<at::Tensor>&>(),
            needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"), py::arg("anchor"))
       .def("set_convert", &PyTap::set_convert)
+      .def("set_side", &PyTap::set_side)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
       .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })

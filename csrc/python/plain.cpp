@@ -30,8 +30,8 @@ void check_destination(const std::string& who, const char* argument, const at::T
   if (!is_plain(given)) ask("destination", given, who, argument);
 }
 
-void check_output(const std::string& who, const at::Tensor& output) {
-  if (!is_plain(output)) ask("check_output", output, who);
+void check_output(const std::string& who, const char* argument, const at::Tensor& output) {
+  if (!is_plain(output)) ask("check_output", output, who, argument);
 }
 
 }  // namespace tlfast

@@ -111,6 +111,13 @@ void PyTap::set_convert(const py::object& convert, const py::object& see) {
   tap->see = see_of(see);
 }
 
+void PyTap::set_side(const std::string& side) {
+  const bool known = side == "output" || side == "input";
+  TORCH_CHECK_VALUE(known,
+                    broken_rule("capture", "side", "be output or input", "'" + side + "'", "Check the spelling."));
+  tap->side = side == "input" ? kInput : kOutput;
+}
+
 PyTap::PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
              py::object output, const std::optional<at::Tensor>& anchor)
     : tap(Tap::make(std::move(backwards), name, std::move(keeper))), output(std::move(output)) {
@@ -135,12 +142,12 @@ void PyTap::call_natively(const py::type& pre_hook, const py::type& forward_hook
 // The output tensor if it can have a gradient; an error, or undefined, where it can't.
 at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) const {
   const std::string& who = tap->point->who;
-  if (!THPVariable_Check(tensor.ptr())) throw_python(from_outputs("no_tensor")(who, given, output));
+  if (!THPVariable_Check(tensor.ptr())) throw_python(from_outputs("no_tensor")(who, tap->side, given, output));
   const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
-  check_output(who, found);
+  check_output(who, tap->side, found);
   if (found.requires_grad()) return found;
   if (!tap->backwards->missing_is_nan)
-    throw_python(py::module_::import("tlfast.backends.no_graph").attr("no_graph")(who, given, output));
+    throw_python(py::module_::import("tlfast.backends.no_graph").attr("no_graph")(who, tap->side, given, output));
   return {};
 }
 

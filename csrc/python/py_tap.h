@@ -19,7 +19,10 @@ class PyTap {
   // gradient then. Python callables or None.
   void set_convert(const pybind11::object& convert, const pybind11::object& see);
 
-  // Attach to a module's output; returns the output to use instead, or None where it stays as it is.
+  // Of a module's "output" or "input", as errors call it.
+  void set_side(const std::string& side);
+
+  // Attach to a module's output, or inputs; returns the output to use instead, or None where it stays as it is.
   pybind11::object forward(const pybind11::handle& given);
 
   // Where in an output the tensor is that a full backward hook reads, or -1 where that can have no gradient; an error

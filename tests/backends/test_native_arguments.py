@@ -23,6 +23,7 @@ BY_NAME = {
     "reduce": ["average", "", None, 1],
     "calls": ["stop", "", None, 1],
     "of": ["weight", "", None, 1],
+    "side": ["inside", "", None, 1],
     "missing": ["zero", "", None, 1],
     "rows": [0, -1, None, "1", 2**70],
     "capacity": [0, -1, None, "1", 2**70],
@@ -94,8 +95,9 @@ class Made:
 
     def right(self, name, annotation):
         by_name = {
-            "reduce": "sum", "of": "grad", "calls": "raise", "missing": "raise", "fd": self.fd, "position": 0,
-            "piece_bytes": 4096, "sink": torch.ones(2), "data": b"abc", "blocks": [], "pre_hook": self.hooks[0],
+            "reduce": "sum", "of": "grad", "side": "input", "calls": "raise", "missing": "raise", "fd": self.fd,
+            "position": 0, "piece_bytes": 4096, "sink": torch.ones(2), "data": b"abc", "blocks": [],
+            "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {},
         }  # fmt: skip

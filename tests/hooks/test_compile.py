@@ -268,3 +268,17 @@ def test_activations_and_products_in_compiled_code(backend, compiler):
         torch.testing.assert_close(cap[name], right[name][0].repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
         want = (right[name][0] * act).repeat(2, 1, 1)
         torch.testing.assert_close(cap[f"{name}:grad*act"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_inputs_in_compiled_code(backend, compiler):
+    setup = chain()
+    specs = [tlfast.Spec("tanh", of=of, side="input") for of in ("grad", "act", "grad*act")]
+    right = activation_gradients(Setup(setup.model, ["linear"], setup.loss))["linear"][0]
+    kept = []
+    with setup.model.tanh.register_forward_pre_hook(lambda m, args: kept.append(args[0].detach().clone())):
+        setup.loss()
+    setup.points = specs
+    cap = compiled_rows(setup, compiler, backend)
+    for name, want in (("input", right), ("input:act", kept[0]), ("input:grad*act", right * kept[0])):
+        torch.testing.assert_close(cap[f"tanh:{name}"], want.repeat(2, 1, 1), rtol=1e-5, atol=1e-6)

@@ -22,8 +22,8 @@ class Start(Protocol):
 STARTS: list[Sequence[Start]] = []  # those of each `freeze` that is entered
 
 
-def no_graph(who: str, output: object, which: int | str | None) -> RuntimeError:
-    """The error for an output that no gradient can reach, with what there is to do about it here."""
+def no_graph(who: str, side: str, output: object, which: int | str | None) -> RuntimeError:
+    """The error for an output, or an input, that no gradient can reach, with what there is to do about it here."""
     got = "a tensor without a graph: no gradient can reach it"
     others = other_outputs(output, select_output(output, which)[1])
     starts = STARTS[-1] if STARTS else []
@@ -35,4 +35,4 @@ def no_graph(who: str, output: object, which: int | str | None) -> RuntimeError:
         at = ", ".join(called or [start.name for start in starts])
         got += f", since freeze starts the graph at {at}{'' if called else ', which was not called'}"
         remedy = 'Pass embedding=<a module that is called before this point>, or missing="nan".'
-    return RuntimeError(broken_rule(who, "the output", "require grad", got, remedy))
+    return RuntimeError(broken_rule(who, side, "require grad", got, remedy))

@@ -76,14 +76,14 @@ def other_outputs(output: object, chosen: int | str | None) -> str:
     return " or ".join(f"output={key!r}" for key in found if key != chosen)
 
 
-def no_tensor(who: str, output: object, which: int | str | None) -> TypeError:
-    """The error for an output in which there is nothing to capture."""
+def no_tensor(who: str, side: str, output: object, which: int | str | None) -> TypeError:
+    """The error for an output, or for inputs, in which there is nothing to capture."""
     holds = isinstance(output, (torch.Tensor, tuple, list, Mapping)) or is_dataclass(output)
     remedy = "Choose it with output=<index or key>." if holds else "Capture a module inside that puts out the tensor."
     rule = "hold a tensor" if which is None else f"hold {which!r}"
     if not holds:
         rule = "be a tensor, tuple, list, mapping or dataclass"
-    return TypeError(broken_rule(who, "the output", rule, type(output).__name__, remedy))
+    return TypeError(broken_rule(who, side, rule, type(output).__name__, remedy))
 
 
 def replace_output(output: Any, key: int | str | None, tensor: torch.Tensor) -> Any:

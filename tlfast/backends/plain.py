@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 from ..errors import broken_rule
 
-GRADIENT, OUTPUT = "the gradient", "the output"
+GRADIENT, OUTPUT, INPUT = "the gradient", "the output", "the input"
+SIDES = {"output": OUTPUT, "input": INPUT}
 _NO_CLASS = (torch.Tensor, nn.Parameter)
 
 
@@ -62,7 +63,7 @@ def plain(who: str, argument: str, given: torch.Tensor) -> torch.Tensor:
         if given.is_neg() or given.is_conj():
             return given.resolve_conj().resolve_neg()
     got = f"a {type(given).__name__}, which wraps others"
-    at_point = argument in (OUTPUT, GRADIENT)
+    at_point = argument in (OUTPUT, INPUT, GRADIENT)
     remedy = "Capture a point whose output is a plain tensor." if at_point else "Pass a plain tensor."
     raise RuntimeError(_no_memory(who, argument, got, remedy))
 
@@ -82,10 +83,10 @@ def destination(who: str, argument: str, given: torch.Tensor) -> torch.Tensor:
     raise RuntimeError(_no_memory(who, argument, got, "Pass a plain tensor."))
 
 
-def check_output(who: str, output: torch.Tensor) -> None:
-    """Check what can be told of an output before there is a gradient; errors as of `plain`."""
+def check_output(who: str, side: str, output: torch.Tensor) -> None:
+    """Check what can be told of an output, or an input, before there is a gradient; errors as of `plain`."""
     if _has_other_keys(output):
-        _check_dense(who, OUTPUT, output)
+        _check_dense(who, side, output)
 
 
 def check_full_hook(who: str, argument: str, values: Iterable[object]) -> None:
@@ -140,7 +141,7 @@ def _refuse_layout(who: str, argument: str, given: torch.Tensor) -> None:
             got = "one of a batch of gradients (is_grads_batched=True or vectorize=True)"
             remedy = "Run one backward for each of them."
         raise RuntimeError(_no_memory(who, argument, got, remedy))
-    at_point = argument in (OUTPUT, GRADIENT)
+    at_point = argument in (OUTPUT, INPUT, GRADIENT)
     if given.is_nested:
         remedy = "Capture a point whose output is padded" if at_point else "Pad it"
         got, remedy = f"a nested tensor of layout {given.layout}", f"{remedy} (to_padded_tensor)."
@@ -171,7 +172,7 @@ def _local_tensor(who: str, argument: str, given: torch.Tensor) -> torch.Tensor 
     if not all(whole):
         got = f"a DTensor with placements {tuple(shared.placements)} over {mesh.size()} ranks"
         remedy = f"Pass {argument}.to_local(), or redistribute it."
-        if argument in (OUTPUT, GRADIENT):
+        if argument in (OUTPUT, INPUT, GRADIENT):
             remedy = "Capture a point with a local output (use_local_output=True), or a replicated one."
         raise RuntimeError(broken_rule(who, argument, "lie whole on this rank", got, remedy))
     local: torch.Tensor = shared.to_local()

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import broken_rule
+from ..spec import one_of
 from .backwards import Backwards, Point
 from .calls import Call
 from .interface import See
 from .keepers import Keeper
 from .no_graph import no_graph
 from .outputs import alias, no_tensor, other_outputs, replace_output, select_output
-from .plain import GRADIENT, OUTPUT, check_output, plain
+from .plain import GRADIENT, OUTPUT, SIDES, check_output, plain
 from .recipe import Seen
 
 
@@ -97,6 +98,7 @@ class Tap:
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
         self.convert: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._see: See | None = None
+        self._side = OUTPUT  # of its module at which it sits, for errors
         self.number = next(_NUMBERS)  # how compiled code names this tap
         _ALIVE[self.number] = self
         backwards.add(self.point)
@@ -174,6 +176,10 @@ class Tap:
         them then."""
         self.convert, self._see = convert, see
 
+    def set_side(self, side: str) -> None:
+        """Of a module's "output" or "input", as errors call it."""
+        self._side = SIDES[one_of("capture", "side", side, tuple(SIDES))]
+
     def converted(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.convert is None:
             return tensor
@@ -192,12 +198,12 @@ class Tap:
         """The output tensor if it can have a gradient; an error, or None, where it can't."""
         tensor, _ = select_output(output, self.output)
         if tensor is None:
-            raise no_tensor(self.who, output, self.output)
-        check_output(self.who, tensor)
+            raise no_tensor(self.who, self._side, output, self.output)
+        check_output(self.who, self._side, tensor)
         if not tensor.requires_grad:
             if self.backwards.missing == "nan":
                 return None
-            raise no_graph(self.who, output, self.output)
+            raise no_graph(self.who, self._side, output, self.output)
         return tensor
 
     def check_full(self, output: object) -> None:
@@ -237,7 +243,7 @@ class Tap:
         """Give the keeper the gradient of a call, and its output where the keeper reads that."""
         if not self.backwards.active:
             return
-        seen = Seen(self.taken(grad), None if output is None else self.taken(output, OUTPUT))
+        seen = Seen(self.taken(grad), None if output is None else self.taken(output, self._side))
         if self._see is not None:
             self._see(seen.grad, seen.act)
         self.keeper.gradient(call, seen)

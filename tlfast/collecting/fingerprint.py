@@ -91,4 +91,5 @@ def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
         "output": spec.output,
         "name": spec.name,
         **({} if spec.of == "grad" else {"of": spec.of}),
+        **({} if spec.side == "output" else {"side": spec.side}),
     }

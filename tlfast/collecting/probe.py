@@ -174,8 +174,8 @@ class Probe:
         # As wide as the gradients: what the cast to the stored type rounds away has nothing to do with padding.
         cap = self.enter(len(examples), [replace(spec, dtype=None) for spec in self.specs])
         columns_at: dict[str, list[str]] = {}
-        for column, (point, _) in self.wanted.items():
-            columns_at.setdefault(point, []).append(column)
+        for column, (point, spec) in self.wanted.items():
+            columns_at.setdefault(spec.place(point), []).append(column)
 
         def see(point: str, grad: torch.Tensor, act: torch.Tensor | None) -> None:
             done.seen[point] = Seen(len(examples), done.n_positions, tuple(grad.shape))

@@ -89,6 +89,22 @@ class _ForwardHook(Hook):
         return replace_output(output, key, traced)
 
 
+class InputHook(_ForwardHook):
+    """Before a module: its tap gets the input, as it is behind all pre-hooks that were there before this one."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        by_name = isinstance(self.output, str) or (self.output is None and select_output(args, None)[0] is None)
+        given = kwargs if by_name and kwargs else args
+        if torch.compiler.is_compiling():
+            replaced = self._trace(given)
+        else:
+            self.tap.forward_pre()
+            replaced = self.tap.forward((), given)
+        if replaced is None:
+            return None
+        return (replaced, kwargs) if given is args else (args, replaced)
+
+
 class _NativePreHook(ForwardPreHook):
     """The same; `_C.call_natively` makes the interpreter call native code, and Dynamo still reads `__call__`."""
 
@@ -167,7 +183,7 @@ class _CheckHook(Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (ForwardPreHook, _ForwardHook, CacheHook, _CheckInputsHook, _CheckHook, FullHook):
+for _hook in (ForwardPreHook, _ForwardHook, InputHook, CacheHook, _CheckInputsHook, _CheckHook, FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -219,6 +235,11 @@ def hook_module(module: nn.Module, tap: Any, attach: str, backend: Backend) -> l
         handles.append(module.register_forward_hook(_NativeForwardHook(tap) if native else _ForwardHook(tap)))
     pre.hook_id = handles[1].id
     return handles
+
+
+def hook_input(module: nn.Module, tap: Any) -> list[Any]:
+    """Register a tap's hook before a module; its handle removes it."""
+    return [module.register_forward_pre_hook(InputHook(tap), with_kwargs=True)]
 
 
 class CachingHooks:

@@ -18,8 +18,8 @@ from ..backends.interface import Column, Tap
 from ..backends.plain import plain
 from ..errors import broken_rule
 from ..markup import table
-from ..spec import Points, Spec, stored_dtype
-from .attachment import anything_compiled, check_not_compiled, hook_module
+from ..spec import SIDES, Points, Spec, stored_dtype
+from .attachment import anything_compiled, check_not_compiled, hook_input, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .into import Into, check_ids, openers
 from .options import CaptureOptions
@@ -70,33 +70,17 @@ class Capture:
         self._columns: dict[str, Column] = {}
         self.wanted: dict[str, tuple[str, Spec]] = {}  # column -> its point and what is kept there
         self._taps: list[tuple[nn.Module, Tap]] = []
+        self._places: list[str] = []  # of each tap
         self._columns_of: list[list[str]] = []  # of each tap
         found = [self._find(spec.points) for spec in specs]
         modules = {name: module for points in found for name, module in points.items()}
         for name in dict.fromkeys(name for points in found for name in points):
             here = [spec for spec, points in zip(specs, found, strict=True) if name in points]
-            if len({spec.output for spec in here}) > 1:
-                raise ValueError(
-                    broken_rule(who, "output", f"be the same in all specs of {name}", [s.output for s in here],
-                                "Use one capture for each output.")
-                )  # fmt: skip
-            columns, n_gradients = [], sum(spec.of == "grad" for spec in here)
-            for spec in here:
-                plain_name = spec.of == "grad" and n_gradients == 1
-                column = name if plain_name else f"{name}:{spec.label}"
-                if column in self._columns:
-                    raise ValueError(
-                        broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
-                    )
-                dtype = stored_dtype(who, spec.dtype)
-                self._columns[column] = engine.Column(
-                    column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of
-                )
-                columns.append(column)
-                self.wanted[column] = name, spec
-            keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
-            self._taps.append((modules[name], engine.Tap(self._backwards, name, keeper, here[0].output, None)))
-            self._columns_of.append(columns)
+            alone = sum(spec.is_plain for spec in here) == 1
+            for side in SIDES:
+                at_side = [spec for spec in here if spec.side == side]
+                if at_side:
+                    self._add_tap(name, modules[name], at_side, alone, options)
         self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
         self._ids: list[Any] = []
@@ -105,6 +89,36 @@ class Capture:
         self.n_cleared = 0  # how often all rows were forgotten
         self.kept_as = {"calls": options.calls, "missing": options.missing}  # beside the specs, what rows are made of
         self._entered = self._compiled_before = False
+
+    def _add_tap(
+        self, name: str, module: nn.Module, specs: Sequence[Spec], alone: bool, options: CaptureOptions
+    ) -> None:
+        """A tap at one side of a module, and its columns. ``alone``: one column has the name of the point itself."""
+        who, engine, side = "capture", self._engine, specs[0].side
+        if len({spec.output for spec in specs}) > 1:
+            raise ValueError(
+                broken_rule(who, "output", f"be the same in all specs of {name}", [s.output for s in specs],
+                            "Use one capture for each output.")
+            )  # fmt: skip
+        columns = []
+        for spec in specs:
+            column = name if spec.is_plain and alone else f"{name}:{spec.label}"
+            if column in self._columns:
+                raise ValueError(
+                    broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
+                )
+            dtype, rows = stored_dtype(who, spec.dtype), self.capacity
+            self._columns[column] = engine.Column(
+                column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of
+            )  # fmt: skip
+            columns.append(column)
+            self.wanted[column] = name, spec
+        keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
+        tap = engine.Tap(self._backwards, name, keeper, specs[0].output, None)
+        tap.set_side(side)
+        self._taps.append((module, tap))
+        self._places.append(specs[0].place(name))
+        self._columns_of.append(columns)
 
     # The context.
 
@@ -118,10 +132,10 @@ class Capture:
         self._entered = True
         self._backwards_before = n_backwards()
         try:
-            for module, tap in self._taps:
-                self._handles += self._hook(module, tap)
+            for (module, tap), place in zip(self._taps, self._places, strict=True):
+                self._handles += hook_input(module, tap) if place != tap.name else self._hook(module, tap)
                 if self._see is not None:
-                    tap.set_convert(self._conversion(module), partial(self._see, tap.name))
+                    tap.set_convert(self._conversion(module), partial(self._see, place))
         except BaseException:
             self._detach()
             raise
@@ -202,9 +216,17 @@ class Capture:
             rows = self._columns[name].rows
             kind = "no gradient yet" if rows is None else str(rows.dtype).removeprefix("torch.")
             lines.append(
-                [name, point, spec.of, str(spec.reduce), kind, "" if rows is None else str(list(rows.shape[1:]))]
+                [
+                    name,
+                    point,
+                    spec.side,
+                    spec.of,
+                    str(spec.reduce),
+                    kind,
+                    "" if rows is None else str(list(rows.shape[1:])),
+                ]
             )
-        head = ["column", "point", "of", "reduce", "dtype", "shape of a row"]
+        head = ["column", "point", "side", "of", "reduce", "dtype", "shape of a row"]
         return table(head, lines, f"{self.rows} of {self.capacity} rows, {self.backend}")
 
     def __bool__(self) -> bool:

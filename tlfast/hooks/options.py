@@ -47,11 +47,11 @@ class CaptureOptions(TapOptions):
             got = repr(self.rows)
             raise ValueError(broken_rule("capture", "rows", "be a positive number", got, "Give the rows to hold."))
         check_words("capture", self)
-        kept = next((spec.of for spec in self.specs if spec.of != "grad"), None)
-        if kept is not None and self.attach == "full":  # at its nodes nothing is kept
-            rule = 'be "auto" or "tensor" where activations are read'
-            got = f"'full' with of={kept!r}"
-            raise ValueError(broken_rule("capture", "attach", rule, got, "Leave attach= out."))
+        for spec in self.specs if self.attach == "full" else ():  # at whose nodes nothing is kept
+            if not spec.is_plain:
+                rule = 'be "auto" or "tensor" where activations or inputs are read'
+                got = f"'full' with of={spec.of!r}, side={spec.side!r}"
+                raise ValueError(broken_rule("capture", "attach", rule, got, "Leave attach= out."))
 
 
 def check_words(who: str, options: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import broken_rule
 from ..hooks.captured import Capture, Change
 from ..hooks.options import CaptureOptions
 from ..spec import Attach, Backend, Calls, Missing, Over, Reduction, Spec, as_specs
@@ -114,5 +115,8 @@ def capture(
         specs = [Spec(names_filter, reduce, over, dtype)]  # type: ignore[arg-type]
     else:
         specs = as_specs("capture", names_filter, reduce, over, dtype, None)  # type: ignore[arg-type]
+    if any(spec.side != "output" for spec in specs):
+        remedy = "A hook point puts out what it is given: leave side= out."
+        raise ValueError(broken_rule("capture", "side", "be output at hook points", "'input'", remedy))
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return LensCapture(model, options)
