@@ -27,9 +27,6 @@ Column::Column(std::string name_, Reduction reduction, std::vector<int64_t> dims
       recipe(who, reduction, std::move(dims), dtype, of),
       rows(who, capacity) {
   if (of == Of::product) check_reduces_products(who, reduction);
-  TORCH_CHECK_VALUE(of != Of::act || calls != Calls::sum,
-                    broken_rule(who, "calls", "be raise, last or stack for activations", "'sum'",
-                                "Activations of several calls have no sum: choose \"last\" or \"stack\"."));
 }
 
 at::Tensor Column::fitting(const at::Tensor& read) {

@@ -53,6 +53,13 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& seen) {
         held.parts[number].push_back(column.part(place, seen, mask, run->scale));
         break;
       case Calls::sum:
+        if (column.recipe.of == Of::act) {
+          TORCH_CHECK_VALUE(n_fired == 1,
+                            broken_rule(column.who, "a point", "be called once where activations are to be summed",
+                                        "another call", "Choose calls=\"last\" or \"stack\"."));
+          column.write(place, seen, mask, run->scale);
+          break;
+        }
         TORCH_CHECK(!written, broken_rule(point.who, "a point", "fire as often as it was called since the last step",
                                           "once more", "Run one backward for each forward."));
         if (!alone) {

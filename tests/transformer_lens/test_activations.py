@@ -12,7 +12,7 @@ SOURCES = ("grad", "act", "grad*act")
 
 def test_as_the_caches_of_the_same_run(model, backend):
     """Conversions of hook points, too, are of both."""
-    names = [name for name in model.hook_dict if name.endswith("hook_resid_post") or name.endswith("hook_z")]
+    names = [name for name in model.hook_dict if name.endswith(("hook_resid_post", "hook_z"))]
     names = [name for name in names if not called_several_times(name)]
     specs = [Spec(names, of=of) for of in SOURCES]
     with lens.capture(model, specs, rows=2, backend=backend) as cap:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import broken_rule
 from .recipe import Recipe, Seen
 from .reference import accumulator, capture, check_of_products
 from .rows import Rows
@@ -31,9 +30,6 @@ class Column:
         who = self.recipe.who
         if of == "grad*act":
             check_of_products(who, reduce)
-        if of == "act" and calls == "sum":
-            remedy = 'Activations of several calls have no sum: choose "last" or "stack".'
-            raise ValueError(broken_rule(who, "calls", "be raise, last or stack for activations", repr(calls), remedy))
         self.memory = Rows(who, capacity)
 
     @property

@@ -52,6 +52,14 @@ class ColumnsKeeper(Keeper):
         for number, column in enumerate(self.columns):
             if column.calls == "stack":
                 held.parts.setdefault(number, []).append(column.part(seen, mask, run.scale))
+            elif column.calls == "sum" and column.recipe.of == "act":
+                if run.fired[point.index] > 1:
+                    rule, remedy = (
+                        "be called once where activations are to be summed",
+                        'Choose calls="last" or "stack".',
+                    )
+                    raise ValueError(broken_rule(column.recipe.who, "a point", rule, "another call", remedy))
+                column.write(block.base, seen, mask, run.scale)
             elif column.calls == "sum" and written:
                 raise RuntimeError(
                     broken_rule(
