@@ -343,19 +343,16 @@ def test_full_hooks_keep_nothing(of):
 
 def test_activations_of_several_calls_have_no_sum(backend):
     """One call has: TransformerLens' captures have that setting by default."""
-    x = inputs()
-    with tlfast.capture(
-        model := nn.Sequential(HookPoint()), "0", of="act", rows=4, calls="sum", backend=backend
-    ) as cap:
-        model(x).sum().backward()
+    x, settings = inputs(), dict(of="act", rows=4, calls="sum", backend=backend)
+    once, often = nn.Sequential(HookPoint()), nn.Sequential(Repeated())
+    with tlfast.capture(once, "0", **settings) as cap:
+        once(x).sum().backward()
     assert_same_bits(cap["0:act"], x.detach())
-    capture = tlfast.capture(
-        model := nn.Sequential(Repeated()), "0.hook", of="act", rows=4, calls="sum", backend=backend
-    )
+    cap = tlfast.capture(often, "0.hook", **settings)
     said = r"^capture at 0.hook:act: a point must be called once where activations are to be summed, got another call"
-    with pytest.raises(ValueError, match=said), capture:
-        model(x).sum().backward()
-    assert capture.rows == 0
+    with pytest.raises(ValueError, match=said), cap:
+        often(x).sum().backward()
+    assert cap.rows == 0
 
 
 def test_names_of_columns():

@@ -65,8 +65,8 @@ def capture(
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
-            reduction; of the products, behind it; activations of several calls have none), "last" (the last one to fire, which is the
-            first call), "stack" (call index before the row's dimensions).
+            reduction; of the products, behind it; activations of several calls have none), "last" (the last one to
+            fire, which is the first call), "stack" (call index before the row's dimensions).
         missing: for a point without a gradient in a backward: "raise", or "nan" rows, flagged in ``cap.missing``.
 
     Returns:
