@@ -14,6 +14,7 @@ MANY = {
     "run_with_cache": "the parameters of TransformerLens' own, and ours",
     "cache_fwd_and_bwd": "the parameters of run_with_cache",
     "forward": "a test's model whose arguments are called as all of ours are",
+    "DatasetWriter.__init__": "the keywords that users write",
 }
 
 # From the ground up. A room's modules import from rooms above its own in this list, and in their own from rows above
@@ -73,7 +74,7 @@ ROOMS = (
     (
         "dataset.format",
         (
-            ("__init__", "encodings", "plan", "row_limits", "strict_json"),
+            ("__init__", "encodings", "kept_fields", "plan", "row_limits", "strict_json"),
             ("coverage", "extension", "layout"),
             ("description", "norms"),
             ("commits", "merged"),
@@ -112,9 +113,12 @@ ROOMS = (
     (
         "collecting",
         (
-            ("__init__", "determinism", "progress", "signals", "skipped"),
-            ("batches", "fingerprint", "huggingface", "pack", "text", "unit_queue"),
-            ("drain", "function_identity", "graph_cache", "loss"),
+            ("__init__", "determinism", "fields", "progress", "signals", "skipped", "tasks"),
+            ("fingerprint", "huggingface", "items", "pack", "text", "unit_queue"),
+            ("examples",),
+            ("batches", "function_identity"),
+            ("drain", "graph_cache", "loss"),
+            ("losses",),
             ("options",),
             ("checks", "identity", "settings", "unit"),
             ("fsdp", "loop", "probe", "resume"),

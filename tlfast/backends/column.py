@@ -23,6 +23,7 @@ class Column:
     ):
         self.name, self.calls = name, calls
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
+        self.own_mask: torch.Tensor | None = None  # of this step, in place of the step's mask
         self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype)
         self.memory = Rows(self.recipe.who, capacity)
 
@@ -56,12 +57,17 @@ class Column:
         rows = self.check(grad)
         self.memory.used_on(current_stream(grad.device))
         out = rows[base : base + grad.shape[0]] if self.recipe.keeps_batch(grad.shape) else rows[base]
-        self.memory.count(self.recipe.write(out, grad, mask if self.masked else None, scale))
+        self.memory.count(self.recipe.write(out, grad, self._own(mask), scale))
+
+    def _own(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if self.own_mask is not None:
+            return self.own_mask
+        return mask if self.masked else None
 
     def part(self, grad: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """Reduce and cast one call's gradient into rows of its own."""
         out = self.recipe.empty_for(grad)
-        self.memory.count(self.recipe.write(out, grad, mask if self.masked else None, scale))
+        self.memory.count(self.recipe.write(out, grad, self._own(mask), scale))
         return out if self.recipe.keeps_batch(grad.shape) else out.unsqueeze(0)
 
     def put_stack(self, base: int, n: int, parts: list[torch.Tensor]) -> None:

@@ -50,11 +50,12 @@ def _whole(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def examples_fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of all tokens, sources and starts."""
+    """SHA-256 of all tokens, sources and starts, and of the other fields where there are any."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.source}\0{example.start} {example.length};".encode())
         digest.update(memoryview(example.input_ids))  # type: ignore[arg-type]
+        digest.update(example.digest)
     return digest.hexdigest()
 
 

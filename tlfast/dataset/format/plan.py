@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -21,9 +21,11 @@ _UNIT_NAME = re.compile(r"u([0-9]{6}|[1-9][0-9]{6,17})", re.ASCII)
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence of tokens: its number in the plan, its tokens, and where they came from.
+    """One example, usually a sequence of tokens: its number in the plan, its tokens, and where they came from.
 
-    ``start`` is the position of the first token in ``source``, ``length`` the number of real tokens.
+    ``start`` is the position of the first token in ``source``, ``length`` the number of real tokens: 0 for an example
+    without any, such as an image. ``kept`` are its fields that the row table keeps, by name; ``digest`` stands for the
+    names and values of all fields beside its tokens.
     """
 
     id: int
@@ -31,6 +33,8 @@ class Example:
     source: str
     start: int
     length: int
+    kept: Mapping[str, Any] | None = None
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class GradientDataset(Readable, OnHub):
         self._commits = commits
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
-        self.examples = ExampleTable(store, commits, list(description.columns))
+        self.examples = ExampleTable(store, commits, list(description.columns), description.kept)
         self._spans = TokenSpans(self.examples, self._files)
 
     @classmethod
