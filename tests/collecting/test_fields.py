@@ -266,7 +266,11 @@ def test_a_kept_field_that_no_example_has_is_an_error(tmp_path):
     "change, kind, text",
     [
         ({"keep_fields": "labels"}, ValueError, "keep_fields must be a list of names, each once, got 'labels'"),
-        ({"keep_fields": ("id",)}, ValueError, "keep_fields must have other names than id, input_ids, .*, got 'id'. fie"),
+        (
+            {"keep_fields": ("id",)},
+            ValueError,
+            "keep_fields must have other names than id, input_ids, .*, got 'id'. fie",
+        ),
         ({"fields": ("a", "a")}, ValueError, "fields must be a list of names, each once, got "),
         ({"collate": 3}, TypeError, "collate must be a function, got int"),
         ({"size": 3}, TypeError, "size must be a function, got int"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..dataset.format.plan import Example
+from ..dataset.format.plan import Example, FieldExample
 from ..errors import broken_rule
 from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of
 from .items import Item, Reading, as_tokens
@@ -196,12 +196,13 @@ class ExampleReader:
             if name not in fields:
                 rule, got = f"name fields of the examples ({', '.join(fields) or 'none'})", repr(name)
                 raise ValueError(broken_rule("collect", "keep_fields", rule, got, "Leave it out, or give the field."))
-        kept = {name: as_kept(name, fields[name]) for name in self.keep} or None
+        kept = {name: as_kept(name, fields[name]) for name in self.keep}
         if self.size is not None:
             self.sizes.append(_size_of(self.size, fields, tokens))
         n = 0 if tokens is None else len(tokens)
         ids = as_tokens(()) if tokens is None else tokens
-        self.examples.append(Example(len(self.examples), ids, item.source, item.start, n, kept, digest))
+        known = (len(self.examples), ids, item.source, item.start, n)
+        self.examples.append(FieldExample(*known, kept, digest) if fields else Example(*known))
 
     def _length_refused(self, n: int, number: int) -> tuple[str, str] | None:
         """The reason why an example of ``n`` tokens is left out, and the error that this may be; None: it isn't."""

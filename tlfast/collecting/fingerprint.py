@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..dataset.errors import extra
-from ..dataset.format.plan import Example
+from ..dataset.format.plan import Example, FieldExample
 from ..errors import broken_rule
 from ..hooks.points import as_list, find_points
 from ..spec import Spec
@@ -55,7 +55,8 @@ def examples_fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(f"{example.source}\0{example.start} {example.length};".encode())
         digest.update(memoryview(example.input_ids))  # type: ignore[arg-type]
-        digest.update(example.digest)
+        if isinstance(example, FieldExample):
+            digest.update(example.digest)
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,11 +21,9 @@ _UNIT_NAME = re.compile(r"u([0-9]{6}|[1-9][0-9]{6,17})", re.ASCII)
 
 @dataclass(frozen=True)
 class Example:
-    """One example, usually a sequence of tokens: its number in the plan, its tokens, and where they came from.
+    """One sequence of tokens: its number in the plan, its tokens, and where they came from.
 
-    ``start`` is the position of the first token in ``source``, ``length`` the number of real tokens: 0 for an example
-    without any, such as an image. ``kept`` are its fields that the row table keeps, by name; ``digest`` stands for the
-    names and values of all fields beside its tokens.
+    ``start`` is the position of the first token in ``source``, ``length`` the number of real tokens.
     """
 
     id: int
@@ -33,7 +31,17 @@ class Example:
     source: str
     start: int
     length: int
-    kept: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FieldExample(Example):
+    """An example that is more than tokens, or none: an image has no ``input_ids`` and the length 0.
+
+    ``kept`` are the fields that its row table keeps, by name; ``digest`` stands for names and values of all its fields
+    beside the tokens.
+    """
+
+    kept: Mapping[str, Any] = field(default_factory=dict)
     digest: bytes = b""
 
 

@@ -77,13 +77,13 @@ def _kept_values(examples: Sequence[Example], kept: Mapping[str, str], schema: A
     pa = extra("pyarrow", "DatasetWriter")
 
     def column(name: str, kind: str) -> Any:
-        values = [(example.kept or {}).get(name) for example in examples]
+        values = [getattr(example, "kept", {}).get(name) for example in examples]
         try:
             if any(value is None for value in values):
                 raise ValueError("none in an example")
             return pa.array(values, schema.field(name).type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            rule, remedy = f"be {kind} in each example", "Check Example.kept."
+            rule, remedy = f"be {kind} in each example", "Give FieldExamples."
             raise dataset_error("DatasetWriter", f"field {name!r}", rule, str(error)[:200], remedy) from error
 
     return [column(name, kind) for name, kind in kept.items()]

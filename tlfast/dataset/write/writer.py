@@ -79,7 +79,7 @@ class DatasetWriter:
             remains of a run that failed before its first one. At a URL, where nobody can see who writes, it stays.
         staging: where units lie until they are uploaded, a folder on a local disk; None: ``tlfast/staging`` in the
             user's cache folder.
-        fields: what the row tables keep of each example beside its tokens, ``Example.kept``: types by name, of
+        fields: what the row tables keep of each example beside its tokens, ``FieldExample.kept``: types by name, of
             "int64", "float64", "bool", "string", and "list<int64>" and its like; part of the identity.
 
     Raises:
