@@ -224,5 +224,6 @@ def test_a_column_may_have_a_mask_of_its_own(backend, attach):
 def test_masks_of_columns_that_are_none_are_refused(backend, masks, text):
     setup = SETUPS["chain"]()
     with tlfast.capture(setup.model, "hook", rows=3, backend=backend) as cap:
+        setup.loss().backward()
         with pytest.raises(ValueError, match=text), cap.batch(masks=masks):
             pass
