@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import datasets
+import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,11 @@ from tlfast.dataset import (
     Example,
     FieldExample,
     Plan,
+    RowDataset,
+    ShuffledBatches,
     concat_datasets,
     export_dataset,
+    merge_datasets,
     open_dataset,
 )
 from tlfast.dataset.format.kept_fields import TYPES, check_kept
@@ -105,6 +110,7 @@ def test_an_example_of_tokens_alone_has_none(tmp_path):
         ({"": "int64"}, "fields must map names"),
         ({"id": "int64"}, "fields must have other names than id, input_ids, .*, got 'id'. Give it another"),
         ({"norm:h": "int64"}, "fields must have other names"),
+        ({"missing": "int64"}, "fields must have other names"),
         (["label"], "fields must be a mapping, got list"),
     ],
 )
@@ -140,34 +146,150 @@ def test_a_description_that_lists_none_or_others_is_refused(tmp_path, edit, text
         open_dataset(tmp_path / "d")
 
 
-def test_a_text_that_would_unpack_to_gigabytes_is_refused(tmp_path):
-    dataset = write(tmp_path / "d", fields={"name": "string"}, plan=Plan(2000, 2000))
-    path = tmp_path / "d" / "rows" / "u000000.parquet"
-    table = pq.read_table(path)
-    huge = pa.array(["x" * (1 << 20)] * 2000, pa.string())
-    at = table.schema.get_field_index("name")
-    pq.write_table(table.set_column(at, table.schema.field(at), huge), path, compression="zstd")
-    commit = tmp_path / "d" / "commits" / "u000000.json"
+def lie(folder, edit):
+    """Write another row table of the first unit, and let its commit say so: only what it holds is wrong."""
+    path, commit = folder / "rows" / "u000000.parquet", folder / "commits" / "u000000.json"
+    pq.write_table(edit(pq.read_table(path)), path, compression="zstd")
     said = json.loads(commit.read_text())
     said["files"][1]["bytes"] = path.stat().st_size
-    said.pop("checksum", None)
+    said["files"][1]["crc32c"] = f"{google_crc32c.value(path.read_bytes()):08x}"
     commit.write_text(json.dumps(said))
+
+
+def replaced(name, values, kind, nullable=False):
+    def edit(table):
+        return table.set_column(table.schema.names.index(name), pa.field(name, kind, nullable), pa.array(values, kind))
+
+    return edit
+
+
+def renamed(table):
+    return table.rename_columns([{"label": "lable"}.get(name, name) for name in table.column_names])
+
+
+def swapped(table):
+    names = table.column_names
+    at = names.index("label")
+    return table.select([*names[:at], names[at + 1], names[at], *names[at + 2 :]])
+
+
+LIES = {
+    "another type": (replaced("label", [1.0, 2.0], pa.float64()), "rows of"),
+    "a narrower type": (replaced("label", [1, 2], pa.int32()), "rows of"),
+    "a text for a number": (replaced("label", ["1", "2"], pa.string()), "rows of"),
+    "a number for a text": (replaced("name", [1, 2], pa.int64()), "rows of"),
+    "nulls": (replaced("label", [1, None], pa.int64(), True), "nulls"),
+    "no text": (replaced("name", ["a", None], pa.string(), True), "nulls"),
+    "lists with nulls": (replaced("spans", [[1, None], []], pa.list_(pa.int64()), True), "rows of"),
+    "no list": (replaced("spans", [1, 2], pa.int64()), "rows of"),
+    "texts that are none": (replaced("name", [b"\xff\xfe", b"a"], pa.binary()), "rows of"),
+    "left out": (lambda table: table.drop_columns(["label"]), "rows of"),
+    "one more": (lambda table: table.append_column("extra", pa.array([1, 2])), "rows of"),
+    "another name": (renamed, "rows of"),
+    "another order": (swapped, "rows of"),
+    "a row too few": (lambda table: table.slice(0, 1), "1 rows of"),
+}
+
+
+@pytest.mark.parametrize("edit, text", LIES.values(), ids=LIES)
+def test_a_row_table_that_lies_about_them_is_refused(tmp_path, edit, text):
+    lie(write(tmp_path / "d"), edit)
+    dataset = open_dataset(tmp_path / "d")
+    rule = "must hold examples 0..1 and the norms of 1 points and 5 fields, got"
+    for read in (lambda: dataset.examples[0], lambda: dataset.filter("label > 0"), dataset.to_pandas):
+        with pytest.raises(DatasetError, match=f"(?s){rule}.*{text}"):
+            read()
+    assert [problem.unit for problem in dataset.verify().problems] == ["u000000"]
+    assert open_dataset(tmp_path / "d").examples[2]["label"] == 1  # the other units are as they were
+
+
+def test_a_true_one_that_is_written_again_is_taken(tmp_path):
+    lie(write(tmp_path / "d"), lambda table: table)
+    assert open_dataset(tmp_path / "d").examples[1]["label"] == 0
+    assert open_dataset(tmp_path / "d").verify().ok
+
+
+def test_a_text_that_would_unpack_to_gigabytes_is_refused(tmp_path):
+    dataset, n = write(tmp_path / "d", fields={"name": "string"}, plan=Plan(2000, 2000)), 2000
+    huge = pa.repeat("x" * (1 << 20), n)
+    lie(dataset, lambda table: table.set_column(len(table.schema) - 1, table.schema.field("name"), huge))
     with pytest.raises(DatasetError, match=r"unpacks to \d+ bytes"):
         open_dataset(dataset).examples[0]
 
 
-def test_datasets_that_keep_others_are_read_together_by_what_they_share(tmp_path):
-    both = concat_datasets([open_dataset(write(tmp_path / "a")), open_dataset(write(tmp_path / "b"))])
-    assert both.examples[7]["name"] == "xx"
-    kept, plain = open_dataset(tmp_path / "a"), open_dataset(write(tmp_path / "c", fields=None))
-    mixed = concat_datasets([kept, plain])
-    assert len(mixed) == 10
-    assert "name" not in mixed.fields
+# Views, and what is made of them.
 
 
-def test_an_export_has_them(tmp_path):
+def test_conditions_columns_and_batches_have_them(tmp_path):
     dataset = open_dataset(write(tmp_path / "d"))
-    export_dataset(dataset, tmp_path / "e.parquet", to="parquet")
-    parts = list((tmp_path / "e.parquet").rglob("*.parquet")) if (tmp_path / "e.parquet").is_dir() else None
-    table = pq.read_table(parts[0] if parts else tmp_path / "e.parquet")
-    assert table.column("name").to_pylist() == ["x" * i for i in range(5)]
+    assert dataset.kept == FIELDS
+    assert dataset.info()["kept"] == FIELDS
+    assert dataset.filter("label >= 1 and ok").ids.tolist() == [2, 4]
+    assert dataset.filter("'xxx' in name or weight < 0.5").ids.tolist() == [0, 3, 4]
+    assert dataset.filter(lambda row: len(row["spans"]) == 3).ids.tolist() == [3]
+    with pytest.raises(ValueError, match=r"a number and text can't be compared"):
+        dataset.filter("name > 3")
+    frame = dataset.select([4, 1]).to_pandas()
+    assert frame["label"].tolist() == [3, 0]
+    assert frame["spans"].map(list).tolist() == [[0, 1, 2, 3], [0]]
+    found = dataset.to_hf()
+    assert found.features["weight"].dtype == "float64"
+    assert found[3]["name"] == "xxx"
+    view = dataset.with_fields("h", *FIELDS)
+    (batch,) = ShuffledBatches(view, 5, shuffle=False)
+    assert batch["label"].dtype == torch.int64
+    assert batch["label"].tolist() == [-1, 0, 1, 2, 3]
+    assert batch["ok"].dtype == torch.bool
+    assert batch["name"] == ["x" * i for i in range(5)]
+    assert [part.tolist() for part in batch["spans"]] == [list(range(i)) for i in range(5)]
+    assert RowDataset(view)[2]["weight"] == 1.0
+
+
+def test_datasets_that_keep_others_are_read_together_by_what_they_share(tmp_path):
+    kept, plain = open_dataset(write(tmp_path / "a")), open_dataset(write(tmp_path / "c", fields=None))
+    both = concat_datasets([kept, open_dataset(write(tmp_path / "b"))])
+    assert both.examples[7]["name"] == "xx"
+    assert both.filter("label == 3").examples[1]["label"] == 3
+    fewer = open_dataset(write(tmp_path / "e", fields={"label": "int64", "ok": "bool"}))
+    mixed = concat_datasets([kept, fewer])
+    assert mixed.fields[-2:] == ["label", "ok"]
+    assert mixed.to_pandas()["label"].tolist() == [-1, 0, 1, 2, 3] * 2
+    assert set(mixed.examples[8]) & set(FIELDS) == {"label", "ok"}
+    with pytest.raises(ValueError, match=r"name values that rows have, got name\. There are flags, id, "):
+        mixed.filter("name == 'x'")
+    assert not set(concat_datasets([kept, plain]).fields) & set(FIELDS)
+
+
+def test_a_field_of_two_types_is_no_field_of_both(tmp_path):
+    one = open_dataset(write(tmp_path / "a", fields={"label": "int64"}))
+    other = open_dataset(write(tmp_path / "b", fields={"label": "float64"}, kept=lambda i: {"label": i / 2}))
+    text = r"field 'label' must be of one type in all datasets, got int64 in dataset 1 and float64 in dataset 2\. They"
+    with pytest.raises(DatasetError, match=f"concat_datasets: {text}"):
+        concat_datasets([one, other.select([1])])
+    with pytest.raises(DatasetError, match=f"merge_datasets: {text}"):
+        merge_datasets(tmp_path / "m", [one, other])
+    assert not (tmp_path / "m").exists()
+
+
+def test_merged_datasets_keep_the_same(tmp_path):
+    merged = merge_datasets(
+        tmp_path / "m", [write(tmp_path / "a"), write(tmp_path / "b", kept=lambda i: kept_of(i + 5))]
+    )
+    assert [row["label"] for row in merged.examples] == list(range(-1, 9))
+    assert open_dataset(tmp_path / "m").filter("label > 6").ids.tolist() == [8, 9]
+    write(tmp_path / "c", fields={name: kind for name, kind in FIELDS.items() if name != "ok"})
+    text = r"field 'ok' must be kept by all datasets, got in dataset 1 alone of datasets 1 and 2\. A merged dataset has"
+    with pytest.raises(DatasetError, match=text):
+        merge_datasets(tmp_path / "n", [tmp_path / "a", tmp_path / "c"])
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "hf"])
+def test_an_export_has_them(tmp_path, form):
+    out = export_dataset(open_dataset(write(tmp_path / "d")).select([4, 0, 2]), tmp_path / "e", to=form)
+    if form == "hf":
+        table = datasets.load_from_disk(str(out)).with_format("arrow")[:]
+    else:
+        table = pq.read_table(out) if form == "parquet" else pa.ipc.open_file(str(out)).read_all()
+    for name in FIELDS:
+        assert table.column(name).to_pylist() == [kept_of(i)[name] for i in (4, 0, 2)], name

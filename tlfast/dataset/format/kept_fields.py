@@ -7,8 +7,11 @@ from typing import Any
 
 from ..errors import dataset_error, extra
 
-# What a row table tells of each example anyway, or a reader under a name of its own.
-TAKEN = ("id", "input_ids", "source", "start", "length", "flags", "norms", "tokens")
+# What a row table tells of each example anyway, or a reader or a condition under a name of its own.
+TAKEN = (
+    "id", "input_ids", "source", "start", "length", "flags", "norms", "tokens", "norm", "non_finite", "missing",
+    "saturated",
+)  # fmt: skip
 TAKEN_BEGINNINGS = ("norm:", "grad:")
 TYPES = ("int64", "float64", "bool", "string", "list<int64>", "list<float64>", "list<bool>")
 

@@ -117,7 +117,8 @@ def decode_rows(
         if n_tokens is not None and (lengths.min() < 0 or int(lengths.sum(dtype=np.int64)) != n_tokens):
             raise ValueError(f"lengths of other than {n_tokens} tokens together, as the commit says")
     except Exception as error:  # whatever a damaged Parquet file makes of pyarrow
-        rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points"
+        more = f" and {len(kept)} fields" if kept else ""
+        rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points{more}"
         raise dataset_error(_READER, store.where(path), rule, str(error)[:300], "Run `tlfast verify`.") from error
     return table
 

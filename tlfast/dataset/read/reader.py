@@ -123,6 +123,11 @@ class GradientDataset(Readable, OnHub):
         return list(self._description.columns)
 
     @property
+    def kept(self) -> dict[str, str]:
+        """The fields that the row tables keep of the examples, with their types: "int64", "list<float64>", ..."""
+        return dict(self._description.kept)
+
+    @property
     def header(self) -> dict[str, Any]:
         """How the data were made: the header that the writer was given."""
         return self._description.header
@@ -241,20 +246,24 @@ class GradientDataset(Readable, OnHub):
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""
         columns = self._description.columns
-        return {
-            "path": str(self.path),
-            "rows": len(self),
-            "planned_rows": self.plan.n_examples,
-            "units": len(self._commits),
-            "planned_units": self.plan.n_units,
-            "bytes": sum(commit.n_bytes for commit in self._commits),
-            "non_finite_rows": sum(commit.non_finite for commit in self._commits),
-            "points": {name: _point_info(column) for name, column in columns.items()},
-            "header": self.header,
-            "examples": self._description.all_examples(),
-            "about": self._description.about,
-            "config_hash": self._description.config_hash,
-        } | ({"tokens": len(self._files.tokens)} if self._description.has_tokens else {})
+        return (
+            {
+                "path": str(self.path),
+                "rows": len(self),
+                "planned_rows": self.plan.n_examples,
+                "units": len(self._commits),
+                "planned_units": self.plan.n_units,
+                "bytes": sum(commit.n_bytes for commit in self._commits),
+                "non_finite_rows": sum(commit.non_finite for commit in self._commits),
+                "points": {name: _point_info(column) for name, column in columns.items()},
+                "header": self.header,
+                "examples": self._description.all_examples(),
+                "about": self._description.about,
+                "config_hash": self._description.config_hash,
+            }
+            | ({"tokens": len(self._files.tokens)} if self._description.has_tokens else {})
+            | ({"kept": self.kept} if self.kept else {})
+        )
 
     def report(self, *, tokenizer: Any = None) -> Any:
         """Return the page of `tlfast report` for a notebook, which shows it in place; needs the extra ``plot``.
