@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tlfast.collecting.examples import ExampleReader, Refetched, Spooled
 from tlfast.collecting.skipped import BadExamples
+from tlfast.collecting.unit import Runner
 from tlfast.dataset import DatasetError, open_dataset
 
 EXAMPLES = examples_of("response")
@@ -222,6 +223,42 @@ def test_images_are_resumed_to_the_byte(tmp_path):
     collect(model, tmp_path / "parts", iter(IMAGES), units="1:2", **settings)
     collect(model, tmp_path / "parts", MapStyle(IMAGES), **settings)
     assert unit_bytes(tmp_path / "parts") == unit_bytes(tmp_path / "whole")
+
+
+KILLED = {  # model, data, settings: batches of a mapping, and images
+    "mappings": (lambda: task_model("llama", "causal"), EXAMPLES, SETTINGS | {"rows_per_unit": 2}),
+    "images": (Pixels, IMAGES, {"loss": summed_loss, "rows_per_unit": 2, **PIXELS}),
+}
+
+
+@pytest.mark.parametrize("given_once", [False, True], ids=["again", "once"])
+@pytest.mark.parametrize("kind", KILLED)
+def test_what_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch, kind, given_once):
+    make, data, settings = KILLED[kind]
+    settings = settings | {"keep_fields": ("number",)}
+    data = [example | {"number": k} for k, example in enumerate(data)]
+    collect(make(), tmp_path / "whole", data, **settings)
+    fill, begun, out = Runner.fill_ring, [], tmp_path / "killed"
+
+    def killed(self, examples, step_done):
+        begun.append(examples)
+        return fill(self, examples, stopped if len(begun) == 3 else step_done)
+
+    def stopped(n_examples, n_tokens):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "fill_ring", killed)
+    with pytest.raises(KeyboardInterrupt, match="units are kept in"):
+        collect(make(), out, iter(data) if given_once else data, **settings)
+    monkeypatch.undo()
+    n_before = len(open_dataset(out, partial=True))
+    assert 0 < n_before < len(data)
+    assert collect(make(), out, iter(data) if given_once else data, **settings).n_rows_before == n_before
+    assert unit_bytes(out) == unit_bytes(tmp_path / "whole")
+    ours, theirs = open_dataset(out), open_dataset(tmp_path / "whole")
+    assert list(ours.examples) == list(theirs.examples)
+    assert [row["number"] for row in ours.examples] == list(range(len(data)))
+    assert ours.verify().ok
 
 
 def test_the_number_in_a_batch_is_part_of_the_identity(tmp_path):
