@@ -114,7 +114,7 @@ ROOMS = (
         "collecting",
         (
             ("__init__", "determinism", "fields", "progress", "signals", "skipped", "tasks"),
-            ("chat", "fingerprint", "huggingface", "items", "pack", "records", "text", "unit_queue"),
+            ("chat", "fingerprint", "huggingface", "items", "pack", "point_list", "records", "text", "unit_queue"),
             ("examples", "tokenizing"),
             ("batches", "function_identity"),
             ("drain", "graph_cache", "loss"),
@@ -136,7 +136,7 @@ ROOMS = (
     ),
     (
         "commands",
-        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "sharing")),
+        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "sharing")),
     ),
     ("", (("cli",), ("__main__",))),
 )

@@ -27,6 +27,7 @@ TASKS = {
     "sequence-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
     "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
     "seq2seq": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
+    "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
 }
 ADAPTER = "adapter_config.json"
 
@@ -44,7 +45,7 @@ class Loading:
         trust_remote_code: run the code that lies beside the checkpoint.
     """
 
-    task: str = "auto"
+    task: str = "causal"
     adapter: str = ""
     trust_remote_code: bool = False
 
@@ -142,6 +143,20 @@ def load_model(
     if loading.adapter:
         _put_in(model, loading.adapter)
     return model if device_map else model.to(device)
+
+
+def empty_model(name: str, loading: Loading) -> nn.Module:
+    """The model of a checkpoint without its weights, on the meta device; ValueError where it can't be made."""
+    trust = _trusting(loading.trust_remote_code)
+    config = _load("AutoConfig", name, **trust)
+    kind = getattr(extra("transformers", "collect"), auto_class(name, loading))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(config, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        got, remedy = f"{name!r}: {' '.join(str(error).split())[:300]}", "Give another --task."
+        raise ValueError(broken_rule("collect", "model", f"be one of {kind.__name__}", got, remedy)) from error
+    return model
 
 
 def _put_in(model: Any, adapter: str) -> None:
