@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import datasets
 import pytest
@@ -344,3 +345,50 @@ def test_a_model_without_a_chat_template_has_no_conversations(folder, tmp_path, 
         folder, tmp_path / "out", model=str(tmp_path / "model"), points="model.layers.0", messages_column="messages"
     )
     assert "tokenizer must have a chat template, got " in complaint_of(capsys, found)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """A LoRA adapter of the model, and what the model gives with it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True, r=2)
+    base = huggingface.load_model(str(folder / "model"), None, torch.device("cpu"))
+    base.name_or_path = base.config._name_or_path = str(folder / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks transformers for what is called otherwise by now
+        model = peft.get_peft_model(base, config)
+    place = tmp_path_factory.mktemp("adapter") / "lora"
+    model.save_pretrained(place)
+    return place, model.eval()
+
+
+@pytest.mark.parametrize("given", ["beside", "alone"])
+def test_an_adapter_is_put_into_the_model_whose_points_keep_their_names(folder, adapter, tmp_path, capsys, given):
+    place, truth = adapter
+    how = {"model": str(place)} if given == "alone" else {"adapter": str(place)}
+    assert main(words(folder, tmp_path / "out", column="text", **how)) == 0
+    dataset = tlfast.open_dataset(tmp_path / "out")
+    inner = [f"base_model.model.{point}" for point in dataset.points]
+    ids = torch.tensor([dataset.examples[4]["input_ids"]])
+
+    def loss():
+        logits = truth(ids).logits[0, :-1].double()
+        return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+
+    for point, grad in zip(dataset.points, gradients_alone(truth, inner, loss).values(), strict=True):
+        torch.testing.assert_close(dataset[point][4], grad[0].sum(0), rtol=1e-3, atol=1e-4)
+    assert main(words(folder, tmp_path / "plain", column="text")) == 0
+    plain = tlfast.open_dataset(tmp_path / "plain")
+    assert not torch.allclose(plain["transformer.h.0"][:], dataset["transformer.h.0"][:], rtol=0.1)
+    assert plain.header["model"]["fingerprint"] != dataset.header["model"]["fingerprint"]
+    assert main(["points", str(place), "transformer.h.0.attn.c_attn.*"]) == 0
+    assert "transformer.h.0.attn.c_attn.base_layer" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capsys):
+    save_task_model(tmp_path / "model", "llama", "causal", vocab_size=256)
+    other = words(folder, tmp_path / "out", model=str(tmp_path / "model"), points="model.layers.0", column="text")
+    complaint = complaint_of(capsys, [*other, "--adapter", str(adapter[0])])
+    assert complaint.startswith(f"collect: adapter must be a PEFT adapter of the model, got '{adapter[0]}': ")
+    assert not (tmp_path / "out").exists()
