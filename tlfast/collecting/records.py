@@ -102,9 +102,14 @@ def _of_datasets(place: str, path: Path, name: str, split: str) -> Iterator[Reco
     elif split:
         raise _refused("split", "be left out for a data set of one", repr(split), "It is taken whole.")
     source = split if path.is_dir() else f"{place}/{split}"
-    return _of_table_rows(
-        (batch.to_pylist() for batch in found.with_format("arrow").iter(batch_size=_AT_ONCE)), source or path.name
-    )
+    return _of_table_rows(map(_values, found.with_format("arrow").iter(batch_size=_AT_ONCE)), source or path.name)
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a part of a table."""
+    batch.validate(full=True)  # offsets that lead out of its memory would end the process
+    found: list[dict[str, Any]] = batch.to_pylist()
+    return found
 
 
 def _of_table_rows(parts: Iterator[list[dict[str, Any]]], source: str) -> Iterator[Record]:
@@ -187,18 +192,21 @@ def _csv(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> I
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=odd)
     convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+    with open(path, encoding="utf-8") as file:
+        while file.read(1 << 20):  # what isn't UTF-8 ends here, and not in the middle of a row
+            pass
     # One thread: with several, rows have no numbers.
     table = csv.read_csv(path, csv.ReadOptions(use_threads=False), parse, convert)
     for number, reason in broken:
         got, remedy = f"{reason}, in row {number} of {str(path)!r}", "Quote what has the delimiter in it."
         error = broken_rule(_WHO, "dataset", "have a cell for each column", got, remedy)
         bad.leave_out(source, number, reason, error)
-    yield from _of_table_rows((batch.to_pylist() for batch in table.to_batches(_AT_ONCE)), source)
+    yield from _of_table_rows(map(_values, table.to_batches(_AT_ONCE)), source)
 
 
 def _parquet(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
     file = extra("pyarrow.parquet", _WHO).ParquetFile(path)
-    yield from _of_table_rows((batch.to_pylist() for batch in file.iter_batches(_AT_ONCE)), source)
+    yield from _of_table_rows(map(_values, file.iter_batches(_AT_ONCE)), source)
 
 
 def _arrow(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
@@ -210,7 +218,7 @@ def _arrow(path: Path, source: str, bad: BadExamples, texts: Collection[str]) ->
         else:
             memory.seek(0)
             batches = iter(pa.ipc.open_stream(memory))
-        yield from _of_table_rows((batch.to_pylist() for batch in batches), source)
+        yield from _of_table_rows(map(_values, batches), source)
 
 
 _Reader = Callable[[Path, str, BadExamples, Collection[str]], Iterator[Record]]
