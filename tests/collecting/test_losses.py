@@ -10,7 +10,7 @@ from tiny_models import collect
 
 from tlfast.collecting.batches import Batch
 from tlfast.collecting.fields import FieldsOfBatch
-from tlfast.collecting.losses import LOSSES, SAID, classification_loss, loss_called, name_of, seq2seq_loss
+from tlfast.collecting.losses import LOSSES, OF_ONE_TOKEN, SAID, classification_loss, loss_called, name_of, seq2seq_loss
 from tlfast.collecting.tasks import LOSSES_OF, check_task, task_of
 from tlfast.dataset import open_dataset
 
@@ -99,18 +99,60 @@ def test_a_decoder_has_positions_and_a_mask_of_its_own(tmp_path, kind, reduce, b
 
 def test_a_vision_transformer_and_images_of_one_size(tmp_path):
     model, examples = task_model("vit", "image"), examples_of("image")
-    for n in (1, 4):
+    bad = {"pixel_values": [[1.0], [1.0, 2.0]], "labels": 0}
+    for n in (1, 4, 16):
         out = tmp_path / f"{n}"
         collect(
-            model, out, examples, points="vit.layers.*", over=1, reduce="sum", loss="classification",
-            dtype="float32", batch_examples=n,
+            model, out, [*examples[:3], bad, *examples[3:]], points="vit.layers.*", over=1, reduce="sum",
+            loss="classification", dtype="float32", batch_examples=n,
         )  # fmt: skip
         dataset = open_dataset(out)
+        assert len(dataset) == len(examples)
+        assert dataset.skipped[0][2].startswith("pixel_values is no array of numbers")
         for k, example in enumerate(examples):
-            example = example | {"labels": example["labels"]}
             grads = gradients_alone(model, dataset.points, lambda example=example: truth_own(model, example))
             for point, grad in grads.items():
                 torch.testing.assert_close(dataset[point][k], grad[0].sum(0).float(), rtol=1e-3, atol=1e-4)
+
+
+def policy():
+    """What chooses one of 5 actions by what it sees."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 5))
+
+
+def policy_loss(model, batch):
+    """The loss of a policy gradient, [B]."""
+    chosen = model(batch["seen"]).log_softmax(-1).gather(1, batch["action"][:, None])[:, 0]
+    return -batch["advantage"] * chosen
+
+
+def test_a_policy_gradient_of_steps(tmp_path):
+    draw = torch.Generator().manual_seed(4)
+    steps = [
+        {"seen": torch.randn(6, generator=draw), "action": k % 5, "advantage": (k - 4) / 3, "episode": k // 3}
+        for k in range(9)
+    ]
+    given = [*steps[:4], steps[4] | {"action": None}, {"seen": "nothing"}, *steps[4:]]
+    model = policy()
+    for n in (1, 4, 16):
+        collect(
+            model, tmp_path / f"{n}", given, points=["0", "2"], reduce="none", loss=policy_loss, dtype="float32",
+            embedding="0", batch_examples=n, keep_fields=("episode", "advantage"),
+        )  # fmt: skip
+        dataset = open_dataset(tmp_path / f"{n}")
+        assert [reason for _, _, reason in dataset.skipped] == [
+            "no field 'action', other than the first", "no field 'action', other than the first",
+        ]  # fmt: skip
+        for k, step in enumerate(steps):
+
+            def alone(step=step):
+                chosen = model(step["seen"][None]).log_softmax(-1)[0, step["action"]]
+                return -step["advantage"] * chosen
+
+            for point, grad in gradients_alone(model, ["0", "2"], alone).items():
+                torch.testing.assert_close(dataset[point][k], grad[0], rtol=1e-4, atol=1e-6)
+        assert dataset.filter("episode == 1 and advantage > 0").ids.tolist() == [5]
 
 
 def test_positions_of_images_are_named_by_numbers(tmp_path):
@@ -121,18 +163,32 @@ def test_positions_of_images_are_named_by_numbers(tmp_path):
         )  # fmt: skip
 
 
+def with_bad_ones(examples):
+    """The examples with two among them that are none: without tokens, and with a field that the others lack."""
+    empty, odd = examples[0] | {"input_ids": []}, examples[1] | {"odd": 1}
+    return [*examples[:2], empty, *examples[2:4], odd, *examples[4:]]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_those_of_each_example_alone(tmp_path, case, side):
     kind, head, task, loss, points, truth = CASES[case]
-    if side == "left" and (kind in ("bart", "distilbert") or case == "classification"):
-        pytest.skip("it takes no positions, or the first one for its class; refused, see test_padding")
     model, examples = task_model(kind, head), examples_of(task)
     settings = {"points": points, "loss": loss, "reduce": "sum", "dtype": "float32", "padding_side": side}
+    # It takes no positions, or the first one for its class: seen where an example is padded, and refused.
+    takes_no_left = side == "left" and (kind == "bart" or case == "classification")
     for batch_tokens in (1, 32, 1000):
         out = tmp_path / f"{batch_tokens}"
-        collect(model, out, examples, batch_tokens=batch_tokens, **settings)
+        if takes_no_left and batch_tokens > 1:
+            with pytest.raises(ValueError, match=r'a row must be the same .* padding_side="right"'):
+                collect(model, out, with_bad_ones(examples), batch_tokens=batch_tokens, **settings)
+            continue
+        collect(model, out, with_bad_ones(examples), batch_tokens=batch_tokens, **settings)
         dataset = open_dataset(out)
+        assert [(source, reason) for source, _, reason in dataset.skipped] == [
+            ("#2", "0 tokens, less than 1" if loss in OF_ONE_TOKEN else "0 tokens, less than 2"),
+            ("#5", "a field 'odd', other than the first"),
+        ]
         for k, example in enumerate(examples):
             grads = gradients_alone(model, dataset.points, lambda example=example: truth(model, example))
             for point, grad in grads.items():
