@@ -118,7 +118,7 @@ ROOMS = (
             ("examples", "tokenizing"),
             ("batches", "function_identity"),
             ("drain", "graph_cache", "loss"),
-            ("losses",),
+            ("losses", "packing"),
             ("options",),
             ("checks", "identity", "settings", "unit"),
             ("fsdp", "loop", "probe", "resume"),

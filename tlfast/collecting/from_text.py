@@ -32,13 +32,14 @@ from .huggingface import (
     portable_name,
 )
 from .losses import loss_called
+from .packing import check_packs, packed
 from .progress import Report
 from .records import read_records
 from .resume import check_folder, has_units
 from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
-from .tasks import CLASSIFIER, MASKED, SEQ2SEQ, task_of
+from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, task_of
 from .text import TextFile, check_plain, cut_texts, find_text_files
 from .tokenizing import Columns, Tokenizing
 
@@ -86,6 +87,17 @@ class Collection:
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
         self.examples: list[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
+        if settings.pack:
+            self._pack(settings)
+
+    def _pack(self, settings: CollectSettings) -> None:
+        longest = (settings.seq_len or positions_of(self.model)) if settings.dataset else settings.text_len
+        if task_of(self.model) not in (None, CAUSAL) or longest is None:
+            got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
+            remedy = "Leave it out."
+            raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
+        self.examples = packed(self.examples, longest)
+        check_packs(self.model, self.examples)
 
     def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> list[Any]:
         most = settings.max_examples or None
@@ -206,6 +218,8 @@ def fitting_loss(settings: CollectSettings, model: nn.Module) -> str:
         return "classification"
     if task == MASKED:
         return "masked_lm"
+    if settings.pack:
+        return "response"
     return "response" if settings.response_column or settings.messages_column or settings.label_column else "next_token"
 
 

@@ -62,6 +62,11 @@ def _accepted(model: nn.Module, wanted: frozenset[str] = frozenset()) -> frozens
     return names
 
 
+def accepted_names(model: nn.Module) -> frozenset[str]:
+    """The names that a model takes, also those of the model that it wraps."""
+    return _accepted(model)
+
+
 def _first_position(model: nn.Module) -> int:
     """What position a model gives to the first token: RoBERTa's kin count on from the padding's index."""
     for name, module in model.named_modules():

@@ -65,6 +65,8 @@ class DataOptions:
     """take the records alone for which it holds: "length > 10 and score < 3"; length is the number of tokens"""
     truncate: bool = False
     """cut examples that are too long, in place of leaving them out"""
+    pack: bool = False
+    """put several examples into one, up to --seq-len; each has positions of its own, and sees no other"""
     eos: Literal["auto", "always", "never"] = "auto"
     """put the end-of-text token behind a response: auto (if there is one); always: behind each example; never"""
     loss: str = ""
@@ -144,6 +146,8 @@ class CollectSettings(SharedOptions, TextOptions):
         given = taken(SharedOptions, self)
         if self.lens and self.calls == "raise":
             given["calls"] = "sum"  # as TransformerLens' own capture
+        if self.pack:
+            more["batch_examples"] = 1  # a mask of padding would stand in for that of the texts
         return CollectOptions(
             **given,
             points=self.points,
@@ -160,8 +164,10 @@ class CollectSettings(SharedOptions, TextOptions):
     def describe_data(self) -> dict[str, Any]:
         """What a dataset says of how its examples were cut, beside what they are."""
         if not self.dataset:
-            return {"seq_len": self.text_len, "bos": self.bos} | ({"filter": self.filter} if self.filter else {})
-        names = ("split", "name", *COLUMNS, "label_column", "filter", "truncate", "eos", "seq_len")
+            return {"seq_len": self.text_len, "bos": self.bos} | {
+                name: getattr(self, name) for name in ("filter", "pack") if getattr(self, name)
+            }
+        names = ("split", "name", *COLUMNS, "label_column", "filter", "truncate", "pack", "eos", "seq_len")
         plain = DataOptions()
         said = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name, 0)}
         return {"bos": self.bos, **said}
@@ -257,6 +263,13 @@ def check_data(settings: CollectSettings) -> None:
         raise ValueError(broken_rule(who, "pattern", "be left out with dataset", repr(settings.pattern), "Name files."))
     if settings.filter:
         Condition(settings.filter, who)
+    for name in ("keep_fields", "label_column") if settings.pack else ():
+        if getattr(settings, name):
+            remedy = "Several examples have several of them."
+            raise ValueError(broken_rule(who, name, "be left out with pack", repr(getattr(settings, name)), remedy))
+    if settings.pack and settings.loss and ":" not in settings.loss and settings.loss != "response":
+        rule, remedy = "be response with pack, or a function", "Leave it out: all tokens of a text are its response."
+        raise ValueError(broken_rule(who, "loss", rule, repr(settings.loss), remedy))
 
 
 def stored_as(name: str) -> torch.dtype | None:
