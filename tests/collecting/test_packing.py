@@ -8,13 +8,13 @@ import pytest
 import torch
 from record_files import RECORDS, N, save_chat_model, save_records, save_task_model
 from task_models import gradients_alone, task_model
-from tiny_models import complaint_of, save_text
+from tiny_models import collect, complaint_of, save_text
 from torch import nn
 
 import tlfast
 from tlfast.cli import main
 from tlfast.collecting import huggingface
-from tlfast.collecting.packing import check_packs, packed
+from tlfast.collecting.packing import check_packs, packed, preference_pair
 from tlfast.dataset import Example
 
 
@@ -155,3 +155,57 @@ def test_an_encoder_has_no_packs(folder, tmp_path, capsys):
     given[given.index("transformer.h.*")] = "bert.encoder.layer.0"
     text = "pack must be for a causal language model, got BertForMaskedLM, a masked language model. Leave it out."
     assert text in complaint_of(capsys, given)
+
+
+# Pairs.
+
+
+def pairs():
+    draw = random.Random(5)
+    lengths = [(4, 3, 6), (2, 5, 2), (6, 1, 4), (3, 7, 7)]
+    return [[[draw.randrange(3, 64) for _ in range(n)] for n in sizes] for sizes in lengths]
+
+
+def logprob(model, prompt, answer):
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+
+
+def test_rows_of_a_pair_are_the_chosen_answers_minus_the_rejected_ones(tmp_path):
+    model = task_model("llama", "causal")
+    given = [preference_pair(*pair) for pair in pairs()]
+    given.insert(1, given[0] | {"position_ids": None})
+    settings = {"points": "model.layers.*", "loss": "preference", "reduce": "sum", "dtype": "float32"}
+    for n_rows in (1, 3, 16):
+        out = tmp_path / str(n_rows)
+        collect(model, out, given, batch_examples=1, rows_per_unit=n_rows, **settings)
+        dataset = tlfast.open_dataset(out)
+        assert len(dataset) == 4
+        assert dataset.skipped[0][2] == "no field 'position_ids', other than the first"
+        for k, (prompt, chosen, rejected) in enumerate(pairs()):
+            parts = [
+                gradients_alone(model, dataset.points, lambda answer=answer: logprob(model, prompt, answer))  # noqa: B023
+                for answer in (chosen, rejected)
+            ]
+            for point in dataset.points:
+                row = parts[0][point][0].sum(0) - parts[1][point][0].sum(0)
+                torch.testing.assert_close(dataset[point][k], row, rtol=1e-3, atol=1e-4)
+
+
+def test_pairs_beside_each_other_are_refused(tmp_path):
+    given = [preference_pair(*pair) for pair in pairs()]
+    with pytest.raises(ValueError, match="a row must be the same as with its example alone"):
+        collect(task_model("llama", "causal"), tmp_path / "out", given, points="model.layers.*", loss="preference")
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_that_are_no_pairs_are_refused(tmp_path):
+    text = (
+        r"examples must be made by preference_pair for loss preference, got tokens alone\. tlfast\.collecting\.packing"
+    )
+    with pytest.raises(ValueError, match=text):
+        collect(task_model("llama", "causal"), tmp_path / "out", [[1, 2]], points="model.layers.0", loss="preference")
+    with pytest.raises(
+        ValueError, match=r"^preference_pair: rejected must hold tokens, got none\. A prompt is a token"
+    ):
+        preference_pair([1], [2], [])

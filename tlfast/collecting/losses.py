@@ -22,6 +22,7 @@ SAID = {
     "masked_lm": "cross-entropy of the tokens that labels name, summed",
     "classification": "classification loss of labels, summed over the examples",
     "seq2seq": "cross-entropy of the labels behind the decoder, summed",
+    "preference": "log-probability of the chosen tokens minus that of the rejected ones, summed over the examples",
     "reward_logprob": "reward times the log-probability of the labelled tokens, summed over the examples",
     "logit_difference": "logit of answer_ids minus that of wrong_ids after the last token, summed over the examples",
 }
@@ -104,18 +105,33 @@ def logit_difference(model: nn.Module, batch: Batch) -> torch.Tensor:
     return _wide(of("answer_ids") - of("wrong_ids")).sum()
 
 
+def preference_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The log-probability of the chosen tokens minus that of the rejected ones, of examples by `preference_pair`.
+
+    ``labels`` [B, P] are both, at their own tokens; ``preference_mask`` [B, P] is 1 at chosen ones, -1 at rejected
+    ones, and 0 elsewhere.
+    """
+    signs = _field(batch, "preference_mask", "preference")
+    _check_labels(signs, batch.input_ids.shape)
+    moved = torch.zeros_like(signs)
+    moved[:, :-1] = signs[:, 1:]
+    found = _log_likelihoods(token_logits(model, batch), _next_labels(batch))
+    return _summed(found * moved)
+
+
 LOSSES: dict[str, Loss] = {
     "next_token": next_token_loss,
     "response": response_loss,
     "masked_lm": masked_lm_loss,
     "classification": classification_loss,
     "seq2seq": seq2seq_loss,
+    "preference": preference_loss,
     "reward_logprob": reward_logprob,
     "logit_difference": logit_difference,
 }
 # A single token has a next one nowhere; for these an example of one is whole.
 OF_ONE_TOKEN = ("masked_lm", "classification", "seq2seq", "logit_difference")
-OF_TOKENS = ("next_token", "response", "reward_logprob", "masked_lm", "logit_difference")
+OF_TOKENS = ("next_token", "response", "preference", "reward_logprob", "masked_lm", "logit_difference")
 
 
 def name_of(loss: Any) -> str | None:

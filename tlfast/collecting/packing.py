@@ -72,6 +72,34 @@ def _joined(pack: Sequence[Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def preference_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Any]:
+    """The example of a prompt with two answers, tokens all of them, for the loss "preference".
+
+    Both are texts of their own in it, the prompt with the one and the prompt with the other. A batch must have one such
+    example: ``batch_examples=1``.
+
+    Returns:
+        A mapping with ``input_ids``, ``position_ids``, ``labels``, and ``preference_mask``: 1 at the chosen answer, -1
+        at the rejected one.
+
+    Example:
+        >>> from tlfast.collecting.packing import preference_pair
+        >>> pair = preference_pair([5, 6], [7], [8, 9])
+        >>> list(pair["input_ids"]), pair["preference_mask"].tolist()
+        ([5, 6, 7, 5, 6, 8, 9], [0, 0, 1, 0, 0, -1, -1])
+    """
+    for argument, given in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not len(given):
+            remedy = "A prompt is a token at least: the beginning of text, say."
+            raise ValueError(broken_rule("preference_pair", argument, "hold tokens", "none", remedy))
+    texts = [
+        {"input_ids": [*prompt, *answer], "labels": [NOT_ASKED_FOR] * len(prompt) + [*answer], "source": "", "start": 0}
+        for answer in (chosen, rejected)
+    ]
+    signs = [0] * len(prompt) + [1] * len(chosen) + [0] * len(prompt) + [-1] * len(rejected)
+    return _joined(texts) | {"preference_mask": np.array(signs, np.int64)}
+
+
 @torch.no_grad()
 def check_packs(model: nn.Module, packs: Sequence[Mapping[str, Any]]) -> None:
     """Take the first pack of several texts through a model, and each of its texts alone.

@@ -103,7 +103,7 @@ def collect(
         points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
         embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
             The rows are the same wherever it starts before the points.
-        loss: "next_token", "response", "masked_lm", "classification", "seq2seq", "reward_logprob" or
+        loss: "next_token", "response", "masked_lm", "classification", "seq2seq", "preference", "reward_logprob" or
             "logit_difference" (`tlfast.collecting.losses`); or (model, batch) -> [B], a number for each example, or
             their sum; batch is a `tlfast.collecting.batches.Batch`.
         identity: a text that stands for a loss of your own in the dataset's identity, in place of its code: you vouch

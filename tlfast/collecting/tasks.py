@@ -26,7 +26,7 @@ _ENDINGS = {
     "ForSpeechSeq2Seq": SEQ2SEQ,
 }
 LOSSES_OF = {
-    CAUSAL: ("next_token", "response", "reward_logprob", "logit_difference"),
+    CAUSAL: ("next_token", "response", "preference", "reward_logprob", "logit_difference"),
     MASKED: ("masked_lm", "logit_difference"),
     CLASSIFIER: ("classification",),
     SEQ2SEQ: ("seq2seq",),

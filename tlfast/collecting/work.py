@@ -28,8 +28,9 @@ from .determinism import deterministic
 from .examples import ExampleReader
 from .loop import at_work
 from .loss import check_causal, next_token_loss
-from .losses import OF_ONE_TOKEN, loss_called, name_of, response_loss
+from .losses import OF_ONE_TOKEN, loss_called, name_of, preference_loss, response_loss
 from .options import CollectOptions
+from .packing import check_packs
 from .probe import Probe, Probed
 from .skipped import BadExamples
 from .tasks import check_task, is_encoder_decoder
@@ -96,6 +97,16 @@ class Work:
         source = self.batching.source
         return {} if source is None else {name: source.rules.kept_type(name) for name in self.options.keep_fields}
 
+    def _check_pairs(self) -> None:
+        """ValueError where the two texts of a pair aren't kept apart."""
+        first = self.examples[0]
+        fields = {} if self.batching.source is None else self.batching.source.fetch([first.id])[0]
+        if "position_ids" not in fields or self.options.collate is not None:
+            rule, got = "be made by preference_pair for loss preference", ", ".join(fields) or "tokens alone"
+            remedy = "tlfast.collecting.packing has it; collate= has no place beside it."
+            raise ValueError(broken_rule("collect", "examples", rule, got, remedy))
+        check_packs(self.model, [{"input_ids": first.input_ids, "position_ids": fields["position_ids"].numpy()}])
+
     def enter(self, rows: int, specs: Sequence[Spec]) -> Capture:
         """A capture of the model, for so many rows."""
         kind: Any = Capture
@@ -123,6 +134,8 @@ class Work:
         )
         if options.collate is not None:
             check_collate(self.batching, self.examples)
+        if self.loss is preference_loss:
+            self._check_pairs()
         probed = probe.look()
         check_used(self.batching.use, options.keep_fields)
         if self.loss in (next_token_loss, response_loss) and not self.batching.use.read - {"labels"}:
