@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tlfast.cli import main
 from tlfast.dataset import (
     DatasetError,
     DatasetWriter,
@@ -220,10 +221,15 @@ def test_a_text_that_would_unpack_to_gigabytes_is_refused(tmp_path):
 # Views, and what is made of them.
 
 
-def test_conditions_columns_and_batches_have_them(tmp_path):
+def test_conditions_columns_and_batches_have_them(tmp_path, capsys):
     dataset = open_dataset(write(tmp_path / "d"))
     assert dataset.kept == FIELDS
     assert dataset.info()["kept"] == FIELDS
+    assert main(["info", str(tmp_path / "d")]) == 0
+    assert (
+        "\nkept          label int64, weight float64, ok bool, name string, spans list<int64>\n"
+        in capsys.readouterr().out
+    )
     assert dataset.filter("label >= 1 and ok").ids.tolist() == [2, 4]
     assert dataset.filter("'xxx' in name or weight < 0.5").ids.tolist() == [0, 3, 4]
     assert dataset.filter(lambda row: len(row["spans"]) == 3).ids.tolist() == [3]
