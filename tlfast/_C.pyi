@@ -29,6 +29,7 @@ def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]: ...
 class Column:
     name: str
     masked: bool
+    own_mask: torch.Tensor | None
     rows: torch.Tensor | None
     n_writes: int
     counters: torch.Tensor

@@ -22,7 +22,9 @@ from .errors import broken_rule
 USAGE = """usage: tlfast COMMAND ...
 
   collect --model M --text T ... --points GLOB ... --out DIR   gradients of a model on text, into a dataset
+  collect --model M --dataset D --column C ... [--dry-run]     the same of the records of a data set
   collect DIR/config.yaml [...]                                complete a dataset, or replay it with --out
+  points MODEL [GLOB ...]                                      the points of a model: names, classes, shapes
   info DIR [--json]                                            what is inside a dataset
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
@@ -36,6 +38,7 @@ USAGE = """usage: tlfast COMMAND ...
 # Each command's module, imported when it is called: the others need other libraries, and --help none.
 COMMANDS = {
     "collect": "collecting",
+    "points": "listing",
     "info": "inspecting",
     "verify": "inspecting",
     "export": "sharing",

@@ -93,9 +93,10 @@ std::shared_ptr<const Column::Known> Column::learn(const at::Tensor& read, const
   return made;
 }
 
-// The mask of a step where it is about the gradients of this column.
+// The mask of a step where it is about the gradients of this column, or the one that it has for itself.
 const std::optional<at::Tensor>& Column::own(const std::optional<at::Tensor>& mask) const {
   static const std::optional<at::Tensor> none;
+  if (own_mask) return own_mask;
   return masked ? mask : none;
 }
 

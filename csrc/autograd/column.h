@@ -45,7 +45,8 @@ class Column {
 
   const std::string name, who;
   const Calls calls;
-  bool masked = true;  // false: the gradients have no positions, and a step's mask is not about them
+  bool masked = true;                  // false: the gradients have no positions, and a step's mask is not about them
+  std::optional<at::Tensor> own_mask;  // of this step, in place of the step's mask: a decoder has positions of its own
   const Recipe recipe;
   Rows rows;
 

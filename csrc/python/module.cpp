@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_column))
       .def_readonly("name", &Column::name)
       .def_readwrite("masked", &Column::masked)
+      .def_readwrite("own_mask", &Column::own_mask)
       .def_property_readonly("rows", [](const Column& column) { return defined(column.rows.tensor()); })
       .def_property_readonly("n_writes", [](const Column& column) { return column.rows.n_writes(); })
       .def_property_readonly("counters", [](const Column& column) { return column.rows.counters(); })

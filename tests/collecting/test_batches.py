@@ -106,7 +106,7 @@ def test_source_and_start_are_kept():
         ([[1, 2, -1]], ValueError, "tokens must be ints from 0 on, got -1"),
         ([torch.tensor([0.5, 1.0])], ValueError, r"tokens must be ints from 0 on, got 0\.5"),
         (["some text"], TypeError, r"batches must hold token sequences, .* got str in batches.0.\. Tokenize the text"),
-        ([{"text": "a"}], TypeError, r"got dict with text in batches\[0\]"),
+        ([{"text": "a"}], ValueError, "keys of batches must be among input_ids, attention_mask, .*, got text. Only"),
         ([None], TypeError, "got NoneType"),
     ],
 )
@@ -125,7 +125,7 @@ Fields = namedtuple("Fields", "input_ids labels")
         (
             {"input_ids": IDS, "labels": IDS},
             ValueError,
-            r"keys of batches\[0\] must be among .*, got labels\. Drop what",
+            r"keys of batches must be among .*, got labels\. Only `collect` takes other fields",
         ),
         (
             {"input_ids": IDS, "position_ids": IDS, "token_type_ids": IDS},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,12 +22,21 @@ N_UNITS = 40
 WAIT_S = 120  # for a start on a busy machine; an end long before that is the rule
 
 
-def arguments(folder, out):
+def arguments(folder, out, kind="text"):
+    data = ["--text", str(folder / "text")]
+    if kind == "records":
+        columns = ["--prompt-column", "prompt", "--response-column", "answer", "--keep-fields", "number"]
+        data = ["--dataset", str(folder / "records.jsonl"), *columns]
     return [
-        "collect", "--model", str(folder / "model"), "--text", str(folder / "text"), "--points", "transformer.h.*",
+        "collect", "--model", str(folder / "model"), *data, "--points", "transformer.h.*",
         "--seq-len", "16", "--max-examples", str(4 * N_UNITS), "--rows-per-unit", "4", "--batch-tokens", "32",
         "--out", str(out),
     ]  # fmt: skip
+
+
+def save_answers(path):
+    lines = ({"prompt": f"{k}? ", "answer": "yes"[: k % 4] + ".", "number": k} for k in range(4 * N_UNITS))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +46,7 @@ def undisturbed(tmp_path_factory):
     torch.set_num_threads(1)  # as every test has it; this comes before
     save_model(folder / "model")
     save_text(folder / "text")
+    save_answers(folder / "records.jsonl")
     assert main(arguments(folder, folder / "out")) == 0
     return folder
 
@@ -64,8 +75,9 @@ KILLS = 5
 
 
 @pytest.mark.long
-def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp_path):
-    words = arguments(undisturbed, tmp_path)[1:-2]
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, kind):
+    words = arguments(undisturbed, tmp_path, kind)[1:-2]
     program = [sys.executable, str(SUPPORT / "collect_farm.py"), str(tmp_path), str(KILLS), "0", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
@@ -76,7 +88,11 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp
     assert {resumed for _, _, resumed in runs} == {0}, done.stderr
     assert sum(killed == -signal.SIGKILL for _, killed, _ in runs) > KILLS // 2, "most runs ended before their kill"
     assert any(0 < n_units < N_UNITS for n_units, _, _ in runs), "no kill came in the middle of a run"
-    expected = unit_bytes(undisturbed / "out")
+    whole = undisturbed / "out"
+    if kind == "records":
+        whole = tmp_path / "whole"
+        assert main(arguments(undisturbed, whole, kind)) == 0
+    expected = unit_bytes(whole)
     for k in range(KILLS):
         assert unit_bytes(tmp_path / str(k)) == expected, runs[k]
         assert tlfast.open_dataset(tmp_path / str(k)).verify().ok

@@ -294,7 +294,8 @@ def test_the_default_loss_says_nothing_new(tmp_path):
     [
         ({"identity": "x"}, ValueError, "identity must name the loss= that is given, got 'x' with the default loss"),
         ({"identity": 5, "loss": reads_global}, ValueError, "identity must name the loss= that is given, got 5"),
-        ({"loss": "cross-entropy"}, TypeError, "loss must be a function, got str. Pass a function of model and batch"),
+        ({"loss": 3}, TypeError, "loss must be a function, got int. Pass a function of model and batch"),
+        ({"identity": "x", "loss": "response"}, ValueError, "the loss= that is given, got 'x' with loss response"),
         ({"header": "mine"}, ValueError, "header must be a mapping, got str"),
         ({"header": {"model": "gpt2"}}, ValueError, r"header\['model'\] must be a mapping, got 'gpt2'"),
         ({"staging": "folder"}, ValueError, "staging must be left out unless out is a URL, got 'folder'"),

@@ -16,6 +16,7 @@ import tlfast
 from tlfast.cli import main
 from tlfast.collecting import huggingface
 from tlfast.collecting.loss import next_token_loss
+from tlfast.collecting.losses import LOSSES
 from tlfast.collecting.unit_queue import Share, Todo, share_of, units_in
 from tlfast.dataset import Plan
 
@@ -205,7 +206,7 @@ def test_what_another_process_commits_meanwhile_is_not_done_again(tmp_path, monk
         return next_token_loss(model, batch)
 
     loss.__module__, loss.__qualname__ = "tests", "loss"
-    monkeypatch.setattr("tlfast.collecting.identity.next_token_loss", loss)  # the same data
+    monkeypatch.setitem(LOSSES, "next_token", loss)  # the same data
     report = collect(tmp_path / "out", batch_tokens=3, loss=loss)
     assert (report.n_rows, report.n_units, report.n_rows_elsewhere) == (8, 4, 2)
     assert len(steps) == 1 + 9, "the second batch of that unit isn't computed"

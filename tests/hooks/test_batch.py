@@ -192,3 +192,38 @@ def test_rows_are_counted_beside_failed_backwards_and_holes(backend):
             setup.loss().backward()
             assert cap.rows == sum(n for _, n, _ in cap._ledger.committed())
         assert cap.rows == 9
+
+
+def test_a_column_may_have_a_mask_of_its_own(backend, attach):
+    model, batch = Residual(), tokens(2, 5)
+    short, wide = (torch.arange(5) < torch.tensor(lengths) for lengths in ([[5], [3]], [[4], [5]]))
+    specs = [tlfast.Spec(name, "mean", "pos", "float32") for name in ("hook_embed", "unembed")]
+
+    def rows(*steps):
+        with tlfast.capture(model, specs, rows=2 * len(steps), attach=attach, backend=backend) as cap:
+            for mask, masks in steps:
+                with cap.batch(mask, masks=masks):
+                    uneven(model(batch)).backward()
+        return {name: cap[name] for name in cap.names}
+
+    one, other = rows((short, None)), rows((wide, None))
+    both = rows((short, {"unembed": wide}), (short, None))  # the second knows nothing of the first
+    assert_same_bits(both["hook_embed"][:2], one["hook_embed"])
+    assert_same_bits(both["unembed"][:2], other["unembed"])
+    assert_same_bits(both["unembed"][2:], one["unembed"])
+    assert not torch.equal(one["unembed"], other["unembed"])
+
+
+@pytest.mark.parametrize(
+    "masks, text",
+    [
+        ({"odd": torch.ones(3, 4).bool()}, "batch: masks must name columns of the capture, got 'odd'"),
+        ({"hook": torch.ones(3, 4)}, r"batch at hook: mask must be boolean \[B, P\], got torch.float32 \[3, 4\]"),
+    ],
+)
+def test_masks_of_columns_that_are_none_are_refused(backend, masks, text):
+    setup = SETUPS["chain"]()
+    with tlfast.capture(setup.model, "hook", rows=3, backend=backend) as cap:
+        setup.loss().backward()
+        with pytest.raises(ValueError, match=text), cap.batch(masks=masks):
+            pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import logging
 
 import tlfast
+from tlfast.commands.collecting import _check_flags
 
 sys.path.append(str(ROOT))
 
@@ -87,11 +89,20 @@ def test_the_versions_of_the_readme_are_those_that_ci_runs():
     assert list(lens) == list(quoted.LENS)
 
 
-@pytest.mark.parametrize("name", ["remote.md", "datasets.md", "hosts.md"])
+@pytest.mark.parametrize("name", ["remote.md", "datasets.md", "hosts.md", "collecting.md"])
 def test_the_blocks_of_a_page_are_one_program(name, tmp_path):
     blocks = code_blocks(text_of(ROOT / "docs" / name), "python")
     done = run_block("\n".join(code for _, code in blocks), tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_flags_of_a_page_are_those_of_the_command():
+    commands = re.findall(r"^ {4}tlfast collect (--.*)$", text_of(ROOT / "docs" / "collecting.md"), flags=re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        _check_flags(shlex.split(command), complete=False)
+        with pytest.raises(ValueError, match="the flag must be one of tlfast collect, got --odd"):
+            _check_flags([*shlex.split(command), "--odd"], complete=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

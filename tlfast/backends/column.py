@@ -26,6 +26,7 @@ class Column:
     ):  # fmt: skip
         self.name, self.calls = name, calls
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
+        self.own_mask: torch.Tensor | None = None  # of this step, in place of the step's mask
         self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of)
         who = self.recipe.who
         if of == "grad*act":
@@ -63,13 +64,19 @@ class Column:
         rows, shape = self.check(seen), self.recipe.read(seen).shape
         self.memory.used_on(current_stream(rows.device))
         out = rows[base : base + shape[0]] if self.recipe.keeps_batch(shape) else rows[base]
-        self.memory.count(self.recipe.write(out, seen, mask if self.masked else None, scale))
+        self.memory.count(self.recipe.write(out, seen, self._own(mask), scale))
+
+    def _own(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask of a step where it is about the gradients of this column."""
+        if self.own_mask is not None:
+            return self.own_mask
+        return mask if self.masked else None
 
     def part(self, seen: Seen, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same into rows of its own, for one call. Those that are to be added up aren't rounded, nor counted."""
         read, added = self.recipe.read(seen), self.calls == "sum"
         out = self.recipe.empty_for(read, accumulator(read.dtype) if added else self.recipe.row_dtype(read))
-        counts = self.recipe.write(out, seen, mask if self.masked else None, scale)
+        counts = self.recipe.write(out, seen, self._own(mask), scale)
         if not added:
             self.memory.count(counts)
         return out if self.recipe.keeps_batch(read.shape) else out.unsqueeze(0)

@@ -18,6 +18,7 @@ class Column(Protocol):
     """What one spec keeps at one point: a recipe, its rows, and what to do about several calls."""
 
     masked: bool
+    own_mask: torch.Tensor | None
 
     @property
     def name(self) -> str: ...

@@ -1,12 +1,11 @@
-"""Examples from whatever holds tokens, and the batches of one unit: sorted by length, filled to a token budget."""
+"""The batches of one unit: its examples sorted by length, filled to a token budget or a number, and padded."""
 
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,23 +13,44 @@ import torch
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .skipped import BadExamples
+from .examples import FieldSource
+from .examples import as_examples as as_examples  # users import it from here
+from .fields import DECODED, Fields, FieldsOfBatch, FieldUse
 
 PaddingSide = Literal["right", "left"]
-_KEYS = ("input_ids", "attention_mask", "source", "start")  # of a mapping
-_TOLD = {"id", "length", "flags", "norms"}  # what a dataset of ours tells of an example beside these
+Collate = Callable[[list[Fields]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of B examples, padded to P positions.
+    """The tokens of B examples, padded to P positions, and their other fields.
 
-    ``mask`` is True at real tokens, or None where all of them are real.
+    ``mask`` is True at real tokens, or None where all of them are real. Examples without tokens have ``input_ids``
+    [B, 0]. ``fields`` are the others by name, ``batch["labels"]`` is one of them: numbers are a tensor [B, ...], texts
+    a list, a mapping is a mapping of these. A field as long as the tokens is padded as they are, others on the right.
     """
 
     input_ids: torch.Tensor  # int64 [B, P]
     mask: torch.Tensor | None  # bool [B, P]
     padding_side: PaddingSide = "right"
+    fields: FieldsOfBatch = field(default_factory=FieldsOfBatch)
+    decoder_mask: torch.Tensor | None = None  # bool [B, L]: what a decoder really reads; None: all of it
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.fields
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def n_decoded(self) -> int | None:
+        """The positions that a decoder beside an encoder has; None where the examples say nothing of one."""
+        fields = self.fields.peek()
+        given = next((fields[name] for name in DECODED if isinstance(fields.get(name), torch.Tensor)), None)
+        return None if given is None or given.dim() < 2 else given.shape[1]
 
     @property
     def next_tokens(self) -> torch.Tensor:
@@ -47,7 +67,13 @@ class Batch:
 
     @property
     def labels(self) -> torch.Tensor:
-        """What `next_tokens` was called before: an AttributeError that says so."""
+        """The field of this name, as it was given; where there is none an AttributeError.
+
+        So were `next_tokens` called before, and the error says so.
+        """
+        if "labels" in self.fields:
+            labels: torch.Tensor = self.fields["labels"]
+            return labels
         remedy = "They are shifted already, so a loss that shifts its labels must not get them."
         raise AttributeError(broken_rule("Batch", "labels", "be asked for as next_tokens", "labels", remedy))
 
@@ -67,7 +93,8 @@ class Batch:
             pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
             return pinned.to(device, non_blocking=True)
 
-        return Batch(move(self.input_ids), None if self.mask is None else move(self.mask), self.padding_side)
+        mask, decoded = (None if part is None else move(part) for part in (self.mask, self.decoder_mask))
+        return Batch(move(self.input_ids), mask, self.padding_side, self.fields.moved(move), decoded)
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,11 @@ class Batching:
         pad_id: the token at padded positions; any valid one, since it is masked.
         buckets: the only numbers of positions that a batch may have, rising; every batch has a mask then, so that all
             batches of one shape are alike. None: any number.
+        batch_examples: at most so many examples in a batch; None: as many as ``batch_tokens`` allows.
+        sizes: of all examples by number, in place of their tokens, which they don't have; None: their tokens.
+        source: has the fields of the examples; None: they have none.
+        collate: (the examples of a batch) -> its fields, in place of the rules of `FieldRules`.
+        use: what fields the batches have, and which of them somebody reads.
     """
 
     batch_tokens: int
@@ -88,10 +120,19 @@ class Batching:
     padding_side: PaddingSide = "right"
     pad_id: int = 0
     buckets: tuple[int, ...] | None = None
+    batch_examples: int | None = None
+    sizes: Sequence[int] | None = None
+    source: FieldSource | None = None
+    collate: Collate | None = None
+    use: FieldUse = field(default_factory=FieldUse)
+
+    def size(self, example: Example) -> int:
+        """The tokens of an example, or what stands for them."""
+        return example.length if self.sizes is None else self.sizes[example.id]
 
     def order(self, examples: Sequence[Example]) -> list[int]:
         """The longest first, so that neighbours need little padding and the most memory is asked for at once."""
-        return sorted(range(len(examples)), key=lambda i: -examples[i].length)  # a stable sort
+        return sorted(range(len(examples)), key=lambda i: -self.size(examples[i]))  # a stable sort
 
     def n_positions(self, longest: int) -> int:
         """The positions of a batch whose longest example has ``longest`` tokens."""
@@ -101,13 +142,14 @@ class Batching:
 
     def n_examples(self, n_positions: int) -> int:
         """The examples of a full batch of so many positions."""
-        return max(1, self.batch_tokens // n_positions)
+        most = max(1, self.batch_tokens // max(1, n_positions))
+        return most if self.batch_examples is None else min(most, self.batch_examples)
 
     def parts(self, examples: Sequence[Example], order: Sequence[int]) -> list[tuple[list[int], int]]:
         """(which examples, positions) of each batch, in the given order; depends on these examples alone."""
         parts, start = [], 0
         while start < len(order):
-            n_positions = self.n_positions(examples[order[start]].length)
+            n_positions = self.n_positions(self.size(examples[order[start]]))
             parts.append((list(order[start : start + self.n_examples(n_positions)]), n_positions))
             start += len(parts[-1][0])
         return parts
@@ -119,6 +161,20 @@ class Batching:
 
     def batch(self, examples: Sequence[Example], n_positions: int) -> Batch:
         """One padded batch."""
+        if self.collate is not None:
+            return self._collated(examples, self.collate)
+        if self.source is not None and not self.source.rules.has_tokens:
+            ids, mask, n_positions = torch.zeros(len(examples), 0, dtype=torch.int64), None, 0
+        else:
+            ids, mask = self._padded(examples, n_positions)
+        if self.source is None:
+            return Batch(ids, mask, self.padding_side)
+        values = self.source.fetch([example.id for example in examples])
+        together = self.source.rules.collated(values, n_positions, self.padding_side)
+        decoded = self.source.rules.decoder_mask(values)
+        return Batch(ids, mask, self.padding_side, FieldsOfBatch(together, self.use), decoded)
+
+    def _padded(self, examples: Sequence[Example], n_positions: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = np.full((len(examples), n_positions), self.pad_id, dtype=np.int64)
         lengths = np.array([example.length for example in examples])
         for row, example in zip(ids, examples, strict=True):
@@ -129,11 +185,46 @@ class Batching:
             mask = columns < lengths[:, None]
         else:
             mask = columns >= n_positions - lengths[:, None]
-        return Batch(
-            torch.from_numpy(ids),
-            None if self.buckets is None and lengths.min() == n_positions else torch.from_numpy(mask),
-            self.padding_side,
-        )
+        whole = self.buckets is None and lengths.min() == n_positions
+        return torch.from_numpy(ids), None if whole else torch.from_numpy(mask)
+
+    def _collated(self, examples: Sequence[Example], collate: Collate) -> Batch:
+        """One batch as the user puts it together; what isn't ``input_ids`` or ``attention_mask`` is a field."""
+        parts: list[Fields] = [{} for _ in examples]
+        if self.source is not None:
+            parts = self.source.fetch([example.id for example in examples])
+        if self.source is None or self.source.rules.has_tokens:
+            parts = [
+                {"input_ids": list(example.input_ids), **part} for example, part in zip(examples, parts, strict=True)
+            ]
+        given: Any = collate(parts)
+        if not isinstance(given, Mapping):
+            remedy = "Return a dict of tensors."
+            raise TypeError(broken_rule("collect", "collate", "return a mapping", type(given).__name__, remedy))
+        fields = {str(name): value for name, value in given.items() if value is not None}
+        ids = fields.pop("input_ids", torch.zeros(len(examples), 0, dtype=torch.int64))
+        mask = fields.pop("attention_mask", None)
+        _check_collated(ids, mask, fields, len(examples))
+        mask = None if mask is None or bool(mask.all()) else mask.bool()
+        decoded = fields.get("decoder_attention_mask")
+        decoded = decoded.bool() if isinstance(decoded, torch.Tensor) and not bool(decoded.all()) else None
+        return Batch(ids.long(), mask, self.padding_side, FieldsOfBatch(fields, self.use), decoded)
+
+
+def _check_collated(ids: Any, mask: Any, fields: Mapping[str, Any], n: int) -> None:
+    """ValueError for what a ``collate=`` returned that is no batch of ``n`` examples."""
+    sizes = {name: len(value) for name, value in fields.items() if isinstance(value, (torch.Tensor, list))}
+    odd = next((f"{size} in {name!r}" for name, size in sizes.items() if size != n), None)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or len(ids) != n:
+        odd = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
+        odd += " as input_ids"
+    elif mask is not None and (
+        not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all())
+    ):
+        odd = "an attention_mask that isn't 0 or 1 at each token"
+    if odd is not None:
+        rule, remedy = f"return a batch of {n} examples: tensors [B, ...], tokens [B, P]", "Return a dict of tensors."
+        raise ValueError(broken_rule("collect", "collate", rule, odd, remedy))
 
 
 def bucket_lengths(longest: int, most: int = 8) -> tuple[int, ...]:
@@ -149,200 +240,6 @@ def bucket_lengths(longest: int, most: int = 8) -> tuple[int, ...]:
     steps = {factor << k for k in range(longest.bit_length()) for factor in (1, 3)}
     below = sorted(step for step in steps if 2 <= step < longest)
     return tuple([*below, longest][-most:])
-
-
-def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest: int | None = None) -> list[Example]:
-    """Turn token sequences, examples, or batches of them into a list of examples, numbered from 0.
-
-    An item is one sequence of tokens, a tensor or array [P] or [B, P], an `Example`, a mapping with ``input_ids`` (and
-    ``attention_mask``, ``source``, ``start`` if there are any, and nothing else), or a list of such items.
-
-    Args:
-        batches: the items.
-        bad: takes the examples of less than 2 tokens and of more than ``longest``; None: they are an error. One that
-            has no source is remembered by its number among all that were given: "#17".
-        longest: the most tokens of an example; None: any number.
-
-    Raises:
-        ValueError, TypeError: for an item that is none of these, or tokens that are none; for a mapping with other
-            keys, which nobody would use; for a list whose parts may be the fields of a batch and not its examples.
-
-    Example:
-        >>> from tlfast.collecting.batches import as_examples
-        >>> [e.length for e in as_examples([[5, 6, 7], {"input_ids": [[1, 2], [3, 4]]}])]
-        [3, 2, 2]
-    """
-    bad = BadExamples("stop") if bad is None else bad
-    if isinstance(batches, Mapping):
-        got = f"a mapping with {_named(batches)}"
-        raise TypeError(broken_rule("collect", "batches", "be an iterable of batches", got, "Put it into a list."))
-    examples: list[Example] = []
-    items = (given for k, item in enumerate(batches) for given in _sequences(item, f"batches[{k}]"))
-    for number, (ids, source, start) in enumerate(items):
-        tokens = _checked(ids)
-        n, got = len(tokens), f"{len(tokens)} in example {number}"
-        if n < 2:
-            remedy = "A single token has no next one; leave it out."
-            error = broken_rule("collect", "examples", "have 2 tokens or more", got, remedy)
-            bad.leave_out(source or f"#{number}", start, f"{n} token{'s' * (n != 1)}, less than 2", error)
-        elif longest is not None and n > longest:
-            remedy = "Cut the examples, or give a larger seq_len."
-            error = broken_rule("collect", "examples", f"have {longest} tokens at most", got, remedy)
-            bad.leave_out(source or f"#{number}", start, f"{n} tokens, more than {longest}", error)
-        else:
-            examples.append(Example(len(examples), tokens, source, start, n))
-    if not examples:
-        got = str(bad) if len(bad) else "none"
-        remedy = "Look at these." if len(bad) else "Is the iterable used up?"
-        raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
-    return examples
-
-
-def _sequences(item: Any, place: str) -> Iterator[tuple[Sequence[int], str, int]]:
-    """Yield tokens, source and start of each example in an item; ``place`` is where it stands."""
-    if isinstance(item, Example):
-        if item.length != len(item.input_ids):
-            got, remedy = f"{item.length} for {len(item.input_ids)} tokens", "An example holds its real tokens alone."
-            raise ValueError(broken_rule("collect", f"length of {place}", "count its tokens", got, remedy))
-        yield item.input_ids, item.source, item.start
-    elif isinstance(item, Mapping) and "input_ids" in item:
-        yield from _of_mapping(item, place)
-    elif isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim in (1, 2):
-        ids = _as_list(item)
-        for row in ids if item.ndim == 2 else [ids]:
-            yield row, "", 0
-    elif (
-        isinstance(item, array)
-        or (isinstance(item, (list, tuple)) and not item)  # an example without tokens
-        or (isinstance(item, Sequence) and item and isinstance(item[0], int))
-    ):
-        yield item, "", 0
-    elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
-        _check_parts(item, place)
-        for k, part in enumerate(item):
-            yield from _sequences(part, f"{place}[{k}]")
-    else:
-        rule = "hold token sequences, tensors [P] or [B, P], or mappings with input_ids"
-        got = f"{type(item).__name__}{f' with {_named(item)}' if isinstance(item, Mapping) else ''} in {place}"
-        remedy = "Tokenize the text first; for other inputs use tlfast.capture."
-        raise TypeError(broken_rule("collect", "batches", rule, got, remedy))
-
-
-def _check_parts(parts: Sequence[Any], place: str) -> None:
-    """ValueError where the parts of a list may be fields of a batch, or its positions, and not its examples."""
-    fields = getattr(parts, "_fields", None)
-    sizes = [list(part.shape) for part in parts if isinstance(part, (torch.Tensor, np.ndarray))]
-    if fields is not None:
-        got = f"{type(parts).__name__}({', '.join(fields)})"
-    elif len(parts) > 1 and any(len(size) > 1 for size in sizes):  # a DataLoader of a TensorDataset
-        got = f"{len(parts)} parts with sizes {', '.join(map(str, sizes[:3]))}"
-    elif len(parts) == 2 and _is_mask(parts[1], parts[0]):
-        got = "tokens, and as many 0s and 1s"
-    else:
-        _check_examples_first(parts, place)
-        return
-    rule, remedy = "name the fields of a batch", "Give mappings with input_ids and attention_mask."
-    raise ValueError(broken_rule("collect", place, rule, got, remedy))
-
-
-def _is_mask(part: Any, tokens: Any) -> bool:
-    part, tokens = _as_list(part), _as_list(tokens)
-    return (
-        isinstance(part, Sequence) and isinstance(tokens, Sequence) and not isinstance(part, (str, bytes))
-        and len(part) == len(tokens) > 0
-        and all(isinstance(value, int) for value in (*part, *tokens))
-        and set(part) <= {0, 1} and not set(tokens) <= {0, 1}
-    )  # fmt: skip
-
-
-def _check_examples_first(rows: Any, place: str) -> None:
-    """ValueError for a list of equally long tensors: a DataLoader makes lists of ints so, the positions first."""
-    several = isinstance(rows, (list, tuple)) and len(rows) > 1
-    sizes = {tuple(row.shape) if isinstance(row, torch.Tensor) else () for row in rows} if several else ()
-    if len(sizes) == 1 and all(map(len, sizes)):
-        rule, got = "hold one example after the other", f"a list of {len(rows)} tensors {list(*sizes)}"
-        remedy = "Stack them, [B, P]; a DataLoader that makes such lists, positions first, needs collate_fn=list."
-        raise ValueError(broken_rule("collect", place, rule, got, remedy))
-
-
-def _of_mapping(item: Mapping[str, Any], place: str) -> Iterator[tuple[Sequence[int], str, int]]:
-    told = _TOLD if set(item) == {*_TOLD, "input_ids", "source", "start"} else ()  # an example of a dataset of ours
-    unused = [str(key) for key, value in item.items() if key not in (*_KEYS, *told) and value is not None]
-    if unused:
-        raise ValueError(
-            broken_rule(
-                "collect", f"keys of {place}", f"be among {', '.join(_KEYS)}", ", ".join(unused),
-                "Drop what is too much: neither model nor loss would see it. Labels that are the input_ids are what "
-                "the default loss predicts; others aren't supported yet.",
-            )
-        )  # fmt: skip
-    given = item["input_ids"]
-    _check_examples_first(given, f"input_ids of {place}")
-    ids = _as_list(given)
-    if not isinstance(ids, Sequence) or (isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim > 2):
-        got = f"a tensor {list(given.shape)}" if isinstance(given, (torch.Tensor, np.ndarray)) else repr(ids)
-        rule = "be tokens, [P] or [B, P]"
-        raise ValueError(broken_rule("collect", f"input_ids of {place}", rule, got, "Give mappings of one batch each."))
-    nested = bool(ids) and (isinstance(ids[0], Sequence) or hasattr(ids[0], "ndim"))
-    rows = [_as_list(row) for row in ids] if nested else [ids]
-    mask, source, start = item.get("attention_mask"), item.get("source"), _as_list(item.get("start"))
-    masks = [None] * len(rows) if mask is None else _for_each(mask, nested, len(rows), f"attention_mask of {place}")
-    sources = _for_each(source, not isinstance(source, str), len(rows), f"source of {place}", "")
-    starts = _for_each(start, not isinstance(start, int), len(rows), f"start of {place}", 0)
-    for row, mask, source, start in zip(rows, masks, sources, starts, strict=True):
-        if not isinstance(source, str) or not isinstance(start, (int, np.integer)):
-            rule, got = "be a text and a whole number", f"{source!r} and {start!r}"
-            raise ValueError(broken_rule("collect", f"source and start of {place}", rule, got, "Or leave them out."))
-        yield row if mask is None else _real(row, _as_list(mask), place), source, int(start)
-
-
-def _for_each(value: Any, nested: bool, n: int, name: str, default: Any = None) -> Sequence[Any]:
-    """The values of ``n`` examples, of which one that isn't nested is for all of them."""
-    values = _as_list(value)
-    if values is None or not nested:
-        return [default if values is None else values] * n
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != n:
-        got = f"{len(values)} values" if isinstance(values, Sequence) else repr(values)
-        raise ValueError(broken_rule("collect", name, f"have one for each of {n} examples", got, "See input_ids."))
-    return values
-
-
-def _real(tokens: Sequence[Any], mask: Any, place: str) -> Sequence[Any]:
-    """The tokens of an example that its mask keeps: one run of them, since padding lies at the ends."""
-    rule, remedy = f"be 0 or 1 at each of the {len(tokens)} tokens", "Leave it out where nothing is padded."
-    name = f"attention_mask of {place}"
-    if not isinstance(mask, Sequence) or len(mask) != len(tokens) or any(value not in (0, 1) for value in mask):
-        got = repr(mask)
-        raise ValueError(broken_rule("collect", name, rule, got if len(got) < 60 else f"{got[:57]}...", remedy))
-    n = sum(map(bool, mask))
-    first = next((k for k, keep in enumerate(mask) if keep), 0)
-    if not all(mask[first : first + n]):
-        rule, got = "keep one run of tokens", "a gap among them"
-        raise ValueError(broken_rule("collect", name, rule, got, "Give packed sequences one by one."))
-    return tokens[first : first + n]
-
-
-def _named(item: Mapping[Any, Any]) -> str:
-    return ", ".join(map(str, item)) or "no keys"
-
-
-def _as_list(value: Any) -> Any:
-    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
-
-
-def _checked(ids: Sequence[Any]) -> array[int]:
-    try:
-        # What an array makes of bytes are the numbers that lie in them.
-        given = list(ids) if isinstance(ids, (bytes, bytearray)) else ids
-        tokens = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", given)
-        if not tokens or (min(tokens) >= 0 and not isinstance(ids[0], bool)):
-            return tokens
-    except (TypeError, OverflowError):
-        pass
-    odd = next(
-        (token for token in ids if type(token) is bool or not isinstance(token, int) or not 0 <= token < 2**31), ids
-    )
-    raise ValueError(broken_rule("collect", "tokens", "be ints from 0 on", repr(odd), "Check the input_ids."))
 
 
 def unit_rows(row_bytes: int, ring_bytes: int = 256 << 20, most: int = 2048) -> int:

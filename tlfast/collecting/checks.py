@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from ..hooks.captured import captures_of
 from ..hooks.points import find_points, named_points
 from ..spec import Spec, as_specs
+from .batches import Batch, Batching
+from .examples import FieldSource
+from .fields import FieldUse, leaves
+from .losses import OF_TOKENS
 from .options import CollectOptions
 
 
@@ -91,3 +96,45 @@ def positions_of(model: nn.Module) -> int | None:
 def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | None:
     """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
     return None if all(1 in spec.dims for spec in specs) else seq_len or longest
+
+
+def as_mapping(fields: Sequence[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The fields that are asked for, each with its key; names alone are keys, and the order of a tuple's parts."""
+    return fields if fields is None or isinstance(fields, Mapping) else {name: name for name in fields}
+
+
+def check_tokens(loss: str | None, source: FieldSource | None) -> None:
+    """ValueError for a loss of tokens, by its name, where examples have none."""
+    if loss in OF_TOKENS and source is not None and not source.rules.has_tokens:
+        rule, got = f"have input_ids for loss {loss}", ", ".join(source.rules.names)
+        remedy = "Tokenize text first; loss= may be of what they have."
+        raise ValueError(broken_rule("collect", "examples", rule, got, remedy))
+
+
+def check_used(use: FieldUse, keep_fields: Sequence[str]) -> None:
+    """ValueError for a field that neither the model nor the loss has asked for, and that isn't kept."""
+    unused = sorted(use.given - use.read - {*keep_fields})
+    if unused:
+        rule, got = "be used by the model or the loss, or be kept", ", ".join(unused)
+        remedy = "keep_fields= stores small ones in the row table, fields= says which to take, loss= may need them."
+        raise ValueError(broken_rule("collect", "fields of the examples", rule, got, remedy))
+
+
+def check_collate(batching: Batching, examples: Sequence[Example]) -> None:
+    """ValueError where collate= makes another batch of the same examples when it is called again."""
+    first = examples[:2]
+    n_positions = batching.n_positions(max(map(batching.size, first)))
+    once, again = (batching.batch(first, n_positions) for _ in range(2))
+    if not _same(once, again):
+        rule, got = "make the same batch of the same examples each time", "another one"
+        remedy = "Let nothing random be in it: draw masks and crops before."
+        raise ValueError(broken_rule("collect", "collate", rule, got, remedy))
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    pairs = [(one.input_ids, other.input_ids), (one.mask, other.mask)]
+    here, there = (dict(leaves(batch.fields.peek())) for batch in (one, other))
+    pairs += [(here[name], there.get(name)) for name in here]
+    return here.keys() == there.keys() and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b for a, b in pairs
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..dataset.errors import extra
-from ..dataset.format.plan import Example
+from ..dataset.format.plan import Example, FieldExample
 from ..errors import broken_rule
 from ..hooks.points import as_list, find_points
 from ..spec import Spec
@@ -50,11 +50,13 @@ def _whole(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def examples_fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of all tokens, sources and starts."""
+    """SHA-256 of all tokens, sources and starts, and of the other fields where there are any."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.source}\0{example.start} {example.length};".encode())
         digest.update(memoryview(example.input_ids))  # type: ignore[arg-type]
+        if isinstance(example, FieldExample):
+            digest.update(example.digest)
     return digest.hexdigest()
 
 

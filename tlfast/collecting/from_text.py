@@ -1,29 +1,47 @@
-"""`tlfast collect`: from settings to a dataset, by way of a Hugging Face model and text files."""
+"""`tlfast collect`: from settings to a dataset, by way of a Hugging Face model and text files, or records."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
 from torch import nn
 
+from ..dataset.format.plan import Example
+from ..dataset.read.conditions import Condition
 from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
 from ..hooks.points import find_points
+from .chat import check_template
 from .checks import positions_of
 from .determinism import prepare_cuda
 from .huggingface import (
+    Loading,
+    base_and_adapter,
     beginning_of_text,
     check_model_name,
     encoder,
+    end_of_text,
     load_model,
     load_tokenizer,
     pick_device,
     portable_name,
 )
+from .losses import loss_called
+from .packing import check_packs, packed
 from .progress import Report
+from .records import read_records
 from .resume import check_folder, has_units
 from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
-from .text import check_plain, cut_texts, find_text_files
+from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, task_of
+from .text import TextFile, check_plain, cut_texts, find_text_files
+from .tokenizing import Columns, Tokenizing
 
 
 def collect_text(settings: CollectSettings, made_by: str) -> Report:
@@ -44,63 +62,170 @@ class Collection:
     def __init__(self, settings: CollectSettings) -> None:
         """Cheap checks first, the model last."""
         settings.check()
-        staging = settings.staging or None
-        check_folder(settings.out, settings.resume, settings.overwrite, staging)
-        check_model_name(settings.model)
+        check_folder(settings.out, settings.resume, settings.overwrite, settings.staging or None)
+        name, adapter = base_and_adapter(settings.model, settings.adapter)
+        check_model_name(name)
         self.device = device = pick_device(settings.device)
-        files = find_text_files(settings.text, settings.pattern)
-        if not any(file.path.stat().st_size for file in files):
-            got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
-            raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
-        if settings.overwrite or settings.extend or not has_units(settings.out):  # what was begun goes on for ever
-            check_plain(files, settings.pattern)
+        files = _text_files(settings)
+        loss = loss_called(imported(settings.loss)) if settings.loss else None
         if device.type == "cuda":
             prepare_cuda()
-        self.tokenizer = tokenizer = load_tokenizer(settings.model)
-        model = load_model(settings.model, stored_as(settings.model_dtype), device, settings.device_map)
+        self.tokenizer = load_tokenizer(name, settings.trust_remote_code)
+        loading = Loading(settings.task, adapter, settings.trust_remote_code)
+        model = load_model(name, stored_as(settings.model_dtype), device, settings.device_map, loading)
         if settings.lens:
             from ..transformer_lens.loading import as_bridge
             from ..transformer_lens.names import find_names
 
-            check_fits(model, settings.seq_len)
+            check_fits(model, settings)
             model = as_bridge(model)
             find_names("collect", model, settings.points)
         else:
             find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
-            check_fits(model, settings.seq_len)
-        self.bad = bad = BadExamples(settings.bad_examples)
+            check_fits(model, settings)
+        self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
-        self.examples = cut_texts(
-            files,
-            encoder(tokenizer),
-            settings.seq_len,
-            max_examples=settings.max_examples or None,
-            first=beginning_of_text(tokenizer, settings.bos),
-            bad=bad,
-        )
+        self.loss: Any = fitting_loss(settings, model) if loss is None else loss
+        self.examples: list[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
+        if settings.pack:
+            self._pack(settings)
 
-    def collect(
+    def _pack(self, settings: CollectSettings) -> None:
+        longest = (settings.seq_len or positions_of(self.model)) if settings.dataset else settings.text_len
+        if task_of(self.model) not in (None, CAUSAL) or longest is None:
+            got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
+            remedy = "Leave it out."
+            raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
+        self.examples = packed(self.examples, longest)
+        check_packs(self.model, self.examples)
+
+    def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> list[Any]:
+        most = settings.max_examples or None
+        found = cut_texts(
+            files,
+            encoder(self.tokenizer),
+            settings.text_len,
+            max_examples=None if settings.filter else most,
+            first=beginning_of_text(self.tokenizer, settings.bos),
+            bad=self.bad,
+        )
+        return filtered(found, settings.filter)[:most] if settings.filter else found
+
+    def _records(self, settings: CollectSettings) -> list[Any]:
+        columns = Columns(
+            settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
+            settings.label_column, settings.keep_fields,
+        )  # fmt: skip
+        if columns.messages:
+            check_template(self.tokenizer)
+        labels = getattr(getattr(self.model, "config", None), "label2id", None)
+        tokenizing = Tokenizing(
+            columns, self.tokenizer, task_of(self.model), self.bad,
+            first=beginning_of_text(self.tokenizer, settings.bos),
+            last=end_of_text(self.tokenizer, settings.eos, bool(columns.response)),
+            longest=settings.seq_len or positions_of(self.model), truncate=settings.truncate,
+            condition=settings.filter, label_ids=labels if isinstance(labels, dict) else None,
+        )  # fmt: skip
+        records = read_records(settings.dataset, self.bad, settings.name, settings.split, columns.texts)
+        return tokenizing.examples(records, settings.max_examples or None)
+
+    def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
-    ) -> Report:
-        """`tlfast.collect` with these settings, which differ from those loaded in units, out or the like at most."""
+    ) -> Run:
+        """The run of these settings, which differ from those loaded in units, out or the like at most."""
         tokenizer = self.tokenizer
+        adapter = {"adapter": portable_name(settings.adapter)} if settings.adapter else {}
         options = settings.to_options(
+            loss=self.loss,
+            keep_fields=settings.keep_fields,
             pad_id=tokenizer.pad_token_id or 0,
             share=share,
             skipped=self.bad.skipped,
             progress=progress,
             header={
-                "model": {"name": portable_name(settings.model)},
+                "model": {"name": portable_name(settings.model)} | adapter,
                 "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
-                "text": {"seq_len": settings.seq_len, "bos": settings.bos},
+                "text": settings.describe_data(),
             },
             config=settings.to_yaml(f"{made_by}, {settings.device_map or self.device}"),
         )
-        return Run(self.model, self.examples, settings.out, options).collect()
+        return Run(self.model, self.examples, settings.out, options)
+
+    def collect(
+        self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
+    ) -> Report:
+        """`tlfast.collect` with these settings."""
+        return self.run(settings, made_by, progress, share).collect()
 
 
-def check_fits(model: nn.Module, seq_len: int) -> None:
-    n_positions = positions_of(model)
+def _text_files(settings: CollectSettings) -> list[TextFile]:
+    if not settings.text:
+        return []
+    files = find_text_files(settings.text, settings.pattern)
+    if not any(file.path.stat().st_size for file in files):
+        got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
+        raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
+    if settings.overwrite or settings.extend or not has_units(settings.out):  # what was begun goes on for ever
+        check_plain(files, settings.pattern)
+    return files
+
+
+def filtered(examples: Sequence[Example], text: str) -> list[Example]:
+    """The examples for which a condition on ``length``, ``source`` and ``start`` holds; ValueError where none is left.
+
+    They are numbered anew.
+    """
+    condition = Condition(text, "collect")
+    condition.check_names(["length", "source", "start"])
+    kept = [e for e in examples if condition({"length": e.length, "source": e.source, "start": e.start})]
+    if not kept:
+        got = f"{text!r} with {len(examples)} examples"
+        raise ValueError(broken_rule("collect", "filter", "leave an example at least", got, "Ask for less."))
+    return [replace(example, id=k) for k, example in enumerate(kept)]
+
+
+def imported(loss: str) -> Any:
+    """The loss that a text names: its name; or what is called so in a module, which may lie in the working folder.
+
+    Raises:
+        ValueError: where there is no such module, or nothing in it that can be called.
+    """
+    module, colon, name = loss.partition(":")
+    if not colon:
+        return loss
+    rule = "be a name, or module:function"
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        got, remedy = f"{loss!r}: {error}", "Modules are looked for in the working folder, and where Python does."
+        raise ValueError(broken_rule("collect", "loss", rule, got, remedy)) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ValueError(
+            broken_rule("collect", "loss", rule, f"a {type(found).__name__}, {loss!r}", "Name a function.")
+        )
+    return found
+
+
+def fitting_loss(settings: CollectSettings, model: nn.Module) -> str:
+    """The name of the loss of what the model is for, and of what the examples have."""
+    task = task_of(model)
+    if task == SEQ2SEQ:
+        return "seq2seq"
+    if task == CLASSIFIER:
+        return "classification"
+    if task == MASKED:
+        return "masked_lm"
+    if settings.pack:
+        return "response"
+    return "response" if settings.response_column or settings.messages_column or settings.label_column else "next_token"
+
+
+def check_fits(model: nn.Module, settings: CollectSettings) -> None:
+    """ValueError for examples that may be longer than the model has positions."""
+    n_positions, seq_len = positions_of(model), settings.seq_len if settings.dataset else settings.text_len
     if n_positions is not None and seq_len > n_positions:
         rule = f"be at most {n_positions}, the positions of the model"
         raise ValueError(broken_rule("collect", "seq_len", rule, seq_len, "Give a smaller --seq-len."))

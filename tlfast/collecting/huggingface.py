@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,55 @@ from ..errors import broken_rule
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
+# What transformers calls the class of a task, and how a checkpoint's architecture ends that is of it.
+TASKS = {
+    "causal": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
+    "masked": ("AutoModelForMaskedLM", ("ForMaskedLM",)),
+    "sequence-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
+    "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
+    "seq2seq": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
+    "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+}
+ADAPTER = "adapter_config.json"
+
 # What the hub accepts as a name: one part, or two with a slash.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, beside its name.
+
+    Args:
+        task: one of `TASKS`; "auto": as the checkpoint's config says, causal where it doesn't.
+        adapter: folder or name of a PEFT adapter to put into it; "": none.
+        trust_remote_code: run the code that lies beside the checkpoint.
+    """
+
+    task: str = "causal"
+    adapter: str = ""
+    trust_remote_code: bool = False
+
+
+def base_and_adapter(name: str, adapter: str = "") -> tuple[str, str]:
+    """The model and the adapter that are meant: a folder may hold an adapter alone, which names its model.
+
+    ValueError where that is so, and another adapter is given, or none is named.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+        return name, adapter
+    if adapter:
+        rule, got = "be a model where adapter is given", f"{name!r}, an adapter, and {adapter!r}"
+        raise ValueError(broken_rule("collect", "model", rule, got, "Give one adapter."))
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        rule, remedy = "name its model in " + ADAPTER, "Give the model by --model, this folder by --adapter."
+        raise ValueError(broken_rule("collect", "model", rule, repr(name), remedy))
+    return base, name
 
 
 def check_model_name(name: str) -> None:
@@ -42,13 +90,40 @@ def _in_a_folder(path: Path) -> bool:
     return len(path.parts) > 1 and path.parent.is_dir()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer that belongs to a model; ValueError where there is none."""
-    return _load("AutoTokenizer", name)
+    return _load("AutoTokenizer", name, **_trusting(trust_remote_code))
 
 
-def load_model(name: str, dtype: torch.dtype | None, device: torch.device, device_map: str = "") -> nn.Module:
-    """Load a causal language model; ``dtype`` None is the checkpoint's own.
+def _trusting(trust: bool) -> dict[str, Any]:
+    # Always said: where it isn't, transformers asks whoever sits at the terminal.
+    return {"trust_remote_code": trust}
+
+
+def auto_class(name: str, loading: Loading = Loading()) -> str:
+    """The class of transformers that loads a model for its task."""
+    if loading.task in TASKS:
+        return TASKS[loading.task][0]
+    path = Path(name).expanduser() / "config.json"
+    if path.is_file():
+        try:
+            said: Any = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            said = {}
+    else:
+        said = _load("AutoConfig", name, **_trusting(loading.trust_remote_code)).to_dict()
+    kinds = said.get("architectures") if isinstance(said, dict) else None
+    kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else ""
+    found = [auto for auto, endings in TASKS.values() if kind.endswith(endings)]
+    if kind.endswith("ForConditionalGeneration") and not said.get("is_encoder_decoder"):
+        found = []
+    return found[0] if found else TASKS["causal"][0]
+
+
+def load_model(
+    name: str, dtype: torch.dtype | None, device: torch.device, device_map: str = "", loading: Loading = Loading()
+) -> nn.Module:
+    """Load a model for its task, a causal language model where nothing says another; ``dtype`` None is its own.
 
     It is put onto ``device``, or spread over several as ``device_map`` says.
 
@@ -62,9 +137,45 @@ def load_model(name: str, dtype: torch.dtype | None, device: torch.device, devic
     # Sizes that differ are then told by name, and not by an error that says where to look for them.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: nn.Module
-    model, loaded = _load("AutoModelForCausalLM", name, **settings)
+    kind = auto_class(name, loading)
+    model, loaded = _load(kind, name, **settings, **_trusting(loading.trust_remote_code))
     _check_loaded(name, model, loaded)
+    if loading.adapter:
+        _put_in(model, loading.adapter)
     return model if device_map else model.to(device)
+
+
+def empty_model(name: str, loading: Loading) -> nn.Module:
+    """The model of a checkpoint without its weights, on the meta device; ValueError where it can't be made."""
+    trust = _trusting(loading.trust_remote_code)
+    config = _load("AutoConfig", name, **trust)
+    kind = getattr(extra("transformers", "collect"), auto_class(name, loading))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(config, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        got, remedy = f"{name!r}: {' '.join(str(error).split())[:300]}", "Give another --task."
+        raise ValueError(broken_rule("collect", "model", f"be one of {kind.__name__}", got, remedy)) from error
+    return model
+
+
+def _put_in(model: Any, adapter: str) -> None:
+    """Put a PEFT adapter into a model, whose modules keep their names; ValueError where it isn't for that model."""
+    extra("peft", "collect", "peft")
+    folder = Path(adapter).expanduser()
+    try:
+        found = model.load_adapter(str(folder) if folder.is_dir() else adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        got = f"{adapter!r}: {' '.join(str(error).split())[:300]}"
+        remedy = "Check the folder, or the name; prompt tuning has no weights to put in."
+        raise ValueError(broken_rule("collect", "adapter", "be a PEFT adapter of the model", got, remedy)) from error
+    missing = sorted({*(getattr(found, "missing_keys", None) or ()), *(getattr(found, "unexpected_keys", None) or ())})
+    if missing:
+        got = f"{adapter!r} with or without {some(missing)}"
+        remedy = "It was trained with another model."
+        raise ValueError(
+            broken_rule("collect", "adapter", "have the weights that the model has places for", got, remedy)
+        )
 
 
 def _check_loaded(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
@@ -127,6 +238,15 @@ def beginning_of_text(tokenizer: Any, bos: str) -> list[int]:
     if bos == "never" or token is None:
         return []
     return [token] if bos == "always" or list(tokenizer("a")["input_ids"][:1]) == [token] else []
+
+
+def end_of_text(tokenizer: Any, eos: str, is_response: bool) -> list[int]:
+    """The tokens to put behind an example of a causal model: "auto" is one behind a response, where there is one."""
+    token = tokenizer.eos_token_id
+    if eos == "always" and token is None:
+        remedy = "It has no eos token."
+        raise ValueError(broken_rule("collect", "eos", "be auto or never for this tokenizer", repr(eos), remedy))
+    return [token] if token is not None and (eos == "always" or (eos == "auto" and is_response)) else []
 
 
 def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:

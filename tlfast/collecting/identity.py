@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,7 +15,7 @@ from ..spec import Spec
 from .batches import Batching
 from .fingerprint import describe_model, describe_spec, examples_fingerprint
 from .function_identity import called, describe_function
-from .loss import next_token_loss
+from .losses import SAID, name_of
 from .options import CollectOptions
 
 # What of the options (`CollectOptions`) two runs of one dataset must share. One that isn't named here enters by its own
@@ -24,7 +25,9 @@ IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
     "points": "specs", "reduce": "specs", "over": "specs", "dtype": "specs", "output": "specs", "lens": "specs",
     "loss": "loss", "identity": "loss_identity", "batch_tokens": "batching", "padding_side": "batching",
     "pad_id": "batching", "seq_len": "batching", "cuda_graph": "batching", "bad_examples": "examples",
-    "skipped": "examples", "rows_per_unit": "plan", "header": "header",
+    "skipped": "examples", "rows_per_unit": "plan", "header": "header", "fields": "examples",
+    "fingerprint": "examples", "keep_fields": "fields", "batch_examples": "batching", "size": "batching",
+    "collate": "collate",
 }  # fmt: skip
 MAKES_NO_OTHER_ROWS = (
     "attach", "backend", "embedding", "units", "share", "resume", "extend", "overwrite", "staging", "non_finite",
@@ -42,13 +45,19 @@ def describe_options(options: CollectOptions) -> dict[str, Any]:
     return said
 
 
-def describe_examples(examples: Sequence[Example], skipped: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """What a dataset, or an extension of it, says of its examples and of the bad ones that were left out."""
+def describe_examples(
+    examples: Sequence[Example], skipped: Sequence[Sequence[Any]], fingerprint: str = ""
+) -> dict[str, Any]:
+    """What a dataset, or an extension of it, says of its examples and of the bad ones that were left out.
+
+    ``fingerprint`` stands for what they are where the user vouches for it.
+    """
+    told = hashlib.sha256(fingerprint.encode()).hexdigest() if fingerprint else examples_fingerprint(examples)
     return {
         "tokens": sum(example.length for example in examples),
-        "sha256": examples_fingerprint(examples),
+        "sha256": told,
         "skipped": [list(entry) for entry in skipped],
-    }
+    } | ({"fingerprint": fingerprint} if fingerprint else {})
 
 
 def describe_loss(loss: Any, identity: Any, header: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
@@ -61,22 +70,32 @@ def describe_loss(loss: Any, identity: Any, header: Mapping[str, Any] | None) ->
         TypeError: for a loss that can't be called.
         ValueError: for an ``identity`` that says nothing.
     """
-    if not callable(loss):
+    name = name_of(loss)
+    if name is None and not callable(loss):
         remedy = "Pass a function of model and batch."
         raise TypeError(broken_rule("collect", "loss", "be a function", type(loss).__name__, remedy))
-    if not isinstance(identity, str) or (identity and loss is next_token_loss):
-        got = f"{identity!r}{' with the default loss' if loss is next_token_loss else ''}"
+    if not isinstance(identity, str) or (identity and name is not None):
+        beside = "" if name is None else " with the default loss" if name == "next_token" else f" with loss {name}"
+        got = f"{identity!r}{beside}"
         raise ValueError(broken_rule("collect", "identity", "name the loss= that is given", got, "Leave it out."))
-    if loss is next_token_loss:
-        return {"loss": "next-token cross-entropy, summed over each example's tokens"}, []
+    if name is not None:
+        return {"loss": SAID[name]}, []
     module = called(getattr(loss, "__module__", type(loss).__module__))
-    name = {"loss": f"{module}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"}
+    said = {"loss": f"{module}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"}
     if identity:
-        return name | {"loss_identity": identity}, []
+        return said | {"loss_identity": identity}, []
     if isinstance(header, Mapping) and "loss" in header:
-        return name, []
+        return said, []
     code, unknown = describe_function(loss)
-    return name | {"loss_code": code}, unknown
+    return said | {"loss_code": code}, unknown
+
+
+def _more_of(batching: Batching, options: CollectOptions) -> dict[str, Any]:
+    """What else is said of the batches, where it isn't as it always was."""
+    more: dict[str, Any] = {} if batching.buckets is None else {"buckets": list(batching.buckets)}
+    if batching.batch_examples is not None:
+        more["batch_examples"] = batching.batch_examples
+    return more if options.size is None else more | {"size": describe_function(options.size)[0]}
 
 
 def describe_collection(
@@ -100,8 +119,9 @@ def describe_collection(
         "batching": {
             "batch_tokens": batching.batch_tokens, "width": batching.width,
             "padding_side": batching.padding_side, "pad_id": batching.pad_id,
-        } | ({} if batching.buckets is None else {"buckets": list(batching.buckets)}),
+        } | _more_of(batching, options),
         "examples": dict(examples),
+        **({} if options.collate is None else {"collate": describe_function(options.collate)[0]}),
         **describe_options(options),
     }  # fmt: skip
     if not isinstance(more, (Mapping, type(None))):

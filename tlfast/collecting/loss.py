@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,22 @@ Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 _TRIAL_TOKENS = 32  # enough for every token to have some before it and some behind
 _ROUNDINGS = 2  # the same sums in another order, either time
+# What a Hugging Face model compares its output with, if it gets it.
+_LABELS = frozenset(
+    {
+        "labels",
+        "label_ids",
+        "start_positions",
+        "end_positions",
+        "next_sentence_label",
+        "sentence_order_label",
+        "mc_labels",
+        "class_labels",
+        "mask_labels",
+        "entity_labels",
+        "return_loss",
+    }
+)
 
 
 @lru_cache(maxsize=256)
@@ -29,16 +46,25 @@ def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
     return frozenset(parameters), inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _accepted(model: nn.Module) -> frozenset[str]:
-    """The names that a model takes; through ``**kwargs`` also those of the model that it wraps, as PEFT's do."""
+def _accepted(model: nn.Module, wanted: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The names that a model takes; through ``**kwargs`` also those of the model that it wraps, as PEFT's do.
+
+    That is the first child that takes tokens; or a field that is ``wanted``, of a model that names nothing itself. What
+    ``**kwargs`` alone would swallow isn't taken: nobody could tell whether it is used.
+    """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     names, others = _parameters(type(model).forward)
     if others:
         for child in model.children():
-            inner = _accepted(child)
-            if "input_ids" in inner:
+            inner = _accepted(child, wanted)
+            if "input_ids" in inner or (inner & wanted and not names - {"self", "args", "kwargs"}):
                 return names | inner
     return names
+
+
+def accepted_names(model: nn.Module) -> frozenset[str]:
+    """The names that a model takes, also those of the model that it wraps."""
+    return _accepted(model)
 
 
 def _first_position(model: nn.Module) -> int:
@@ -56,6 +82,7 @@ def _first_position(model: nn.Module) -> int:
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The keyword arguments of ``model.forward`` that the batch asks for, out of those that it accepts.
 
+    These are mask and positions, and all fields but labels: a model makes a mean of its own of those, over the batch.
     Whether the model makes of them what it should is tried before a collection begins (`tlfast.collecting.probe`).
     """
     wanted: dict[str, Any] = {"use_cache": False}
@@ -64,8 +91,16 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         positions = batch.position_ids
         if positions is not None:
             wanted["position_ids"] = positions + _first_position(model)
-    accepted = _accepted(model)
-    return {name: value for name, value in wanted.items() if name in accepted}
+    fields = frozenset(batch.fields) - _LABELS
+    accepted = _accepted(model, fields)
+    wanted = {name: value for name, value in wanted.items() if name in accepted}
+    return wanted | {name: batch.fields[name] for name in batch.fields if name in fields & accepted}
+
+
+def call_model(model: nn.Module, batch: Batch, **more: Any) -> Any:
+    """What the model makes of a batch: of its tokens, where it has any, and of the fields that it takes."""
+    inputs = model_inputs(model, batch) | more
+    return model(batch.input_ids, **inputs) if batch.input_ids.shape[1] else model(**inputs)
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -88,20 +123,26 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         >>> next_token_loss(model, Batch(torch.tensor([[0, 1, 2]]), None)).shape
         torch.Size([])
     """
-    logits = _logits(model, batch)
+    logits = token_logits(model, batch)
     # The tokens are shifted, not the logits: a slice of those would be copied.
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), batch.next_tokens.flatten(), ignore_index=-100, reduction="sum")
 
 
-def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    output = model(batch.input_ids, **model_inputs(model, batch))
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in what a model returned: itself, its ``logits``, or the first of a tuple; ValueError without any."""
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple):
         logits = output[0]
     if not isinstance(logits, torch.Tensor):
         remedy = "Pass loss=, a function of model and batch."
         raise ValueError(broken_rule("collect", "model", "return logits", type(output).__name__, remedy))
+    return logits
+
+
+def token_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The logits [B, P, V] of a batch; ValueError for another shape."""
+    logits = logits_of(call_model(model, batch))
     if logits.shape[:-1] != batch.input_ids.shape:
         extra = logits.shape[1] - batch.input_ids.shape[1] if logits.dim() == 3 else 0
         rule = f"return logits [B, P, V] for tokens {list(batch.input_ids.shape)}"
@@ -123,6 +164,7 @@ def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Exampl
     Raises:
         ValueError: if they are not.
     """
+    batching = replace(batching, source=None, collate=None, sizes=None)
     ids = list(examples[0].input_ids[:_TRIAL_TOKENS])
     n, tokens = len(ids), (token for part in (ids, *(e.input_ids for e in examples)) for token in part)
     other = next((token for token in tokens if token != ids[-1]), None)
@@ -132,7 +174,7 @@ def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Exampl
 
     def take(*rows: list[int]) -> torch.Tensor:
         batch = batching.batch([Example(k, row, "", 0, n) for k, row in enumerate(rows)], batching.n_positions(n))
-        logits = _logits(model, batch.to(device))[0]
+        logits = token_logits(model, batch.to(device))[0]
         start = len(logits) - n if batching.padding_side == "left" else 0
         return logits[start : start + n - 1].flatten(1).double()
 
@@ -147,20 +189,23 @@ def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Exampl
         raise ValueError(broken_rule("collect", "model", rule, got, remedy))
 
 
-def checked_loss(loss: object) -> torch.Tensor:
-    """What a loss function returned, if a backward can begin there; TypeError or ValueError if it can't."""
+def checked_loss(loss: object, n_examples: int = 1) -> torch.Tensor:
+    """What a loss function returned, if a backward can begin there; TypeError or ValueError if it can't.
+
+    One number, or one for each of ``n_examples``, of which the sum is taken.
+    """
     who = "collect"
     if not isinstance(loss, torch.Tensor):
         remedy = "Return the tensor that the backward begins at."
         if loss is None:
             remedy = "The function lacks a return, or the model was given no labels and has no loss."
         raise TypeError(broken_rule(who, "loss", "return a tensor", type(loss).__name__, remedy))
-    if loss.numel() != 1:
-        remedy = "Sum it over the examples."
+    if loss.numel() != 1 and loss.shape != (n_examples,):
+        remedy = "Sum it over the examples, or return [B]."
         raise ValueError(broken_rule(who, "loss", "return one number", f"a tensor {list(loss.shape)}", remedy))
     if not loss.requires_grad:
         remedy = (
             "Detach nothing. If the model doesn't start at its embedding, name the module: embedding= (--embedding)."
         )
         raise ValueError(broken_rule(who, "loss", "be made of the model's output", "a tensor without a graph", remedy))
-    return loss
+    return loss if loss.numel() == 1 else loss.sum()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from ..dataset.format.kept_fields import TAKEN, TAKEN_BEGINNINGS
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.options import TapOptions, check_words
 from ..spec import Over, Points, Reduction, Spec
-from .batches import PaddingSide
+from .batches import Collate, PaddingSide
 from .determinism import Deterministic
 from .graph_cache import CudaGraph
 from .loss import Loss, next_token_loss
+from .losses import loss_called
 from .skipped import BadPolicy
 from .unit_queue import Share, units_in
 
@@ -75,8 +77,14 @@ class CollectOptions(SharedOptions):
     dtype: torch.dtype | str | None = None
     output: int | str | None = None
     embedding: Embedding | None = None
-    loss: Loss = next_token_loss
+    loss: Loss | str = next_token_loss
     identity: str = ""
+    fields: Sequence[str] | Mapping[str, Any] | None = None
+    keep_fields: Sequence[str] = ()
+    collate: Collate | None = None
+    batch_examples: int | None = None
+    size: Callable[[Mapping[str, Any]], int] | None = None
+    fingerprint: str = ""
     seq_len: int | None = None
     rows_per_unit: int | None = None
     pad_id: int = 0
@@ -90,14 +98,45 @@ class CollectOptions(SharedOptions):
     def __post_init__(self) -> None:
         who = "collect"
         check_words(who, self)
-        check_positive(who, batch_tokens=self.batch_tokens, seq_len=self.seq_len, rows_per_unit=self.rows_per_unit)
+        check_positive(
+            who, batch_tokens=self.batch_tokens, seq_len=self.seq_len, rows_per_unit=self.rows_per_unit,
+            batch_examples=self.batch_examples,
+        )  # fmt: skip
         if not 0 < self.grad_scale < math.inf:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", self.grad_scale, "1.0 changes nothing."))
         if not 0 <= self.disk_wait_s < math.inf:
             raise ValueError(broken_rule(who, "disk_wait_s", "be 0 or more", self.disk_wait_s, "Give seconds."))
+        loss_called(self.loss)
+        _check_data_options(self)
         units_in(self.units, 0)
         if self.share is not None:
             Share(*self.share)
+
+
+def _check_data_options(options: CollectOptions) -> None:
+    who = "collect"
+    names = list(options.fields) if isinstance(options.fields, (list, tuple, Mapping)) else options.fields
+    for argument, given in (("fields", names), ("keep_fields", options.keep_fields)):
+        texts = isinstance(given, (list, tuple)) and all(isinstance(name, str) and name for name in given)
+        if given is not None and not (texts and len(set(given)) == len(given)):
+            remedy = f'Say {argument}=("labels",).'
+            raise ValueError(broken_rule(who, argument, "be a list of names, each once", repr(given), remedy))
+    taken = next((name for name in options.keep_fields if name in TAKEN or name.startswith(TAKEN_BEGINNINGS)), None)
+    if taken is not None:
+        rule = f"have other names than {', '.join(TAKEN)}, which a row table has anyway"
+        remedy = f'fields={{"its_{taken}": "{taken}", ...}} gives it another one.'
+        raise ValueError(broken_rule(who, "keep_fields", rule, repr(taken), remedy))
+    functions: dict[str, Any] = {"collate": options.collate, "size": options.size}
+    for argument, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(broken_rule(who, argument, "be a function", type(function).__name__, "Or leave it out."))
+    fingerprint: Any = options.fingerprint
+    if not isinstance(fingerprint, str):
+        got = type(fingerprint).__name__
+        raise TypeError(broken_rule(who, "fingerprint", "be a text", got, "Name the data and their version."))
+    if options.fingerprint and options.extend:
+        rule, remedy = "be left out with extend=True", "Without it the examples are compared by what they are."
+        raise ValueError(broken_rule(who, "fingerprint", rule, repr(options.fingerprint), remedy))
 
 
 def check_positive(who: str, **numbers: Any) -> None:

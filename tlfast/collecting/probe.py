@@ -20,7 +20,9 @@ from ..hooks.dimensions import Seen, has_positions
 from ..hooks.freeze import starting_modules
 from ..spec import Spec, stored_dtype
 from .batches import Batching, PaddingSide
+from .fields import DECODED
 from .loss import Loss, next_token_loss
+from .tasks import is_encoder_decoder
 from .unit import Runner
 
 Enter = Callable[[int, Sequence[Spec]], Capture]
@@ -40,6 +42,7 @@ class Probed:
     columns: dict[str, Column]
     devices: set[torch.device]
     unmasked: set[str]  # columns whose gradients have no positions for a mask to cover
+    decoding: set[str]  # of these the ones whose positions are those of a decoder
 
 
 @dataclass
@@ -48,6 +51,7 @@ class _Pass:
 
     examples: Sequence[Example]
     n_positions: int
+    n_decoded: int | None = None  # positions of a decoder beside an encoder
     seen: dict[str, Seen] = field(default_factory=dict)  # by point; of the gradient that fired last: the first call's
     sizes: dict[str, float] = field(default_factory=dict)  # by column: the norm of the row of the magnitudes
     n_terms: dict[str, int] = field(default_factory=dict)  # by point: elements of the gradient of one example
@@ -83,11 +87,12 @@ class Probe:
         most: int | None = None,
     ):
         self.model, self.enter, self.specs, self.batching, self.loss = model, enter, specs, batching, loss
-        self.grad_scale, self.most = grad_scale, most or len(examples)
+        self.grad_scale, self.most, self.examples = grad_scale, most or len(examples), examples
         self.wanted = enter(1, specs).wanted
+        self.decoding = set[str]()  # columns with a decoder's positions
         first_of: dict[int, Example] = {}
         for example in examples:
-            first_of.setdefault(example.length, example)
+            first_of.setdefault(self._size(example), example)
         self.by_length = [first_of[length] for length in sorted(first_of)]
         self.short, self.other = self._pair(examples)
 
@@ -99,8 +104,14 @@ class Probe:
                 what stands beside them in a batch.
         """
         alone = [self._alone(self.short)]
-        if self.other is not None and self.other.length != self.short.length and (alone[0].seen or not alone[0].error):
+        if (
+            self.other is not None
+            and self._size(self.other) != self._size(self.short)
+            and (alone[0].seen or not alone[0].error)
+        ):
             alone.append(self._alone(self.other))
+        if alone[0].n_decoded is not None and all(one.n_decoded == one.n_positions for one in alone):
+            alone += self._uneven(self.examples)
         try:
             unmasked = self._unmasked(alone)
         except ValueError:
@@ -120,10 +131,23 @@ class Probe:
         return Probed(
             {name: Column(stored_dtype("collect", spec.dtype) or rows[name].dtype, tuple(rows[name].shape[1:]), spec.of)
              for name, (_, spec) in self.wanted.items()},
-            {ring.device for ring in rows.values()}, unmasked,
+            {ring.device for ring in rows.values()}, unmasked, self.decoding,
         )  # fmt: skip
 
     # Which examples.
+
+    def _size(self, example: Example) -> int:
+        return self.batching.size(example)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether a decoder reads other positions than those of the tokens."""
+        return is_encoder_decoder(self.model)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether examples have positions, and not a size of another kind, if any."""
+        return self.batching.source is None or self.batching.source.rules.has_tokens
 
     def _n_together(self, length: int) -> int:
         """How many examples a batch holds whose longest has this length."""
@@ -134,16 +158,18 @@ class Probe:
         if len(self.by_length) == 1:
             return examples[0], examples[1] if len(examples) > 1 else None
         below = self.by_length[:-1]
-        short = next((one for one in below if one.length >= _ENOUGH_TOKENS), below[-1])
-        longer = [one for one in self.by_length if one.length > short.length]
-        fitting = [one for one in longer if self._n_together(one.length) > 1]
-        twice = [one for one in fitting if one.length >= 2 * short.length]  # much padding shows more
+        short = next((one for one in below if self._size(one) >= _ENOUGH_TOKENS), below[-1])
+        longer = [one for one in self.by_length if self._size(one) > self._size(short)]
+        fitting = [one for one in longer if self._n_together(self._size(one)) > 1]
+        twice = [one for one in fitting if self._size(one) >= 2 * self._size(short)]  # much padding shows more
         return short, (twice[:1] or fitting[-1:] or longer[:1])[0]
 
     @property
     def pads(self) -> bool:
         """Whether some batch of the run is padded."""
-        lengths = [example.length for example in self.by_length]
+        if not self.has_tokens:
+            return False
+        lengths = [self._size(example) for example in self.by_length]
         if any(self.batching.n_positions(length) > length for length in lengths):
             return True
         return len(lengths) > 1 and self._n_together(lengths[1]) > 1
@@ -152,7 +178,9 @@ class Probe:
 
     def _alone(self, example: Example, factor: float = 1.0) -> _Pass:
         """An example by itself, without padding."""
-        buckets = None if self.batching.buckets is None else (example.length,)  # a batch of graphs has a mask, always
+        buckets = (
+            None if self.batching.buckets is None else (self._size(example),)
+        )  # a batch of graphs has a mask, always
         return self._pass([example], replace(self.batching, width=None, buckets=buckets), None, factor)
 
     def _together(self, unmasked: set[str] | None, side: PaddingSide | None = None) -> list[_Pass]:
@@ -161,16 +189,20 @@ class Probe:
         ``unmasked`` are the columns without a mask; None: all.
         """
         batching = replace(self.batching, padding_side=side or self.batching.padding_side)
-        if self.other is not None and self._n_together(self.other.length) > 1:
+        if self.other is not None and self._n_together(self._size(self.other)) > 1:
             return [self._pass([self.other, self.short], batching, unmasked)]
-        if batching.n_positions(self.short.length) > self.short.length:
+        if batching.n_positions(self._size(self.short)) > self._size(self.short):
             return [self._pass([self.short], batching, unmasked)]
         return []
 
     def _pass(
         self, examples: Sequence[Example], batching: Batching, unmasked: set[str] | None, factor: float = 1.0
     ) -> _Pass:
-        done = _Pass(examples, batching.n_positions(max(example.length for example in examples)))
+        done = _Pass(examples, batching.n_positions(max(map(self._size, examples))))
+        batch = batching.batch(examples, done.n_positions)
+        if self.has_tokens:  # a collate= may pad to more
+            done.n_positions = batch.input_ids.shape[1]
+        done.n_decoded = batch.n_decoded if self.has_decoder else None
         # As wide as the gradients: what the cast to the stored type rounds away has nothing to do with padding.
         cap = self.enter(len(examples), [replace(spec, dtype=None) for spec in self.specs])
         columns_at: dict[str, list[str]] = {}
@@ -191,8 +223,8 @@ class Probe:
 
         try:
             with cap.unmasked(self.wanted if unmasked is None else unmasked).watched(see):
-                runner = Runner(self.model, cap, batching, self.loss, self.grad_scale * factor)
-                runner.step(batching.batch(examples, done.n_positions).to(runner.device))
+                runner = Runner(self.model, cap, batching, self.loss, self.grad_scale * factor, decoding=self.decoding)
+                runner.step(batch.to(runner.device))
                 missing = cap.missing
                 done.rows = {column: cap[column] for column in cap.names if not missing[column].any()}
         except torch.OutOfMemoryError:
@@ -208,10 +240,29 @@ class Probe:
         one_width = self.batching.width is not None or len(self.by_length) == 1
         unmasked = set()
         for column, (point, spec) in self.wanted.items():
-            seen = [one.seen[point] for one in passes if point in one.seen]
-            if seen and not has_positions(point, spec, seen, self.pads, one_width, self._without_padding()):
+            there = [one for one in passes if point in one.seen]
+            seen, width = [one.seen[point] for one in there], one_width
+            if self._decodes(there, point):
+                self.decoding.add(column)
+                unmasked.add(column)  # by the mask of the encoder
+                seen = [replace(one.seen[point], n_positions=one.n_decoded or 0) for one in there]
+                width = any(self.batching.source.rules.one_shape(name) for name in DECODED if self.batching.source)
+            if seen and not has_positions(point, spec, seen, self.pads, width, self._without_padding()):
                 unmasked.add(column)
         return unmasked
+
+    def _decodes(self, passes: Sequence[_Pass], point: str) -> bool:
+        """Whether the positions of a point are those of a decoder, and not of the tokens that an encoder reads."""
+        sizes = [(one.seen[point].shape[1:2], one.n_decoded, one.n_positions) for one in passes]
+        return any(decoded != read for _, decoded, read in sizes) and all(shape == (n,) for shape, n, _ in sizes)
+
+    def _uneven(self, examples: Sequence[Example]) -> list[_Pass]:
+        """The first example that is of other lengths in the encoder and in the decoder; none where all are alike."""
+        for example in examples:
+            batch = self.batching.batch([example], self.batching.n_positions(self._size(example)))
+            if batch.n_decoded != example.length:
+                return [self._alone(example)]
+        return []
 
     def _without_padding(self) -> str:
         if self.batching.width is not None:
@@ -231,7 +282,7 @@ class Probe:
         if found is None:
             return
         column, off, explained = found
-        lengths = " and ".join(str(example.length) for example in together.examples)
+        lengths = " and ".join(str(self._size(example)) for example in together.examples)
         got = f"a row at {column} that is off by {off:.2g} of its size, where rounding explains {explained:.2g}"
         if not self.pads:
             remedy = "The loss must be a sum over examples; batch_tokens=1 (--batch-tokens 1) takes each alone."

@@ -20,7 +20,7 @@ from ..dataset.write.unit_folder import sweep
 from ..errors import broken_rule
 from .checks import check_peaceful
 from .from_text import Collection
-from .huggingface import check_model_name
+from .huggingface import base_and_adapter, check_model_name
 from .progress import Progress, Report
 from .resume import has_units
 from .settings import RAY, CollectSettings
@@ -60,7 +60,7 @@ def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:
     """
     settings.check()
     check_peaceful(settings.overwrite, settings.resume)
-    check_model_name(settings.model)
+    check_model_name(base_and_adapter(settings.model, settings.adapter)[0])
     if share_of().count > 1:
         remedy = "Start one process; Ray starts the others."
         raise ValueError(broken_rule("collect", "engine", "be local under torchrun", "'ray'", remedy))

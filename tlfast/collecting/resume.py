@@ -36,13 +36,24 @@ def check_folder(out: Place, resume: Resume, overwrite: bool, staging: Place | N
         raise dataset_error("collect", "out", 'be a new folder with resume="never"', f"a dataset at {out}", remedy)
 
 
+def existing_folder(out: Place) -> str | None:
+    """The folder in which ``out`` lies, or will; None where there is none yet."""
+    above = os.path.dirname(os.path.abspath(os.path.expanduser(out)))
+    return above if os.path.isdir(above) and os.access(above, os.W_OK) else None
+
+
 def has_units(out: Place) -> bool:
     """Whether a dataset with a unit at least lies in ``out``."""
     return holds_dataset(out, "collect") and bool(as_store(out).sizes("commits", "collect", optional=True))
 
 
 def own_part(
-    out: Place, examples: Sequence[Example], skipped: Skipped, overwrite: bool, extend: bool
+    out: Place,
+    examples: Sequence[Example],
+    skipped: Skipped,
+    overwrite: bool,
+    extend: bool,
+    fingerprint: str = "",
 ) -> tuple[int, int]:
     """How many of the examples, and of the skipped ones, belong to dataset.json itself and not to an extension.
 
@@ -53,7 +64,7 @@ def own_part(
     if there is not None and (extend or there.extensions or has_units(out)):
         n, said = there.examples[0]
         n_skipped = _n_skipped(said)
-        if n <= len(examples) and _agree(said, examples[:n], skipped[:n_skipped]):
+        if n <= len(examples) and _agree(said, examples[:n], skipped[:n_skipped], fingerprint):
             return n, n_skipped
     return len(examples), len(skipped)
 
@@ -117,5 +128,5 @@ def _n_skipped(said: Mapping[str, Any]) -> int:
     return len(skipped) if isinstance(skipped, list) else 0
 
 
-def _agree(said: Mapping[str, Any], examples: Sequence[Example], skipped: Skipped) -> bool:
-    return all(said.get(key) == value for key, value in describe_examples(examples, skipped).items())
+def _agree(said: Mapping[str, Any], examples: Sequence[Example], skipped: Skipped, fingerprint: str = "") -> bool:
+    return all(said.get(key) == value for key, value in describe_examples(examples, skipped, fingerprint).items())

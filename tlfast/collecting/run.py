@@ -12,13 +12,14 @@ from torch import nn
 
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
+from ..dataset.places.remote import url_of
 from ..dataset.write.background import BackgroundWriter
 from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
 from ..spec import Attach, Backend, Calls, Missing, Over, Points, Reduction, Spec
-from .batches import PaddingSide, unit_rows
+from .batches import Collate, PaddingSide, unit_rows
 from .checks import check_peaceful
 from .determinism import Deterministic, as_begun, describe_machine
 from .drain import Drain, streams_for
@@ -31,7 +32,7 @@ from .loss import Loss, next_token_loss
 from .options import CollectOptions, NonFinitePolicy, Resume
 from .probe import Probed
 from .progress import Progress, Report
-from .resume import add_the_rest, check_folder, loss_as_begun, own_part
+from .resume import add_the_rest, check_folder, existing_folder, loss_as_begun, own_part
 from .signals import Terminated, stopping
 from .skipped import BadPolicy
 from .unit import Oddities, Runner
@@ -50,8 +51,14 @@ def collect(
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
     embedding: Embedding | None = None,
-    loss: Loss = next_token_loss,
+    loss: Loss | str = next_token_loss,
     identity: str = "",
+    fields: Sequence[str] | Mapping[str, Any] | None = None,
+    keep_fields: Sequence[str] = (),
+    collate: Collate | None = None,
+    batch_examples: int | None = None,
+    size: Callable[[Mapping[str, Any]], int] | None = None,
+    fingerprint: str = "",
     batch_tokens: int = 2048,
     seq_len: int | None = None,
     rows_per_unit: int | None = None,
@@ -88,15 +95,27 @@ def collect(
 
     Args:
         model: any module; with the default loss, one that returns logits, such as a Hugging Face causal LM.
-        batches: token sequences, tensors [P] or [B, P], mappings with ``input_ids``, or lists of these. They are
-            rearranged: only the order of the examples counts.
+        batches: the examples: a sequence or another data set with a length, a Hugging Face ``Dataset`` or
+            ``IterableDataset``, a ``DataLoader``, or any iterable, which is read once. An item is a sequence of tokens,
+            a tensor [P] or [B, P], a mapping of fields (``input_ids`` and others, or others alone), or a list of these.
+            They are rearranged: only the order of the examples counts.
         out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
         embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
             The rows are the same wherever it starts before the points.
-        loss: (model, batch) -> scalar that is a sum over examples; batch is a `tlfast.collecting.batches.Batch`.
+        loss: "next_token", "response", "masked_lm", "classification", "seq2seq", "preference", "reward_logprob" or
+            "logit_difference" (`tlfast.collecting.losses`); or (model, batch) -> [B], a number for each example, or
+            their sum; batch is a `tlfast.collecting.batches.Batch`.
         identity: a text that stands for a loss of your own in the dataset's identity, in place of its code: you vouch
             for it being the same in each run.
+        fields: the fields to take of each example; the names of the parts where examples are tuples; or a mapping from
+            names to keys. None: all, of which each must be used by the model, by the loss, or be kept.
+        keep_fields: fields that the row table keeps: numbers, texts and short lists of these.
+        collate: (list of mappings, one for each example) -> mapping of tensors [B, ...], in place of padding by name.
+        batch_examples: examples in a batch, at most; None: as ``batch_tokens`` allows, or 16 without ``input_ids``.
+        size: (fields of an example without ``input_ids``) -> int that counts as its tokens for ``batch_tokens``.
+        fingerprint: a text that stands for the examples in the dataset's identity, in place of what they are: you vouch
+            for them being the same in each run.
         batch_tokens: positions B x P in a batch, at most (but at least one example).
         seq_len: positions of rows that keep the position dimension, zero at padding; None: of the longest example.
         rows_per_unit: examples per unit, the piece that is written and resumed whole; None: those that fill 256 MiB,
@@ -176,10 +195,11 @@ class Run(Work):
             self.share = share_of() if options.share is None else Share(*options.share)
         if options.units or self.share.count > 1:
             check_peaceful(options.overwrite, options.resume)
-        self.loss_at_first, self.loss_unknown = describe_loss(options.loss, options.identity, options.header)
+        self.loss_at_first, self.loss_unknown = describe_loss(self.loss, options.identity, options.header)
         graphs: CudaGraph = "off" if self.together else options.cuda_graph
         self.with_graphs = graphs_wanted(graphs, self.devices, lambda: self.enter(1, self.specs).backend)
-        self.read(batches, self.with_graphs)
+        self.read(batches, self.with_graphs, None if url_of(out) else existing_folder(out))
+        self.with_graphs = self.batching.buckets is not None
 
     def collect(self) -> Report:
         """Make the units that are asked for and missing."""
@@ -218,10 +238,12 @@ class Run(Work):
     def _open(self, columns: dict[str, Column], here: dict[str, Any]) -> DatasetWriter:
         """The dataset, begun or continued, with all examples in its plan."""
         options, bad = self.options, self.bad
-        said = what_stays(self.loss_at_first, describe_loss(options.loss, options.identity, options.header)[0])
+        said = what_stays(self.loss_at_first, describe_loss(self.loss, options.identity, options.header)[0])
         said = loss_as_begun(self.out, said, self.loss_unknown, options.overwrite)
-        n_own, n_own_skipped = own_part(self.out, self.examples, bad.skipped, options.overwrite, options.extend)
-        examples = describe_examples(self.examples[:n_own], bad.skipped[:n_own_skipped])
+        n_own, n_own_skipped = own_part(
+            self.out, self.examples, bad.skipped, options.overwrite, options.extend, options.fingerprint
+        )
+        examples = describe_examples(self.examples[:n_own], bad.skipped[:n_own_skipped], options.fingerprint)
         n_rows = options.rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values()))
         writer = DatasetWriter(
             self.out,
@@ -234,6 +256,7 @@ class Run(Work):
             about=here,
             backend=options.backend,
             replace_unused=options.resume == "auto" and not options.extend,
+            fields=self.kept_types,
         )
         add_the_rest(writer, self.examples, bad.skipped, options.extend, options.config)
         return writer
@@ -254,7 +277,7 @@ class Run(Work):
         cap = self.enter(max(map(len, left)), self.specs).unmasked(probed.unmasked)
         with as_begun(writer.description.about, here), background, cap, shown:
             replays = Replays(cap, graph_step, options.cuda_graph == "on") if self.with_graphs else None
-            runner = Runner(self.model, cap, self.batching, options.loss, options.grad_scale, replays)
+            runner = Runner(self.model, cap, self.batching, self.loss, options.grad_scale, replays, probed.decoding)
             drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity)
             if self.together:
                 todo: Todo = Lockstep(left, self.share, self.examples, runner)

@@ -13,6 +13,7 @@ import torch
 from ..dataset.errors import DatasetError, extra
 from ..dataset.places.remote import url_of
 from ..dataset.places.store import as_store
+from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from ..hooks.options import check_words, taken
 from ..spec import DTYPE_NAMES, Over, one_of, parse_over
@@ -21,21 +22,69 @@ from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
+COLUMNS = ("column", "prompt_column", "response_column", "messages_column")  # of which examples are made
+SEQ_LEN = 128  # tokens per example of text, unless given
+NEVER_SAVED = ("trust_remote_code", "dry_run")  # a file of somebody else must not decide these
 RAY: dict[str, Any] = {"ray_workers": 0, "ray_cpus": 1, "ray_gpus": -1}  # what Ray alone reads; unless given
 
 
-@dataclass(frozen=True)
-class TextOptions:
-    """What the command alone takes, or takes as other types than the function."""
+REQUIRED = ("model", "text", "points", "out")  # which flags there must be; --dataset stands for --text
 
-    model: str
-    """folder with a Hugging Face model and its tokenizer, or a name on the hub"""
-    text: tuple[str, ...]
-    """text files, and folders of them"""
-    points: tuple[str, ...]
-    """names of modules, or globs: * stays within one part of a dotted name, ** crosses dots"""
-    out: str
-    """folder of the dataset, or a URL such as s3://bucket/folder: new, empty, or with a part of the same dataset"""
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the command takes its examples from, and what they are made of."""
+
+    model: str = ""
+    """folder with a Hugging Face model and its tokenizer, or a PEFT adapter of one, or a name on the hub; required"""
+    text: tuple[str, ...] = ()
+    """text files, and folders of them; required, or --dataset"""
+    points: tuple[str, ...] = ()
+    """names of modules, or globs: * stays within one part of a dotted name, ** crosses dots; required"""
+    out: str = ""
+    """folder of the dataset, or a URL such as s3://bucket/folder: new, empty, or with a part of the same; required"""
+    dataset: str = ""
+    """records: a file (JSONL, JSON, CSV, Parquet, Arrow, text), a folder of such or of save_to_disk, or a hub name"""
+    split: str = ""
+    """which split of it"""
+    name: str = ""
+    """which configuration of a data set on the hub"""
+    column: str = ""
+    """a column of texts, or of lists of tokens: an example each"""
+    prompt_column: str = ""
+    """a column of texts before those of --response-column, which the loss leaves out, or the encoder reads"""
+    response_column: str = ""
+    """a column of texts that the loss is of"""
+    messages_column: str = ""
+    """a column of conversations: the chat template makes the text, the loss is of the assistant's turns"""
+    label_column: str = ""
+    """a column of labels: of each example, or of each of its tokens"""
+    keep_fields: tuple[str, ...] = ()
+    """columns that the row table keeps: numbers, texts, short lists"""
+    filter: str = ""
+    """take the records alone for which it holds: "length > 10 and score < 3"; length is the number of tokens"""
+    truncate: bool = False
+    """cut examples that are too long, in place of leaving them out"""
+    pack: bool = False
+    """put several examples into one, up to --seq-len; each has positions of its own, and sees no other"""
+    eos: Literal["auto", "always", "never"] = "auto"
+    """put the end-of-text token behind a response: auto (if there is one); always: behind each example; never"""
+    loss: str = ""
+    """a name (next_token, response, masked_lm, classification, seq2seq, ...), or module:function; empty: what fits"""
+    task: Literal["auto", "causal", "masked", "sequence-classification", "token-classification", "seq2seq"] = "auto"
+    """what the model is loaded for; auto: as its config says, causal where it doesn't"""
+    adapter: str = ""
+    """folder or name of a PEFT adapter to put into the model"""
+    trust_remote_code: bool = False
+    """run the code that lies beside the model; no config.yaml says so, it must be given each time"""
+    dry_run: bool = False
+    """show what would be collected, and how long it would take; write nothing"""
+
+
+@dataclass(frozen=True)
+class TextOptions(DataOptions):
+    """What else the command alone takes, or takes as other types than the function."""
+
     over: str = "pos"
     """dimensions to reduce: pos, or numbers (-1 is the last), separated by commas"""
     dtype: str = "bfloat16"
@@ -44,8 +93,8 @@ class TextOptions:
     """index or key of the output to take where a module has several; empty: the first tensor"""
     embedding: tuple[str, ...] = ()
     """names of the modules at which the gradients start, where the model's embeddings aren't those"""
-    seq_len: int = 128
-    """tokens per example"""
+    seq_len: int = 0
+    """tokens per example, at most; 0: 128 of text, as many as the model has positions of a --dataset"""
     max_examples: int = 0
     """stop at so many examples; 0: all"""
     rows_per_unit: int = 0
@@ -74,7 +123,12 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class CollectSettings(SharedOptions, TextOptions):
-    """Run a causal language model over text and keep the gradient of every example at some points."""
+    """Run a model over text or records and keep the gradient of every example at some points."""
+
+    @property
+    def text_len(self) -> int:
+        """Tokens per example of text."""
+        return self.seq_len or SEQ_LEN
 
     @property
     def dims(self) -> Over:
@@ -92,6 +146,8 @@ class CollectSettings(SharedOptions, TextOptions):
         given = taken(SharedOptions, self)
         if self.lens and self.calls == "raise":
             given["calls"] = "sum"  # as TransformerLens' own capture
+        if self.pack:
+            more["batch_examples"] = 1  # a mask of padding would stand in for that of the texts
         return CollectOptions(
             **given,
             points=self.points,
@@ -99,11 +155,22 @@ class CollectSettings(SharedOptions, TextOptions):
             dtype=stored_as(self.dtype),
             output=self.which_output,
             embedding=self.embedding or None,
-            seq_len=self.seq_len,
+            seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
             staging=self.staging or None,
             **more,
         )
+
+    def describe_data(self) -> dict[str, Any]:
+        """What a dataset says of how its examples were cut, beside what they are."""
+        if not self.dataset:
+            return {"seq_len": self.text_len, "bos": self.bos} | {
+                name: getattr(self, name) for name in ("filter", "pack") if getattr(self, name)
+            }
+        names = ("split", "name", *COLUMNS, "label_column", "filter", "truncate", "pack", "eos", "seq_len")
+        plain = DataOptions()
+        said = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name, 0)}
+        return {"bos": self.bos, **said}
 
     def check(self) -> None:
         """ValueError for the first setting that can be seen to be wrong without reading a file."""
@@ -115,7 +182,7 @@ class CollectSettings(SharedOptions, TextOptions):
         one_of(who, "dtype", self.dtype, (*DTYPE_NAMES, "auto"))
         one_of(who, "model_dtype", self.model_dtype, (*DTYPE_NAMES, "auto"))
         for argument, least in (
-            ("seq_len", 2),
+            ("text_len", 2),
             ("batch_tokens", 1),
             ("max_examples", 0),
             ("rows_per_unit", 0),
@@ -125,8 +192,8 @@ class CollectSettings(SharedOptions, TextOptions):
             ("ray_gpus", -1),
         ):
             if getattr(self, argument) < least:
-                got = getattr(self, argument)
-                raise ValueError(broken_rule(who, argument, f"be at least {least}", got, "Give a larger one."))
+                got, name = getattr(self, argument), {"text_len": "seq_len"}.get(argument, argument)
+                raise ValueError(broken_rule(who, name, f"be at least {least}", got, "Give a larger one."))
         for argument, default in RAY.items():
             if self.engine != "ray" and getattr(self, argument) != default:
                 got, remedy = f"{getattr(self, argument)} with engine {self.engine!r}", "Or --engine ray."
@@ -137,9 +204,9 @@ class CollectSettings(SharedOptions, TextOptions):
             raise ValueError(broken_rule(who, "device", "be auto where device_map is given", got, "Leave one out."))
         if self.device_map:
             as_device_map(self.device_map)
-        for argument in ("text", "points"):
-            if not getattr(self, argument):
-                raise ValueError(broken_rule(who, argument, "name one at least", "nothing", f"Give --{argument}."))
+        check_data(self)
+        if not self.points:
+            raise ValueError(broken_rule(who, "points", "name one at least", "nothing", "Give --points."))
 
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
@@ -152,15 +219,57 @@ class CollectSettings(SharedOptions, TextOptions):
             "text": [os.path.abspath(os.path.expanduser(path)) for path in self.text],
             "points": list(self.points),
             "embedding": list(self.embedding),
+            "keep_fields": list(self.keep_fields),
+            "seq_len": self.seq_len if self.dataset else self.text_len,
         }
-        if Path(self.model).expanduser().is_dir():
-            values["model"] = os.path.abspath(os.path.expanduser(self.model))
-        for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *RAY):
+        for name in ("model", "dataset", "adapter"):
+            if values[name] and Path(values[name]).expanduser().exists():
+                values[name] = os.path.abspath(os.path.expanduser(values[name]))
+        for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *RAY, *NEVER_SAVED):
             del values[name]
+        defaults = DataOptions()
+        for field in fields(DataOptions):  # what has to do with other data than these
+            if field.name in values and values[field.name] in (getattr(defaults, field.name), []):
+                del values[field.name]
         if not self.embedding:
             del values["embedding"]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
+
+
+def check_data(settings: CollectSettings) -> None:
+    """ValueError for settings of the data that don't go together, or are for other data."""
+    who = "collect"
+    if bool(settings.text) == bool(settings.dataset):
+        got = "both" if settings.text else "nothing"
+        remedy = "Give --text, or --dataset with the columns to take."
+        raise ValueError(broken_rule(who, "text", "name one at least, or dataset in its place", got, remedy))
+    plain = DataOptions()
+    given = [field.name for field in fields(DataOptions) if getattr(settings, field.name) != getattr(plain, field.name)]
+    of_records = ("split", "name", *COLUMNS, "label_column", "keep_fields", "truncate", "eos")
+    odd = next((name for name in given if settings.text and name in of_records), None)
+    if odd is not None:
+        got, remedy = repr(getattr(settings, odd)), "It is for --dataset."
+        raise ValueError(broken_rule(who, odd, "be left out with text", got, remedy))
+    named = [name for name in COLUMNS if name in given]
+    if settings.dataset and named not in (["column"], ["prompt_column", "response_column"], ["messages_column"]):
+        rule = "be --column, --prompt-column and --response-column, or --messages-column"
+        got = ", ".join("--" + name.replace("_", "-") for name in named) or "none"
+        raise ValueError(broken_rule(who, "the columns", rule, got, "Say which columns examples are made of."))
+    if settings.label_column and named != ["column"]:
+        remedy = "A response is a label itself."
+        raise ValueError(broken_rule(who, "label_column", "stand beside --column", settings.label_column, remedy))
+    if settings.dataset and settings.pattern != "*":
+        raise ValueError(broken_rule(who, "pattern", "be left out with dataset", repr(settings.pattern), "Name files."))
+    if settings.filter:
+        Condition(settings.filter, who)
+    for name in ("keep_fields", "label_column") if settings.pack else ():
+        if getattr(settings, name):
+            remedy = "Several examples have several of them."
+            raise ValueError(broken_rule(who, name, "be left out with pack", repr(getattr(settings, name)), remedy))
+    if settings.pack and settings.loss and ":" not in settings.loss and settings.loss != "response":
+        rule, remedy = "be response with pack, or a function", "Leave it out: all tokens of a text are its response."
+        raise ValueError(broken_rule(who, "loss", rule, repr(settings.loss), remedy))
 
 
 def stored_as(name: str) -> torch.dtype | None:
@@ -190,11 +299,11 @@ def load_settings(path: str | os.PathLike[str]) -> CollectSettings:
         raise ValueError(broken_rule(who, "config", "be a mapping", got, "Write one setting per line."))
     known = {field.name: field for field in fields(CollectSettings)}
     unknown = [str(name) for name in values if name not in known]
-    if unknown or not {"model", "text", "points"} <= set(values):
+    if unknown or not {"model", "points"} <= set(values) or not {"text", "dataset"} & set(values):
         got = f"unknown {', '.join(unknown)}" if unknown else f"only {', '.join(map(str, values)) or 'nothing'}"
         rule = "hold model, text, points and other settings of `tlfast collect`"
         raise ValueError(broken_rule(who, "config", rule, f"{got} in {str(path)!r}", "See tlfast collect --help."))
-    plain = CollectSettings("", (), (), "")
+    plain = CollectSettings()
     given: dict[str, Any] = {"out": os.path.dirname(path) or "."}
     for name, value in values.items():
         given[name] = _typed(name, value, type(getattr(plain, name)), path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -26,7 +26,10 @@ _REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays 
 
 
 class Runner:
-    """Takes examples through the model inside one capture, as CUDA graphs where ``replays`` is given."""
+    """Takes examples through the model inside one capture, as CUDA graphs where ``replays`` is given.
+
+    ``decoding`` are the columns whose positions are those of the decoder, with a mask of their own.
+    """
 
     def __init__(
         self,
@@ -36,15 +39,18 @@ class Runner:
         loss: Loss,
         grad_scale: float,
         replays: Replays | None = None,
+        decoding: Iterable[str] = (),
     ):
         self.model, self.cap, self.batching, self.loss, self.grad_scale = model, cap, batching, loss, grad_scale
-        self.replays = replays
+        self.replays, self.decoding = replays, tuple(decoding)
         self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def step(self, batch: Batch) -> None:
         """One forward and one backward: a row for each example of the batch, on the device."""
-        with self.cap.batch(batch.mask, range(len(batch.input_ids)), self.grad_scale):
-            loss = checked_loss(self.loss(self.model, batch))
+        decoded = batch.decoder_mask
+        masks = None if decoded is None else dict.fromkeys(self.decoding, decoded)
+        with self.cap.batch(batch.mask, range(len(batch)), self.grad_scale, masks):
+            loss = checked_loss(self.loss(self.model, batch), len(batch))
             (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
 
     def n_steps(self, examples: Sequence[Example]) -> int:
@@ -55,7 +61,8 @@ class Runner:
         """Take an example through so many times and forget the rows: for ranks that wait for this one in each step."""
         for _ in range(n_steps):
             self.cap.clear()
-            self.step(self.batching.batch([example], self.batching.n_positions(example.length)).to(self.device))
+            n_positions = self.batching.n_positions(self.batching.size(example))
+            self.step(self.batching.batch([example], n_positions).to(self.device))
 
     def fill_ring(self, examples: Sequence[Example], step_done: Callable[[int, int], None]) -> torch.Tensor:
         """Fill the ring; return where the row of each example lies in it, int64 [examples], on the host.

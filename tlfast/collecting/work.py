@@ -8,17 +8,34 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import broken_rule
 from ..hooks.captured import Capture
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..spec import Spec
-from .batches import Batching, as_examples, bucket_lengths
-from .checks import alone_with, check_left_alone, positions_of, wanted_specs, width_of
+from .batches import Batching, bucket_lengths
+from .checks import (
+    alone_with,
+    as_mapping,
+    check_collate,
+    check_left_alone,
+    check_tokens,
+    check_used,
+    positions_of,
+    wanted_specs,
+    width_of,
+)
 from .determinism import deterministic
+from .examples import ExampleReader
 from .loop import at_work
 from .loss import check_causal, next_token_loss
+from .losses import OF_ONE_TOKEN, loss_called, name_of, preference_loss, response_loss
 from .options import CollectOptions
+from .packing import check_packs
 from .probe import Probe, Probed
 from .skipped import BadExamples
+from .tasks import check_task, is_encoder_decoder
+
+BATCH_EXAMPLES = 16  # in a batch of examples without tokens, where nobody says how many
 
 
 class Work:
@@ -30,20 +47,65 @@ class Work:
     """
 
     def __init__(self, model: nn.Module, options: CollectOptions) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.loss = model, options, loss_called(options.loss)
         check_left_alone(model)
         self.specs = wanted_specs(model, options)
+        named = name_of(self.loss)
+        if named is not None:
+            check_task(model, named)
         self.devices = {p.device for p in model.parameters()}
         self.bad = BadExamples(options.bad_examples, options.skipped)
 
-    def read(self, batches: Iterable[Any], with_graphs: bool) -> None:
-        """List the examples, and decide how they become batches."""
+    def read(self, batches: Iterable[Any], with_graphs: bool, spool_in: str | None = None) -> None:
+        """List the examples, and decide how they become batches.
+
+        ``spool_in`` is the folder in which fields are kept that the data give once; None: where temporary files lie.
+        """
         options = self.options
-        self.examples = as_examples(batches, self.bad, options.seq_len or positions_of(self.model))
+        apart = frozenset({"labels"} if is_encoder_decoder(self.model) else ())
+        reader = ExampleReader(
+            self.bad,
+            1 if name_of(self.loss) in OF_ONE_TOKEN else 2,
+            options.seq_len or positions_of(self.model),
+            as_mapping(options.fields),
+            options.keep_fields,
+            options.pad_id,
+            apart,
+            options.size,
+            options.collate is None,
+            spool_in,
+        )
+        self.examples = reader.read(batches)
+        has_tokens = reader.source is None or reader.source.rules.has_tokens
+        check_tokens(name_of(self.loss), reader.source)
         longest = max(example.length for example in self.examples)
-        width = width_of(self.specs, longest, options.seq_len)
-        buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs else None
-        self.batching = Batching(options.batch_tokens, width, options.padding_side, options.pad_id, buckets)
+        width = width_of(self.specs, longest, options.seq_len) if has_tokens else None
+        plain = reader.source is None and options.collate is None
+        if with_graphs and not plain and options.cuda_graph == "on":
+            rule, got = 'be "auto" or "off" for examples with fields', '"on"'
+            raise ValueError(broken_rule("collect", "cuda_graph", rule, got, "Leave it out."))
+        buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs and plain else None
+        most = options.batch_examples or (None if has_tokens or options.size is not None else BATCH_EXAMPLES)
+        self.batching = Batching(
+            options.batch_tokens, width, options.padding_side, options.pad_id, buckets, most,
+            reader.sizes or None, reader.source, options.collate,
+        )  # fmt: skip
+
+    @property
+    def kept_types(self) -> dict[str, str]:
+        """The types of the fields that the row table keeps, by name."""
+        source = self.batching.source
+        return {} if source is None else {name: source.rules.kept_type(name) for name in self.options.keep_fields}
+
+    def _check_pairs(self) -> None:
+        """ValueError where the two texts of a pair aren't kept apart."""
+        first = self.examples[0]
+        fields = {} if self.batching.source is None else self.batching.source.fetch([first.id])[0]
+        if "position_ids" not in fields or self.options.collate is not None:
+            rule, got = "be made by preference_pair for loss preference", ", ".join(fields) or "tokens alone"
+            remedy = "tlfast.collecting.packing has it; collate= has no place beside it."
+            raise ValueError(broken_rule("collect", "examples", rule, got, remedy))
+        check_packs(self.model, [{"input_ids": first.input_ids, "position_ids": fields["position_ids"].numpy()}])
 
     def enter(self, rows: int, specs: Sequence[Spec]) -> Capture:
         """A capture of the model, for so many rows."""
@@ -68,9 +130,14 @@ class Work:
         """Try a few examples, at work: `Probe.look`. ``most`` are the examples of a unit at most; None: any number."""
         options = self.options
         probe = Probe(
-            self.model, self.enter, self.specs, self.batching, options.loss, self.examples, options.grad_scale, most
+            self.model, self.enter, self.specs, self.batching, self.loss, self.examples, options.grad_scale, most
         )
+        if options.collate is not None:
+            check_collate(self.batching, self.examples)
+        if self.loss is preference_loss:
+            self._check_pairs()
         probed = probe.look()
-        if options.loss is next_token_loss:
+        check_used(self.batching.use, options.keep_fields)
+        if self.loss in (next_token_loss, response_loss) and not self.batching.use.read - {"labels"}:
             check_causal(self.model, self.batching, self.examples)
         return probed

@@ -7,15 +7,16 @@ import shlex
 import sys
 import warnings
 from contextlib import redirect_stdout
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from typing import Any
 
 from .. import __version__
 from ..backends.choice import backend
-from ..collecting.from_text import collect_text
+from ..collecting.from_text import Collection, collect_text
 from ..collecting.progress import whole_line
 from ..collecting.ray_cluster import collect_with_ray
-from ..collecting.settings import CollectSettings, load_settings
+from ..collecting.rehearsal import rehearse
+from ..collecting.settings import REQUIRED, CollectSettings, load_settings
 from ..collecting.signals import LeaveAtOnce, Terminated
 from ..dataset.errors import extra
 from ..dataset.write.upload import UploadError
@@ -37,6 +38,8 @@ def collect(args: list[str]) -> int:
     wanted = _settings(args)
     whole_line(f"{rank()}{backend()}", sys.stderr)
     warnings.filterwarnings("ignore", message="tlfast runs in pure Python")  # the line above has said it
+    if wanted.dry_run:
+        return _rehearse(wanted)
     config = os.path.join(wanted.out, "config.yaml")
     resume = f"To continue: tlfast collect {shlex.quote(config)}"
     try:
@@ -59,6 +62,17 @@ def collect(args: list[str]) -> int:
             os._exit(INTERRUPTED)  # no end of the interpreter under a thread that writes
         return INTERRUPTED
     whole_line(f"{rank()}{report}: {report.out}", sys.stdout)
+    return OK
+
+
+def _rehearse(wanted: CollectSettings) -> int:
+    """Show what would be done."""
+    if wanted.engine == "ray":
+        remedy = "Without it the same is shown, for one process."
+        raise _wrong("--dry-run", "stand without --engine ray", "both", remedy)
+    with redirect_stdout(sys.stderr):
+        found = rehearse(Collection(wanted).run(wanted, f"tlfast {__version__}", progress=False))
+    print(found)
     return OK
 
 
@@ -102,7 +116,9 @@ def _check_flags(args: list[str], complete: bool) -> None:
             given[flag].append(word)
     for flag, words in given.items():
         _check_values(flag, known[flag], words)
-    absent = [flag for flag, field in known.items() if field.default is MISSING and flag not in given]
+    absent = [f"--{name}" for name in REQUIRED if f"--{name}" not in given]
+    if "--dataset" in given and "--text" in absent:
+        absent.remove("--text")
     if absent and not complete:
         raise _wrong(
             "the flags", f"hold {', '.join(absent)}", "others" if given else "none", "See tlfast collect --help."

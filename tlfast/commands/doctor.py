@@ -27,6 +27,7 @@ _LIBRARIES = {
     "datasets": "hub",
     "huggingface-hub": "hub",
     "pylance": "lance",
+    "peft": "peft",
     "jinja2": "plot",
     "matplotlib": "plot",
     "transformer-lens": "transformer-lens",

@@ -68,6 +68,8 @@ def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> Non
     for part in ("model", "tokenizer", "specs", "loss", "batching", "text", "examples", "grad_scale"):
         if part in header:
             print(f"{part:<13} {_line(header[part])}")
+    if "kept" in info:
+        print(f"kept          {_line(info['kept'])}")
     print(f"made          {_line(info['about'])}")
     shapes = [(_plain(name), _stored(point, info)) for name, point in info["points"].items()]
     for name, shape in shapes:

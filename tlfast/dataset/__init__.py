@@ -11,6 +11,7 @@ from .format.plan import (
     FLAG_NON_FINITE,
     FLAG_SATURATED,
     Example,
+    FieldExample,
     Plan,
     Unit,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "DatasetWriter",
     "Encoded",
     "Example",
+    "FieldExample",
     "GradientColumn",
     "GradientDataset",
     "Join",

@@ -38,6 +38,14 @@ def captures_of(model: Any) -> list[Capture]:
     return [cap for cap in list(_entered) if any(module in modules for module, _ in cap._taps)]
 
 
+def _as_mask(who: str, given: torch.Tensor) -> torch.Tensor:
+    mask = plain(who, "mask", given)
+    if mask.dtype != torch.bool or mask.dim() < 1:
+        got = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(broken_rule(who, "mask", "be boolean [B, P]", got, "Use mask.bool()."))
+    return mask
+
+
 class Capture:
     """The gradients of some points, one row an example; made by `tlfast.capture`, used as a context manager.
 
@@ -305,7 +313,11 @@ class Capture:
 
     @contextmanager
     def batch(
-        self, mask: torch.Tensor | None = None, ids: Sequence[Any] | None = None, grad_scale: float = 1.0
+        self,
+        mask: torch.Tensor | None = None,
+        ids: Sequence[Any] | None = None,
+        grad_scale: float = 1.0,
+        masks: Mapping[str, torch.Tensor] | None = None,
     ) -> Iterator[None]:
         """Say what the next forward and backward are about.
 
@@ -314,6 +326,7 @@ class Capture:
             ids: a sequence with one id for each example, kept in `ids`; inside `into` its number in the plan, or an
                 `Example`.
             grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
+            masks: by column, in place of ``mask`` there: in an encoder-decoder the decoder has positions of its own.
 
         Raises:
             ValueError: if mask and ids don't fit each other, or later the gradients.
@@ -321,11 +334,12 @@ class Capture:
             RuntimeError: if no backward was committed inside.
         """
         who = "batch"
-        mask = None if mask is None else plain(who, "mask", mask)
-        if mask is not None and (mask.dtype != torch.bool or mask.dim() < 1):
-            raise ValueError(
-                broken_rule(who, "mask", "be boolean [B, P]", f"{mask.dtype} {list(mask.shape)}", "Use mask.bool().")
-            )
+        mask = None if mask is None else _as_mask(who, mask)
+        own = {column: _as_mask(f"batch at {column}", given) for column, given in (masks or {}).items()}
+        unknown = next((column for column in own if column not in self._columns), None)
+        if unknown is not None:
+            remedy = "See `names`."
+            raise ValueError(broken_rule(who, "masks", "name columns of the capture", repr(unknown), remedy))
         check_ids(who, ids)
         if ids is not None and mask is not None and len(ids) != mask.shape[0]:
             raise ValueError(
@@ -338,6 +352,8 @@ class Capture:
         ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
         self._ids += [None] * (self.rows - len(self._ids))
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
+        for column, own_mask in own.items():
+            self._columns[column].own_mask = own_mask
         try:
             yield
         except BaseException:
@@ -346,6 +362,8 @@ class Capture:
             raise
         finally:
             self._backwards.set_batch(None, -1, 1.0)
+            for column in own:
+                self._columns[column].own_mask = None
             written = self.rows - len(self._ids)  # clear() inside the block empties both
             if ids is not None and len(ids):
                 self._ids += list(ids) * (written // len(ids))

@@ -21,7 +21,7 @@ N = make_golden.PLAN.n_examples + make_golden.MORE
 
 
 def test_every_version_until_now_is_kept():
-    assert VERSIONS == sorted(make_golden.COLUMNS) == ["v1", "v2"]
+    assert VERSIONS == sorted(make_golden.COLUMNS) == ["v1", "v2", "v3"]
 
 
 def stored(name, i):
@@ -55,6 +55,8 @@ def test_it_opens_with_its_values(version, access):
         assert {key: row[key] for key in ("id", "input_ids", "source", "start", "length")} == vars(
             make_golden.example(i)
         )
+    kept = [{name: row[name] for name in ds.kept} for row in ds.examples]
+    assert kept == [make_golden.kept(i) if version in make_golden.KEPT else {} for i in range(N)]
     assert [row["flags"] for row in ds.examples] == [0, 1, 0, 0, 3, 0, 0]
     assert ds.skipped == [tuple(skipped) for skipped in make_golden.SKIPPED]
     assert ds.header["model"] == {"name": "golden"}
@@ -133,6 +135,7 @@ def test_safetensors_reads_version_2():
     [
         ("v1", "fb82fc0c8e138819753612595665b92a53fdad45b1c6ddf11c01385d51534e6f"),
         ("v2", "971c66b195d19cf0905198ebbea5db7a9fa1c0e59e8f45b8d15f0533fcd1dde2"),
+        ("v3", "97226cff8c53eff46ead9c9ac9c574996a742c27807c8c19886addf74a1e37ec"),
     ],
 )
 def test_nobody_has_touched_it(version, expected):

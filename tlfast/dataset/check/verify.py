@@ -266,7 +266,7 @@ def _check_content(store: Store, commit: Commit, description: Description) -> No
     unit_file, row_table = (file.path for file in commit.files)
     layout = unit_layout(description.columns, commit.unit, commit.tokens or 0)
     check_header(store.open(unit_file, _WHO), store.where(unit_file), layout, _WHO)
-    table = decode_rows(store, commit.unit, list(description.columns), row_table, commit.tokens)
+    table = decode_rows(store, commit.unit, list(description.columns), row_table, commit.tokens, description.kept)
     flagged = sum(flags & FLAG_NON_FINITE != 0 for flags in table.column("flags").to_pylist())
     if flagged != commit.non_finite:
         rule = f"flag {commit.non_finite} rows as non-finite, as its commit says"

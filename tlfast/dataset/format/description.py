@@ -6,7 +6,7 @@ import difflib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from os import PathLike
@@ -19,25 +19,29 @@ from ...errors import broken_rule
 from ..errors import DatasetError, NoDataset, dataset_error
 from ..places.store import LocalStore, Store, as_store
 from .extension import Extension, read_extensions
+from .kept_fields import check_kept
 from .layout import DTYPE_NAMES, DTYPES, Column, check_columns, has_tokens, version_of
 from .plan import Plan, Unit
 from .strict_json import checksum_of, parse_json, sha256_of, to_file
 
 FORMAT = "tlfast-dataset"
-VERSIONS = (1, 2)  # what can be read; written is the first that suffices
+VERSIONS = (1, 2, 3)  # what can be read; written is the first that suffices
 FILE_NAME = "dataset.json"
 CONFIG, CARD = "config.yaml", "README.md"  # beside it, for people and for the next run
 MAX_BYTES = 64 << 20  # of dataset.json: tens of thousands of points stay far below
 
 _KEYS = {"format", "version", "header", "columns", "plan", "config_hash", "about", "checksum"}
 _COLUMN_KEYS = {1: ("name", "dtype", "shape"), 2: ("name", "dtype", "shape", "of", "per", "encoding")}
+_COLUMN_KEYS[3] = _COLUMN_KEYS[2]
+_WITH_FIELDS = 3  # the version that keeps fields of the examples in its row tables
 
 
 @dataclass(frozen=True)
 class Description:
     """The content of dataset.json; ``about`` (when, by what) is kept but is not part of the identity.
 
-    ``plan`` has the examples of ``extensions`` too, which stand in files of their own.
+    ``plan`` has the examples of ``extensions`` too, which stand in files of their own; ``kept`` are the fields that the
+    row tables keep, with their types.
     """
 
     header: dict[str, Any]
@@ -45,13 +49,16 @@ class Description:
     plan: Plan
     about: dict[str, Any]
     extensions: tuple[Extension, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to continue a dataset."""
-        version = version_of(self.columns)
+        version = _WITH_FIELDS if self.kept else version_of(self.columns)
         columns = [_column_entry(name, column, version) for name, column in self.columns.items()]
         plan = self.plan.to_json()
-        return {"format": FORMAT, "version": version, "header": self.header, "columns": columns, "plan": plan}
+        said = {"format": FORMAT, "version": version, "header": self.header, "columns": columns, "plan": plan}
+        fields = [{"name": name, "type": kind} for name, kind in self.kept.items()]
+        return said | ({"fields": fields} if fields else {})
 
     def payload_bytes(self, n_rows: int, n_tokens: int | None) -> int:
         """Bytes of so many examples and tokens at all points together."""
@@ -122,6 +129,7 @@ def describe(
     columns: Mapping[str, Any],
     plan: Plan,
     about: Mapping[str, Any] | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Description:
     """Return the description of a new dataset; DatasetError for a header or column that cannot be stored."""
     try:
@@ -132,7 +140,9 @@ def describe(
         ) from error
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     made = {"created": created, "torch": str(torch.__version__), "python": platform.python_version()}
-    return Description(plain, check_columns(who, columns), plan, made | more)
+    return Description(
+        plain, check_columns(who, columns), plan, made | more, kept=check_kept(who, {} if kept is None else kept)
+    )
 
 
 def read_description(place: str | PathLike[str] | Store, who: str) -> Description:
@@ -153,12 +163,14 @@ def read_description(place: str | PathLike[str] | Store, who: str) -> Descriptio
         rule = f"be of format version {' or '.join(map(str, VERSIONS))}"
         raise dataset_error(who, path, rule, repr(version)[:80], "Update tlfast to read it.")
     checksum = value.pop("checksum", None)
-    if set(value) != _KEYS - {"checksum"} or checksum_of(value) != checksum:
+    keys = _KEYS - {"checksum"} | ({"fields"} if version == _WITH_FIELDS else set())
+    if set(value) != keys or checksum_of(value) != checksum:
         raise dataset_error(who, path, "match its own checksum", "other content", "Restore the file as it was.")
     columns = _read_columns(value["columns"], version, who, path)
     if not isinstance(value["header"], dict) or not isinstance(value["about"], dict):
         raise dataset_error(who, path, "hold objects header and about", "other types", "Restore the file.")
-    description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"])
+    kept = _read_kept(value["fields"], who, path) if version == _WITH_FIELDS else {}
+    description = Description(value["header"], columns, Plan.from_json(value["plan"]), value["about"], kept=kept)
     if description.config_hash != value["config_hash"]:
         raise dataset_error(who, path, "match its config_hash", "other content", "Restore the file as it was.")
     extensions = read_extensions(store, who, description.config_hash, description.plan.n_examples)
@@ -213,6 +225,17 @@ def _read_columns(value: Any, version: int, who: str, path: str) -> dict[str, Co
         rule = f"list columns with {', '.join(keys[:-1])} and {keys[-1]}"
         raise dataset_error(who, path, rule, repr(error)[:200], "Restore the file as it was.") from error
     return check_columns(who, columns)
+
+
+def _read_kept(value: Any, who: str, path: str) -> dict[str, str]:
+    try:
+        kept = {entry["name"]: entry["type"] for entry in value}
+        if not kept or len(kept) != len(value) or any(set(entry) != {"name", "type"} for entry in value):
+            raise KeyError("name and type, once per field")
+    except (KeyError, TypeError) as error:
+        rule, remedy = "list fields with name and type", "Restore the file as it was."
+        raise dataset_error(who, path, rule, repr(error)[:200], remedy) from error
+    return check_kept(who, kept)
 
 
 def skipped_examples(description: Description, who: str) -> list[tuple[str, int, str]]:

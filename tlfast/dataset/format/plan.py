@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -31,6 +31,18 @@ class Example:
     source: str
     start: int
     length: int
+
+
+@dataclass(frozen=True)
+class FieldExample(Example):
+    """An example that is more than tokens, or none: an image has no ``input_ids`` and the length 0.
+
+    ``kept`` are the fields that its row table keeps, by name; ``digest`` stands for names and values of all its fields
+    beside the tokens.
+    """
+
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,22 @@ def unpack(data: bytes, schema: Any, n_rows: int) -> Any:
     """Return a Parquet file as a pyarrow Table with this schema; an exception of whatever kind where it isn't one."""
     pa, compute, parquet = (extra(name, _WHO) for name in ("pyarrow", "pyarrow.compute", "pyarrow.parquet"))
     # Text is read as numbers of a dictionary, and so not once for each row.
-    stored = parquet.ParquetFile(pa.BufferReader(data), read_dictionary=["source"])
+    texts = [field.name for field in schema if field.type == pa.string()]
+    stored = parquet.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
     found, wanted = stored.schema_arrow, list(schema.types)
-    wanted[schema.get_field_index("source")] = pa.dictionary(pa.int32(), pa.string())
+    for name in texts:
+        wanted[schema.get_field_index(name)] = pa.dictionary(pa.int32(), pa.string())
     if stored.metadata.num_rows != n_rows or found.names != schema.names or found.types != wanted:
         raise ValueError(f"{stored.metadata.num_rows} rows of {found.to_string()[:300]}")
     check_unpacked(_unpacked(stored.metadata), len(data))
     table = stored.read(use_threads=False)
-    source = table.column("source")
-    lengths = [compute.binary_length(part.dictionary).take(part.indices) for part in source.chunks]
+    parts = [part for name in texts for part in table.column(name).chunks]
+    lengths = [compute.binary_length(part.dictionary).take(part.indices) for part in parts]
     check_unpacked(sum(compute.sum(part).as_py() or 0 for part in lengths), len(data))
-    at = schema.get_field_index("source")
-    return table.set_column(at, schema.field(at), source.cast(pa.string())).replace_schema_metadata(None)
+    for name in texts:
+        at = schema.get_field_index(name)
+        table = table.set_column(at, schema.field(at), table.column(name).cast(pa.string()))
+    return table.replace_schema_metadata(None)
 
 
 def _unpacked(metadata: Any) -> int:

@@ -16,6 +16,7 @@ from ...markup import table as html_table
 from ..errors import dataset_error, extra
 from ..places.store import Store
 from .commits import Commit
+from .kept_fields import arrow_type
 from .plan import Example, Unit
 from .row_limits import check_unpacked, unpack
 
@@ -24,8 +25,8 @@ _READER = "GradientDataset"
 _SHOWN_TEXT, _SHOWN_NORMS = 120, 12  # characters of a value, and norms, that a notebook shows
 
 
-def row_schema(points: Iterable[str]) -> Any:
-    """Return the pyarrow schema of a row table."""
+def row_schema(points: Iterable[str], kept: Mapping[str, str] | None = None) -> Any:
+    """Return the pyarrow schema of a row table; ``kept`` are the types of the fields that it keeps, by name."""
     pa = extra("pyarrow", "tlfast.dataset")
     fields = [
         pa.field("id", pa.int64(), nullable=False),
@@ -35,13 +36,21 @@ def row_schema(points: Iterable[str]) -> Any:
         pa.field("length", pa.int32(), nullable=False),
         pa.field("flags", pa.int32(), nullable=False),
     ]
-    return pa.schema(fields + [pa.field(NORM + point, pa.float32(), nullable=False) for point in points])
+    fields += [pa.field(NORM + point, pa.float32(), nullable=False) for point in points]
+    kinds = (kept or {}).items()
+    return pa.schema(fields + [pa.field(name, arrow_type(kind), nullable=False) for name, kind in kinds])
 
 
-def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+def encode_rows(
+    examples: Sequence[Example],
+    flags: Sequence[int],
+    norms: Mapping[str, np.ndarray[Any, Any]],
+    kept: Mapping[str, str] | None = None,
+) -> bytes:
     """Return the Parquet file of a unit's examples; DatasetError where a value does not fit its type."""
     pa, parquet = extra("pyarrow", "DatasetWriter"), extra("pyarrow.parquet", "DatasetWriter")
-    schema = row_schema(norms)
+    schema = row_schema(norms, kept)
+    kept_values = _kept_values(examples, kept or {}, schema)
     try:
         values = [
             pa.array([example.id for example in examples], pa.int64()),
@@ -51,6 +60,7 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
             pa.array([example.length for example in examples], pa.int32()),
             pa.array(list(flags), pa.int32()),
             *(pa.array(norm, pa.float32()) for norm in norms.values()),
+            *kept_values,
         ]
         table = pa.table(values, schema=schema)
         sink = pa.BufferOutputStream()
@@ -62,17 +72,39 @@ def encode_rows(examples: Sequence[Example], flags: Sequence[int], norms: Mappin
     return bytes(sink.getvalue())
 
 
+def _kept_values(examples: Sequence[Example], kept: Mapping[str, str], schema: Any) -> list[Any]:
+    """The column of each kept field; DatasetError where an example lacks it, or has a value of another type."""
+    pa = extra("pyarrow", "DatasetWriter")
+
+    def column(name: str, kind: str) -> Any:
+        values = [getattr(example, "kept", {}).get(name) for example in examples]
+        try:
+            if any(value is None for value in values):
+                raise ValueError("none in an example")
+            return pa.array(values, schema.field(name).type)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            rule, remedy = f"be {kind} in each example", "Give FieldExamples."
+            raise dataset_error("DatasetWriter", f"field {name!r}", rule, str(error)[:200], remedy) from error
+
+    return [column(name, kind) for name, kind in kept.items()]
+
+
 def decode_rows(
-    store: Store, unit: Unit, points: Sequence[str], path: str | None = None, n_tokens: int | None = None
+    store: Store,
+    unit: Unit,
+    points: Sequence[str],
+    path: str | None = None,
+    n_tokens: int | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Any:
     """Read a unit's row table (a pyarrow Table); DatasetError unless it holds exactly the unit's examples.
 
     ``path`` is the name that its commit gives it, where that isn't the plain one; ``n_tokens`` is how many tokens the
-    commit counts, where it does.
+    commit counts, where it does; ``kept`` are the types of the fields that it keeps.
     """
     path = path or f"rows/{unit.name}.parquet"
     file = store.open(path, _READER)
-    schema = row_schema(points)
+    schema = row_schema(points, kept)
     try:
         data = file.read(0, file.size)
         table = unpack(data, schema, len(unit))
@@ -85,7 +117,8 @@ def decode_rows(
         if n_tokens is not None and (lengths.min() < 0 or int(lengths.sum(dtype=np.int64)) != n_tokens):
             raise ValueError(f"lengths of other than {n_tokens} tokens together, as the commit says")
     except Exception as error:  # whatever a damaged Parquet file makes of pyarrow
-        rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points"
+        more = f" and {len(kept)} fields" if kept else ""
+        rule = f"hold examples {unit.start}..{unit.stop - 1} and the norms of {len(points)} points{more}"
         raise dataset_error(_READER, store.where(path), rule, str(error)[:300], "Run `tlfast verify`.") from error
     return table
 
@@ -112,10 +145,12 @@ class ExampleTable(Sequence[dict[str, Any]]):
 
     KEPT_BYTES = 256 << 20  # of row tables held in memory, besides the last used
 
-    def __init__(self, store: Store, commits: Sequence[Commit], points: Sequence[str]) -> None:
+    def __init__(
+        self, store: Store, commits: Sequence[Commit], points: Sequence[str], kept: Mapping[str, str] | None = None
+    ) -> None:
         self._store = store
         self._commits = commits
-        self._points = list(points)
+        self._points, self._kept = list(points), dict(kept or {})
         self._stops = np.cumsum([len(commit.unit) for commit in commits], dtype=np.int64)
         self._tables: OrderedDict[int, Any] = OrderedDict()
         self._held = 0  # bytes
@@ -125,7 +160,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def __getitem__(self, index: Any) -> Any:
-        """Return an example as a dict (id, input_ids, source, start, length, flags, norms); for a slice a list."""
+        """Return an example as a dict (id, input_ids, ..., norms, and what is kept); for a slice a list."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = int(index.__index__())
@@ -138,7 +173,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
     def names(self) -> list[str]:
         """What is known of an example beside its norms: id, input_ids, ..., and what was kept with it."""
         norms = {NORM + point for point in self._points}
-        schema = self.table(0).schema if self._commits else row_schema(self._points)
+        schema = self.table(0).schema if self._commits else row_schema(self._points, self._kept)
         return [name for name in schema.names if name not in norms]
 
     def arrow(self, rows: np.ndarray[Any, Any], names: Sequence[str] | None = None) -> Any:
@@ -157,7 +192,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
             behind = (np.diff(local) == 1).all()
             parts.append(table.slice(int(local[0]), len(local)) if behind else table.take(pa.array(local)))
         if not parts:
-            empty = self.table(0).slice(0, 0) if self._commits else row_schema(self._points).empty_table()
+            empty = self.table(0).slice(0, 0) if self._commits else row_schema(self._points, self._kept).empty_table()
             return empty if names is None else empty.select(names)
         found = pa.concat_tables(parts)
         if order is None:
@@ -190,7 +225,7 @@ class ExampleTable(Sequence[dict[str, Any]]):
             if k not in self._tables:
                 commit = self._commits[k]
                 path, tokens = commit.files[1].path, commit.tokens
-                self._tables[k] = decode_rows(self._store, commit.unit, self._points, path, tokens)
+                self._tables[k] = decode_rows(self._store, commit.unit, self._points, path, tokens, self._kept)
                 self._held += self._tables[k].nbytes
                 while len(self._tables) > 1 and self._held > self.KEPT_BYTES:
                     self._held -= self._tables.popitem(last=False)[1].nbytes

@@ -105,7 +105,7 @@ class GradientDataset(Readable, OnHub):
         self._commits = commits
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
-        self.examples = ExampleTable(store, commits, list(description.columns))
+        self.examples = ExampleTable(store, commits, list(description.columns), description.kept)
         self._spans = TokenSpans(self.examples, self._files)
 
     @classmethod
@@ -121,6 +121,11 @@ class GradientDataset(Readable, OnHub):
     def points(self) -> list[str]:
         """The names of the points, in the order of the collection."""
         return list(self._description.columns)
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The fields that the row tables keep of the examples, with their types: "int64", "list<float64>", ..."""
+        return dict(self._description.kept)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -241,20 +246,24 @@ class GradientDataset(Readable, OnHub):
     def info(self) -> dict[str, Any]:
         """Return what is inside, as JSON-able values; reads nothing."""
         columns = self._description.columns
-        return {
-            "path": str(self.path),
-            "rows": len(self),
-            "planned_rows": self.plan.n_examples,
-            "units": len(self._commits),
-            "planned_units": self.plan.n_units,
-            "bytes": sum(commit.n_bytes for commit in self._commits),
-            "non_finite_rows": sum(commit.non_finite for commit in self._commits),
-            "points": {name: _point_info(column) for name, column in columns.items()},
-            "header": self.header,
-            "examples": self._description.all_examples(),
-            "about": self._description.about,
-            "config_hash": self._description.config_hash,
-        } | ({"tokens": len(self._files.tokens)} if self._description.has_tokens else {})
+        return (
+            {
+                "path": str(self.path),
+                "rows": len(self),
+                "planned_rows": self.plan.n_examples,
+                "units": len(self._commits),
+                "planned_units": self.plan.n_units,
+                "bytes": sum(commit.n_bytes for commit in self._commits),
+                "non_finite_rows": sum(commit.non_finite for commit in self._commits),
+                "points": {name: _point_info(column) for name, column in columns.items()},
+                "header": self.header,
+                "examples": self._description.all_examples(),
+                "about": self._description.about,
+                "config_hash": self._description.config_hash,
+            }
+            | ({"tokens": len(self._files.tokens)} if self._description.has_tokens else {})
+            | ({"kept": self.kept} if self.kept else {})
+        )
 
     def report(self, *, tokenizer: Any = None) -> Any:
         """Return the page of `tlfast report` for a notebook, which shows it in place; needs the extra ``plot``.

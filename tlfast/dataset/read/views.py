@@ -482,10 +482,12 @@ def concat_datasets(datasets: Sequence[Readable]) -> DatasetView:
     """Return a view of all rows of some datasets or views, behind each other; nothing is read or copied.
 
     Row numbers count on from one to the next; ids are those of the datasets themselves, so several rows may have one:
-    ``view.where(rows)`` says which dataset a row is of.
+    ``view.where(rows)`` says which dataset a row is of. Of the fields that they keep of the examples the view has those
+    that all of them keep.
 
     Raises:
-        DatasetError: where their points differ in name, dtype, shape or encoding, or there are none.
+        DatasetError: where their points differ in name, dtype, shape or encoding, a kept field in type, or there are
+            none.
 
     Example:
         >>> import tempfile, torch
@@ -505,6 +507,7 @@ def concat_datasets(datasets: Sequence[Readable]) -> DatasetView:
         got = next((type(part).__name__ for part in parts if not isinstance(part, Readable)), "none")
         raise dataset_error(who, "datasets", "be open datasets or views", got, "Open each by open_dataset.")
     check_same_columns(who, [{point: part.column(point) for point in part.points} for part in parts])
+    check_same_types(who, [source.kept for part in parts for source in part.sources])
     selections = [part._selection() for part in parts]
     rows = None
     if any(selection.rows is not None for selection in selections):
@@ -527,6 +530,18 @@ def check_same_columns(who: str, columns: Sequence[dict[str, Column]]) -> None:
             got = f"{texts[0]} in dataset 1 and {texts[1]} in dataset {number}"
             remedy = "Take the points that they share by ds.with_fields." if name in names else "They can't be joined."
             raise dataset_error(who, f"point {name!r}", "be the same in all datasets", got, remedy)
+
+
+def check_same_types(who: str, kept: Sequence[dict[str, str]]) -> None:
+    """Raise DatasetError where a field that several datasets keep is of different types."""
+    first: dict[str, tuple[int, str]] = {}
+    for number, fields in enumerate(kept, 1):
+        for name, kind in fields.items():
+            before, its_kind = first.setdefault(name, (number, kind))
+            if kind != its_kind:
+                got = f"{its_kind} in dataset {before} and {kind} in dataset {number}"
+                rule, remedy = "be of one type in all datasets", "They can't be joined; read one after the other."
+                raise dataset_error(who, f"field {name!r}", rule, got, remedy)
 
 
 def _said(column: Column) -> str:

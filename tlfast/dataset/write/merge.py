@@ -14,7 +14,7 @@ from ..places.remote import url_of
 from ..places.write_store import WriteFolder, as_write_store
 from ..read.merged import MergedDataset
 from ..read.reader import GradientDataset, open_dataset
-from ..read.views import check_same_columns
+from ..read.views import check_same_columns, check_same_types
 from .folder import refuse_stranger
 
 MAY_DIFFER = ("examples", "text", "batching")  # keys of headers that say which examples, and in which batches
@@ -39,8 +39,8 @@ def merge_datasets(
         The dataset, open.
 
     Raises:
-        DatasetError: where points, dtypes, shapes, encodings, or headers (the model, the loss, ...) differ, a dataset
-            is named twice, or ``out`` is not empty. Nothing is made then.
+        DatasetError: where points, dtypes, shapes, encodings, kept fields, or headers (the model, the loss, ...)
+            differ, a dataset is named twice, or ``out`` is not empty. Nothing is made then.
 
     Example:
         >>> import tempfile, torch
@@ -62,6 +62,7 @@ def merge_datasets(
     sources = _opened(datasets, partial)
     columns = [{point: source.column(point) for point in source.points} for source in sources]
     check_same_columns(_WHO, columns)
+    _check_kept([source.kept for source in sources])
     _check_headers([source.header for source in sources], [*MAY_DIFFER, *may_differ])
     parts = [Part(_named(source, store), source.identity, source.plan.n_examples) for source in sources]
     twice = next((part.path for k, part in enumerate(parts) if part.path in [p.path for p in parts[:k]]), None)
@@ -100,6 +101,16 @@ def _check_headers(headers: list[dict[str, Any]], may_differ: list[str]) -> None
                 got = f"{repr(headers[0].get(key))[:80]} in dataset 1 and {repr(header.get(key))[:80]} in {number}"
                 remedy = f"Rows of different ones don't belong together; if these do: may_differ=[{key!r}]."
                 raise dataset_error(_WHO, f"header[{key!r}]", "be the same in all datasets", got, remedy)
+
+
+def _check_kept(kept: list[dict[str, str]]) -> None:
+    check_same_types(_WHO, kept)
+    for number, fields in enumerate(kept[1:], 2):
+        odd = next((name for name in [*kept[0], *fields] if name not in fields or name not in kept[0]), None)
+        if odd is not None:
+            got = f"in dataset {1 if odd in kept[0] else number} alone of datasets 1 and {number}"
+            remedy = "A merged dataset has all that its parts have; concat_datasets reads what they share."
+            raise dataset_error(_WHO, f"field {odd!r}", "be kept by all datasets", got, remedy)
 
 
 def _named(source: GradientDataset, out: WriteFolder) -> str:

@@ -79,6 +79,8 @@ class DatasetWriter:
             remains of a run that failed before its first one. At a URL, where nobody can see who writes, it stays.
         staging: where units lie until they are uploaded, a folder on a local disk; None: ``tlfast/staging`` in the
             user's cache folder.
+        fields: what the row tables keep of each example beside its tokens, ``FieldExample.kept``: types by name, of
+            "int64", "float64", "bool", "string", and "list<int64>" and its like; part of the identity.
 
     Raises:
         DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full;
@@ -108,6 +110,7 @@ class DatasetWriter:
         max_units: int | None = None,
         replace_unused: bool = False,
         staging: str | PathLike[str] | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
@@ -115,7 +118,7 @@ class DatasetWriter:
         self._store = as_write_store(out)
         self.bytes_written = 0
         self._abandoned = self._closed = False
-        description = describe(_WHO, header, columns, plan, about)
+        description = describe(_WHO, header, columns, plan, about, fields)
         self._tokens_per_example = _tokens_per_example(description)
         self._units: UnitFolder
         if isinstance(self._store, WriteFolder):
@@ -254,7 +257,7 @@ class DatasetWriter:
                 # The table is made while the disk is at work.
                 norms = contents.norms(found)
                 flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray(flags)
-                table = encode_rows(examples, flag_bits.tolist(), norms)
+                table = encode_rows(examples, flag_bits.tolist(), norms, self.description.kept)
             self.bytes_written += layout.n_bytes - len(layout.header)
             data.seal()
             with PendingFile(folder / rows_path(unit), len(table)) as rows:

@@ -1,0 +1,287 @@
+"""All examples of a collection, read once: tokens and what is kept stay in memory, other fields are fetched again."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..dataset.format.plan import Example, FieldExample
+from ..errors import broken_rule
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of
+from .items import Item, Reading, as_tokens
+from .skipped import BadExamples
+
+_AT_ONCE = 256  # items asked of a data set together
+
+
+class FieldSource:
+    """The fields of examples that aren't held in memory, by the number of the example."""
+
+    def __init__(self, rules: FieldRules) -> None:
+        self.rules = rules
+
+    def fetch(self, numbers: Sequence[int]) -> list[Fields]:
+        """The fields of these examples."""
+        raise NotImplementedError
+
+
+class Refetched(FieldSource):
+    """Fields that the data give again whenever they are asked, and that must then be the same."""
+
+    def __init__(self, rules: FieldRules, data: Any, reading: Reading) -> None:
+        super().__init__(rules)
+        self._data, self._reading = data, reading
+        self._where: list[tuple[int, int, bytes]] = []  # item, which example in it, digest
+        self._last: tuple[int, list[Item]] = (-1, [])
+
+    def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
+        """Remember where the next example is found."""
+        self._where.append((item, part, digest))
+
+    def fetch(self, numbers: Sequence[int]) -> list[Fields]:
+        places = [self._where[number] for number in numbers]
+        wanted = dict.fromkeys(item for item, _, _ in places if item != self._last[0])
+        found = {self._last[0]: self._last[1]}
+        for number, given in zip(wanted, _items_of(self._data, list(wanted)), strict=True):
+            found[number] = list(self._reading.items(given, f"batches[{number}]"))
+            self._last = (number, found[number])
+        fetched = []
+        for number, (item, part, digest) in zip(numbers, places, strict=True):
+            fields = _values(found[item][part].fields) if part < len(found[item]) else {}
+            if digest_of(fields) != digest:
+                rule, got = "give an example the same fields each time", f"others for example {number}"
+                remedy = "Let nothing random be done to it; or give an iterator, which is read once."
+                raise ValueError(broken_rule("collect", "batches", rule, got, remedy))
+            fetched.append(fields)
+        return fetched
+
+
+class Spooled(FieldSource):
+    """Fields that were given but once, in a file without a name, which goes with this process."""
+
+    def __init__(self, rules: FieldRules, folder: str | os.PathLike[str] | None) -> None:
+        super().__init__(rules)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as the collection)
+        weakref.finalize(self, self._file.close)
+        self._where: list[tuple[int, int]] = []
+        self._end = 0
+
+    def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
+        """Write the fields of the next example."""
+        data = pickle.dumps(_packed(fields), protocol=5)
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._where.append((self._end, len(data)))
+        self._end += len(data)
+
+    def fetch(self, numbers: Sequence[int]) -> list[Fields]:
+        fetched = []
+        for number in numbers:
+            start, size = self._where[number]
+            self._file.seek(start)
+            fetched.append(_unpacked(pickle.loads(self._file.read(size))))
+        return fetched
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {key: _packed(part) for key, part in value.items()} if isinstance(value, dict) else [value]
+
+
+def _unpacked(packed: Any) -> Any:
+    if isinstance(packed, dict):
+        return {key: _unpacked(part) for key, part in packed.items()}
+    if isinstance(packed, list):
+        return packed[0]
+    dtype, shape, data = packed
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def _values(fields: Mapping[str, Any]) -> Fields:
+    return {name: as_value(value, name) for name, value in fields.items()}
+
+
+@dataclass
+class ExampleReader:
+    """Reads data: an iterable, a sequence or another data set with a length, or a DataLoader.
+
+    Args:
+        bad: takes the examples that can't be used. One that has no source is remembered by its number among all that
+            were given: "#17".
+        least, longest: tokens of an example; None: any number.
+        fields: as `collect` takes them.
+        keep: names of the fields that each example keeps for its row table.
+        pad_id: the token at padded positions.
+        apart: fields that have nothing to do with the positions of ``input_ids``.
+        size: of an example without ``input_ids``, in place of its tokens; None: none has one.
+        padded: values of several lengths are padded by their names, not by the user's collate=.
+        spool_in: where fields are spooled that are given once; None: where temporary files lie.
+    """
+
+    bad: BadExamples
+    least: int = 2
+    longest: int | None = None
+    fields: Mapping[str, Any] | None = None
+    keep: Sequence[str] = ()
+    pad_id: int = 0
+    apart: frozenset[str] = frozenset()
+    size: Callable[[Mapping[str, Any]], int] | None = None
+    padded: bool = True
+    spool_in: str | os.PathLike[str] | None = None
+    examples: list[Example] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    source: FieldSource | None = None
+
+    def read(self, data: Any) -> list[Example]:
+        """List the examples, numbered from 0; their fields are in ``source`` then, where there are any.
+
+        Raises:
+            ValueError, TypeError: for data that hold no examples, or an item that is none.
+        """
+        check_data(data)
+        self._rules = FieldRules(self.pad_id, self.apart)
+        reading = Reading(self.fields, self.apart, isinstance(data, DataLoader))
+        map_style = is_map_style(data)
+        number = 0
+        for k, given in enumerate(_all_items(data) if map_style else data):
+            for part, item in enumerate(reading.items(given, f"batches[{k}]")):
+                self._take(number, item, (k, part), data if map_style else None, reading)
+                number += 1
+        if not self.examples:
+            got = str(self.bad) if len(self.bad) else "none"
+            remedy = "Look at these." if len(self.bad) else "Is the iterable used up?"
+            raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
+        if self.padded:
+            self._rules.check(self.keep)
+        return self.examples
+
+    def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
+        tokens = None if item.input_ids is None else as_tokens(item.input_ids)
+        wrong = None if tokens is None else self._length_refused(len(tokens), number)
+        fields: Fields = {}
+        if wrong is None:
+            try:
+                fields = _values(item.fields)
+                reason = self._rules.refusal(fields, None if tokens is None else len(tokens))
+            except BadField as error:
+                reason = str(error)
+            if reason is not None:
+                got, remedy = f"{reason}, in example {number}", "Correct it, or leave it out."
+                wrong = reason, broken_rule("collect", "examples", "have fields that fit each other", got, remedy)
+        if wrong is not None:
+            self.bad.leave_out(item.source or f"#{number}", item.start, *wrong)
+            return
+        if fields and self.source is None:
+            if data is not None:
+                self.source = Refetched(self._rules, data, reading)
+            else:
+                self.source = Spooled(self._rules, self.spool_in)
+        digest = digest_of(fields) if fields else b""
+        if self.source is not None:
+            self.source.add(*place, fields, digest)  # type: ignore[attr-defined]
+        self._remember(item, tokens, fields, digest)
+
+    def _remember(self, item: Item, tokens: Any, fields: Fields, digest: bytes) -> None:
+        for name in self.keep:
+            if name not in fields:
+                rule, got = f"name fields of the examples ({', '.join(fields) or 'none'})", repr(name)
+                raise ValueError(broken_rule("collect", "keep_fields", rule, got, "Leave it out, or give the field."))
+        kept = {name: as_kept(name, fields[name]) for name in self.keep}
+        if self.size is not None:
+            self.sizes.append(_size_of(self.size, fields, tokens))
+        n = 0 if tokens is None else len(tokens)
+        ids = as_tokens(()) if tokens is None else tokens
+        known = (len(self.examples), ids, item.source, item.start, n)
+        self.examples.append(FieldExample(*known, kept, digest) if fields else Example(*known))
+
+    def _length_refused(self, n: int, number: int) -> tuple[str, str] | None:
+        """The reason why an example of ``n`` tokens is left out, and the error that this may be; None: it isn't."""
+        got = f"{n} in example {number}"
+        if n < self.least:
+            remedy = "A single token has no next one; leave it out." if self.least > 1 else "Leave it out."
+            s = "s" * (self.least != 1)
+            error = broken_rule("collect", "examples", f"have {self.least} token{s} or more", got, remedy)
+            return f"{n} token{'s' * (n != 1)}, less than {self.least}", error
+        if self.longest is not None and n > self.longest:
+            remedy = "Cut the examples, or give a larger seq_len."
+            error = broken_rule("collect", "examples", f"have {self.longest} tokens at most", got, remedy)
+            return f"{n} tokens, more than {self.longest}", error
+        return None
+
+
+def _size_of(size: Callable[[Mapping[str, Any]], int], fields: Fields, tokens: Any) -> int:
+    if tokens is not None:
+        rule, remedy = "be left out where examples have input_ids", "Their size is the number of tokens."
+        raise ValueError(broken_rule("collect", "size", rule, "input_ids", remedy))
+    n = size(fields)
+    if type(n) is not int or n < 1:
+        raise ValueError(broken_rule("collect", "size", "return a positive int", repr(n), "Count what takes memory."))
+    return n
+
+
+def check_data(data: Any) -> None:
+    """TypeError for one mapping in place of many."""
+    if not isinstance(data, Mapping):
+        return
+    splits = bool(data) and all(hasattr(part, "column_names") for part in data.values())  # a DatasetDict
+    got = f"a mapping with {', '.join(map(str, data)) or 'no keys'}"
+    remedy = f"Give one of its splits: data[{next(iter(data))!r}]." if splits else "Put it into a list."
+    raise TypeError(broken_rule("collect", "batches", "be an iterable of batches", got, remedy))
+
+
+def is_map_style(data: Any) -> bool:
+    """Whether data give any of their items at any time, by its number: a sequence, or a data set with a length."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes))
+
+
+def _all_items(data: Any) -> Iterator[Any]:
+    n = len(data)
+    starts = range(0, n, _AT_ONCE)
+    return chain.from_iterable(_items_of(data, list(range(start, min(start + _AT_ONCE, n)))) for start in starts)
+
+
+def _items_of(data: Any, numbers: list[int]) -> Iterable[Any]:
+    """These items; of a data set that can, together: a Hugging Face one reads its table once then."""
+    together = getattr(data, "__getitems__", None)
+    items: Iterable[Any] = together(numbers) if callable(together) and numbers else map(data.__getitem__, numbers)
+    return items
+
+
+def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest: int | None = None) -> list[Example]:
+    """Turn token sequences, examples, or batches of them into a list of examples, numbered from 0.
+
+    An item is one sequence of tokens, a tensor or array [P] or [B, P], an `Example`, a mapping with ``input_ids`` (and
+    ``attention_mask``, ``source``, ``start`` if there are any, and nothing else), or a list of such items.
+
+    Args:
+        batches: the items.
+        bad: takes the examples of less than 2 tokens and of more than ``longest``; None: they are an error. One that
+            has no source is remembered by its number among all that were given: "#17".
+        longest: the most tokens of an example; None: any number.
+
+    Raises:
+        ValueError, TypeError: for an item that is none of these, or tokens that are none; for a mapping with other
+            keys, of which this knows nothing; for a list whose parts may be the fields of a batch and not its examples.
+
+    Example:
+        >>> from tlfast.collecting.batches import as_examples
+        >>> [e.length for e in as_examples([[5, 6, 7], {"input_ids": [[1, 2], [3, 4]]}])]
+        [3, 2, 2]
+    """
+    reader = ExampleReader(BadExamples("stop") if bad is None else bad, longest=longest)
+    examples = reader.read(batches)
+    if reader.source is not None:
+        got = ", ".join(reader.source.rules.names)
+        rule = "be among input_ids, attention_mask, source, start"
+        raise ValueError(broken_rule("collect", "keys of batches", rule, got, "Only `collect` takes other fields."))
+    return examples

@@ -1,0 +1,228 @@
+"""The records of a data set on the command line: rows of files, of what save_to_disk wrote, or of one on the hub."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..dataset.errors import extra
+from ..errors import broken_rule
+from .skipped import BadExamples
+
+_WHO = "collect"
+_AT_ONCE = 1024  # rows of a table made into Python's values together
+_SPLITS = ("train", "training", "valid", "validation", "val", "dev", "test", "eval")  # as hub and files call them
+_NOT_HERE = "Check the path, or the name on the hub."
+
+
+class Record(NamedTuple):
+    """One row: its values by column, the file (or data set) it is of, and its number there."""
+
+    values: Mapping[str, Any]
+    source: str
+    start: int
+
+
+def read_records(
+    place: str, bad: BadExamples, name: str = "", split: str = "", texts: Collection[str] = ()
+) -> Iterator[Record]:
+    """Yield the rows of a data set, in its order; those of several files by rising path.
+
+    Args:
+        place: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .txt), a folder of such, one that
+            ``save_to_disk`` of Hugging Face's datasets wrote, or a name on the hub.
+        bad: takes the lines that can't be read.
+        name: of a configuration on the hub.
+        split: which part: of the hub, of what save_to_disk wrote, or of a folder with files called so.
+        texts: columns that are text, whatever a CSV file makes one think.
+
+    Raises:
+        ValueError: for a place without records, a file that isn't what its ending says, or a ``split`` that there isn't
+            or that must be said.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir() and not any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+        if name:
+            raise _refused("name", "be left out for files", repr(name), "It is one of the hub's.")
+        files = _in_folder(path, split)
+        return chain.from_iterable(_of_file(file, file.relative_to(path).as_posix(), bad, texts) for file in files)
+    if path.is_file():
+        for argument, value in (("name", name), ("split", split)):
+            if value:
+                raise _refused(argument, "be left out for a file", repr(value), "The file is taken whole.")
+        return _of_file(path, path.name, bad, texts)
+    return _of_datasets(place, path, name, split)
+
+
+def _refused(argument: str, rule: str, got: str, remedy: str) -> ValueError:
+    return ValueError(broken_rule(_WHO, argument, rule, got, remedy))
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder, or those of a split, which their names begin with or their folder is called by."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _READERS and path.is_file()]
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not found:
+        raise _refused("dataset", f"hold files like {', '.join(_READERS)}", repr(str(folder)), _NOT_HERE)
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        words = {re.split(r"[-._]", part)[0].lower() for part in path.relative_to(folder).parts}
+        for word in sorted(words):
+            splits.setdefault(word, []).append(path)
+    known = [word for word in splits if word in _SPLITS or len(splits) > 1]
+    if split and split.lower() not in splits:
+        raise _refused("split", f"be one of {', '.join(known) or 'none'}", repr(split), "Or leave it out.")
+    several = [word for word in splits if word in _SPLITS]
+    if not split and len(several) > 1:
+        raise _refused("split", f"be one of {', '.join(several)}", "none", "Say --split, or name one file.")
+    return splits[split.lower()] if split else found
+
+
+def _of_datasets(place: str, path: Path, name: str, split: str) -> Iterator[Record]:
+    datasets = extra("datasets", _WHO, "hub")
+    try:
+        if path.is_dir():
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(place, name or None)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        got = f"{place!r}: {' '.join(str(error).split())[:300]}"
+        raise _refused("dataset", "be a file, a folder or a name on the hub", got, _NOT_HERE) from error
+    if isinstance(found, Mapping):
+        splits = list(found)
+        if split not in found and (split or len(splits) > 1):
+            raise _refused("split", f"be one of {', '.join(splits)}", repr(split) if split else "none", "Say --split.")
+        split = split or splits[0]
+        found = found[split]
+    elif split:
+        raise _refused("split", "be left out for a data set of one", repr(split), "It is taken whole.")
+    source = split if path.is_dir() else f"{place}/{split}"
+    return _of_table_rows(map(_values, found.with_format("arrow").iter(batch_size=_AT_ONCE)), source or path.name)
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a part of a table."""
+    batch.validate(full=True)  # offsets that lead out of its memory would end the process
+    found: list[dict[str, Any]] = batch.to_pylist()
+    return found
+
+
+def _of_table_rows(parts: Iterator[list[dict[str, Any]]], source: str) -> Iterator[Record]:
+    for start, values in enumerate(chain.from_iterable(parts)):
+        yield Record(values, source, start)
+
+
+def _of_file(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        rule = f"end in {', '.join(_READERS)}"
+        raise _refused("dataset", rule, repr(str(path)), "Name the file as what it is; --text takes text of any name.")
+    try:
+        yield from reader(path, source, bad, texts)
+    except (OSError, UnicodeError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if str(error).startswith(f"{_WHO}: "):
+            raise
+        got = f"{str(path)!r}: {' '.join(str(error).split())[:200]}"
+        kind = path.suffix.lower().lstrip(".")
+        raise _refused("dataset", f"be a readable {kind} file", got, "Write it anew, or leave it out.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            data = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            if data.strip():
+                yield number, data
+
+
+def _jsonl(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    for number, line in _lines(path):
+        try:
+            values = json.loads(line.decode())
+            reason = None if isinstance(values, dict) else f"a {type(values).__name__}, no JSON object"
+        except (ValueError, RecursionError) as error:
+            reason = f"no JSON ({' '.join(str(error).split())[:80]})"
+        if reason is None:
+            yield Record(values, source, number)
+        else:
+            got, remedy = f"{reason}, in line {number + 1} of {str(path)!r}", "Correct that line, or leave it out."
+            error_text = broken_rule(_WHO, "dataset", "hold a JSON object in each line", got, remedy)
+            bad.leave_out(source, number, reason, error_text)
+
+
+def _json(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    values = json.loads(path.read_bytes().decode("utf-8-sig"))
+    if isinstance(values, dict):
+        lists = [value for value in values.values() if _is_records(value)]
+        values = lists[0] if len(lists) == 1 else values
+    if not _is_records(values):
+        remedy = "JSON lines end in .jsonl."
+        raise _refused("dataset", "hold one list of JSON objects", f"other JSON in {str(path)!r}", remedy)
+    for number, one in enumerate(values):
+        yield Record(one, source, number)
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _text(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    for number, line in _lines(path):
+        text = line.decode(errors="replace")
+        if text.encode() == line:
+            yield Record({"text": text.rstrip("\r\n")}, source, number)
+        else:
+            got, remedy = f"line {number + 1} of {str(path)!r}", "Correct that line, or leave it out."
+            bad.leave_out(source, number, "no UTF-8 text", broken_rule(_WHO, "dataset", "be UTF-8 text", got, remedy))
+
+
+def _csv(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    csv, pa = extra("pyarrow.csv", _WHO), extra("pyarrow", _WHO)
+    broken: list[tuple[int, str]] = []
+
+    def odd(row: Any) -> str:
+        broken.append((row.number or 0, f"{row.actual_columns} cells, not {row.expected_columns}"))
+        return "skip"
+
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=odd)
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+    with open(path, encoding="utf-8") as file:
+        while file.read(1 << 20):  # what isn't UTF-8 ends here, and not in the middle of a row
+            pass
+    # One thread: with several, rows have no numbers.
+    table = csv.read_csv(path, csv.ReadOptions(use_threads=False), parse, convert)
+    for number, reason in broken:
+        got, remedy = f"{reason}, in row {number} of {str(path)!r}", "Quote what has the delimiter in it."
+        error = broken_rule(_WHO, "dataset", "have a cell for each column", got, remedy)
+        bad.leave_out(source, number, reason, error)
+    yield from _of_table_rows(map(_values, table.to_batches(_AT_ONCE)), source)
+
+
+def _parquet(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    file = extra("pyarrow.parquet", _WHO).ParquetFile(path)
+    yield from _of_table_rows(map(_values, file.iter_batches(_AT_ONCE)), source)
+
+
+def _arrow(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    pa = extra("pyarrow", _WHO)
+    with pa.memory_map(str(path)) as memory:
+        if memory.read(6) == b"ARROW1":
+            opened = pa.ipc.open_file(memory)
+            batches = map(opened.get_batch, range(opened.num_record_batches))
+        else:
+            memory.seek(0)
+            batches = iter(pa.ipc.open_stream(memory))
+        yield from _of_table_rows(map(_values, batches), source)
+
+
+_Reader = Callable[[Path, str, BadExamples, Collection[str]], Iterator[Record]]
+_READERS: dict[str, _Reader] = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+    ".arrow": _arrow, ".feather": _arrow, ".txt": _text,
+}  # fmt: skip

@@ -1,0 +1,233 @@
+"""Records become examples: their columns become tokens and labels, as what the model is for has it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..dataset.format.plan import Example
+from ..dataset.read.conditions import Condition
+from ..errors import broken_rule
+from .chat import chat_tokens
+from .fields import NOT_ASKED_FOR
+from .records import Record
+from .skipped import BadExamples
+from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ
+
+_AT_ONCE = 512  # texts given to a tokenizer together, which works on them in parallel
+_WHO = "collect"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a record an example is made of: ``column``, or ``prompt`` and ``response``, or ``messages``."""
+
+    column: str = ""
+    prompt: str = ""
+    response: str = ""
+    messages: str = ""
+    label: str = ""
+    keep: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Those whose values are texts, or tokens."""
+        return tuple(name for name in (self.column, self.prompt, self.response) if name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.texts, *(name for name in (self.messages, self.label) if name), *self.keep)
+
+    @property
+    def makes_labels(self) -> bool:
+        """Whether examples have labels."""
+        return bool(self.response or self.messages or self.label)
+
+
+class _Unusable(Exception):
+    """A record that is no example; the text says why."""
+
+
+class Tokenizing:
+    """Makes examples of records.
+
+    Args:
+        columns: what they are made of.
+        tokenizer: of Hugging Face.
+        task: what the model is for (`tlfast.collecting.tasks`); None: a causal language model.
+        first, last: tokens put before each example of a causal model, and behind it.
+        longest: the most tokens of an example; None: any number.
+        truncate: cut longer ones at their end, in place of leaving them out.
+        condition: a text that a record must fulfil to be taken, on its values and ``length``, its tokens.
+        label_ids: numbers of labels that are texts, by name.
+        bad: takes what can't be used.
+    """
+
+    def __init__(
+        self, columns: Columns, tokenizer: Any, task: str | None, bad: BadExamples, *,
+        first: Sequence[int] = (), last: Sequence[int] = (), longest: int | None = None, truncate: bool = False,
+        condition: str = "", label_ids: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.columns, self.tokenizer, self.task, self.bad = columns, tokenizer, task, bad
+        self.first, self.last, self.longest, self.truncate = list(first), list(last), longest, truncate
+        self.condition = Condition(condition, _WHO) if condition else None
+        self.label_ids = label_ids or {}
+
+    def examples(self, records: Iterable[Record], most: int | None = None) -> list[Any]:
+        """The examples, ``most`` at most: `Example`s where they are tokens alone, else mappings of fields.
+
+        Raises:
+            ValueError: for a column that the first record lacks, a wrong condition, or no examples at all.
+        """
+        found: list[Any] = []
+        waiting = iter(records)
+        n_records = 0
+        while chunk := list(islice(waiting, _AT_ONCE)):
+            if not n_records:
+                self._check_first(chunk[0])
+            n_records += len(chunk)
+            found += self._of(chunk, len(found))
+            if most is not None and len(found) >= most:
+                return found[:most]
+        if not found:
+            got = f"{n_records} records without; {self.bad}" if len(self.bad) else f"{n_records} records without"
+            raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
+        return found
+
+    def _check_first(self, record: Record) -> None:
+        there = ", ".join(record.values)
+        for name in self.columns.names:
+            if name not in record.values:
+                rule = f"name columns of the data ({there})"
+                raise ValueError(broken_rule(_WHO, "the columns", rule, repr(name), "Correct the name."))
+        if self.condition is not None:
+            if "length" in self.condition.names and "length" in record.values:
+                remedy = "Rename it in the data."
+                got = "a column of that name"
+                raise ValueError(broken_rule(_WHO, "filter", "mean the tokens by length", got, remedy))
+            self.condition.check_names([*record.values, "length"])
+
+    def _of(self, records: Sequence[Record], n_before: int) -> Iterator[Any]:
+        tokens = {name: self._tokens(records, name) for name in self.columns.texts}
+        n = n_before
+        for k, record in enumerate(records):
+            try:
+                ids, labels = self._together({name: found[k] for name, found in tokens.items()}, record)
+                ids, labels = self._fitting(ids, labels)
+                wanted = self._wanted(record, len(ids))
+            except _Unusable as reason:
+                got, remedy = f"{reason}, in record {record.start} of {record.source}", "Correct it, or leave it out."
+                error = broken_rule(_WHO, "a record", "be an example", got, remedy)
+                self.bad.leave_out(record.source, record.start, str(reason), error)
+                continue
+            if not wanted:
+                continue
+            if labels is None and not self.columns.keep:
+                yield Example(n, ids, record.source, record.start, len(ids))
+            else:
+                kept = {name: record.values[name] for name in self.columns.keep}
+                fields = kept if labels is None else {"labels": labels, **kept}
+                yield {"input_ids": ids, "source": record.source, "start": record.start, **fields}
+            n += 1
+
+    # Tokens.
+
+    def _tokens(self, records: Sequence[Record], name: str) -> list[Any]:
+        """Of each record the tokens of a column, or the reason why there are none."""
+        values = [record.values.get(name) for record in records]
+        is_text = [isinstance(value, str) for value in values]
+        encoded = iter(self._encode([value for value in values if isinstance(value, str)], name))
+        return [next(encoded) if text else _given(value, name) for text, value in zip(is_text, values, strict=True)]
+
+    def _encode(self, texts: list[str], name: str) -> Sequence[Sequence[int]]:
+        if not texts:
+            return []
+        special = self.task in (MASKED, CLASSIFIER, SEQ2SEQ)  # these were trained with [CLS], </s> and the like
+        more: dict[str, Any] = {"truncation": True, "max_length": self.longest} if self._cuts and special else {}
+        given = {"text_target": texts} if self.task == SEQ2SEQ and name == self.columns.response else {"text": texts}
+        found: Sequence[Sequence[int]] = self.tokenizer(
+            **given, add_special_tokens=special, return_attention_mask=False, verbose=False, **more
+        )["input_ids"]
+        return found
+
+    @property
+    def _cuts(self) -> bool:
+        return self.truncate and self.longest is not None
+
+    def _together(self, tokens: dict[str, Any], record: Record) -> tuple[Any, Any]:
+        """Tokens and labels of a record, however many; labels are None where there are none."""
+        columns = self.columns
+        for found in tokens.values():
+            if isinstance(found, _Unusable):
+                raise found
+        if columns.messages:
+            try:
+                return chat_tokens(self.tokenizer, record.values.get(columns.messages))
+            except ValueError as reason:
+                raise _Unusable(str(reason)) from None
+        if columns.prompt and self.task == SEQ2SEQ:
+            return array("i", tokens[columns.prompt]), array("i", tokens[columns.response])
+        if columns.prompt:
+            prompt = [*self._put_to(record, columns.prompt, self.first), *tokens[columns.prompt]]
+            response = [*tokens[columns.response], *self._put_to(record, columns.response, self.last)]
+            return array("i", [*prompt, *response]), array("i", [NOT_ASKED_FOR] * len(prompt) + response)
+        first, last = (self._put_to(record, columns.column, more) for more in (self.first, self.last))
+        ids = array("i", [*first, *tokens[columns.column], *last])
+        return ids, self._label(record.values.get(columns.label)) if columns.label else None
+
+    @staticmethod
+    def _put_to(record: Record, name: str, tokens: list[int]) -> list[int]:
+        """The tokens that are put to a text; none to what is given as tokens."""
+        return tokens if isinstance(record.values.get(name), str) else []
+
+    def _label(self, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in self.label_ids:
+                known = ", ".join(list(self.label_ids)[:5]) or "none"
+                raise _Unusable(f"label {value[:40]!r} is none of the model's ({known})")
+            return self.label_ids[value]
+        if isinstance(value, list) and value and all(type(part) in (int, float) for part in value):
+            return array("i", value) if all(type(part) is int for part in value) else value
+        if isinstance(value, (bool, int, float)):
+            return value
+        raise _Unusable(f"no label in {self.columns.label}")
+
+    def _fitting(self, ids: Any, labels: Any) -> tuple[Any, Any]:
+        """The same, cut where it is too long; labels as what `fields` takes."""
+        apart = self.task == SEQ2SEQ
+        for what in (ids, labels) if apart and isinstance(labels, array) else (ids,):
+            if self.longest is not None and len(what) > self.longest and not self.truncate:
+                raise _Unusable(f"{len(what)} tokens, more than {self.longest}")
+        along = isinstance(labels, array) and not apart
+        if along and len(labels) != len(ids):
+            raise _Unusable(f"{len(labels)} labels for {len(ids)} tokens")
+        ids = ids[: self.longest] if self._cuts else ids
+        if isinstance(labels, array):
+            labels = labels[: self.longest] if self._cuts else labels
+            if all(
+                label == NOT_ASKED_FOR for label in (labels[1:] if along and self.task in (None, CAUSAL) else labels)
+            ):
+                raise _Unusable(f"no label among its {len(labels)} tokens")
+            labels = np.array(labels, np.int64)
+        return ids, labels
+
+    def _wanted(self, record: Record, n: int) -> bool:
+        if self.condition is None:
+            return True
+        try:
+            return bool(self.condition({**record.values, "length": n}))
+        except (ValueError, KeyError) as error:
+            raise _Unusable(f"the filter fails: {' '.join(str(error).split())[:120]}") from None
+
+
+def _given(value: Any, name: str) -> Any:
+    """Tokens that a record has already; for whatever else the reason why it can't be used."""
+    if isinstance(value, list) and value and all(type(token) is int and 0 <= token < 2**31 for token in value):
+        return value
+    return _Unusable(f"{name} is {'empty' if value is None or value == [] else f'a {type(value).__name__}'}, no text")
