@@ -158,6 +158,14 @@ def check_source(who: str, of: str, reduce: str) -> None:
         raise ValueError(broken_rule(who, "reduce", "be none, sum, mean or last of products", repr(reduce), remedy))
 
 
+def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
+    """The sources meant by "grad,act", or by a list of words; ValueError for none, or one that is none."""
+    words = [part.strip() for part in of.split(",")] if isinstance(of, str) else list(of)
+    for word in words or [""]:
+        check_source(who, word, reduce)
+    return cast(list[Of], list(dict.fromkeys(words)))
+
+
 def as_specs(
     who: str,
     points: Points | Spec | Sequence[Spec],
@@ -165,21 +173,25 @@ def as_specs(
     over: Over,
     dtype: torch.dtype | str | None,
     output: int | str | None,
-    of: Of = "grad",
+    of: str | Sequence[str] = "grad",
+    side: Side = "output",
 ) -> list[Spec]:
-    """The specs meant by ``points``: itself, a list of specs, or one made of the rest for names and predicates."""
-    if isinstance(points, Spec):
-        return [points]
-    if isinstance(points, Sequence) and not isinstance(points, str):
-        specs = [p for p in points if isinstance(p, Spec)]
-        if specs and len(specs) != len(points):
+    """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source."""
+    if isinstance(points, Spec) or (isinstance(points, Sequence) and not isinstance(points, str)):
+        given: Sequence[object] = [points] if isinstance(points, Spec) else points
+        specs = [p for p in given if isinstance(p, Spec)]
+        if specs and len(specs) != len(given):
             raise TypeError(
-                broken_rule(who, "points", "be all names or all Specs", list(points), "Wrap the names in a Spec.")
+                broken_rule(who, "points", "be all names or all Specs", list(given), "Wrap the names in a Spec.")
             )
+        if specs and (of, side) != ("grad", "output"):
+            got, remedy = f"{of!r} and {side!r} beside them", "Say them in each Spec."
+            raise ValueError(broken_rule(who, "of and side", "be left out where points are Specs", got, remedy))
         if specs:
             return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
-    check_source(who, of, reduce)
+    one_of(who, "side", side, SIDES)
     parse_over(who, over)
     stored_dtype(who, dtype)
-    return [Spec(cast(Points, points), reduce, over, dtype, output, of=of)]
+    sources = sources_of(who, of, reduce)
+    return [Spec(cast(Points, points), reduce, over, dtype, output, of=source, side=side) for source in sources]

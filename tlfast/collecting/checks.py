@@ -27,7 +27,9 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
     """The specs that are asked for, with the names of their points in place of what finds them."""
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("collect", options.points, options.reduce, options.over, options.dtype, options.output)
+    specs = as_specs(
+        "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of, options.side
+    )
     if options.embedding is not None:
         find_points("collect", model, options.embedding, "embedding")
     find: Any = find_points

@@ -23,6 +23,7 @@ from .options import CollectOptions
 ALWAYS = ("grad_scale", "calls", "missing")  # by their own names, their defaults too: so the first datasets say them
 IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
     "points": "specs", "reduce": "specs", "over": "specs", "dtype": "specs", "output": "specs", "lens": "specs",
+    "of": "specs", "side": "specs",
     "loss": "loss", "identity": "loss_identity", "batch_tokens": "batching", "padding_side": "batching",
     "pad_id": "batching", "seq_len": "batching", "cuda_graph": "batching", "bad_examples": "examples",
     "skipped": "examples", "rows_per_unit": "plan", "header": "header", "fields": "examples",

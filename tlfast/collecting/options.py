@@ -14,7 +14,7 @@ from ..dataset.format.kept_fields import TAKEN, TAKEN_BEGINNINGS
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.options import TapOptions, check_words
-from ..spec import Over, Points, Reduction, Spec
+from ..spec import Over, Points, Reduction, Side, Spec
 from .batches import Collate, PaddingSide
 from .determinism import Deterministic
 from .graph_cache import CudaGraph
@@ -33,6 +33,8 @@ class SharedOptions(TapOptions):
 
     reduce: Reduction = "mean"
     """none, sum, mean, last, norm or absmax"""
+    side: Side = "output"
+    """at the output of the points, or at their input"""
     batch_tokens: int = 2048
     """tokens per batch, padding included"""
     padding_side: PaddingSide = "right"
@@ -73,6 +75,7 @@ class CollectOptions(SharedOptions):
     """
 
     points: Points | Spec | Sequence[Spec]
+    of: str | Sequence[str] = "grad"
     over: Over = "pos"
     dtype: torch.dtype | str | None = None
     output: int | str | None = None

@@ -18,7 +18,7 @@ from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
-from ..spec import Attach, Backend, Calls, Missing, Over, Points, Reduction, Spec
+from ..spec import Attach, Backend, Calls, Missing, Of, Over, Points, Reduction, Side, Spec
 from .batches import Collate, PaddingSide, unit_rows
 from .checks import check_peaceful
 from .determinism import Deterministic, as_begun, describe_machine
@@ -47,6 +47,8 @@ def collect(
     *,
     points: Points | Spec | Sequence[Spec],
     reduce: Reduction = "mean",
+    of: Of | Sequence[Of] = "grad",
+    side: Side = "output",
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
@@ -100,7 +102,8 @@ def collect(
             a tensor [P] or [B, P], a mapping of fields (``input_ids`` and others, or others alone), or a list of these.
             They are rearranged: only the order of the examples counts.
         out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
-        points, reduce, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be "batch".
+        points, reduce, of, side, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be
+            "batch".
         embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
             The rows are the same wherever it starts before the points.
         loss: "next_token", "response", "masked_lm", "classification", "seq2seq", "preference", "reward_logprob" or

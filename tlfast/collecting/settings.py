@@ -16,7 +16,7 @@ from ..dataset.places.store import as_store
 from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from ..hooks.options import check_words, taken
-from ..spec import DTYPE_NAMES, Over, one_of, parse_over
+from ..spec import DTYPE_NAMES, Over, one_of, parse_over, sources_of
 from .huggingface import as_device_map
 from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
@@ -87,6 +87,8 @@ class TextOptions(DataOptions):
 
     over: str = "pos"
     """dimensions to reduce: pos, or numbers (-1 is the last), separated by commas"""
+    of: str = "grad"
+    """what the rows are of: grad, act (the activation) or grad*act (their product), or several, separated by commas"""
     dtype: str = "bfloat16"
     """how rows are stored: float32, bfloat16, float16, float64, or auto for the gradient's own"""
     output: str = ""
@@ -151,6 +153,7 @@ class CollectSettings(SharedOptions, TextOptions):
         return CollectOptions(
             **given,
             points=self.points,
+            of=self.of,
             over=self.dims,
             dtype=stored_as(self.dtype),
             output=self.which_output,
@@ -176,6 +179,7 @@ class CollectSettings(SharedOptions, TextOptions):
         """ValueError for the first setting that can be seen to be wrong without reading a file."""
         who = "collect"
         check_words(who, self)
+        sources_of(who, self.of, self.reduce)
         if 0 in parse_over(who, self.dims) and self.reduce != "none":
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))

@@ -21,6 +21,7 @@ from ..spec import (
     Over,
     Points,
     Reduction,
+    Side,
     Spec,
     as_specs,
     one_of,
@@ -42,7 +43,8 @@ def capture(
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
-    of: Of = "grad",
+    of: Of | Sequence[Of] = "grad",
+    side: Side = "output",
     attach: Attach = "auto",
     backend: Backend = "auto",
     calls: Calls = "raise",
@@ -54,14 +56,15 @@ def capture(
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
             list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype``,
-            ``output`` and ``of`` are theirs).
+            ``output``, ``of`` and ``side`` are theirs).
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
         dtype: the stored dtype, or its name ("bfloat16"); None keeps the gradient's.
         output: index or key of the output to take; None is the first tensor.
-        of: "grad"; "act", the output itself, in columns named ``point:act``; or "grad*act", their product. Not with
-            attach="full".
+        of: "grad"; "act", the output itself, in columns named ``point:act``; "grad*act", their product; or several of
+            them. Anything but "grad" not with attach="full".
+        side: "output", or "input" for what the modules are given, in columns named ``point:input``. Neither that.
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
@@ -85,7 +88,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("capture", points, reduce, over, dtype, output, of)
+    specs = as_specs("capture", points, reduce, over, dtype, output, of, side)
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 
