@@ -212,7 +212,8 @@ void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
     // A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more, and
     // the model would take our output for a tensor of its own.
     const Unheard unheard(!entered_);
-    made->call.output = autograd::SavedVariable(output, /*is_output=*/false);
+    // Without its history: of an output that is changed in place later, by `through`, this node is a part of that.
+    made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
   }
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
                                         : autograd::collect_next_edges(output));

@@ -306,6 +306,23 @@ def test_what_is_kept_goes_with_the_graph(backend, freed_by):
         assert [storage() for storage in kept] == [None]
 
 
+def test_a_residual_in_place_keeps_no_circle(backend):
+    """Under its old name the output has the tap's node in its history, and the node keeps the output."""
+    model, x = nn.Sequential(HookPoint()), inputs()
+    with tlfast.capture(model, "0", of="act", rows=4, backend=backend):
+        for runs in (False, True):
+            stream = x * 2
+            stream += model(stream)
+            loss, kept = stream.sum(), weakref.ref(stream.untyped_storage())
+            del stream
+            if runs:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+            del loss
+            gc.collect()
+            assert kept() is None
+
+
 def test_offloaded_like_any_saved_tensor(backend):
     """Hooks on saved tensors get what a call keeps, too: save_on_cpu, say."""
     model, x = model_and_input()

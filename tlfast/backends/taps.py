@@ -30,7 +30,8 @@ class _Identity(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.call = Call(tap)
         if tap.reads_outputs:
-            ctx.save_for_backward(x)
+            # Without its history: of an output that is changed in place later, by this one's, our node is a part of it.
+            ctx.save_for_backward(alias(x))
         return alias(x)
 
     @staticmethod
