@@ -110,11 +110,11 @@ bool is_seen(Node& node) {
 }
 
 // The rows of a step are reserved by the shape of its gradients, and hooks on saved tensors may return anything.
-void check_kept(const std::string& who, const std::string& side, const at::Tensor& act, const at::Tensor& grad) {
+void check_kept(const std::string& who, const char* side, const at::Tensor& act, const at::Tensor& grad) {
   const auto kind = [](const at::Tensor& tensor) { return c10::str(list_of(tensor.sizes()), " on ", tensor.device()); };
   TORCH_CHECK_VALUE(act.sizes() == grad.sizes() && act.device() == grad.device(),
-                    broken_rule(who, side + " that was kept", "be as its gradient is, " + kind(grad), kind(act),
-                                "Let the hooks on saved tensors give back what they were given."));
+                    broken_rule(who, c10::str(side, " that was kept"), "be as its gradient is, " + kind(grad),
+                                kind(act), "Let the hooks on saved tensors give back what they were given."));
 }
 
 // Taps by number, for compiled code.
