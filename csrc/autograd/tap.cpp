@@ -1,6 +1,7 @@
 // Taps: from the autograd edge to the rows.
 #include "tap.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -73,6 +74,21 @@ struct IdentityNode : Node {
   }
 };
 
+// Hooks on saved tensors hear of nothing that is saved meanwhile, in this thread.
+class Unheard {
+ public:
+  explicit Unheard(bool unheard)
+      : unheard_(unheard), before_(unheard && at::SavedTensorDefaultHooks::set_tracing(true)) {}
+  ~Unheard() {
+    if (unheard_) at::SavedTensorDefaultHooks::set_tracing(before_);
+  }
+  Unheard(const Unheard&) = delete;
+  Unheard& operator=(const Unheard&) = delete;
+
+ private:
+  const bool unheard_, before_;
+};
+
 // autograd::Edge holds its node by shared_ptr up to torch 2.11 and by intrusive_ptr in 2.13.
 template <class Pointer = decltype(autograd::Edge::function)>
 Pointer made_identity(IdentityNode* node) {
@@ -91,6 +107,14 @@ bool is_seen(Node& node) {
   // By its name: libtorch_python doesn't export the type.
   static const std::string_view written_in_python = "N5torch8autograd6PyNodeE";
   return typeid(node).name() == written_in_python;
+}
+
+// The rows of a step are reserved by the shape of its gradients, and hooks on saved tensors may return anything.
+void check_kept(const std::string& who, const char* side, const at::Tensor& act, const at::Tensor& grad) {
+  const auto kind = [](const at::Tensor& tensor) { return c10::str(list_of(tensor.sizes()), " on ", tensor.device()); };
+  TORCH_CHECK_VALUE(act.sizes() == grad.sizes() && act.device() == grad.device(),
+                    broken_rule(who, c10::str(side, " that was kept"), "be as its gradient is, " + kind(grad),
+                                kind(act), "Let the hooks on saved tensors give back what they were given."));
 }
 
 // Taps by number, for compiled code.
@@ -156,6 +180,7 @@ Call::~Call() {
 void Tap::forward_pre() {
   if (!backwards->active) return;
   backwards->enter_forward();
+  if (autograd::get_current_graph_task_id() == -1) entered_ = true;
   point->last_call = ++backwards->n_calls;
   if (!at::GradMode::is_enabled()) unseen_since_ = backwards->ledger->n_ended.load();
 }
@@ -183,7 +208,13 @@ bool Tap::attach_to_node(const at::Tensor& output) {
 void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
   auto* const made = new IdentityNode(shared_from_this());
   auto node = made_identity(made);
-  if (keeper->reads_outputs()) made->call.output = autograd::SavedVariable(output, /*is_output=*/false);
+  if (keeper->reads_outputs()) {
+    // A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more, and
+    // the model would take our output for a tensor of its own.
+    const Unheard unheard(!entered_);
+    // Without its history: of an output that is changed in place later, by `through`, this node is a part of that.
+    made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
+  }
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
                                         : autograd::collect_next_edges(output));
   autograd::set_history(through, node);
@@ -205,6 +236,7 @@ void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& outp
   };
   const at::Tensor grad = taken(kGradient, given);
   const at::Tensor act = output.defined() ? taken(side, output) : at::Tensor();
+  if (act.defined()) check_kept(point->who, side, act, grad);
   if (see) see({.grad = grad, .act = act});
   keeper->gradient(call, {.grad = grad, .act = act});
 }

@@ -64,6 +64,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
 
   std::atomic<int64_t> n_in_flight_{0};  // calls whose gradients may still come
   std::atomic<int64_t> unseen_since_{-1};
+  std::atomic<bool> entered_{false};     // whether the module was entered outside of a backward
   std::atomic<int64_t> seen_ended_{-1};  // with full hooks: when the calls in flight were counted from 0
   std::atomic<bool> recomputed_{false};  // and whether the last of them was a recomputation
 };

@@ -31,7 +31,12 @@ def gpu(request, monkeypatch):
         monkeypatch.setattr(module, "current_stream", fakes.current_stream)
     for module in (streams, backwards, keepers, rows, tensor_cache):
         monkeypatch.setattr(module, "read_on", fakes.read_on)
-    for kind, name in ((recipe.Recipe, "write"), (column.Column, "put_stack"), (rows.Rows, "fill_nan")):
+    for kind, name in (
+        (recipe.Recipe, "write"),
+        (column.Column, "put_stack"),
+        (column.Column, "put_sum"),
+        (rows.Rows, "fill_nan"),
+    ):
         monkeypatch.setattr(kind, name, fakes.launching(getattr(kind, name)))
     yield "python", fakes
 
@@ -127,6 +132,23 @@ def test_calls_of_a_point_on_several_streams(gpu, calls):
         if calls == "stack":
             assert launches_before(notes)[0][-2] == {0, 1}  # before the parts are put together
         assert not torch.isnan(cap["0"]).any()
+
+
+def test_products_of_several_calls_on_several_streams(gpu):
+    """Each is reduced where it fires, and what is added up there is read at the end on the caller's stream."""
+    backend, ops = gpu
+    model = nn.Sequential(nn.Identity())
+    spec = tlfast.Spec("0", "sum", of="grad*act")
+    with tlfast.capture(model, spec, rows=2 * B, calls="sum", backend=backend) as cap:
+        for _ in range(2):
+            ops.start_notes()
+            step(ops, model, (1, 2))
+            notes = ops.take_notes()
+            on_2 = [note.split()[2] for note in notes if note.startswith("record 2")]  # the last call fires first
+            assert any(f"wait 1 {event}" in notes for event in on_2)
+            assert {"read 0", "read 1"} <= set(notes)
+            assert launches_before(notes)[0][-1] >= {0, 1}
+        assert (cap["0:grad*act"] == 2 * P).all()
 
 
 def test_a_backward_after_one_that_failed(gpu):

@@ -225,6 +225,11 @@ def test_two_forwards_in_flight(backend):
 # What is kept, and for how long.
 
 
+class Sine(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
 class InPlace(nn.Module):
     """Changes the output of its layer behind it, by what needs no copy of it for its own backward."""
 
@@ -301,6 +306,23 @@ def test_what_is_kept_goes_with_the_graph(backend, freed_by):
         assert [storage() for storage in kept] == [None]
 
 
+def test_a_residual_in_place_keeps_no_circle(backend):
+    """Under its old name the output has the tap's node in its history, and the node keeps the output."""
+    model, x = nn.Sequential(HookPoint()), inputs()
+    with tlfast.capture(model, "0", of="act", rows=4, backend=backend):
+        for runs in (False, True):
+            stream = x * 2
+            stream += model(stream)
+            loss, kept = stream.sum(), weakref.ref(stream.untyped_storage())
+            del stream
+            if runs:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+            del loss
+            gc.collect()
+            assert kept() is None
+
+
 def test_offloaded_like_any_saved_tensor(backend):
     """Hooks on saved tensors get what a call keeps, too: save_on_cpu, say."""
     model, x = model_and_input()
@@ -317,6 +339,32 @@ def test_offloaded_like_any_saved_tensor(backend):
     act = right(model, x)[1]
     assert any(tensor.shape == act.shape and torch.equal(tensor, act) for tensor in packed)
     assert_same_bits(cap["0:act"], act)
+
+
+def test_hooks_that_give_back_another_shape(backend):
+    """The rows of a step are as many as its gradients make: what is larger would be written behind them."""
+    model, x = nn.Sequential(HookPoint()), inputs()
+    for of in ("act", "grad*act"):
+        for unpack in (lambda kept: torch.cat([kept, kept]), lambda kept: kept[:1]):
+            cap = tlfast.capture(model, "0", reduce="none", of=of, rows=9, backend=backend)
+            with cap, torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, unpack):
+                rule = r"must be as its gradient is, \[3, 4, 6\] on cpu, got \[[16], 4, 6\] on cpu"
+                with pytest.raises(ValueError, match=f"^capture at 0: the output that was kept {rule}"):
+                    model(x).sum().backward()
+            assert cap.rows == 0
+
+
+def test_a_checkpoint_from_before_the_capture(backend):
+    """It goes by the order of what is saved. Nothing of it is captured, and its gradients are what they were."""
+    model, x = nn.Sequential(*(Sine() for _ in range(4))), inputs()
+    (right,) = torch.autograd.grad(uneven(model(x)), x)
+    loss = uneven(checkpoint(model, x, use_reentrant=False))
+    with tlfast.capture(model, "0", of="act", rows=4, backend=backend) as cap:
+        loss.backward()
+        assert cap.rows == 0
+        assert_same_bits(x.grad, right)
+        uneven(checkpoint(model, x, use_reentrant=False)).backward()
+    assert_same_bits(cap["0:act"], x.detach().sin())
 
 
 # What is refused.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ class _Identity(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.call = Call(tap)
         if tap.reads_outputs:
-            ctx.save_for_backward(x)
+            # Without its history: of an output that is changed in place later, by this one's, our node is a part of it.
+            ctx.save_for_backward(alias(x))
         return alias(x)
 
     @staticmethod
@@ -93,6 +95,7 @@ class Tap:
         # When the module ran without a graph: calls whose gradients come of another forward, of a reentrant checkpoint,
         # or by a full backward hook, are among none that are counted.
         self._unseen_since = -1
+        self._entered = False  # whether the module was entered outside of a backward
         self.recomputed = False  # with full hooks: whether the last call was a recomputation
         self._seen_ended = -1  # and when the calls in flight were counted from 0
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
@@ -123,6 +126,7 @@ class Tap:
         if not self.backwards.active:
             return
         self.backwards.enter_forward()
+        self._entered |= torch._C._current_graph_task_id() == -1
         self.backwards.n_calls += 1
         self.point.last_call = self.backwards.n_calls
         if not torch.is_grad_enabled():
@@ -169,7 +173,10 @@ class Tap:
     def identity(self, tensor: torch.Tensor) -> Any:
         """The tensor behind an identity node that fires this tap."""
         kind = _KeptIdentity if self.keeper.keeps_outputs else _Identity
-        return kind.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
+        # A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more,
+        # and the model would take our output for a tensor of its own.
+        with _unheard() if self.reads_outputs and not self._entered else nullcontext():
+            return kind.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
 
     def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None) -> None:
         """What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown
@@ -244,9 +251,31 @@ class Tap:
         if not self.backwards.active:
             return
         seen = Seen(self.taken(grad), None if output is None else self.taken(output, self._side))
+        if seen.act is not None:
+            _check_kept(self.who, self._side, seen.act, seen.grad)
         if self._see is not None:
             self._see(seen.grad, seen.act)
         self.keeper.gradient(call, seen)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Hooks on saved tensors hear of nothing that is saved meanwhile, in this thread."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def _check_kept(who: str, side: str, act: torch.Tensor, grad: torch.Tensor) -> None:
+    """ValueError: the rows of a step are reserved by the shape of its gradients, and hooks on saved tensors may return
+    anything."""
+    if act.shape != grad.shape or act.device != grad.device:
+        given, wanted = (f"{list(tensor.shape)} on {tensor.device}" for tensor in (act, grad))
+        remedy = "Let the hooks on saved tensors give back what they were given."
+        rule = f"be as its gradient is, {wanted}"
+        raise ValueError(broken_rule(who, f"{side} that was kept", rule, given, remedy))
 
 
 def fire_op(tap: Any) -> Any:

@@ -41,6 +41,26 @@ def test_points_that_are_called_twice(rerun, model, batches, calls):
 
 
 @pytest.mark.simt
+@pytest.mark.parametrize("calls", ["sum", "last", "stack"])
+def test_activations_and_products(rerun, model, batches, calls):
+    kinds = [("grad", "mean"), ("grad*act", "sum"), ("grad*act", "none")]
+    kinds += [("act", "mean")] if calls != "sum" else []
+    points = [
+        tlfast.Spec(["first", "shared"], reduce, of=of, dtype=torch.bfloat16, name=f"{of}:{reduce}")
+        for of, reduce in kinds
+    ]
+    options = {"points": points, "calls": calls, "rows": 40}
+    expected, counts = eager_rows(model, batches, **options)
+    with tlfast.freeze(model), tlfast.capture(model, backend="native", **options) as cap:
+        step, _ = rerun(cap, step_of(model), batches[0])
+        for tokens in batches:
+            step(tokens)
+        for name, rows in expected.items():
+            assert_rows(cap, name, rows)
+        assert cap.counts == counts
+
+
+@pytest.mark.simt
 def test_missing_rows_are_nan_where_the_cursor_stands(rerun, model, batches):
     with (
         tlfast.freeze(model),
