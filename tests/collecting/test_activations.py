@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from poisoned_rows import files_of
-from tiny_models import POINTS, collect, sequences, tiny_model
+from tiny_models import POINTS, collect, collect_words, save_model, save_text, sequences, tiny_model
 
 import tlfast
 from tlfast import Spec
+from tlfast.cli import main
 
 EXAMPLES = sequences(11)
 SOURCES = ("grad", "act", "grad*act")
@@ -90,6 +91,33 @@ def test_what_it_is_of_is_said_where_it_is_not_the_gradient(tmp_path):
     assert [column["of"] for column in description["columns"]] == ["grad", "act", "grad*act"] * 2
     collect(tiny_model(), tmp_path / "gradients", EXAMPLES, points=specs("gpt2")[:1], rows_per_unit=4)
     assert json.loads((tmp_path / "gradients" / "dataset.json").read_text())["version"] == 1
+
+
+def test_by_words_of_the_function(tmp_path):
+    settings = dict(reduce="sum", rows_per_unit=4, dtype="float32")
+    collect(tiny_model(), tmp_path / "specs", EXAMPLES, points=specs("gpt2"), rows_per_unit=4)
+    collect(tiny_model(), tmp_path / "words", EXAMPLES, of=SOURCES, **settings)
+    collect(tiny_model(), tmp_path / "text", EXAMPLES, of="grad, act,grad*act", **settings)
+    headers = [tlfast.open_dataset(tmp_path / out).header for out in ("specs", "words", "text")]
+    assert headers[0] | {"specs": 0} == headers[1] | {"specs": 0} == headers[2] | {"specs": 0}
+    assert headers[1] == headers[2]
+    collect(tiny_model(), tmp_path / "inputs", EXAMPLES, of="act", side="input", **settings)
+    assert tlfast.open_dataset(tmp_path / "inputs").points[0] == "transformer.h.0:input:act"
+    with pytest.raises(ValueError, match=r"^collect: of and side must be left out where points are Specs, got 'act'"):
+        collect(tiny_model(), tmp_path / "other", EXAMPLES, points=specs("gpt2"), of="act", **settings)
+    with pytest.raises(ValueError, match=r"^collect: of must be one of grad, act, grad\*act, got 'weight'"):
+        collect(tiny_model(), tmp_path / "other", EXAMPLES, of="grad,weight", **settings)
+    assert not (tmp_path / "other").exists()
+
+
+def test_by_words_of_the_command(tmp_path):
+    save_model(tmp_path / "model")
+    save_text(tmp_path / "text")
+    arguments = collect_words(tmp_path, of="act,grad*act", side="input", reduce="sum")
+    assert main(["collect", *arguments]) == 0
+    rows = tlfast.open_dataset(tmp_path / "out")
+    assert [name.partition(":")[2] for name in rows.points] == ["input:act", "input:grad*act"] * 2
+    assert main(["collect", str(tmp_path / "out" / "config.yaml")]) == 0
 
 
 def test_rows_of_a_loop_of_ones_own(tmp_path):

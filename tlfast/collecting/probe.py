@@ -52,9 +52,9 @@ class _Pass:
     examples: Sequence[Example]
     n_positions: int
     n_decoded: int | None = None  # positions of a decoder beside an encoder
-    seen: dict[str, Seen] = field(default_factory=dict)  # by point; of the gradient that fired last: the first call's
+    seen: dict[str, Seen] = field(default_factory=dict)  # by `Spec.place`; of what fired last: the first call
     sizes: dict[str, float] = field(default_factory=dict)  # by column: the norm of the row of the magnitudes
-    n_terms: dict[str, int] = field(default_factory=dict)  # by point: elements of the gradient of one example
+    n_terms: dict[str, int] = field(default_factory=dict)  # by place: elements of the gradient of one example
     rows: dict[str, torch.Tensor] = field(default_factory=dict)  # by column, where the point fired
     error: Exception | None = None
 
@@ -209,11 +209,11 @@ class Probe:
         for column, (point, spec) in self.wanted.items():
             columns_at.setdefault(spec.place(point), []).append(column)
 
-        def see(point: str, grad: torch.Tensor, act: torch.Tensor | None) -> None:
-            done.seen[point] = Seen(len(examples), done.n_positions, tuple(grad.shape))
-            done.n_terms[point] = grad.numel() // max(1, len(examples))
-            for column in columns_at[point] if len(examples) == 1 and grad.dim() else ():
-                spec = self.wanted[column][1]
+        def see(place: str, grad: torch.Tensor, act: torch.Tensor | None) -> None:
+            done.seen[place] = Seen(len(examples), done.n_positions, tuple(grad.shape))
+            done.n_terms[place] = grad.numel() // max(1, len(examples))
+            for column in columns_at[place] if len(examples) == 1 and grad.dim() else ():
+                point, spec = self.wanted[column]
                 dims = normal_dims(f"collect at {point}", spec.dims, grad.dim())
                 read, ref, scale = grad.abs(), None, 1 / (self.grad_scale * factor)
                 if act is not None and spec.of != "grad":
@@ -240,20 +240,21 @@ class Probe:
         one_width = self.batching.width is not None or len(self.by_length) == 1
         unmasked = set()
         for column, (point, spec) in self.wanted.items():
-            there = [one for one in passes if point in one.seen]
-            seen, width = [one.seen[point] for one in there], one_width
-            if self._decodes(there, point):
+            place = spec.place(point)
+            there = [one for one in passes if place in one.seen]
+            seen, width = [one.seen[place] for one in there], one_width
+            if self._decodes(there, place):
                 self.decoding.add(column)
                 unmasked.add(column)  # by the mask of the encoder
-                seen = [replace(one.seen[point], n_positions=one.n_decoded or 0) for one in there]
+                seen = [replace(one.seen[place], n_positions=one.n_decoded or 0) for one in there]
                 width = any(self.batching.source.rules.one_shape(name) for name in DECODED if self.batching.source)
             if seen and not has_positions(point, spec, seen, self.pads, width, self._without_padding()):
                 unmasked.add(column)
         return unmasked
 
-    def _decodes(self, passes: Sequence[_Pass], point: str) -> bool:
-        """Whether the positions of a point are those of a decoder, and not of the tokens that an encoder reads."""
-        sizes = [(one.seen[point].shape[1:2], one.n_decoded, one.n_positions) for one in passes]
+    def _decodes(self, passes: Sequence[_Pass], place: str) -> bool:
+        """Whether the positions at a place are those of a decoder, and not of the tokens that an encoder reads."""
+        sizes = [(one.seen[place].shape[1:2], one.n_decoded, one.n_positions) for one in passes]
         return any(decoded != read for _, decoded, read in sizes) and all(shape == (n,) for shape, n, _ in sizes)
 
     def _uneven(self, examples: Sequence[Example]) -> list[_Pass]:
@@ -300,15 +301,19 @@ class Probe:
 
     def _explained(self, alone: Sequence[_Pass]) -> dict[str, float]:
         """How far rounding may move a row, by column, where it is rounded once and summed once."""
-        largest = max(size for one in alone for size in one.sizes.values())
+        largest: dict[str, float] = {}  # of gradients, and apart from them of activations, say, which have other sizes
+        for one in alone:
+            for column, size in one.sizes.items():
+                of = self.wanted[column][1].of
+                largest[of] = max(largest.get(of, 0.0), size)
         moved: dict[str, float] = {}
-        for column, (point, _) in self.wanted.items():
+        for column, (point, spec) in self.wanted.items():
             for one in (one for one in alone if column in one.rows):
                 dtype = one.rows[column].dtype
                 # Models compute parts in float32 whatever their type is.
                 eps = max(torch.finfo(accumulator(dtype)).eps, torch.finfo(torch.float32).eps)
-                relative = torch.finfo(dtype).eps / 2 + math.sqrt(one.n_terms[point]) * eps
-                moved[column] = max(moved.get(column, 0.0), relative * one.sizes[column] + eps * largest)
+                relative = torch.finfo(dtype).eps / 2 + math.sqrt(one.n_terms[spec.place(point)]) * eps
+                moved[column] = max(moved.get(column, 0.0), relative * one.sizes[column] + eps * largest[spec.of])
         return moved
 
     def _measured(self, alone: Sequence[_Pass], rounding: dict[str, float]) -> dict[str, float]:
