@@ -201,12 +201,15 @@ $(OWN):
 	  fi; \
 	done; echo "set-up: Python must be 3.10 or newer, none found on the PATH. Install one, or give PYTHON="; exit 1
 
-# torch comes first and exactly: the native code is built against it, and nothing that follows may replace it.
+# torch comes first and exactly: the native code is built against it, and nothing that follows may replace it. The CUDA
+# kernels need no torch: they are compiled meanwhile, and setup.py waits for them, or compiles them.
 $(STAMPS)/torch: FORCE | $(PY)
 	@mkdir -p $(@D)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "set-up: Python must be 3.10 or newer, got " + sys.version)'
 	@if [ "$(call HAS_TORCH,$(PY))" != True ]; then \
-	  echo "set-up: installing torch $(TORCH_VERSION) into $(BIN)"; $(PIP) install -q --no-compile "torch==$(TORCH_VERSION)"; \
+	  echo "set-up: installing torch $(TORCH_VERSION) into $(BIN)"; \
+	  $(PY) tools/cuda_build.py > build/kernels.log 2>&1 & \
+	  $(PIP) install -q --no-compile "torch==$(TORCH_VERSION)"; \
 	fi
 	@new=$$(mktemp $@.XXXXXX); \
 	{ $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'; \
@@ -214,20 +217,18 @@ $(STAMPS)/torch: FORCE | $(PY)
 	if cmp -s $$new $@; then rm $$new; else mv $$new $@; fi
 
 # Quiet but for warnings and the outcome; all of it when something fails. The same step rebuilds when a source changed.
-# The compilers work while pip installs what is missing; the last line finds the module built. Nothing is compiled to
-# bytecode in advance: most of it is never imported, and the rest when it is.
+# The compilers work while pip installs what is missing. Nothing is compiled to bytecode in advance: most of it is never
+# imported, and the rest when it is.
 EXTRAS := collect device-map faiss hub lance plot ray s3 dev
 SHOW = { grep -E 'error|ERROR' $(1) | head -n 20 || true; tail -n 40 $(1); exit 1; }
 $(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py tools/cuda_build.py $(NATIVE) $(ENVIRONMENT)
 	@echo "set-up: installing what is missing into $(BIN), and building tlfast against $$(head -n 1 $<)"
 	@$(PIP) install -q --no-compile -c $< "setuptools>=77" wheel ninja
-	@$(PY) setup.py -v build_ext --inplace > build/install.log 2>&1 & built=$$!; \
+	@$(PIP) install -v --no-compile --no-deps -c $< --no-build-isolation -e . > build/install.log 2>&1 & built=$$!; \
 	  $(PY) tools/requirements.py $(EXTRAS) > build/requirements.txt; \
 	  $(PIP) install -q --no-compile -c $< -r build/requirements.txt > build/requirements.log 2>&1 \
 	    || $(call SHOW,build/requirements.log); \
 	  wait $$built || $(call SHOW,build/install.log)
-	@$(PIP) install -v --no-compile --no-deps -c $< --no-build-isolation -e . > build/editable.log 2>&1 \
-	  || $(call SHOW,build/editable.log)
 	@grep -hoE 'tlfast: building .*' build/install.log | head -n 1 || true
 	@grep -hE 'warning: .*\[-W' build/install.log | sort -u || true
 	@$(PY) -c 'import tlfast; print("set-up: tlfast runs", tlfast.backend())'

@@ -160,6 +160,15 @@ def compile_object(command: list[str], source: Path, target: Path) -> bool:
     Raises:
         CannotBuildCuda: if the compiler fails; the text holds its first error.
     """
+    import fcntl  # here: setup.py imports this file on every system, and compiles on some
+
+    (ROOT / target).parent.mkdir(parents=True, exist_ok=True)
+    with (ROOT / target).with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # `make setup` begins with the kernels, before setup.py asks for them
+        return _compile_alone(command, source, target)
+
+
+def _compile_alone(command: list[str], source: Path, target: Path) -> bool:
     used = hashlib.sha256()
     before = [Path(name) for word, name in itertools.pairwise(command) if word == "-include"]
     for path in sorted(_included(source, *before)):
@@ -168,7 +177,6 @@ def compile_object(command: list[str], source: Path, target: Path) -> bool:
     note, log, made = ((ROOT / target).with_suffix(suffix) for suffix in (".json", ".log", ".new.o"))
     if (ROOT / target).is_file() and note.is_file() and note.read_text() == stamp:
         return False
-    made.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
     done = _run([*command, "-c", str(source), "-o", str(made)])
     log.write_text(done.stdout + done.stderr)
@@ -239,3 +247,8 @@ def _find_runtime(nvcc: str) -> Path:
         if (folder / "libcudart_static.a").is_file():
             return (folder / "libcudart_static.a").resolve()
     raise CannotBuildCuda(f"no libcudart_static.a beside {nvcc}")
+
+
+if __name__ == "__main__" and os.environ.get("TLFAST_BUILD", "auto") in ("", "auto", "cuda"):
+    archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    compile_kernels(find_toolkit(archs), archs)  # what can't be done here, setup.py says
