@@ -159,7 +159,11 @@ def check_source(who: str, of: str, reduce: str) -> None:
 
 
 def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
-    """The sources meant by "grad,act", or by a list of words; ValueError for none, or one that is none."""
+    """The sources meant by "grad,act", or by a list of words; TypeError or ValueError for anything else."""
+    given: object = of
+    if not isinstance(given, (str, Sequence)):
+        rule = f"be one of {', '.join(SOURCES)}, or a list of them"
+        raise TypeError(broken_rule(who, "of", rule, repr(given), 'Say of="act".'))
     words = [part.strip() for part in of.split(",")] if isinstance(of, str) else list(of)
     for word in words or [""]:
         check_source(who, word, reduce)

@@ -381,6 +381,20 @@ def test_products_have_no_norm(reduce):
 def test_sources_that_are_none():
     with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, got 'weight'"):
         tlfast.capture(nn.Linear(2, 2), "", of="weight", rows=1)
+    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, got ''"):
+        tlfast.capture(nn.Linear(2, 2), "", of=(), rows=1)
+    with pytest.raises(
+        TypeError, match=r"^capture: of must be one of grad, act, grad\*act, or a list of them, got None"
+    ):
+        tlfast.capture(nn.Linear(2, 2), "", of=None, rows=1)
+
+
+def test_several_sources_at_once():
+    model = nn.Sequential(HookPoint())
+    assert tlfast.capture(model, "0", of="act, grad,act", rows=1).names == ["0:act", "0"]
+    assert tlfast.capture(model, "0", of=("grad*act",), side="input", rows=1).names == ["0:input:grad*act"]
+    with pytest.raises(ValueError, match=r"^capture: of and side must be left out where points are Specs, got 'act'"):
+        tlfast.capture(model, Spec("0"), of="act", rows=1)
 
 
 @pytest.mark.parametrize("of", ["act", "grad*act"])
