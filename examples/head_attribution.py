@@ -1,14 +1,14 @@
-"""Which heads does a model need? One backward estimates what removing each would do; removing them one by one checks it.
+"""Which heads does a model need? One backward estimates what removing each would do; removing them one by one checks.
 
     python examples/head_attribution.py [--steps 300]
 
-A GPT-2 of two layers learns to copy: random tokens are said twice, and the second half can be read off the first. What a
-head puts out is a slice of the input of its layer's output projection, which `side="input"` captures without a change of
-the model. Gradient times activation, added up over the slice and the positions, is what the right logits would lose if
-the head put out zeros, as far as a straight line can say. Then each head is set to zero, one by one: the order is about
-the same, and the straight line says too little of the heads that matter most.
+A GPT-2 of two layers learns to copy: random tokens are said twice, and the second half can be read off the first. What
+a head puts out is a slice of the input of its layer's output projection, which `side="input"` captures without a change
+of the model. Gradient times activation, added up over the slice and the positions, is what the right logits would lose
+if the head put out zeros, as far as a straight line can say. Then each head is set to zero, one by one: the order is
+about the same, and the straight line says too little of the heads that matter most.
 
-Runs offline, in less than a minute on a CPU. Needs tlfast[collect], of which it uses transformers.
+Runs offline, in less than a minute on a CPU. Needs transformers, which tlfast[collect] brings.
 """
 
 from __future__ import annotations
