@@ -6,7 +6,8 @@ A GPT-2 of two layers learns to copy: random tokens are said twice, and the seco
 a head puts out is a slice of the input of its layer's output projection, which `side="input"` captures without a change
 of the model. Gradient times activation, added up over the slice and the positions, is what the right logits would lose
 if the head put out zeros, as far as a straight line can say. Then each head is set to zero, one by one: the order is
-about the same, and the straight line says too little of the heads that matter most.
+about the same, and the straight line says too little of the heads that matter most. Where a model has learnt a harder
+task in part, or heads stand in for each other, the two can disagree: so check before you believe the estimate.
 
 Runs offline, in less than a minute on a CPU. Needs transformers, which tlfast[collect] brings.
 """
