@@ -18,7 +18,7 @@ from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
-from ..spec import Attach, Backend, Calls, Missing, Of, Over, Points, Reduction, Side, Spec
+from ..spec import Attach, Backend, Calls, Missing, Over, Points, Reduction, Side, Spec
 from .batches import Collate, PaddingSide, unit_rows
 from .checks import check_peaceful
 from .determinism import Deterministic, as_begun, describe_machine
@@ -47,7 +47,7 @@ def collect(
     *,
     points: Points | Spec | Sequence[Spec],
     reduce: Reduction = "mean",
-    of: Of | Sequence[Of] = "grad",
+    of: str | Sequence[str] = "grad",
     side: Side = "output",
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
