@@ -35,6 +35,7 @@ def figures(pattern, text):
     return [float(number.rstrip("%")) / (100 if number.endswith("%") else 1) for number in found.groups()]
 
 
+@pytest.mark.long
 def test_neighbours_of_answers(tmp_path):
     shown = said("sft_neighbours.py", tmp_path, "--steps", "20", "--pairs", "200")
     first, last = figures(r"trained on 200 pairs: loss (\S+) -> (\S+) nats", shown)
@@ -45,6 +46,7 @@ def test_neighbours_of_answers(tmp_path):
     assert (tmp_path / "neighbours" / "dataset.json").is_file()
 
 
+@pytest.mark.long
 def test_attribution_to_heads(tmp_path):
     shown = said("head_attribution.py", tmp_path, "--steps", "200")
     assert figures(r"trained: (\d+%)", shown)[0] > 0.95
@@ -67,6 +69,7 @@ def test_saliency_of_patches(tmp_path):
         assert sum("@@@@@@@@" in line for line in patches) == 4  # one patch is the brightest
 
 
+@pytest.mark.long
 def test_saliency_of_source_words(tmp_path):
     shown = said("number_words.py", tmp_path, "--steps", "60")
     assert figures(r"trained: (\d+%)", shown)[0] > 0.7
