@@ -23,6 +23,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(dataset_read, "N_RANDOM", 50)
 
 
+@pytest.mark.long
 def test_it_runs_and_keeps_its_promises():
     result = dataset_read.run(quick=True)
     assert [len(table.rows) for table in result.tables] == [3, 3, 5]

@@ -72,6 +72,7 @@ def needs_a_compiler():
         pytest.skip(done.stderr.strip())
 
 
+@pytest.mark.long
 def test_without_a_toolkit(source):
     needs_a_compiler()
     gone = f"no bin/nvcc in CUDA_HOME={source}"
@@ -90,7 +91,7 @@ def test_unknown_gpus_are_refused(source):
     assert "TORCH_CUDA_ARCH_LIST must hold compute capabilities such as \"8.0;9.0+PTX\", got 'Hopper'." in done.stderr
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", pytest.param("false", marks=pytest.mark.long)])
 def test_without_a_compiler(source, compiler):
     must = run("setup.py", "--version", folder=source, TLFAST_BUILD="cpu", CXX=compiler)
     assert must.returncode != 0

@@ -101,7 +101,9 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp
 STOPPED = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 
 
-@pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)], ids=lambda number: number.name
+)
 def test_what_was_interrupted_goes_on_to_the_same_bytes(undisturbed, tmp_path, capsys, number):
     out = tmp_path / "out"
     with running(undisturbed, out, 3) as process:
@@ -121,6 +123,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(undisturbed, tmp_path, c
     assert tlfast.open_dataset(out).verify().ok
 
 
+@pytest.mark.long
 def test_ctrl_c_twice_leaves_at_once_and_what_is_committed_is_whole(undisturbed, tmp_path):
     out = tmp_path / "out"
     with running(undisturbed, out, 3) as process:

@@ -238,6 +238,7 @@ def test_the_run_that_began_says_what_is_about_it(tmp_path):
         assert writer.description.about["threads"] == 3
 
 
+@pytest.mark.long
 @failing_farm.needs_preload
 def test_killed_while_it_was_extended(tmp_path):
     """Before each system call: the old rows are there, and the next run extends it or finds it extended."""

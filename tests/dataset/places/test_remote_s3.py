@@ -113,6 +113,7 @@ def test_a_bucket_that_is_not_there(server, tmp_path, monkeypatch):
         open_dataset("s3://no-such-bucket/dataset")
 
 
+@pytest.mark.long
 def test_processes_killed_at_random_instants(url, tmp_path):
     """Each run is killed while it uploads, and the next goes on: whatever lies in the bucket is right."""
     tensors = truth(plan=MANY)

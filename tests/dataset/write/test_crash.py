@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         yield Path(made)
 
 
-@pytest.fixture(scope="module", params=["native", "python"])
+@pytest.fixture(scope="module", params=["native", pytest.param("python", marks=pytest.mark.long)])
 def disturbed(request, folder):
     """The traced calls of an undisturbed run, all other runs, and where they lie."""
     usable(request.param)
@@ -158,6 +158,7 @@ def test_both_writers_make_the_same_files(disturbed):
             assert content(folder.parent / other / "trace-0") == content(folder / "trace-0")
 
 
+@pytest.mark.long
 def test_random_instants_with_large_units(tmp_path):
     process = run_python(SUPPORT / "random_kills.py", tmp_path, N_KILLS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = process.communicate(timeout=600)

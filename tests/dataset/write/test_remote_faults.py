@@ -144,6 +144,7 @@ def test_the_staged_units_of_several_dead_processes(url, monkeypatch, tmp_path):
     assert not staged(tmp_path)
 
 
+@pytest.mark.long
 def test_a_process_killed_before_each_request(url, tmp_path):
     """Wherever a run dies: what lies in the store is right, and the next run makes the same bytes of it."""
     expected, tensors = local_content(tmp_path / "local", plan=FEW), truth(plan=FEW)
