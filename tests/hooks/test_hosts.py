@@ -187,6 +187,7 @@ def test_bergson(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hooked) == 2
 
 
+@pytest.mark.filterwarnings(r"ignore:\s*Setting (forward, )?backward hooks:UserWarning")
 def test_captum(monkeypatch: pytest.MonkeyPatch) -> None:
     captum = pytest.importorskip("captum.attr", reason="captum is not installed")
     made = adapter()
