@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
@@ -86,6 +87,44 @@ def check_collect(rank, out):
     dist.barrier()
 
 
+def told_by_hooks(kind, rank, native):
+    """What full backward hooks of every module are called with, and what one that doubles makes of the gradients."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    told = []
+
+    def hook(name, factor):
+        def tell(module, grad_input, grad_output):
+            grads = [grad if grad is None else grad.clone() for grad in (*grad_input, *grad_output)]
+            told.append((name, grads))
+            return None if factor == 1 else tuple(grad if grad is None else grad * factor for grad in grad_input)
+
+        return tell
+
+    run = DistributedDataParallel(model) if kind == "ddp" else model
+    if kind == "fsdp":
+        for layer in (model[0], model[2], model):
+            fully_shard(layer)
+    with tlfast.accelerate_hooks() if native else contextlib.nullcontext():
+        for number, (name, module) in enumerate(run.named_modules()):
+            module.register_full_backward_hook(hook(name, 2 if number == 2 else 1))
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+        for _ in range(2):  # DDP rebuilds its buckets after the first
+            run(x).square().sum().backward()
+    whole = [grad.full_tensor() if kind == "fsdp" else grad for grad in (param.grad for param in model.parameters())]
+    return told, [x.grad, *whole]
+
+
+def check_full_hooks(rank):
+    """Full backward hooks that are native: beside DDP and fully_shard they are told what PyTorch's are, to the bit."""
+    for kind in ("ddp", "fsdp"):
+        (wanted, grads), (found, native_grads) = (told_by_hooks(kind, rank, native) for native in (False, True))
+        assert [call[0] for call in found] == [call[0] for call in wanted]
+        assert len(found) == 2 * (5 if kind == "ddp" else 4)
+        for mine, theirs in zip([*(c[1] for c in found), native_grads], [*(c[1] for c in wanted), grads], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True) if b is not None)
+
+
 def check_refusals(out):
     model = sharded(reshard=True)
     for settings, text in (
@@ -112,10 +151,12 @@ def refused(text, call, *arguments, **settings):
 if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="tlfast runs in pure Python")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # of a full backward hook
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     check_capture(dist.get_rank())
     check_collect(dist.get_rank(), Path(sys.argv[1]))
     check_refusals(Path(sys.argv[1]))
+    check_full_hooks(dist.get_rank())
     print(f"rank {dist.get_rank()} is done\n", end="", flush=True)
     dist.destroy_process_group()
