@@ -119,6 +119,13 @@ void Backwards::look_around() {
   autograd::Engine::get_default_engine().queue_callback([ended] {});
 }
 
+void Backwards::open(at::Tensor anchor_) {
+  look_around();
+  anchor = std::move(anchor_);
+  ++run;
+  active = true;
+}
+
 void Backwards::enter_forward() {
   const int64_t task = current_task();
   if (task == -1 || !active) return;

@@ -53,6 +53,10 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   // around it, which is the current one of this thread again.
   void leave(int64_t task, bool ended_well);
 
+  // A run begins, with taps that were in one before, perhaps: what earlier calls left in a graph fires nothing in it.
+  // With an anchor, a leaf to which every identity node of the run leads, backward(inputs=[anchor]) runs whatever leads
+  // to one, and makes no gradient of a parameter.
+  void open(at::Tensor anchor);
   void close() { active = false; }
 
   // Remember which other outputs of a point have a graph, to name them where the one that was chosen has no gradient.
@@ -61,6 +65,8 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   const std::shared_ptr<Ledger> ledger;
   const bool missing_is_nan;
   std::atomic<bool> active{true};
+  std::atomic<int64_t> run{0};
+  at::Tensor anchor;                // of the run
   std::atomic<int64_t> n_calls{0};  // of the modules of all points
   std::vector<std::shared_ptr<Point>> points;
 

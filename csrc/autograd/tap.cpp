@@ -103,7 +103,8 @@ bool is_seen(Node& node) {
   if (!node.pre_hooks().empty() || !node.tensor_pre_hooks().empty() || !node.post_hooks().empty() ||
       !node.retains_grad_hooks().empty())
     return true;
-  if (const auto* identity = dynamic_cast<IdentityNode*>(&node)) return !identity->call.tap->anchor.defined();
+  if (const auto* identity = dynamic_cast<IdentityNode*>(&node))
+    return !identity->call.tap->backwards->anchor.defined();
   // By its name: libtorch_python doesn't export the type.
   static const std::string_view written_in_python = "N5torch8autograd6PyNodeE";
   return typeid(node).name() == written_in_python;
@@ -168,6 +169,7 @@ std::shared_ptr<Tap> Tap::by_number(int64_t number) {
 Call::Call(std::shared_ptr<Tap> tap_, Of of)
     : tap(std::move(tap_)),
       of(of),
+      run(tap->backwards->run),
       recomputed(of == Of::compiled ||
                  (of == Of::full_hook ? tap->recomputed_.load() : autograd::get_current_graph_task_id() != -1)) {
   if (of == Of::node) ++tap->n_in_flight_;
@@ -215,6 +217,7 @@ void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
     // Without its history: of an output that is changed in place later, by `through`, this node is a part of that.
     made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
   }
+  const at::Tensor& anchor = backwards->anchor;
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
                                         : autograd::collect_next_edges(output));
   autograd::set_history(through, node);
@@ -229,7 +232,7 @@ void Tap::keep_output(const at::Tensor& kept) {
 }
 
 void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& output) {
-  if (!backwards->active) return;
+  if (!backwards->active || call.run != backwards->run) return;
   const auto taken = [&](const char* what, const at::Tensor& tensor) {
     const at::Tensor found = plain(point->who, what, tensor);
     return convert ? plain(point->who, what, convert(found)) : found;

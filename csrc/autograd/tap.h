@@ -26,8 +26,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
   bool attach_to_node(const at::Tensor& output);
 
   // Put an identity node behind an output, which sees the gradient through this module alone, and let it lead to
-  // `through`, an alias of the output. With an anchor, backward(inputs=[anchor]) runs whatever leads to the node, and
-  // makes no gradient of a parameter.
+  // `through`, an alias of the output. It leads to the anchor of the run, too.
   void attach_behind(const at::Tensor& output, const at::Tensor& through);
 
   // Give the keeper the gradient of a call, and its output where the keeper reads that. Needs no GIL, and touches no
@@ -52,7 +51,6 @@ class Tap : public std::enable_shared_from_this<Tap> {
   const char* side = kOutput;            // of its module at which it sits, for errors
   Change convert;                        // made of each gradient, and of an output that is kept, before anything else
   std::function<void(const Seen&)> see;  // what is shown them then
-  at::Tensor anchor;                     // a leaf to which every identity node leads too: see `attach_behind`
 
  private:
   friend struct Call;
@@ -84,6 +82,7 @@ struct Call {
 
   const std::shared_ptr<Tap> tap;
   const Of of;
+  const int64_t run;      // in which it was made: in a later one it fires nothing
   const bool recomputed;  // made inside a backward: of a checkpoint, whose other calls may still come
 
   // What is kept for the backward, as autograd keeps what a formula needs: in place it may not be changed until then,
@@ -95,7 +94,7 @@ struct Call {
 at::Tensor alias_of(const at::Tensor& output);
 
 // What waits for gradients in the graph of a value: the leaves, and the nodes that are hooked or whose backward is
-// Python code or a tap without an anchor. Nodes that stand for `value` itself are among them.
+// Python code or a tap of a run without an anchor. Nodes that stand for `value` itself are among them.
 struct Waiting {
   std::vector<at::Tensor> leaves;
   std::vector<decltype(torch::autograd::Edge::function)> nodes;

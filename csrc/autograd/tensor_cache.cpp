@@ -77,6 +77,19 @@ size_t TensorCache::n_outputs() const {
   return outputs_.size();
 }
 
+void TensorCache::clear() {
+  std::vector<Place> before;  // what it holds may be the last of Python objects, which run whatever they run
+  const std::lock_guard<std::mutex> lock(mutex_);
+  before.swap(places_);
+  for (const Place& place : before) {
+    places_.emplace_back();
+    places_.back().name = place.name;
+    places_.back().select = place.select;
+  }
+  outputs_.clear();
+  gradients_.clear();
+}
+
 TensorCache::Kept TensorCache::outputs() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Kept kept;

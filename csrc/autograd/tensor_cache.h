@@ -33,6 +33,9 @@ class TensorCache {
   Kept outputs() const;
   Kept gradients() const;
 
+  // Forget what was kept; the places stay.
+  void clear();
+
   // How many points have had an output so far.
   size_t n_outputs() const;
 

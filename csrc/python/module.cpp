@@ -117,11 +117,20 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Backwards, std::shared_ptr<Backwards>>(m, "Backwards")
       .def(py::init(&make_backwards), needed("ledger"), py::arg("missing"))
       .def("set_batch", &set_batch)
+      .def(
+          "open",
+          [](Backwards& backwards, const std::optional<at::Tensor>& anchor) {
+            backwards.open(anchor.value_or(at::Tensor()));
+          },
+          py::arg("anchor"))
       .def("close", &Backwards::close)
+      .def_property_readonly("run", [](const Backwards& backwards) { return backwards.run.load(); })
+      .def_property_readonly("anchor", [](const Backwards& backwards) { return defined(backwards.anchor); })
       .def_property_readonly("n_calls", [](const Backwards& backwards) { return backwards.n_calls.load(); });
 
   py::class_<TensorCache, std::shared_ptr<TensorCache>>(m, "TensorCache")
       .def(py::init([] { return std::make_shared<TensorCache>(); }))
+      .def("clear", &TensorCache::clear)
       .def("outputs", &TensorCache::outputs)
       .def("gradients", &TensorCache::gradients)
       .def("clashes", &TensorCache::clashes)
@@ -135,9 +144,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<SinkKeeper, Keeper, std::shared_ptr<SinkKeeper>>(m, "SinkKeeper")
       .def(py::init(&sink_keeper), needed("sink"), py::arg("reduce"), py::arg("dims"));
   py::class_<PyTap>(m, "Tap")
-      .def(py::init<std::shared_ptr<Backwards>, const std::string&, std::shared_ptr<Keeper>, py::object,
-                    const std::optional<at::Tensor>&>(),
-           needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"), py::arg("anchor"))
+      .def(py::init<std::shared_ptr<Backwards>, const std::string&, std::shared_ptr<Keeper>, py::object>(),
+           needed("backwards"), py::arg("name"), needed("keeper"), py::arg("output"))
       .def("set_convert", &PyTap::set_convert)
       .def("set_side", &PyTap::set_side)
       .def("learn_references", &PyTap::learn_references)
@@ -146,6 +154,7 @@ PYBIND11_MODULE(_C, m) {
       .def("check_full", &PyTap::check_full)
       .def("full", &PyTap::full)
       .def_readonly("output", &PyTap::output)
+      .def_property_readonly("backwards", [](const PyTap& tap) { return tap.tap->backwards; })
       .def_property_readonly("reads_outputs", [](const PyTap& tap) { return tap.tap->keeper->reads_outputs(); })
       .def_property_readonly("name", [](const PyTap& tap) { return tap.tap->point->name; })
       .def_property_readonly("others", [](const PyTap& tap) { return tap.tap->point->others; })

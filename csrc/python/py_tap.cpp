@@ -70,7 +70,7 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
     check_arguments(args, kwargs, 3, "be called with (module, args, output)");
     PyTap& tap = tap_of(hook);
     // Where a cached gradient may be one that a full backward hook finds at the output, Python looks: see CacheHook.
-    if (tap.tap->anchor.defined() && !passed_on(PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2)))
+    if (tap.tap->backwards->anchor.defined() && !passed_on(PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2)))
       return py::object(py::handle(hook).attr("__call__")(*py::handle(args)));
     return tap.forward(PyTuple_GET_ITEM(args, 2));
   });
@@ -119,10 +119,8 @@ void PyTap::set_side(const std::string& side) {
 }
 
 PyTap::PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
-             py::object output, const std::optional<at::Tensor>& anchor)
-    : tap(Tap::make(std::move(backwards), name, std::move(keeper))), output(std::move(output)) {
-  if (anchor) tap->anchor = *anchor;
-}
+             py::object output)
+    : tap(Tap::make(std::move(backwards), name, std::move(keeper))), output(std::move(output)) {}
 
 void check_ours_to_change(const char* who, const py::handle& type) {
   auto* const checked = reinterpret_cast<PyTypeObject*>(type.ptr());
@@ -162,7 +160,8 @@ py::object PyTap::forward_cached(const py::handle& given) {
   }
   if (!tap->backwards->active) return py::none();
   tap->keep_output(detached(found));
-  if (!tap->anchor.defined() || !at::GradMode::is_enabled() || !checked(found, given).defined()) return py::none();
+  if (!tap->backwards->anchor.defined() || !at::GradMode::is_enabled() || !checked(found, given).defined())
+    return py::none();
   const py::object through = behind(found);
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
 }

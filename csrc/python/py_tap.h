@@ -10,10 +10,9 @@ namespace tlfast {
 
 class PyTap {
  public:
-  // `output`: which of several outputs is meant; None is the first tensor. `anchor` is the leaf that stands for all
-  // points in backward(inputs=), or None; what keeps outputs keeps them alone, then.
+  // `output`: which of several outputs is meant; None is the first tensor.
   PyTap(std::shared_ptr<Backwards> backwards, const std::string& name, std::shared_ptr<Keeper> keeper,
-        pybind11::object output, const std::optional<at::Tensor>& anchor);
+        pybind11::object output);
 
   // What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown each
   // gradient then. Python callables or None.

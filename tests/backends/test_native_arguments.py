@@ -118,7 +118,7 @@ class Made:
         if name == "PayloadStream":
             return self.disk.PayloadStream(self.fd, 0, 0, 4096, "path")
         if name == "Tap":
-            return self.module.Tap(self.backwards, "0", self.keeper, None, None)
+            return self.module.Tap(self.backwards, "0", self.keeper, None)
         made = {"Ledger": self.ledger, "Backwards": self.backwards, "Column": self.column}
         return {**made, "TensorCache": self.module.TensorCache()}[name]
 
@@ -244,7 +244,7 @@ def test_a_hook_without_its_tap_raises(native):
 
 def test_gradients_of_a_full_hook_in_another_way_raise(native):
     made = tlfast.backends.choice.loaded()
-    tap = made.Tap(made.Backwards(made.Ledger(1), "nan"), "0", made.ColumnsKeeper([]), None, None)
+    tap = made.Tap(made.Backwards(made.Ledger(1), "nan"), "0", made.ColumnsKeeper([]), None)
     with pytest.raises(IndexError):
         tap.full(())
     tap.check_full((1, torch.ones(2, requires_grad=True) * 1))

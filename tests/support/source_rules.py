@@ -54,6 +54,7 @@ ROOMS = (
             ("library",),
             ("arguments", "loading", "names"),
             ("handles", "theirs"),
+            ("caching_taps",),
             ("running",),
             ("caching", "capturing"),
             ("compatibility",),

@@ -66,8 +66,10 @@ class Caching:
         engine = pick_backend("a test", backend, set())
         self.cache, self.backwards = engine.TensorCache(), engine.Backwards(engine.Ledger(1), "nan")
         keeper = engine.CacheKeeper(self.cache, "0", None, "last")
-        tap = engine.Tap(self.backwards, "0", keeper, None, torch.zeros((), requires_grad=True))
+        tap = engine.Tap(self.backwards, "0", keeper, None)
+        self.backwards.open(torch.zeros((), requires_grad=True))
         self.hooks = CachingHooks(module, caching_hook(tap, engine), caching_id(engine))
+        self.hooks.register()
 
     def __enter__(self):
         return self.cache

@@ -94,11 +94,11 @@ class Cached:
 
     def __init__(self, module, backend, select):
         engine = pick_backend("a test", backend, set())
-        self.cache, self.anchor = engine.TensorCache(), torch.zeros((), requires_grad=True)
+        self.cache = engine.TensorCache()
         self.backwards = engine.Backwards(engine.Ledger(1), "nan")
+        self.backwards.open(torch.zeros((), requires_grad=True))
         keeper = engine.CacheKeeper(self.cache, "point", select, "sum")
-        hook = caching_hook(engine.Tap(self.backwards, "point", keeper, None, self.anchor), engine)
-        hook.anchor = self.anchor
+        hook = caching_hook(engine.Tap(self.backwards, "point", keeper, None), engine)
         module.register_forward_hook(hook)
 
     @property

@@ -179,6 +179,8 @@ class Backwards:
         self.ledger, self.missing = ledger, missing
         self.points: list[Point] = []
         self.active = True
+        self.run = 0
+        self.anchor: torch.Tensor | None = None  # of the run
         self.n_calls = 0  # of the modules of all points
         self.running: dict[int, Backward] = {}  # by the ids of its graph tasks
         # The backward that was last met in each thread: what runs inside another one in this thread is a part of it.
@@ -392,6 +394,17 @@ class Backwards:
                 del self.running[task]
                 run.root = around
                 self._follow(around, run, self._nested(_CPU, n_leaving=1))
+
+    def open(self, anchor: torch.Tensor | None) -> None:
+        """A run begins, with taps that were in one before, perhaps: what earlier calls left in a graph fires nothing.
+
+        With an anchor, a leaf to which every identity node of the run leads, ``backward(inputs=[anchor])`` runs
+        whatever leads to one, and makes no gradient of a parameter.
+        """
+        self.look_around(n_leaving=0)
+        self.anchor = anchor
+        self.run += 1
+        self.active = True
 
     def close(self) -> None:
         """From now on a firing tap does nothing."""

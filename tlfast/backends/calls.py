@@ -15,10 +15,11 @@ class Call:
         of: "node"; "full_hook" or "compiled" for one that stands for a call that nobody holds.
     """
 
-    __slots__ = ("of", "recomputed", "tap")
+    __slots__ = ("of", "recomputed", "run", "tap")
 
     def __init__(self, tap: Any, of: str = "node"):
         self.tap, self.of = tap, of
+        self.run = tap.backwards.run  # in a later one it fires nothing
         # Made inside a backward: of a checkpoint, whose other calls may still come.
         here = torch._C._current_graph_task_id() != -1
         self.recomputed = of == "compiled" or (tap.recomputed if of == "full_hook" else here)

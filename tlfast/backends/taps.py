@@ -78,17 +78,10 @@ def _(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor
 
 
 class Tap:
-    """Sits at one point, and gives its keeper what it finds there.
+    """Sits at one point, and gives its keeper what it finds there."""
 
-    With an anchor, a leaf to which every identity node leads too, ``backward(inputs=[anchor])`` runs whatever leads to
-    the node, and makes no gradient of a parameter.
-    """
-
-    def __init__(
-        self, backwards: Backwards, name: str, keeper: Keeper, output: int | str | None,
-        anchor: torch.Tensor | None,
-    ):  # fmt: skip
-        self.backwards, self.name, self.keeper, self.output, self.anchor = backwards, name, keeper, output, anchor
+    def __init__(self, backwards: Backwards, name: str, keeper: Keeper, output: int | str | None):
+        self.backwards, self.name, self.keeper, self.output = backwards, name, keeper, output
         self.point = Point(name, list(keeper.columns), len(backwards.points))
         self.who = self.point.who
         self.n_in_flight = 0  # calls whose gradients may still come
@@ -165,7 +158,7 @@ class Tap:
             return None
         with torch.no_grad():
             self.keeper.output(self.converted(alias(found)))
-        if self.anchor is None or not torch.is_grad_enabled() or self.checked_output(found) is None:
+        if self.backwards.anchor is None or not torch.is_grad_enabled() or self.checked_output(found) is None:
             return None
         replaced: object = replace_output(output, 0 if in_tuple else None, self.identity(found))
         return replaced
@@ -176,7 +169,7 @@ class Tap:
         # A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more,
         # and the model would take our output for a tensor of its own.
         with _unheard() if self.reads_outputs and not self._entered else nullcontext():
-            return kind.apply(tensor, self, self.anchor)  # type: ignore[no-untyped-call]
+            return kind.apply(tensor, self, self.backwards.anchor)  # type: ignore[no-untyped-call]
 
     def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None) -> None:
         """What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown
@@ -248,7 +241,7 @@ class Tap:
     @torch.no_grad()
     def fire(self, grad: torch.Tensor, call: Call, output: torch.Tensor | None = None) -> None:
         """Give the keeper the gradient of a call, and its output where the keeper reads that."""
-        if not self.backwards.active:
+        if not self.backwards.active or call.run != self.backwards.run:
             return
         seen = Seen(self.taken(grad), None if output is None else self.taken(output, self._side))
         if seen.act is not None:

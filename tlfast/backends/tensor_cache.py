@@ -41,6 +41,12 @@ class TensorCache:
         self._places.append(_Place(name, select))
         return len(self._places) - 1
 
+    def clear(self) -> None:
+        """Forget what was kept; the places stay."""
+        with self._lock:
+            self._places = [_Place(place.name, place.select) for place in self._places]
+            self._outputs, self._gradients = {}, {}
+
     def output(self, point: int, output: torch.Tensor | None) -> None:
         """Keep an output in place of the one before; None stands for an output that is no tensor."""
         place = self._places[point]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
@@ -142,19 +143,20 @@ def behind_full_hook(module: nn.Module, hooks: list[Any], args: Any, output: Any
 class CacheHook(Hook):
     """The forward hook of a tap that caches; it isn't for compiled code."""
 
-    anchor: torch.Tensor | None = None  # as the tap has it
-
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.anchor is None or not fires_at_output(args, output):
+        backwards = self.tap.backwards
+        if backwards.anchor is None or not fires_at_output(args, output):
             return self.tap.forward(args, output)
+        run = backwards.run
         self.tap.forward_pre()
         with torch.no_grad():  # to keep the output, and to attach nowhere
             self.tap.forward((), output)
 
         def full(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-            self.tap.full(grad_output[:-1])
+            if backwards.run == run:
+                self.tap.full(grad_output[:-1])
 
-        return behind_full_hook(module, [full], args, output, self.anchor)
+        return behind_full_hook(module, [full], args, output, backwards.anchor)
 
 
 class _NativeCacheHook(CacheHook):
@@ -200,7 +202,7 @@ def _learn_references(native: Any) -> None:
             return x * 2
 
     probe = Doubled()
-    tap = native.Tap(native.Backwards(native.Ledger(1), "raise"), "probe", native.ColumnsKeeper([]), None, None)
+    tap = native.Tap(native.Backwards(native.Ledger(1), "raise"), "probe", native.ColumnsKeeper([]), None)
     tap.learn_references()
     probe.register_forward_hook(_NativeForwardHook(tap))
     with torch.inference_mode(False), torch.enable_grad():
@@ -250,14 +252,21 @@ class CachingHooks:
     this one the last: it is registered when the run begins, behind all that are there. And the hook counts the call.
     """
 
-    __slots__ = ("id", "module")
+    __slots__ = ("_hook", "_module", "id")
 
     def __init__(self, module: nn.Module, hook: CacheHook, handle_id: int):
-        self.module, self.id = module, handle_id
-        module._forward_hooks[handle_id] = hook
+        self._module, self._hook, self.id = weakref.ref(module), hook, handle_id
+
+    def register(self) -> None:
+        """Stand behind the hooks that are there."""
+        module = self._module()
+        if module is not None:
+            module._forward_hooks[self.id] = self._hook
 
     def remove(self) -> None:
-        self.module._forward_hooks.pop(self.id, None)
+        module = self._module()
+        if module is not None:
+            module._forward_hooks.pop(self.id, None)
 
 
 def caching_hook(tap: Any, backend: Backend) -> CacheHook:

@@ -168,5 +168,5 @@ def attach(
     made_for = devices | ({sink.device.type} if isinstance(sink, torch.Tensor) else set())
     engine = pick_backend(who, backend, made_for)
     backwards = engine.Backwards(engine.Ledger(1), "nan")
-    tap = engine.Tap(backwards, type(module).__name__, engine.SinkKeeper(sink, reduce, dims), output, None)
+    tap = engine.Tap(backwards, type(module).__name__, engine.SinkKeeper(sink, reduce, dims), output)
     return AttachHandle(backwards, hook_module(module, tap, attach, engine))

@@ -122,7 +122,7 @@ class Capture:
             columns.append(column)
             self.wanted[column] = name, spec
         keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
-        tap = engine.Tap(self._backwards, name, keeper, specs[0].output, None)
+        tap = engine.Tap(self._backwards, name, keeper, specs[0].output)
         tap.set_side(side)
         self._taps.append((module, tap))
         self._places.append(specs[0].place(name))

@@ -50,6 +50,7 @@ class LensCapture(Capture):
         # Permanent: the capture ends with its block, and not where the code in it resets the hooks of TransformerLens.
         hooks = TapHandle(module, tap, self._attach, self._engine)
         listed = ListedTap(module, hooks, ("bwd_hooks",), permanent=True)
+        listed.list()
         norm = norm_of(self._model, module)
         if norm is None:
             return [listed]

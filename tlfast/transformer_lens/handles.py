@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -88,8 +89,11 @@ class OwnHooks:
             with torch.no_grad():  # to keep it, and to attach nowhere
                 tap.forward((), value)
 
+        run = tap.backwards.run
+
         def keep_grad(grad: Any, hook: Any = None) -> None:
-            tap.full((grad,))
+            if tap.backwards.run == run:
+                tap.full((grad,))
 
         self._point = point
         before = {id(handle) for handle in (*point.fwd_hooks, *point.bwd_hooks)}
@@ -157,7 +161,7 @@ class Sinks:
                 hook(point, (), (grad,))  # TransformerLens' own wrapping: conversions, alias names
 
         backwards = self._engine.Backwards(self._engine.Ledger(1), "nan")
-        return self._engine.Tap(backwards, self._name, self._engine.SinkKeeper(sink, "none", ()), None, None)
+        return self._engine.Tap(backwards, self._name, self._engine.SinkKeeper(sink, "none", ()), None)
 
 
 class _SinkPreHook(ForwardPreHook):
@@ -166,6 +170,9 @@ class _SinkPreHook(ForwardPreHook):
 
 class _SinkHook(CacheHook):
     """Attaches the tap to what the hooks before it have made of the output."""
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        return self.tap.forward(args, output)
 
 
 class SinkHandle(RemovableHandle):
@@ -195,16 +202,17 @@ def convert_at(point: Any, tap: Any) -> None:
 class ListedTap:
     """A tap's handle in lists of its point, where TransformerLens' components look to choose their path."""
 
-    __slots__ = ("handle", "lists", "point")
+    __slots__ = ("_point", "handle", "lists", "name")
 
     def __init__(self, point: Any, handle: Any, lists: tuple[str, ...], permanent: bool):
-        self.point, self.lists, self.handle = point, lists, lens_handle(handle, permanent, None)
-        self.list()
+        self._point, self.lists, self.name = weakref.ref(point), lists, str(point.name)
+        self.handle = lens_handle(handle, permanent, None)
 
     def list(self) -> None:
         """Stand in the lists."""
-        for name in self.lists:
-            getattr(self.point, name).append(self.handle)
+        point = self._point()
+        for name in self.lists if point is not None else ():
+            getattr(point, name).append(self.handle)
 
     def remove(self) -> None:
         """Take the hooks off, and the handle out of the lists."""
@@ -213,8 +221,9 @@ class ListedTap:
 
     def unlist(self) -> None:
         """Take exactly this one out of the lists: by identity, since handles compare by value."""
-        for name in self.lists:
-            listed = getattr(self.point, name)  # TransformerLens replaces the list when it removes hooks
+        point = self._point()
+        for name in self.lists if point is not None else ():
+            listed = getattr(point, name)  # TransformerLens replaces the list when it removes hooks
             if listed and listed[-1] is self.handle:
                 listed.pop()
             else:
@@ -244,7 +253,7 @@ class SameNorm(Hook):
             plain = norm.original_component(args[0])
             off = ((output - plain).norm() / plain.norm()).item()
         if off > torch.finfo(plain.dtype).eps ** 0.5:  # far beyond rounding, in whichever order it adds up
-            name = self.tap.point.name
+            name = self.tap.name
             raise RuntimeError(
                 broken_rule(
                     f"capture at {name}", "the norm", "be the same with a backward hook there",

@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from ..backends.choice import pick_backend, reduce_into
 from ..backends.reference import normal_dims, reduced_shape
 from ..errors import broken_rule
-from ..hooks.attachment import CachingHooks, caching_hook, caching_id
 from ..spec import (
     REDUCTIONS,
     Over,
@@ -24,12 +23,14 @@ from ..spec import (
     parse_over,
     stored_dtype,
 )
-from .handles import CheckedCacheHook, ListedTap, OwnHooks, convert_at
+from .caching_taps import CachingTaps, leave, take
+from .handles import ListedTap, OwnHooks
 from .library import position_slice
 from .names import is_by_head, position_dim
 from .theirs import Asked, is_bridge, is_hooked, of_users_classes
 
 Select = Callable[[torch.Tensor], torch.Tensor]
+Found = list[tuple[int, Any]]  # places of points, and what was kept there
 
 
 class Kept:
@@ -82,12 +83,14 @@ class Run:
         one_of(who, "calls", calls, ("sum", "last"))
         one_of(who, "backend", backend, ("auto", "native", "python"))
         self.engine = pick_backend(who, backend, set())  # holding a tensor is the same on every device
-        self.backwards = self.engine.Backwards(self.engine.Ledger(1), "nan")
-        self.cache = self.engine.TensorCache()
         # Shared by all taps: backward(inputs=[anchor]) goes through every point and to no parameter. Without a backward
         # there is none, and the taps keep outputs and change nothing.
         self.anchor = torch.zeros((), requires_grad=True) if backward else None
         self.who, self.asked, self.kept, self.calls = who, asked, kept, calls
+        self.taps: CachingTaps  # while it runs
+        self._outputs: Found = []
+        self._gradients: Found = []
+        self._clashes: list[tuple[int, str]] = []
         self.late: dict[int, Select] = {}  # what is made of the tensors of a point at the end, and not at once
         self.entered: dict[int, int] = {}  # how many points had an output when this one's hooks began to run
         self.names: list[list[str]] = []
@@ -107,37 +110,49 @@ class Run:
         They are listed as TransformerLens' own caching hooks would be, also among the backward hooks if there is a
         backward: its components look there to choose their path.
         """
-        lists = ("fwd_hooks",) if self.anchor is None else ("fwd_hooks", "bwd_hooks")
-        handle_id = caching_id(self.engine)
-        listed: list[ListedTap | OwnHooks] = []
-        entered: list[RemovableHandle] = []
+        handles: list[ListedTap | OwnHooks | RemovableHandle] = []
         own_ways = {id(point) for point in of_users_classes(self.points)}
+        names = [names[0] for names in self.names]
+        key = (*names, self.anchor is None, self.calls, self.engine.NAME) if self.kept.everything else None
+        self.taps = taps = (key and take(self.asked.model, key, self.points)) or self._new_taps(names)
         self.asked.look_once()
         try:
-            for place, (point, names) in enumerate(zip(self.points, self.names, strict=True)):
-                select = self.kept.at(self.asked.model, self.asked.known, names[0], point)
-                if select is not None and not self.kept.as_theirs and point._backward_hooks:  # which may change it
-                    self.late[place], select = select, None
-                keeper = self.engine.CacheKeeper(self.cache, names[0], select, self.calls)
-                tap = self.engine.Tap(self.backwards, names[0], keeper, None, self.anchor)
+            taps.open(self.anchor)
+            for place, point in enumerate(self.points):
                 if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
-                    listed.append(OwnHooks(point, tap, backward=self.anchor is not None))
-                    continue
-                convert_at(point, tap)
-                hook = CheckedCacheHook(tap) if point._forward_hooks else caching_hook(tap, self.engine)
-                hook.anchor = self.anchor
-                if point._forward_hooks and self.anchor is not None:  # which may call other points
-                    entered.append(point.register_forward_pre_hook(partial(self._entered, place)))
-                listed.append(ListedTap(point, CachingHooks(point, hook, handle_id), lists, permanent=False))
+                    handles.append(OwnHooks(point, taps.tap(place), backward=self.anchor is not None))
+                elif not point._forward_hooks:
+                    handles.append(taps.hook(place, point))
+                else:
+                    if self.anchor is not None:  # they may call other points
+                        handles.append(point.register_forward_pre_hook(partial(self._entered, place)))
+                    handles.append(taps.hook_behind_others(place, point))
             yield
+            self._outputs, self._gradients = taps.cache.outputs(), taps.cache.gradients()
+            self._clashes = taps.cache.clashes()
+        except BaseException:
+            key = None
+            raise
         finally:
             self.asked.forget()
-            self.backwards.close()
-            for handle in (*listed, *entered):
+            taps.close()
+            for handle in handles:
                 handle.remove()
+            if key is not None:
+                leave(self.asked.model, key, taps)
+
+    def _new_taps(self, names: list[str]) -> CachingTaps:
+        selects: list[Select | None] = []
+        for place, (name, point) in enumerate(zip(names, self.points, strict=True)):
+            select = self.kept.at(self.asked.model, self.asked.known, name, point)
+            if select is not None and not self.kept.as_theirs and point._backward_hooks:  # which may change it
+                self.late[place], select = select, None
+            selects.append(select)
+        lists = ("fwd_hooks",) if self.anchor is None else ("fwd_hooks", "bwd_hooks")
+        return CachingTaps(self.engine, self.points, names, selects, self.calls, lists)
 
     def _entered(self, place: int, point: Any, args: Any) -> None:
-        self.entered.setdefault(place, self.cache.n_outputs)
+        self.entered.setdefault(place, self.taps.cache.n_outputs)
 
     def backward(self, value: Any, params: bool) -> None:
         """The gradients of one scalar."""
@@ -168,11 +183,11 @@ class Run:
 
     def clashes(self) -> dict[str, str]:
         """The points whose gradients of several calls can't be added up, by the names that were asked for, and why."""
-        return {name: why for place, why in self.cache.clashes() for name in self.names[place]}
+        return {name: why for place, why in self._clashes for name in self.names[place]}
 
     def has_gradients(self) -> bool:
         """Whether a backward has been here."""
-        return bool(self.cache.gradients())
+        return bool(self.taps.cache.gradients())
 
     def leave_hooks(self, cache: dict[str, Any], no_batch: bool) -> None:
         """Leave hooks of TransformerLens' own kind that fill a cache, until the model's hooks are reset."""
@@ -191,10 +206,10 @@ class Run:
         return {name: without_batch(kept) for name, kept in tensors.items()} if no_batch else tensors
 
     def outputs(self) -> dict[str, Any]:
-        return self._named(self.cache.outputs(), "")
+        return self._named(self._outputs, "")
 
     def gradients(self, suffix: str = "") -> dict[str, torch.Tensor]:
-        return self._named(self._inner_first(self.cache.gradients()), suffix)
+        return self._named(self._inner_first(self._gradients), suffix)
 
     def _inner_first(self, kept: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
         """A point whose hooks call other points comes after those.
@@ -203,7 +218,7 @@ class Run:
         """
         if not self.entered:
             return kept
-        came = [place for place, _ in self.cache.outputs()]
+        came = [place for place, _ in self._outputs]
         left = {place: number for number, place in enumerate(came)}
         order = {place: number for number, (place, _) in enumerate(kept)}
         ranks: dict[int, tuple[int, ...]] = {place: (number,) for place, number in order.items()}

@@ -129,7 +129,7 @@ class Asked:
         _look.model, _look.points = self.model, self.known
 
     def forget(self) -> None:
-        _look.model = None
+        _look.model, _look.points = None, {}
 
     @uncounted
     def left_to(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:

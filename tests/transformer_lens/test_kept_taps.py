@@ -1,0 +1,145 @@
+"""The taps of a cached run serve the next run of the same points, and nothing of one run gets into another."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from lens_models import MODELS, tokens
+
+import tlfast.transformer_lens as lens
+from tlfast.transformer_lens import caching_taps, running
+
+RESID = "blocks.*.hook_resid_post"
+
+
+KINDS = [name for name in MODELS if name != "root_module"]
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    """Each kind of model that takes tokens."""
+    return MODELS[request.param]()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """One for each set of taps that was made so far."""
+    made = []
+    for_points = caching_taps.CachingTaps
+
+    def counting(*args):
+        made.append(len(made))
+        return for_points(*args)
+
+    monkeypatch.setattr(running, "CachingTaps", counting)
+    return made
+
+
+def same(got, truth):
+    assert list(got.keys()) == list(truth.keys())
+    for name in truth:
+        assert torch.equal(got[name], truth[name]), name
+
+
+def total(output):
+    return output.sum()
+
+
+@pytest.mark.parametrize("backend", ["native", "python"])
+def test_three_runs_have_one_set_of_taps(model, counted, backend):
+    def cached(seed):
+        return dict(lens.run_with_cache(model, tokens(seed=seed), metric=total, backend=backend)[1].items())
+
+    truths = []
+    for seed in range(3):
+        caching_taps._kept.clear()
+        truths.append(cached(seed))
+    caching_taps._kept.clear()
+    counted.clear()
+    for found, truth in zip([cached(seed) for seed in range(3)], truths, strict=True):
+        same(found, truth)
+    assert len(counted) == 1
+
+
+def test_other_points_and_other_settings_have_others(model, counted):
+    for more in [{}, dict(names_filter=RESID), dict(names_filter=RESID, calls="last"), dict(metric=None)]:
+        for _ in range(2):
+            lens.run_with_cache(model, tokens(), **dict(metric=total) | more)
+    assert len(counted) == 4
+    for _ in range(2):  # what is made of a tensor may depend on more than the settings
+        lens.run_with_cache(model, tokens(), metric=total, pos_slice=-1)
+    assert len(counted) == 6
+
+
+@pytest.mark.parametrize("backend", ["native", "python"])
+def test_a_late_backward_of_one_run_is_nothing_to_the_next(model, counted, backend):
+    outputs = []
+
+    def left_alone(output):  # its graph stays
+        outputs.append(output)
+        return next(model.parameters()).sum()
+
+    def with_a_late_one(output):
+        outputs[0].sum().backward()
+        return total(output)
+
+    options = dict(names_filter=RESID, backend=backend)
+    _, truth = lens.run_with_cache(model, tokens(), metric=total, **options)
+    lens.run_with_cache(model, tokens(seed=2), metric=left_alone, **options)
+    _, found = lens.run_with_cache(model, tokens(), metric=with_a_late_one, **options)
+    assert len(counted) == 1
+    same(found, truth)
+
+
+def test_a_run_inside_another_has_taps_of_its_own(model, counted):
+    _, truth = lens.run_with_cache(model, tokens(), metric=total)
+    inner = []
+
+    def metric(output):
+        inner.append(lens.run_with_cache(model, tokens(seed=2), metric=total)[1])
+        return total(output)
+
+    _, found = lens.run_with_cache(model, tokens(), metric=metric)
+    assert len(counted) == 2
+    same(lens.run_with_cache(model, tokens(seed=2), metric=total)[1], inner[0])
+    # What ran inside is behind hooks of the outer run as well; its own points are those that count.
+    assert found.keys() == truth.keys()
+
+
+def test_after_an_error_there_are_new_ones(model, counted):
+
+    def wrong(output):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        lens.run_with_cache(model, tokens(), metric=wrong)
+    lens.run_with_cache(model, tokens(), metric=total)
+    assert len(counted) == 2
+
+
+def test_a_point_that_is_another_one_gets_a_tap(model, counted):
+    lens.run_with_cache(model, tokens(), metric=total, names_filter=RESID)
+    points = [point for name, point in model.hook_dict.items() if name.endswith("blocks.0.hook_resid_post")]
+    assert points
+    ((_, kept),) = caching_taps._kept[model].items()
+    assert kept.are_at([model.hook_dict[name] for name in kept._names])
+    assert not kept.are_at([torch.nn.Identity() for _ in kept._names])
+    assert not kept.are_at(points[:0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_holds_a_model_or_what_it_kept(kind):
+    model = MODELS[kind]()
+    _, cache = lens.run_with_cache(model, tokens(), metric=total, names_filter=RESID)
+    held = [weakref.ref(tensor) for tensor in cache.values()]
+    held += [weakref.ref(model), *map(weakref.ref, model.hook_dict.values())]
+    kept = weakref.ref(*caching_taps._kept[model].values())
+    del cache, _
+    gc.collect()
+    assert {held[place]() for place in range(2)} == {None}
+    assert held[-1]() is not None
+    assert kept() is not None
+    del model
+    gc.collect()
+    assert [one() for one in (*held, kept)] == [None] * (len(held) + 1)
