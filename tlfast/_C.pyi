@@ -30,6 +30,8 @@ class Column:
     name: str
     masked: bool
     own_mask: torch.Tensor | None
+    ref: torch.Tensor | None
+    at: torch.Tensor | None
     rows: torch.Tensor | None
     n_writes: int
     counters: torch.Tensor
@@ -43,6 +45,8 @@ class Column:
         capacity: int,
         calls: str,
         of: str,
+        heads: tuple[int, int] | None,
+        at: int | Sequence[int] | None,
     ) -> None: ...
 
 class Recording:

@@ -19,6 +19,8 @@ class Column(Protocol):
 
     masked: bool
     own_mask: torch.Tensor | None
+    ref: torch.Tensor | None
+    at: torch.Tensor | None
 
     @property
     def name(self) -> str: ...
@@ -92,7 +94,15 @@ class Backend(Protocol):
     @property
     def NAME(self) -> str: ...
     @property
-    def Column(self) -> Callable[[str, str, Sequence[int], torch.dtype | None, int, str, str], Column]: ...
+    def Column(
+        self,
+    ) -> Callable[
+        [
+            str, str, Sequence[int], torch.dtype | None, int, str, str, tuple[int, int] | None,
+            int | Sequence[int] | None,
+        ],
+        Column,
+    ]: ...  # fmt: skip
     @property
     def Ledger(self) -> Callable[[int], Ledger]: ...
     @property

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import broken_rule
 from ..hooks.captured import Capture
 from ..hooks.options import CaptureOptions, TapOptions, taken
+from ..hooks.step_inputs import has_functions
 from ..spec import Spec
 from .batches import Batching, bucket_lengths
 from .checks import (
@@ -26,6 +27,7 @@ from .checks import (
 )
 from .determinism import deterministic
 from .examples import ExampleReader
+from .graph_cache import CudaGraph
 from .loop import at_work
 from .loss import check_causal, next_token_loss
 from .losses import OF_ONE_TOKEN, loss_called, name_of, preference_loss, response_loss
@@ -90,6 +92,15 @@ class Work:
             options.batch_tokens, width, options.padding_side, options.pad_id, buckets, most,
             reader.sizes or None, reader.source, options.collate,
         )  # fmt: skip
+
+    def graphs_possible(self, wanted: CudaGraph) -> CudaGraph:
+        """Whether steps may run as CUDA graphs; ValueError where they must, and what a step gives isn't in a graph."""
+        if not has_functions(self.specs) and all(spec.at is None for spec in self.specs):
+            return wanted
+        if wanted == "on":
+            rule, got = 'be "auto" or "off" where ref is a function, or there is an at=', '"on"'
+            raise ValueError(broken_rule("collect", "cuda_graph", rule, got, "Leave it out."))
+        return "off"
 
     @property
     def kept_types(self) -> dict[str, str]:
