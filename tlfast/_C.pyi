@@ -56,6 +56,7 @@ class Recording:
 class Ledger:
     n_ended: int
     extent: tuple[int, int]
+    recording: bool
     cursor: torch.Tensor | None
     def __init__(self, rows: int) -> None: ...
     def committed(self) -> list[tuple[int, int, list[int]]]: ...

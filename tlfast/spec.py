@@ -126,8 +126,8 @@ class Spec:
         (1,)
         >>> tlfast.Spec("transformer.h.*", of="grad*act", reduce="sum", over=(1, 2)).label
         'grad*act'
-        >>> tlfast.Spec("mlp", of="grad*ref", ref=torch.ones(768), reduce="sum", over=-1).label
-        'grad*ref'
+        >>> tlfast.Spec("h.*.attn.c_proj", "sum", (1, -1), of="grad*act", side="input", heads=(12, 64), at=[-1]).at
+        (-1,)
     """
 
     points: Points

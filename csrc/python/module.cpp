@@ -122,6 +122,7 @@ PYBIND11_MODULE(_C, m) {
       .def("stop_recording", &Ledger::stop_recording)
       .def("start_trial", &Ledger::start_trial)
       .def("stop_trial", &Ledger::stop_trial)
+      .def_property_readonly("recording", &Ledger::recording)
       .def_property_readonly("cursor", [](const Ledger& ledger) { return defined(ledger.cursor()); })
       .def("replay", &Ledger::replay)
       .def("take_back", &Ledger::take_back);

@@ -104,6 +104,19 @@ def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | 
     return None if all(1 in spec.dims or spec.at is not None for spec in specs) else seq_len or longest
 
 
+def check_positions(specs: Sequence[Spec], examples: Sequence[Example]) -> None:
+    """ValueError for positions of tokens that an example hasn't, before any of them goes through the model."""
+    for spec in specs:
+        wanted = () if spec.at is None or isinstance(spec.at, str) else spec.at
+        for position in (wanted,) if isinstance(wanted, int) else wanted:
+            least = position + 1 if position >= 0 else -position
+            short = next((example for example in examples if example.length < least), None)
+            if short is not None:
+                got = f"{position} for example {short.id}, which has {short.length}"
+                remedy = "Leave such examples out (--filter), or choose another."
+                raise ValueError(broken_rule("collect", "at", "be tokens that every example has", got, remedy))
+
+
 def as_mapping(fields: Sequence[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The fields that are asked for, each with its key; names alone are keys, and the order of a tuple's parts."""
     return fields if fields is None or isinstance(fields, Mapping) else {name: name for name in fields}

@@ -19,6 +19,7 @@ from .checks import (
     as_mapping,
     check_collate,
     check_left_alone,
+    check_positions,
     check_tokens,
     check_used,
     positions_of,
@@ -81,6 +82,8 @@ class Work:
         has_tokens = reader.source is None or reader.source.rules.has_tokens
         check_tokens(name_of(self.loss), reader.source)
         longest = max(example.length for example in self.examples)
+        if has_tokens and not is_encoder_decoder(self.model):
+            check_positions(self.specs, self.examples)
         width = width_of(self.specs, longest, options.seq_len) if has_tokens else None
         plain = reader.source is None and options.collate is None
         if with_graphs and not plain and options.cuda_graph == "on":

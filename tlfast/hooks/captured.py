@@ -359,7 +359,7 @@ class Capture:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
         unmasked = {column for column, held in self._columns.items() if not held.masked}
         inputs = StepInputs(mask, masks or {}, refs or {}, at or {}, batch)
-        own = inputs.of_columns(self.wanted, unmasked, getattr(self._ledger, "cursor", None) is not None)
+        own = inputs.of_columns(self.wanted, unmasked, self._ledger.recording)
         if self.receiver is not None:
             self.receiver.expect(ids)
         ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
