@@ -30,6 +30,8 @@ class Column:
     name: str
     masked: bool
     own_mask: torch.Tensor | None
+    ref: torch.Tensor | None
+    at: torch.Tensor | None
     rows: torch.Tensor | None
     n_writes: int
     counters: torch.Tensor
@@ -43,6 +45,8 @@ class Column:
         capacity: int,
         calls: str,
         of: str,
+        heads: tuple[int, int] | None,
+        at: int | Sequence[int] | None,
     ) -> None: ...
 
 class Recording:
@@ -52,6 +56,7 @@ class Recording:
 class Ledger:
     n_ended: int
     extent: tuple[int, int]
+    recording: bool
     cursor: torch.Tensor | None
     def __init__(self, rows: int) -> None: ...
     def committed(self) -> list[tuple[int, int, list[int]]]: ...

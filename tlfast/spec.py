@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from operator import index
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from .errors import broken_rule
 
 Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
-Of = Literal["grad", "act", "grad*act"]
+Of = Literal["grad", "act", "grad*act", "grad*ref"]
 Side = Literal["output", "input"]
 Calls = Literal["raise", "sum", "last", "stack"]
 Missing = Literal["raise", "nan"]
@@ -21,10 +22,14 @@ Backend = Literal["auto", "native", "python"]
 
 Points = str | nn.Module | Sequence[str | nn.Module] | Callable[[str], bool]
 Over = str | int | Sequence[str | int]
+Ref = torch.Tensor | Callable[[Any], Any]
+Heads = tuple[int, int]
+At = int | str | Sequence[int]
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SOURCES: tuple[str, ...] = get_args(Of)
 SIDES: tuple[str, ...] = get_args(Side)
+PRODUCTS: tuple[str, ...] = ("grad*act", "grad*ref")
 OF_PRODUCTS: tuple[str, ...] = ("none", "sum", "mean", "last")  # the reductions that products have
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
@@ -93,16 +98,27 @@ class Spec:
             ``side="input"`` which input: the place of a positional one, or the name of one by keyword.
         name: the second part of the column's name where several specs cover one point; default: the reduction. What is
             not of the gradient at the output always has one; default: "act", "grad*act", "input", "input:act", ...
-        of: "grad", the gradient with respect to the output; "act", the output itself; or "grad*act", their product
-            element by element, which is reduced (none, sum, mean or last) where it is made. Summed over all but the
-            batch it is the first-order estimate of what setting the output to zero takes off the metric (attribution
-            patching: Nanda, 2023).
+        of: "grad", the gradient with respect to the output; "act", the output itself; "grad*act", their product
+            element by element; or "grad*ref", that of the gradient with a tensor. Products are reduced (none, sum, mean
+            or last) where they are made. Summed over all but the batch, the first is the first-order estimate of what
+            setting the output to zero takes off the metric, sum(g * a); the second, with ref = patched - a, of what
+            patching adds to it (attribution patching: Nanda, 2023).
         side: "output", or "input": what a module is given. The gradient there is that through this module alone.
             The input of an attention's output projection is the heads' result, that of an MLP's second matrix its
             hidden layer.
+        ref: what "grad*ref" multiplies with, of float numbers, in a shape that broadcasts to the gradient's ([D],
+            [P, D], [B, 1, D], ...): a tensor, a constant that no step changes; or a function of the step's batch, which
+            returns one, or a mapping of one for each point; None: each step gives it, ``cap.batch(refs=)``.
+        heads: (n, d): the last dimension, of n * d, is taken as [n, d] before ``over`` is read, so that over=(1, -1) of
+            [B, P, n * d] leaves [B, n].
+        at: the positions to keep, of dimension 1. A number, whose dimension a row hasn't, or a list of them, [k, ...]:
+            with a mask they count the real tokens of each example, from 0 or from -1, the last; without one all
+            positions. Or a name, by which each step gives them: ``cap.batch(at={name: ...})``, in a collection the
+            field of this name. ``over`` counts dimensions as if all positions were there, and so reduces the kept ones.
 
     Raises:
-        ValueError: for an unknown reduction, dimension, dtype, source or side, and for a norm or maximum of products.
+        ValueError, TypeError: for an unknown reduction, dimension, dtype, source or side, for a norm or maximum of
+            products, for a ref that isn't one or isn't read, and for heads and at that are none.
 
     Example:
         >>> import tlfast
@@ -110,6 +126,8 @@ class Spec:
         (1,)
         >>> tlfast.Spec("transformer.h.*", of="grad*act", reduce="sum", over=(1, 2)).label
         'grad*act'
+        >>> tlfast.Spec("h.*.attn.c_proj", "sum", (1, -1), of="grad*act", side="input", heads=(12, 64), at=[-1]).at
+        (-1,)
     """
 
     points: Points
@@ -120,12 +138,18 @@ class Spec:
     name: str | None = None
     of: Of = "grad"
     side: Side = "output"
+    ref: Ref | None = None
+    heads: Heads | None = None
+    at: At | None = None
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
         check_source("Spec", self.of, self.reduce)
         one_of("Spec", "side", self.side, SIDES)
         parse_over("Spec", self.over)
+        check_ref("Spec", [self.of], self.ref)
+        object.__setattr__(self, "heads", as_heads("Spec", self.heads))
+        object.__setattr__(self, "at", as_positions("Spec", self.at))
         object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
 
     @property
@@ -145,6 +169,11 @@ class Spec:
         """Whether it is of the gradient at the output, whose column has the name of the point if it is the only one."""
         return self.of == "grad" and self.side == "output"
 
+    @property
+    def reads_act(self) -> bool:
+        """Whether the output, or the input, is kept for the backward."""
+        return self.of in ("act", "grad*act")
+
     def place(self, point: str) -> str:
         """Which tap it needs: that of the point, or the one at its input."""
         return point if self.side == "output" else f"{point}:input"
@@ -153,9 +182,59 @@ class Spec:
 def check_source(who: str, of: str, reduce: str) -> None:
     """ValueError for what nothing can be made of, or that can't be reduced so."""
     one_of(who, "of", of, SOURCES)
-    if of == "grad*act" and reduce not in OF_PRODUCTS:
+    if of in PRODUCTS and reduce not in OF_PRODUCTS:
         remedy = 'Keep each product by "none", and reduce these by reduce_into.'
         raise ValueError(broken_rule(who, "reduce", "be none, sum, mean or last of products", repr(reduce), remedy))
+
+
+def check_ref(who: str, of: Sequence[str], ref: object) -> None:
+    """An error for what gradients can't be multiplied with, or where none of the sources is a product with it."""
+    if ref is None:
+        return
+    if "grad*ref" not in of:
+        rule, remedy = 'be left out unless of="grad*ref"', 'Say of="grad*ref", or leave it out.'
+        raise ValueError(broken_rule(who, "ref", rule, f"one with of={', '.join(of)!r}", remedy))
+    if isinstance(ref, torch.Tensor):
+        if ref.dtype not in STORED_DTYPES:
+            raise ValueError(broken_rule(who, "ref", f"be {', '.join(DTYPE_NAMES)}", ref.dtype, "Cast it first."))
+    elif not callable(ref):
+        remedy = "Pass a tensor, or a function of the step's batch."
+        raise TypeError(broken_rule(who, "ref", "be a tensor or a function", type(ref).__name__, remedy))
+
+
+def as_heads(who: str, heads: object) -> Heads | None:
+    """The number of heads and the size of each; TypeError or ValueError for what isn't that."""
+    if heads is None:
+        return None
+    pair = [_whole(part) for part in heads] if isinstance(heads, (tuple, list)) else []
+    if len(pair) != 2 or any(part is None or part < 1 for part in pair):
+        remedy = "Say heads=(n_heads, d_head)."
+        raise ValueError(broken_rule(who, "heads", "be (n, d), two positive numbers", repr(heads), remedy))
+    return cast(Heads, tuple(pair))
+
+
+def as_positions(who: str, at: object) -> int | str | tuple[int, ...] | None:
+    """A position, several, or the name by which each step gives them; TypeError or ValueError for what isn't that."""
+    if at is None or (isinstance(at, str) and at):
+        return at
+    several = isinstance(at, Sequence) and not isinstance(at, str)
+    found = [_whole(part) for part in (cast("Sequence[Any]", at) if several else [at])]
+    if not found or None in found:
+        rule = "be a position, a list of them, or the name by which each step gives them"
+        remedy = "Those of each example go into cap.batch(at={name: ...})."
+        raise TypeError(broken_rule(who, "at", rule, repr(at), remedy))
+    numbers = cast("list[int]", found)
+    return tuple(numbers) if several else numbers[0]
+
+
+def _whole(given: Any) -> int | None:
+    """A whole number; None for what is none, such as a bool or a tensor."""
+    if isinstance(given, (bool, torch.Tensor)):
+        return None
+    try:
+        return index(given)
+    except TypeError:
+        return None
 
 
 def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
@@ -179,6 +258,9 @@ def as_specs(
     output: int | str | None,
     of: str | Sequence[str] = "grad",
     side: Side = "output",
+    ref: Ref | None = None,
+    heads: Heads | None = None,
+    at: At | None = None,
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source."""
     if isinstance(points, Spec) or (isinstance(points, Sequence) and not isinstance(points, str)):
@@ -191,6 +273,10 @@ def as_specs(
         if specs and (of, side) != ("grad", "output"):
             got, remedy = f"{of!r} and {side!r} beside them", "Say them in each Spec."
             raise ValueError(broken_rule(who, "of and side", "be left out where points are Specs", got, remedy))
+        for argument, beside in (("ref", ref), ("heads", heads), ("at", at)):
+            if specs and beside is not None:
+                rule, got = "be left out where points are Specs", "one beside them"
+                raise ValueError(broken_rule(who, argument, rule, got, "Say it in each Spec."))
         if specs:
             return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
@@ -198,4 +284,13 @@ def as_specs(
     parse_over(who, over)
     stored_dtype(who, dtype)
     sources = sources_of(who, of, reduce)
-    return [Spec(cast(Points, points), reduce, over, dtype, output, of=source, side=side) for source in sources]
+    check_ref(who, sources, ref)
+    as_heads(who, heads)
+    as_positions(who, at)
+    return [
+        Spec(
+            cast(Points, points), reduce, over, dtype, output, of=source, side=side,
+            ref=ref if source == "grad*ref" else None, heads=heads, at=at,
+        )
+        for source in sources
+    ]  # fmt: skip

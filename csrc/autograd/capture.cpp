@@ -81,22 +81,6 @@ void check(const std::string& who, const at::Tensor& out, const at::Tensor& grad
                     broken_rule(who, "out", "not share memory with grad", "a view of it", "Pass a tensor of its own."));
 }
 
-void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor& grad) {
-  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, broken_rule(who, "mask", "be boolean", name_of(mask.scalar_type()),
-                                                                 "Use mask.bool(); True means a real token."));
-  std::string remedy = "Pass the attention mask of this very batch.";
-  if (mask.dim() == 2 && grad.dim() > 1 && grad.size(0) == mask.size(0) && grad.size(1) > mask.size(1))
-    remedy +=
-        c10::str(" It covers the positions that a model adds, too: ", grad.size(1) - mask.size(1), " virtual tokens?");
-  const bool leads = mask.dim() > 0 && mask.dim() <= grad.dim() && mask.sizes() == grad.sizes().slice(0, mask.dim());
-  TORCH_CHECK_VALUE(leads,
-                    broken_rule(who, "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
-                                list_of(mask.sizes()), remedy));
-  TORCH_CHECK_VALUE(
-      mask.device() == grad.device(),
-      broken_rule(who, "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(), "Move one of them."));
-}
-
 void check_ref(const std::string& who, const at::Tensor& ref, const at::Tensor& out, const at::Tensor& grad,
                Reduction reduction) {
   check_reduces_products(who, reduction);
@@ -203,6 +187,22 @@ void check_reduces_products(const std::string& who, Reduction reduction) {
                     broken_rule(who, "reduce", "be none, sum, mean or last where there is a ref",
                                 c10::str("'", kReductionNames[size_t(reduction)], "'"),
                                 "Keep each product by \"none\", and reduce these by reduce_into."));
+}
+
+void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor& grad) {
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, broken_rule(who, "mask", "be boolean", name_of(mask.scalar_type()),
+                                                                 "Use mask.bool(); True means a real token."));
+  std::string remedy = "Pass the attention mask of this very batch.";
+  if (mask.dim() == 2 && grad.dim() > 1 && grad.size(0) == mask.size(0) && grad.size(1) > mask.size(1))
+    remedy +=
+        c10::str(" It covers the positions that a model adds, too: ", grad.size(1) - mask.size(1), " virtual tokens?");
+  const bool leads = mask.dim() > 0 && mask.dim() <= grad.dim() && mask.sizes() == grad.sizes().slice(0, mask.dim());
+  TORCH_CHECK_VALUE(leads,
+                    broken_rule(who, "mask", "have the leading sizes of a gradient of shape " + list_of(grad.sizes()),
+                                list_of(mask.sizes()), remedy));
+  TORCH_CHECK_VALUE(
+      mask.device() == grad.device(),
+      broken_rule(who, "mask", c10::str("be on ", grad.device(), ", as grad is"), mask.device(), "Move one of them."));
 }
 
 Counts Plan::run(const Operands& with) const {

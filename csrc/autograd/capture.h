@@ -53,6 +53,9 @@ Plan make_plan(const std::string& who, const at::Tensor& out, const at::Tensor& 
 // An error for a reduction of which there is no form for products.
 void check_reduces_products(const std::string& who, Reduction reduction);
 
+// An error unless a mask has the leading sizes of a gradient, and lies beside it.
+void check_mask(const std::string& who, const at::Tensor& mask, const at::Tensor& grad);
+
 // Run a plan once, on the device of its tensors. On a GPU it is launched, and counted into `counters` (or not, if
 // null).
 Counts run_plan(const std::string& who, const Plan& plan, const at::Tensor& out, const at::Tensor& grad,

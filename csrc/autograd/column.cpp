@@ -20,24 +20,22 @@ Calls parse_calls(const std::string& name) {
 }
 
 Column::Column(std::string name_, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-               int64_t capacity, Calls calls, Of of)
+               int64_t capacity, Calls calls, Of of, Form form)
     : name(std::move(name_)),
       who("capture at " + name),
       calls(calls),
-      recipe(who, reduction, std::move(dims), dtype, of),
-      rows(who, capacity) {
-  if (of == Of::product) check_reduces_products(who, reduction);
+      recipe(who, reduction, std::move(dims), dtype, of, std::move(form)),
+      rows(who, capacity) {}
+
+at::Tensor Column::fitting(const Read& read) {
+  return rows.fitting(recipe.row_shape(read), recipe.row_dtype(read.tensor), read.tensor);
 }
 
-at::Tensor Column::fitting(const at::Tensor& read) {
-  return rows.fitting(recipe.row_shape(read.sizes()), recipe.row_dtype(read), read);
-}
-
-bool Column::Known::fits(const at::Tensor& read, const std::optional<at::Tensor>& ref,
-                         const std::optional<at::Tensor>& mask, const std::optional<c10::Stream>& on) const {
+bool Column::Known::fits(const Read& read, const std::optional<c10::Stream>& on) const {
+  const auto& [tensor, ref, mask, is_one] = read;
   // A plan was checked for a ref of what is read's sizes and device: another one is planned, and refused, anew.
-  return read.scalar_type() == dtype && read.device() == device && stream == on &&
-         read.sizes() == at::IntArrayRef(sizes) && read.strides() == at::IntArrayRef(strides) &&
+  return tensor.scalar_type() == dtype && tensor.device() == device && stream == on && is_one == one &&
+         tensor.sizes() == at::IntArrayRef(sizes) && tensor.strides() == at::IntArrayRef(strides) &&
          (!ref || (ref->scalar_type() == ref_dtype && ref->device() == device &&
                    ref->sizes() == at::IntArrayRef(sizes) && ref->strides() == at::IntArrayRef(ref_strides))) &&
          mask.has_value() == !mask_sizes.empty() &&
@@ -45,40 +43,39 @@ bool Column::Known::fits(const at::Tensor& read, const std::optional<at::Tensor>
                     mask->strides() == at::IntArrayRef(mask_strides)));
 }
 
-std::shared_ptr<const Column::Known> Column::recall(const at::Tensor& read, const std::optional<at::Tensor>& ref,
-                                                    const std::optional<at::Tensor>& mask,
-                                                    const std::optional<c10::Stream>& stream) const {
+std::shared_ptr<const Column::Known> Column::recall(const Read& read, const std::optional<c10::Stream>& stream) const {
   const int64_t generation = rows.generation();
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& known : known_)
-    if (known->generation == generation && known->fits(read, ref, mask, stream)) return known;
+    if (known->generation == generation && known->fits(read, stream)) return known;
   return nullptr;
 }
 
-std::shared_ptr<const Column::Known> Column::learn(const at::Tensor& read, const std::optional<at::Tensor>& ref,
-                                                   const std::optional<at::Tensor>& mask, const Place& place,
+std::shared_ptr<const Column::Known> Column::learn(const Read& read, const Place& place,
                                                    const std::optional<c10::Stream>& stream) {
-  if (on_gpu(read)) rows.device_counters(place, read);
+  const at::Tensor& tensor = read.tensor;
+  if (on_gpu(tensor)) rows.device_counters(place, tensor);
   const at::Tensor held = fitting(read);
   auto made = std::make_shared<Known>(Known{
       .generation = rows.generation(),
-      .sizes = read.sizes().vec(),
-      .strides = read.strides().vec(),
-      .ref_strides = ref ? ref->strides().vec() : std::vector<int64_t>(),
-      .mask_sizes = mask ? mask->sizes().vec() : std::vector<int64_t>(),
-      .mask_strides = mask ? mask->strides().vec() : std::vector<int64_t>(),
-      .dtype = read.scalar_type(),
-      .ref_dtype = ref ? ref->scalar_type() : read.scalar_type(),
-      .device = read.device(),
-      .plan = recipe.plan(recipe.first_of(held, read), read, mask, ref),
+      .sizes = tensor.sizes().vec(),
+      .strides = tensor.strides().vec(),
+      .ref_strides = read.ref ? read.ref->strides().vec() : std::vector<int64_t>(),
+      .mask_sizes = read.mask ? read.mask->sizes().vec() : std::vector<int64_t>(),
+      .mask_strides = read.mask ? read.mask->strides().vec() : std::vector<int64_t>(),
+      .dtype = tensor.scalar_type(),
+      .ref_dtype = read.ref ? read.ref->scalar_type() : tensor.scalar_type(),
+      .one = read.one,
+      .device = tensor.device(),
+      .plan = recipe.plan(recipe.first_of(held, read), read),
       .rows = static_cast<char*>(held.mutable_data_ptr()),
       .row_bytes = held.stride(0) * int64_t(held.element_size()),
       .stream = stream,
       .row_elements = held.stride(0),
       .scratch = {},
   });
-  if (on_gpu(read)) {
-    made->scratch = made->plan.scratch(read);
+  if (on_gpu(tensor)) {
+    made->scratch = made->plan.scratch(tensor);
     rows.come_after_filling(place, *stream);
     rows.used_on(*stream);
   }
@@ -93,28 +90,25 @@ std::shared_ptr<const Column::Known> Column::learn(const at::Tensor& read, const
   return made;
 }
 
-// The mask of a step where it is about the gradients of this column, or the one that it has for itself.
-const std::optional<at::Tensor>& Column::own(const std::optional<at::Tensor>& mask) const {
+// What holds for this column: the mask of a step where it is about its gradients, or the one that it has for itself.
+Given Column::given(const std::optional<at::Tensor>& mask) const {
   static const std::optional<at::Tensor> none;
-  if (own_mask) return own_mask;
-  return masked ? mask : none;
+  return {.mask = own_mask ? own_mask : masked ? mask : none, .ref = ref, .at = at, .own_mask = own_mask.has_value()};
 }
 
 void Column::write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale) {
-  const at::Tensor& read = recipe.read(seen);
-  const auto ref = recipe.ref(seen);
-  const std::optional<at::Tensor>& mask = own(mask_of_step);
+  const Read read = recipe.read(seen, given(mask_of_step));
   std::optional<c10::Stream> stream;
-  if (on_gpu(read)) stream = current_stream(read.device());
-  auto known = recall(read, ref, mask, stream);
-  if (!known) known = learn(read, ref, mask, place, stream);
-  const Operands with{.grad = read.const_data_ptr(),
-                      .ref = ref ? ref->const_data_ptr() : nullptr,
-                      .mask = mask ? mask->const_data_ptr() : nullptr,
+  if (on_gpu(read.tensor)) stream = current_stream(read.tensor.device());
+  auto known = recall(read, stream);
+  if (!known) known = learn(read, place, stream);
+  const Operands with{.grad = read.tensor.const_data_ptr(),
+                      .ref = read.ref ? read.ref->const_data_ptr() : nullptr,
+                      .mask = read.mask ? read.mask->const_data_ptr() : nullptr,
                       .out = known->rows + place.base * known->row_bytes,
                       .scale = recipe.scale(scale)};
   if (!stream) return rows.count(known->plan.run(with));
-  if (!known->plan.empty) launch(*known, place, with, rows.device_counters(place, read));
+  if (!known->plan.empty) launch(*known, place, with, rows.device_counters(place, read.tensor));
 }
 
 void Column::launch(const Known& known, const Place& place, const Operands& with, int64_t* counters) {
@@ -137,34 +131,33 @@ std::vector<at::Tensor> Column::take_recorded_scratch() {
 }
 
 // Run a plan into memory that isn't that of the rows, and count what it stores.
-void Column::count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const at::Tensor& read,
-                        const std::optional<at::Tensor>& ref, const std::optional<at::Tensor>& mask, double scale) {
-  const bool gpu = on_gpu(read) && !plan.empty;
-  int64_t* const counters = gpu ? rows.device_counters(place, read) : nullptr;
-  if (gpu) rows.come_after_filling(place, current_stream(read.device()));
-  rows.count(run_plan(who, plan, out, read, mask, scale, counters, ref));
+void Column::count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const Read& read, double scale) {
+  const bool gpu = on_gpu(read.tensor) && !plan.empty;
+  int64_t* const counters = gpu ? rows.device_counters(place, read.tensor) : nullptr;
+  if (gpu) rows.come_after_filling(place, current_stream(read.tensor.device()));
+  rows.count(run_plan(who, plan, out, read.tensor, read.mask, scale, counters, read.ref));
   if (gpu) rows.launched(place);
 }
 
 at::Tensor Column::part(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step,
                         double scale) {
-  const at::Tensor& read = recipe.read(seen);
-  const auto ref = recipe.ref(seen);
-  const std::optional<at::Tensor>& mask = own(mask_of_step);
+  const Read read = recipe.read(seen, given(mask_of_step));
   const bool added = calls == Calls::sum;
-  const at::Tensor out = recipe.empty_for(read, added ? accumulator(read.scalar_type()) : recipe.row_dtype(read));
-  const Plan plan = recipe.plan(out, read, mask, ref);
+  const auto dtype = added ? accumulator(read.tensor.scalar_type()) : recipe.row_dtype(read.tensor);
+  const at::Tensor out = recipe.empty_for(read, dtype);
+  const Plan plan = recipe.plan(out, read);
   if (added)
-    run_plan(who, plan, out, read, mask, recipe.scale(scale), nullptr, ref);
+    run_plan(who, plan, out, read.tensor, read.mask, recipe.scale(scale), nullptr, read.ref);
   else
-    count_plan(place, plan, out, read, ref, mask, recipe.scale(scale));
-  return recipe.keeps_batch(read.sizes()) ? out : out.unsqueeze(0);
+    count_plan(place, plan, out, read, recipe.scale(scale));
+  return recipe.keeps_batch(read.tensor.dim()) ? out : out.unsqueeze(0);
 }
 
 void Column::put_sum(const Place& place, const at::Tensor& sum) {
   const at::Tensor held = rows.fitting(sum.sizes().slice(1), recipe.row_dtype(sum), sum);
   const at::Tensor rounded = at::empty(sum.sizes(), sum.options().dtype(held.scalar_type()));
-  count_plan(place, make_plan(who, rounded, sum, Reduction::none, {}, {}), rounded, sum, {}, {}, 1.0);
+  const Plan plan = make_plan(who, rounded, sum, Reduction::none, {}, {});
+  count_plan(place, plan, rounded, {.tensor = sum, .ref = {}, .mask = {}}, 1.0);
   rows.put(place, held, rounded);
 }
 

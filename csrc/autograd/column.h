@@ -19,10 +19,10 @@ inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kD
 class Column {
  public:
   Column(std::string name, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-         int64_t capacity, Calls calls, Of of);
+         int64_t capacity, Calls calls, Of of, Form form = {});
 
   // An error unless what was seen makes rows that fit those that are there.
-  void check(const Seen& seen) { fitting(recipe.read(seen)); }
+  void check(const Seen& seen) { fitting(recipe.read(seen, given({}))); }
 
   // Reduce, cast and copy what was seen into the rows from `place` on.
   void write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale);
@@ -45,8 +45,11 @@ class Column {
 
   const std::string name, who;
   const Calls calls;
-  bool masked = true;                  // false: the gradients have no positions, and a step's mask is not about them
-  std::optional<at::Tensor> own_mask;  // of this step, in place of the step's mask: a decoder has positions of its own
+  bool masked = true;  // false: the gradients have no positions, and a step's mask is not about them
+  // Of this step, or of all:
+  std::optional<at::Tensor> own_mask;  // in place of the step's mask: a decoder has positions of its own
+  std::optional<at::Tensor> ref;       // what the gradient is multiplied with
+  std::optional<at::Tensor> at;        // positions of each example: see `Given`
   const Recipe recipe;
   Rows rows;
 
@@ -54,12 +57,12 @@ class Column {
   // What was learnt from a gradient of this geometry. A training loop has the same one at every step, buckets of
   // lengths have a few in turn.
   struct Known {
-    bool fits(const at::Tensor& read, const std::optional<at::Tensor>& ref, const std::optional<at::Tensor>& mask,
-              const std::optional<c10::Stream>& stream) const;
+    bool fits(const Read& read, const std::optional<c10::Stream>& stream) const;
 
     int64_t generation;  // of the rows, whose address is among what was learnt
     std::vector<int64_t> sizes, strides, ref_strides, mask_sizes, mask_strides;
     at::ScalarType dtype, ref_dtype;
+    bool one;
     at::Device device;
     Plan plan;
     char* rows;
@@ -70,16 +73,11 @@ class Column {
     at::Tensor scratch;
   };
 
-  at::Tensor fitting(const at::Tensor& read);
-  void count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const at::Tensor& read,
-                  const std::optional<at::Tensor>& ref, const std::optional<at::Tensor>& mask, double scale);
-  const std::optional<at::Tensor>& own(const std::optional<at::Tensor>& mask) const;
-  std::shared_ptr<const Known> recall(const at::Tensor& read, const std::optional<at::Tensor>& ref,
-                                      const std::optional<at::Tensor>& mask,
-                                      const std::optional<c10::Stream>& stream) const;
-  std::shared_ptr<const Known> learn(const at::Tensor& read, const std::optional<at::Tensor>& ref,
-                                     const std::optional<at::Tensor>& mask, const Place& place,
-                                     const std::optional<c10::Stream>& stream);
+  at::Tensor fitting(const Read& read);
+  void count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const Read& read, double scale);
+  Given given(const std::optional<at::Tensor>& mask) const;
+  std::shared_ptr<const Known> recall(const Read& read, const std::optional<c10::Stream>& stream) const;
+  std::shared_ptr<const Known> learn(const Read& read, const Place& place, const std::optional<c10::Stream>& stream);
   void launch(const Known& known, const Place& place, const Operands& with, int64_t* counters);
 
   mutable std::mutex mutex_;

@@ -32,7 +32,7 @@ ColumnsKeeper::ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns)
       sums_(std::any_of(columns_.begin(), columns_.end(),
                         [](const auto& column) { return column->calls == Calls::sum; })),
       reads_outputs_(std::any_of(columns_.begin(), columns_.end(),
-                                 [](const auto& column) { return column->recipe.of != Of::grad; })) {}
+                                 [](const auto& column) { return column->recipe.reads_act(); })) {}
 
 void ColumnsKeeper::gradient(const Call& call, const Seen& seen) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -64,7 +64,7 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& seen) {
                                           "once more", "Run one backward for each forward."));
         if (!alone) {
           column.check(seen);
-          if (column.recipe.of == Of::product) {  // of sums it would be another one
+          if (column.recipe.of == Of::with_act) {  // of sums it would be another one
             held.sums.resize(columns_.size());
             add_to(held.sums[number], point.who, column.part(place, seen, mask, run->scale));
           } else if (!std::exchange(summed, true)) {

@@ -5,14 +5,16 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "capture.h"
 
 namespace tlfast {
 
-// What a recipe reads of a call: its gradient, its activation, or their product, element by element.
-enum class Of { grad, act, product };
+// What a recipe reads of a call: its gradient, its activation, or the gradient's product, element by element, with the
+// activation or with a tensor that the step gives.
+enum class Of { grad, act, with_act, with_ref };
 Of parse_of(const std::string& name);
 
 // What a tap saw of a call, in its backward. The activation is undefined where no recipe reads it.
@@ -21,46 +23,74 @@ struct Seen {
   const at::Tensor& act;
 };
 
+// What a step gives a column beside that.
+struct Given {
+  const std::optional<at::Tensor>& mask;
+  const std::optional<at::Tensor>& ref;
+  const std::optional<at::Tensor>& at;  // int64 on the host: a position of each example [B], or several [B, k]
+  bool own_mask;                        // the mask is the column's own, and may choose positions in place of `at`
+};
+
+// As what the gradient, and what it is multiplied with, are read.
+struct Form {
+  std::optional<std::pair<int64_t, int64_t>> heads;  // the last dimension is as many heads as the first, of so many
+  std::optional<std::vector<int64_t>> at;            // positions of dimension 1; empty: the step gives them
+  bool one = false;                                  // of one position, whose dimension isn't kept
+};
+
+// What is reduced: what was seen, or a view of it, or the few positions of it that are chosen.
+struct Read {
+  at::Tensor tensor;
+  std::optional<at::Tensor> ref, mask;
+  bool one = false;  // dimension 1 is a single position, and isn't kept
+};
+
 class Recipe {
  public:
   // `who` is named by its errors; without a dtype the rows have that of what is read.
-  Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype, Of of);
+  Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype, Of of,
+         Form form);
 
   // What is reduced, what it is multiplied with, and the factor on the rows: that of a loss is in no activation.
-  const at::Tensor& read(const Seen& seen) const { return of == Of::act ? seen.act : seen.grad; }
-  std::optional<at::Tensor> ref(const Seen& seen) const {
-    return of == Of::product ? std::optional(seen.act) : std::nullopt;
-  }
+  Read read(const Seen& seen, const Given& given) const;
   double scale(double of_loss) const { return of == Of::act ? 1.0 : of_loss; }
 
+  // Whether a call must keep its output, or input, for its backward.
+  bool reads_act() const { return of == Of::act || of == Of::with_act; }
+
   // How many rows a gradient of this shape makes: one an example, or one where the batch is reduced.
-  int64_t n_rows(at::IntArrayRef shape) const { return keeps_batch(shape) ? shape[0] : 1; }
+  int64_t n_rows(at::IntArrayRef shape) const {
+    return keeps_batch(int64_t(shape.size()) + form_.heads.has_value()) ? shape[0] : 1;
+  }
 
   // The shape of one of these rows, and its dtype.
-  std::vector<int64_t> row_shape(at::IntArrayRef shape) const;
-  at::ScalarType row_dtype(const at::Tensor& grad) const { return dtype_.value_or(grad.scalar_type()); }
+  std::vector<int64_t> row_shape(const Read& read) const;
+  at::ScalarType row_dtype(const at::Tensor& read) const { return dtype_.value_or(read.scalar_type()); }
 
-  // Of rows, the first ones, in the shape that this gradient is reduced to.
-  at::Tensor first_of(const at::Tensor& rows, const at::Tensor& grad) const;
+  // Of rows, the first ones, in the shape that this is reduced to.
+  at::Tensor first_of(const at::Tensor& rows, const Read& read) const;
 
-  // How a gradient, or its product with `ref`, is written into `out`, checked.
-  Plan plan(const at::Tensor& out, const at::Tensor& grad, const std::optional<at::Tensor>& mask,
-            const std::optional<at::Tensor>& ref = std::nullopt) const;
+  // How it is written into `out`, checked.
+  Plan plan(const at::Tensor& out, const Read& read) const;
 
-  // Memory for the rows of one gradient alone, in the shape that it is reduced to.
-  at::Tensor empty_for(const at::Tensor& grad, at::ScalarType dtype) const;
+  // Memory for the rows of one call alone, in the shape that it is reduced to.
+  at::Tensor empty_for(const Read& read, at::ScalarType dtype) const;
 
-  bool keeps_batch(at::IntArrayRef shape) const;
+  bool keeps_batch(int64_t n_dims) const;
 
   const Of of;
 
  private:
-  std::vector<int64_t> dims_of(at::IntArrayRef shape) const;
+  std::vector<int64_t> dims_of(const Read& read) const;
+  at::Tensor spread(const std::optional<at::Tensor>& ref, const at::Tensor& grad) const;
+  void choose(Read& read, const Given& given) const;
+  at::Tensor in_heads(const at::Tensor& tensor) const;
 
   const std::string who_;
   const Reduction reduction_;
   const std::vector<int64_t> dims_;
   const std::optional<at::ScalarType> dtype_;
+  const Form form_;
 };
 
 }  // namespace tlfast

@@ -2,6 +2,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <variant>
+
 #include "autograd/plain.h"
 #include "cuda_status.h"
 #include "kernel/errors.h"
@@ -21,10 +23,18 @@ void check_rows(int64_t rows) {
 
 std::shared_ptr<Column> make_column(const std::string& name, const std::string& reduce, std::vector<int64_t> dims,
                                     const std::optional<at::ScalarType>& dtype, int64_t capacity,
-                                    const std::string& calls, const std::string& of) {
+                                    const std::string& calls, const std::string& of,
+                                    const std::optional<std::pair<int64_t, int64_t>>& heads,
+                                    const std::optional<std::variant<int64_t, std::vector<int64_t>>>& at) {
   check_rows(capacity);
+  Form form{.heads = heads, .at = {}};
+  if (at) {
+    const auto* const one = std::get_if<int64_t>(&*at);
+    form.one = one;
+    form.at = one ? std::vector<int64_t>{*one} : std::get<std::vector<int64_t>>(*at);
+  }
   return std::make_shared<Column>(name, parse_reduction(reduce), std::move(dims), dtype, capacity, parse_calls(calls),
-                                  parse_of(of));
+                                  parse_of(of), std::move(form));
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {
@@ -87,6 +97,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("name", &Column::name)
       .def_readwrite("masked", &Column::masked)
       .def_readwrite("own_mask", &Column::own_mask)
+      .def_readwrite("ref", &Column::ref)
+      .def_readwrite("at", &Column::at)
       .def_property_readonly("rows", [](const Column& column) { return defined(column.rows.tensor()); })
       .def_property_readonly("n_writes", [](const Column& column) { return column.rows.n_writes(); })
       .def_property_readonly("counters", [](const Column& column) { return column.rows.counters(); })
@@ -110,6 +122,7 @@ PYBIND11_MODULE(_C, m) {
       .def("stop_recording", &Ledger::stop_recording)
       .def("start_trial", &Ledger::start_trial)
       .def("stop_trial", &Ledger::stop_trial)
+      .def_property_readonly("recording", &Ledger::recording)
       .def_property_readonly("cursor", [](const Ledger& ledger) { return defined(ledger.cursor()); })
       .def("replay", &Ledger::replay)
       .def("take_back", &Ledger::take_back);

@@ -59,6 +59,8 @@ BY_ANNOTATION = {
     "torch.dtype | None": ["float32", 1, float],
     "torch.device": [None, "cpu", 0],
     "torch.Tensor": [None, 1, object()],
+    "tuple[int, int] | None": [1, (1,), (1, 2, 3), ("n", "d"), object()],
+    "int | Sequence[int] | None": ["name", 1.5, [None], object()],
     "torch.Tensor | None": [1, "mask", [True], object()],
     "Callable[[torch.Tensor], torch.Tensor] | None": [1, "f", object()],
     "Callable[[torch.Tensor, torch.Tensor | None], Any] | None": [1, "f", object()],
@@ -89,7 +91,7 @@ class Made:
         self.module, self.ledger = module, module.Ledger(4)
         self.backwards = module.Backwards(self.ledger, "raise")
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        self.column = module.Column("0", "sum", [1], None, 4, "raise", "grad")
+        self.column = module.Column("0", "sum", [1], None, 4, "raise", "grad", None, None)
         self.keeper = module.ColumnsKeeper([self.column])
         self.hooks = [type("Hook", (), {"__call__": lambda *_: None}) for _ in range(2)]
 
@@ -175,7 +177,7 @@ def test_nothing_is_left_out_of_the_stubs(made):
 
 WORDS = {
     "calls": (
-        lambda m: m.Column("0", "sum", [1], None, 4, "stop", "grad"),
+        lambda m: m.Column("0", "sum", [1], None, 4, "stop", "grad", None, None),
         "capture: calls must be one of raise, sum, last, stack, got 'stop'. Check the spelling.",
     ),
     "missing": (
@@ -183,7 +185,7 @@ WORDS = {
         "capture: missing must be one of raise, nan, got 'zero'. Check the spelling.",
     ),
     "reduce": (
-        lambda m: m.Column("0", "average", [1], None, 4, "raise", "grad"),
+        lambda m: m.Column("0", "average", [1], None, 4, "raise", "grad", None, None),
         "capture: reduce must be one of none, sum, mean, last, norm, absmax, got 'average'. Check the spelling.",
     ),
     "rows": (lambda m: m.Ledger(0), "capture: rows must be a positive number, got 0. Give the rows to hold."),

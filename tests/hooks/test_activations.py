@@ -379,12 +379,12 @@ def test_products_have_no_norm(reduce):
 
 
 def test_sources_that_are_none():
-    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, got 'weight'"):
+    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, got 'weight'"):
         tlfast.capture(nn.Linear(2, 2), "", of="weight", rows=1)
-    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, got ''"):
+    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, got ''"):
         tlfast.capture(nn.Linear(2, 2), "", of=(), rows=1)
     with pytest.raises(
-        TypeError, match=r"^capture: of must be one of grad, act, grad\*act, or a list of them, got None"
+        TypeError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, or a list of them, got None"
     ):
         tlfast.capture(nn.Linear(2, 2), "", of=None, rows=1)
 

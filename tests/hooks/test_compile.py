@@ -282,3 +282,22 @@ def test_inputs_in_compiled_code(backend, compiler):
     cap = compiled_rows(setup, compiler, backend)
     for name, want in (("input", right), ("input:act", kept[0]), ("input:grad*act", right * kept[0])):
         torch.testing.assert_close(cap[f"tanh:{name}"], want.repeat(2, 1, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_heads_positions_and_refs_in_compiled_code(backend):
+    """They are read where the tap fires: nothing of them is in a graph."""
+    setup, ref = chain(), torch.linspace(-1, 1, 6)
+    right = activation_gradients(setup)["linear"][0]
+    p = right.shape[1]
+    mask, where = torch.arange(p).flip(0) < torch.tensor([p, 2, 1])[:, None], torch.tensor([0, 1, -1])
+    specs = [tlfast.Spec("linear", "sum", -1, of="grad*ref", heads=(2, 3)), tlfast.Spec("linear", at="where")]
+    with tlfast.capture(setup.model, specs, rows=20, backend=backend) as cap:
+        step = torch.compile(setup.loss, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            with cap.batch(mask, refs={"linear": ref}, at={"where": where}):
+                step().backward()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    products = (right * ref * mask[..., None]).unflatten(-1, (2, 3)).sum(-1).repeat(2, 1, 1)
+    torch.testing.assert_close(cap["linear:grad*ref"], products, rtol=1e-5, atol=1e-6)
+    at = torch.stack([right[0, 0], right[1, p - 1], right[2, p - 1]]).repeat(2, 1)
+    torch.testing.assert_close(cap["linear"], at, rtol=1e-5, atol=1e-6)

@@ -40,8 +40,8 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "into", "patches", "points"),
-            ("freeze", "full_hooks", "options"),
+            ("__init__", "dimensions", "inert", "into", "patches", "points", "positions"),
+            ("freeze", "full_hooks", "options", "step_inputs"),
             ("attachment",),
             ("diagnosis",),
             ("captured",),

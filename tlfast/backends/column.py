@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from .recipe import Recipe, Seen
-from .reference import accumulator, capture, check_of_products
+from .recipe import Given, Read, Recipe, Seen
+from .reference import accumulator, capture
 from .rows import Rows
 from .streams import current_stream
 
 
 class Column:
-    """Rows of what ``reduce`` makes of one point's gradients, activations, or products of both (``of``); does what
+    """Rows of what ``reduce`` makes of one point's gradients, activations, or products (``of``); does what
     `tlfast._C.Column` does natively.
 
     A row is one example when the reduction keeps the batch dimension, else one backward. ``calls`` says what is done
@@ -22,16 +22,17 @@ class Column:
 
     def __init__(
         self, name: str, reduce: str, dims: Sequence[int], dtype: torch.dtype | None, capacity: int, calls: str,
-        of: str,
+        of: str, heads: tuple[int, int] | None, at: int | Sequence[int] | None,
     ):  # fmt: skip
         self.name, self.calls = name, calls
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
-        self.own_mask: torch.Tensor | None = None  # of this step, in place of the step's mask
-        self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of)
-        who = self.recipe.who
-        if of == "grad*act":
-            check_of_products(who, reduce)
-        self.memory = Rows(who, capacity)
+        # Of this step, or of all:
+        self.own_mask: torch.Tensor | None = None  # in place of the step's mask
+        self.ref: torch.Tensor | None = None  # what the gradient is multiplied with
+        self.at: torch.Tensor | None = None  # positions of each example: see `Given`
+        at = tuple(at) if isinstance(at, Sequence) else at
+        self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of, heads, at)
+        self.memory = Rows(self.recipe.who, capacity)
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -56,30 +57,33 @@ class Column:
 
     def check(self, seen: Seen) -> torch.Tensor:
         """Return the rows, allocated at the first call; ValueError when what a later one shows doesn't fit them."""
-        read = self.recipe.read(seen)
-        return self.memory.fitting(self.recipe.row_shape(read.shape), self.recipe.row_dtype(read), read)
+        return self._fitting(self.recipe.read(seen, self._given(None)))
+
+    def _fitting(self, read: Read) -> torch.Tensor:
+        return self.memory.fitting(self.recipe.row_shape(read), self.recipe.row_dtype(read.tensor), read.tensor)
 
     def write(self, base: int, seen: Seen, mask: torch.Tensor | None, scale: float) -> None:
         """Reduce, cast and copy what was seen into the rows from ``base`` on."""
-        rows, shape = self.check(seen), self.recipe.read(seen).shape
+        read = self.recipe.read(seen, self._given(mask))
+        rows, tensor = self._fitting(read), read.tensor
         self.memory.used_on(current_stream(rows.device))
-        out = rows[base : base + shape[0]] if self.recipe.keeps_batch(shape) else rows[base]
-        self.memory.count(self.recipe.write(out, seen, self._own(mask), scale))
+        out = rows[base : base + tensor.shape[0]] if self.recipe.keeps_batch(tensor.dim()) else rows[base]
+        self.memory.count(self.recipe.write(out, read, scale))
 
-    def _own(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask of a step where it is about the gradients of this column."""
-        if self.own_mask is not None:
-            return self.own_mask
-        return mask if self.masked else None
+    def _given(self, mask: torch.Tensor | None) -> Given:
+        """What holds for this column: the mask of a step where it is about its gradients, or one of its own."""
+        own = self.own_mask if self.own_mask is not None else mask if self.masked else None
+        return Given(own, self.ref, self.at, self.own_mask is not None)
 
     def part(self, seen: Seen, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same into rows of its own, for one call. Those that are to be added up aren't rounded, nor counted."""
-        read, added = self.recipe.read(seen), self.calls == "sum"
-        out = self.recipe.empty_for(read, accumulator(read.dtype) if added else self.recipe.row_dtype(read))
-        counts = self.recipe.write(out, seen, self._own(mask), scale)
+        read, added = self.recipe.read(seen, self._given(mask)), self.calls == "sum"
+        dtype = accumulator(read.tensor.dtype) if added else self.recipe.row_dtype(read.tensor)
+        out = self.recipe.empty_for(read, dtype)
+        counts = self.recipe.write(out, read, scale)
         if not added:
             self.memory.count(counts)
-        return out if self.recipe.keeps_batch(read.shape) else out.unsqueeze(0)
+        return out if self.recipe.keeps_batch(read.tensor.dim()) else out.unsqueeze(0)
 
     def put_sum(self, base: int, total: torch.Tensor) -> None:
         """Write the sum of the parts of several calls."""

@@ -19,6 +19,8 @@ class Column(Protocol):
 
     masked: bool
     own_mask: torch.Tensor | None
+    ref: torch.Tensor | None
+    at: torch.Tensor | None
 
     @property
     def name(self) -> str: ...
@@ -39,6 +41,8 @@ class Ledger(Protocol):
     def extent(self) -> tuple[int, int]: ...
     @property
     def n_ended(self) -> int: ...
+    @property
+    def recording(self) -> bool: ...
     def committed(self) -> list[tuple[int, int, list[int]]]: ...
     def clear(self) -> None: ...
     def settle(self) -> None: ...
@@ -100,7 +104,15 @@ class Backend(Protocol):
     @property
     def NAME(self) -> str: ...
     @property
-    def Column(self) -> Callable[[str, str, Sequence[int], torch.dtype | None, int, str, str], Column]: ...
+    def Column(
+        self,
+    ) -> Callable[
+        [
+            str, str, Sequence[int], torch.dtype | None, int, str, str, tuple[int, int] | None,
+            int | Sequence[int] | None,
+        ],
+        Column,
+    ]: ...  # fmt: skip
     @property
     def Ledger(self) -> Callable[[int], Ledger]: ...
     @property

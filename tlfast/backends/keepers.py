@@ -38,7 +38,7 @@ class ColumnsKeeper(Keeper):
 
     def __init__(self, columns: list[Column]):
         self.columns = columns
-        self.reads_outputs = any(column.recipe.of != "grad" for column in columns)
+        self.reads_outputs = any(column.recipe.reads_act for column in columns)
 
     def gradient(self, call: Call, seen: Seen) -> None:
         point: Point = call.tap.point

@@ -23,6 +23,8 @@ class Block:
 class Ledger:
     """Reserved and committed rows of all columns of a capture."""
 
+    recording = False  # of a step as a graph, which is for native code alone
+
     def __init__(self, rows: int):
         self.capacity = rows
         self.columns: list[Column] = []  # of all points; filled before the first backward

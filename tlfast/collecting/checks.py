@@ -28,8 +28,9 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
     specs = as_specs(
-        "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of, options.side
-    )
+        "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of,
+        options.side, options.ref, options.heads, options.at,
+    )  # fmt: skip
     if options.embedding is not None:
         find_points("collect", model, options.embedding, "embedding")
     find: Any = find_points
@@ -42,6 +43,9 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
         specs = [replace(spec, points=named_points("collect", model, spec.points)) for spec in specs]
     for spec in specs:
         find("collect", model, spec.points)
+        if spec.of == "grad*ref" and spec.ref is None:
+            remedy = "Give a tensor, or a function of the batch."
+            raise ValueError(broken_rule("collect", "ref", 'be given with of="grad*ref"', "none", remedy))
         if 0 in spec.dims:
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule("collect", "over", "keep the batch: a row is an example", spec.over, remedy))
@@ -97,7 +101,20 @@ def positions_of(model: nn.Module) -> int | None:
 
 def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | None:
     """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
-    return None if all(1 in spec.dims for spec in specs) else seq_len or longest
+    return None if all(1 in spec.dims or spec.at is not None for spec in specs) else seq_len or longest
+
+
+def check_positions(specs: Sequence[Spec], examples: Sequence[Example]) -> None:
+    """ValueError for positions of tokens that an example hasn't, before any of them goes through the model."""
+    for spec in specs:
+        wanted = () if spec.at is None or isinstance(spec.at, str) else spec.at
+        for position in (wanted,) if isinstance(wanted, int) else wanted:
+            least = position + 1 if position >= 0 else -position
+            short = next((example for example in examples if example.length < least), None)
+            if short is not None:
+                got = f"{position} for example {short.id}, which has {short.length}"
+                remedy = "Leave such examples out (--filter), or choose another."
+                raise ValueError(broken_rule("collect", "at", "be tokens that every example has", got, remedy))
 
 
 def as_mapping(fields: Sequence[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:

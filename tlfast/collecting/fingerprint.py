@@ -12,8 +12,6 @@ from torch import nn
 from ..dataset.errors import extra
 from ..dataset.format.plan import Example, FieldExample
 from ..errors import broken_rule
-from ..hooks.points import as_list, find_points
-from ..spec import Spec
 
 _SAMPLES = 1024  # values of each parameter that are hashed: training changes nearly all, and reading all takes minutes
 
@@ -80,18 +78,3 @@ def _is_fsdp(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
-
-
-def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
-    """A spec as JSON; the points that a predicate picked stand for it."""
-    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else as_list(spec.points)
-    return {
-        "points": spec.points if isinstance(spec.points, str) else points,
-        "reduce": spec.reduce,
-        "over": list(spec.dims),
-        "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),
-        "output": spec.output,
-        "name": spec.name,
-        **({} if spec.of == "grad" else {"of": spec.of}),
-        **({} if spec.side == "output" else {"side": spec.side}),
-    }

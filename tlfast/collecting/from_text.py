@@ -68,6 +68,7 @@ class Collection:
         self.device = device = pick_device(settings.device)
         files = _text_files(settings)
         loss = loss_called(imported(settings.loss)) if settings.loss else None
+        self.ref: Any = imported(settings.ref, "ref") if settings.ref else None
         if device.type == "cuda":
             prepare_cuda()
         self.tokenizer = load_tokenizer(name, settings.trust_remote_code)
@@ -137,6 +138,7 @@ class Collection:
         adapter = {"adapter": portable_name(settings.adapter)} if settings.adapter else {}
         options = settings.to_options(
             loss=self.loss,
+            ref=self.ref,
             keep_fields=settings.keep_fields,
             pad_id=tokenizer.pad_token_id or 0,
             share=share,
@@ -184,27 +186,27 @@ def filtered(examples: Sequence[Example], text: str) -> list[Example]:
     return [replace(example, id=k) for k, example in enumerate(kept)]
 
 
-def imported(loss: str) -> Any:
-    """The loss that a text names: its name; or what is called so in a module, which may lie in the working folder.
+def imported(given: str, argument: str = "loss") -> Any:
+    """What a text names: of a loss its name; or what is called so in a module, which may lie in the working folder.
 
     Raises:
         ValueError: where there is no such module, or nothing in it that can be called.
     """
-    module, colon, name = loss.partition(":")
-    if not colon:
-        return loss
-    rule = "be a name, or module:function"
+    module, colon, name = given.partition(":")
+    if not colon and argument == "loss":
+        return given
+    rule = "be a name, or module:function" if argument == "loss" else "be module:function"
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        got, remedy = f"{loss!r}: {error}", "Modules are looked for in the working folder, and where Python does."
-        raise ValueError(broken_rule("collect", "loss", rule, got, remedy)) from error
+        got, remedy = f"{given!r}: {error}", "Modules are looked for in the working folder, and where Python does."
+        raise ValueError(broken_rule("collect", argument, rule, got, remedy)) from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(found):
         raise ValueError(
-            broken_rule("collect", "loss", rule, f"a {type(found).__name__}, {loss!r}", "Name a function.")
+            broken_rule("collect", argument, rule, f"a {type(found).__name__}, {given!r}", "Name a function.")
         )
     return found
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
+from ..hooks.points import as_list, find_points
 from ..spec import Spec
 from .batches import Batching
-from .fingerprint import describe_model, describe_spec, examples_fingerprint
+from .fingerprint import describe_model, examples_fingerprint
 from .function_identity import called, describe_function
 from .losses import SAID, name_of
 from .options import CollectOptions
@@ -23,7 +24,8 @@ from .options import CollectOptions
 ALWAYS = ("grad_scale", "calls", "missing")  # by their own names, their defaults too: so the first datasets say them
 IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
     "points": "specs", "reduce": "specs", "over": "specs", "dtype": "specs", "output": "specs", "lens": "specs",
-    "of": "specs", "side": "specs",
+    "of": "specs", "side": "specs", "ref": "specs", "heads": "specs",
+    "at": "specs",
     "loss": "loss", "identity": "loss_identity", "batch_tokens": "batching", "padding_side": "batching",
     "pad_id": "batching", "seq_len": "batching", "cuda_graph": "batching", "bad_examples": "examples",
     "skipped": "examples", "rows_per_unit": "plan", "header": "header", "fields": "examples",
@@ -89,6 +91,24 @@ def describe_loss(loss: Any, identity: Any, header: Mapping[str, Any] | None) ->
         return said, []
     code, unknown = describe_function(loss)
     return said | {"loss_code": code}, unknown
+
+
+def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
+    """A spec as JSON; the points that a predicate picked stand for it."""
+    points = list(find_points("collect", model, spec.points)) if callable(spec.points) else as_list(spec.points)
+    return {
+        "points": spec.points if isinstance(spec.points, str) else points,
+        "reduce": spec.reduce,
+        "over": list(spec.dims),
+        "dtype": None if spec.dtype is None else str(spec.dtype).removeprefix("torch."),
+        "output": spec.output,
+        "name": spec.name,
+        **({} if spec.of == "grad" else {"of": spec.of}),
+        **({} if spec.side == "output" else {"side": spec.side}),
+        **({} if spec.ref is None else {"ref": describe_function(spec.ref)[0]}),
+        **({} if spec.heads is None else {"heads": list(spec.heads)}),
+        **({} if spec.at is None else {"at": list(spec.at) if isinstance(spec.at, tuple) else spec.at}),
+    }
 
 
 def _more_of(batching: Batching, options: CollectOptions) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.captured import Capture
 from .drain import Drain, streams_for
-from .fingerprint import describe_spec
+from .identity import describe_spec
 from .loop import rings_of, submit_unit
 from .options import check_positive
 from .resume import has_units

@@ -14,7 +14,7 @@ from ..dataset.format.kept_fields import TAKEN, TAKEN_BEGINNINGS
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.options import TapOptions, check_words
-from ..spec import Over, Points, Reduction, Side, Spec
+from ..spec import At, Heads, Over, Points, Reduction, Ref, Side, Spec
 from .batches import Collate, PaddingSide
 from .determinism import Deterministic
 from .graph_cache import CudaGraph
@@ -76,6 +76,9 @@ class CollectOptions(SharedOptions):
 
     points: Points | Spec | Sequence[Spec]
     of: str | Sequence[str] = "grad"
+    ref: Ref | None = None
+    heads: Heads | None = None
+    at: At | None = None
     over: Over = "pos"
     dtype: torch.dtype | str | None = None
     output: int | str | None = None

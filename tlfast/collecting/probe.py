@@ -11,7 +11,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from ..backends.reference import accumulator, normal_dims, reduce_gradient
+from ..backends.recipe import Recipe
+from ..backends.recipe import Seen as Shown
+from ..backends.reference import accumulator
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
@@ -56,6 +58,7 @@ class _Pass:
     sizes: dict[str, float] = field(default_factory=dict)  # by column: the norm of the row of the magnitudes
     n_terms: dict[str, int] = field(default_factory=dict)  # by place: elements of the gradient of one example
     rows: dict[str, torch.Tensor] = field(default_factory=dict)  # by column, where the point fired
+    by_mask: set[str] = field(default_factory=set)  # columns whose positions a mask chooses, not their numbers
     error: Exception | None = None
 
     def row(self, column: str, example: Example) -> torch.Tensor | None:
@@ -212,13 +215,13 @@ class Probe:
         def see(place: str, grad: torch.Tensor, act: torch.Tensor | None) -> None:
             done.seen[place] = Seen(len(examples), done.n_positions, tuple(grad.shape))
             done.n_terms[place] = grad.numel() // max(1, len(examples))
+            done.by_mask |= {column for column in columns_at[place] if cap.given(column).own_mask}
             for column in columns_at[place] if len(examples) == 1 and grad.dim() else ():
                 point, spec = self.wanted[column]
-                dims = normal_dims(f"collect at {point}", spec.dims, grad.dim())
-                read, ref, scale = grad.abs(), None, 1 / (self.grad_scale * factor)
-                if act is not None and spec.of != "grad":
-                    read, ref, scale = (act.abs(), None, 1.0) if spec.of == "act" else (read, act.abs(), scale)
-                size = reduce_gradient(read, spec.reduce, dims, None, ref=ref).double().norm().item()
+                at = () if isinstance(spec.at, str) else spec.at
+                recipe = Recipe(f"collect at {point}", spec.reduce, spec.dims, None, spec.of, spec.heads, at)
+                size = recipe.size(Shown(grad, act), cap.given(column)).double().norm().item()
+                scale = 1.0 if spec.of == "act" else 1 / (self.grad_scale * factor)
                 done.sizes[column] = done.sizes.get(column, 0.0) + size * scale
 
         try:
@@ -248,8 +251,12 @@ class Probe:
                 unmasked.add(column)  # by the mask of the encoder
                 seen = [replace(one.seen[place], n_positions=one.n_decoded or 0) for one in there]
                 width = any(self.batching.source.rules.one_shape(name) for name in DECODED if self.batching.source)
-            if seen and not has_positions(point, spec, seen, self.pads, width, self._without_padding()):
+            chooses = spec.at is not None and not any(column in one.by_mask for one in there)
+            if seen and not has_positions(point, spec, seen, self.pads, width, self._without_padding(), chooses):
                 unmasked.add(column)
+                if spec.at is not None and self.has_tokens:
+                    rule, got = "have the positions as dimension 1 where there is an at=", ", ".join(map(str, seen))
+                    raise ValueError(broken_rule(f"collect at {point}", "a gradient", rule, got, "Leave it out."))
         return unmasked
 
     def _decodes(self, passes: Sequence[_Pass], place: str) -> bool:

@@ -18,7 +18,7 @@ from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
-from ..spec import Attach, Backend, Calls, Missing, Over, Points, Reduction, Side, Spec
+from ..spec import At, Attach, Backend, Calls, Heads, Missing, Over, Points, Reduction, Ref, Side, Spec
 from .batches import Collate, PaddingSide, unit_rows
 from .checks import check_peaceful
 from .determinism import Deterministic, as_begun, describe_machine
@@ -49,6 +49,9 @@ def collect(
     reduce: Reduction = "mean",
     of: str | Sequence[str] = "grad",
     side: Side = "output",
+    ref: Ref | None = None,
+    heads: Heads | None = None,
+    at: At | None = None,
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
@@ -104,6 +107,13 @@ def collect(
         out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, of, side, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be
             "batch".
+        ref: what "grad*ref" multiplies with: a tensor [D], or with positions where all examples have as many; or a
+            function of the `tlfast.collecting.batches.Batch`, which returns a tensor that broadcasts to the gradient,
+            or a mapping of one for each point. It is called before each forward, and may run the model. A part of the
+            dataset's identity: the tensor by what is in it, the function by its code.
+        heads: (n, d): the last dimension is taken as [n, d].
+        at: a position, or a list of them, which count the tokens of each example, -1 the last; or the name of a field
+            of the examples that has them, whole numbers or a bool for each token.
         embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
             The rows are the same wherever it starts before the points.
         loss: "next_token", "response", "masked_lm", "classification", "seq2seq", "preference", "reward_logprob" or
@@ -199,7 +209,7 @@ class Run(Work):
         if options.units or self.share.count > 1:
             check_peaceful(options.overwrite, options.resume)
         self.loss_at_first, self.loss_unknown = describe_loss(self.loss, options.identity, options.header)
-        graphs: CudaGraph = "off" if self.together else options.cuda_graph
+        graphs: CudaGraph = "off" if self.together else self.graphs_possible(options.cuda_graph)
         self.with_graphs = graphs_wanted(graphs, self.devices, lambda: self.enter(1, self.specs).backend)
         self.read(batches, self.with_graphs, None if url_of(out) else existing_folder(out))
         self.with_graphs = self.batching.buckets is not None

@@ -16,7 +16,7 @@ from ..dataset.places.store import as_store
 from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from ..hooks.options import check_words, taken
-from ..spec import DTYPE_NAMES, Over, one_of, parse_over, sources_of
+from ..spec import DTYPE_NAMES, At, Heads, Over, as_heads, one_of, parse_over, sources_of
 from .huggingface import as_device_map
 from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
@@ -88,7 +88,13 @@ class TextOptions(DataOptions):
     over: str = "pos"
     """dimensions to reduce: pos, or numbers (-1 is the last), separated by commas"""
     of: str = "grad"
-    """what the rows are of: grad, act (the activation) or grad*act (their product), or several, separated by commas"""
+    """what the rows are of: grad, act (the activation), grad*act (their product) or grad*ref, separated by commas"""
+    ref: str = ""
+    """module:function, of the batch: gives the tensor, or one for each point, that grad*ref multiplies with"""
+    heads: str = ""
+    """N,D: the last dimension, of N * D, is taken as [N, D]"""
+    at: str = ""
+    """positions to keep: numbers (-1 is the last token), separated by commas, or the field of the examples with them"""
     dtype: str = "bfloat16"
     """how rows are stored: float32, bfloat16, float16, float64, or auto for the gradient's own"""
     output: str = ""
@@ -139,6 +145,22 @@ class CollectSettings(SharedOptions, TextOptions):
         return [int(part) if part.lstrip("+-").isdigit() else part for part in parts]
 
     @property
+    def n_heads(self) -> Heads | None:
+        """``heads`` as `Spec` takes it."""
+        if not self.heads:
+            return None
+        parts = [part.strip() for part in self.heads.split(",")]
+        return as_heads("collect", [int(part) if part.isdigit() else part for part in parts])
+
+    @property
+    def positions(self) -> At | None:
+        """``at`` as `Spec` takes it: one number is a position, others are a list."""
+        parts = [part.strip() for part in self.at.split(",")]
+        if not all(part.lstrip("+-").isdigit() for part in parts):
+            return self.at or None
+        return [int(part) for part in parts] if len(parts) > 1 else int(parts[0])
+
+    @property
     def which_output(self) -> int | str | None:
         """``output`` as `Spec` takes it."""
         return int(self.output) if self.output.lstrip("-").isdigit() else self.output or None
@@ -157,6 +179,8 @@ class CollectSettings(SharedOptions, TextOptions):
             over=self.dims,
             dtype=stored_as(self.dtype),
             output=self.which_output,
+            heads=self.n_heads,
+            at=self.positions,
             embedding=self.embedding or None,
             seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
@@ -179,10 +203,13 @@ class CollectSettings(SharedOptions, TextOptions):
         """ValueError for the first setting that can be seen to be wrong without reading a file."""
         who = "collect"
         check_words(who, self)
-        sources_of(who, self.of, self.reduce)
+        if ("grad*ref" in sources_of(who, self.of, self.reduce)) != bool(self.ref):
+            rule, got = "be given with --of grad*ref, and with that alone", repr(self.ref)
+            raise ValueError(broken_rule(who, "ref", rule, got, "Name a function of the batch: module:function."))
         if 0 in parse_over(who, self.dims) and self.reduce != "none":
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))
+        _ = self.n_heads  # which looks at it
         one_of(who, "dtype", self.dtype, (*DTYPE_NAMES, "auto"))
         one_of(who, "model_dtype", self.model_dtype, (*DTYPE_NAMES, "auto"))
         for argument, least in (
@@ -235,8 +262,9 @@ class CollectSettings(SharedOptions, TextOptions):
         for field in fields(DataOptions):  # what has to do with other data than these
             if field.name in values and values[field.name] in (getattr(defaults, field.name), []):
                 del values[field.name]
-        if not self.embedding:
-            del values["embedding"]
+        for name in ("embedding", "ref", "heads", "at"):
+            if not values[name]:
+                del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
 

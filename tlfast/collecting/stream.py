@@ -31,9 +31,9 @@ _ID = "id"  # of the examples, beside the columns: as in the batches of a datase
 _PART = 4  # of the buffer is a unit, where nobody says: the rest of it is mixed with each that comes in
 # The settings of `collect` that say what a row is.
 SETTINGS = (
-    "reduce", "of", "side", "over", "dtype", "output", "embedding", "loss", "fields", "collate", "batch_examples",
-    "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side", "pad_id", "grad_scale", "attach", "backend",
-    "calls", "missing", "lens", "bad_examples", "deterministic",
+    "reduce", "of", "side", "ref", "heads", "at", "over", "dtype", "output", "embedding", "loss", "fields", "collate",
+    "batch_examples", "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side", "pad_id", "grad_scale",
+    "attach", "backend", "calls", "missing", "lens", "bad_examples", "deterministic",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,9 @@ class Runner:
         """One forward and one backward: a row for each example of the batch, on the device."""
         decoded = batch.decoder_mask
         masks = None if decoded is None else dict.fromkeys(self.decoding, decoded)
-        with self.cap.batch(batch.mask, range(len(batch)), self.grad_scale, masks):
+        asked: dict[str, Any] = {"batch": batch} if self.cap.asks_for_batch else {}
+        asked |= {"at": {name: batch[name] for name in self.cap.positions_asked}}
+        with self.cap.batch(batch.mask, range(len(batch)), self.grad_scale, masks, **asked):
             loss = checked_loss(self.loss(self.model, batch), len(batch))
             (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()
 

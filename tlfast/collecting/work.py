@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import broken_rule
 from ..hooks.captured import Capture
 from ..hooks.options import CaptureOptions, TapOptions, taken
+from ..hooks.step_inputs import has_functions
 from ..spec import Spec
 from .batches import Batching, bucket_lengths
 from .checks import (
@@ -18,6 +19,7 @@ from .checks import (
     as_mapping,
     check_collate,
     check_left_alone,
+    check_positions,
     check_tokens,
     check_used,
     positions_of,
@@ -26,6 +28,7 @@ from .checks import (
 )
 from .determinism import deterministic
 from .examples import ExampleReader
+from .graph_cache import CudaGraph
 from .loop import at_work
 from .loss import check_causal, next_token_loss
 from .losses import OF_ONE_TOKEN, loss_called, name_of, preference_loss, response_loss
@@ -79,6 +82,8 @@ class Work:
         has_tokens = reader.source is None or reader.source.rules.has_tokens
         check_tokens(name_of(self.loss), reader.source)
         longest = max(example.length for example in self.examples)
+        if has_tokens and not is_encoder_decoder(self.model):
+            check_positions(self.specs, self.examples)
         width = width_of(self.specs, longest, options.seq_len) if has_tokens else None
         plain = reader.source is None and options.collate is None
         if with_graphs and not plain and options.cuda_graph == "on":
@@ -90,6 +95,15 @@ class Work:
             options.batch_tokens, width, options.padding_side, options.pad_id, buckets, most,
             reader.sizes or None, reader.source, options.collate,
         )  # fmt: skip
+
+    def graphs_possible(self, wanted: CudaGraph) -> CudaGraph:
+        """Whether steps may run as CUDA graphs; ValueError where they must, and what a step gives isn't in a graph."""
+        if not has_functions(self.specs) and all(spec.at is None for spec in self.specs):
+            return wanted
+        if wanted == "on":
+            rule, got = 'be "auto" or "off" where ref is a function, or there is an at=', '"on"'
+            raise ValueError(broken_rule("collect", "cuda_graph", rule, got, "Leave it out."))
+        return "off"
 
     @property
     def kept_types(self) -> dict[str, str]:

@@ -13,14 +13,17 @@ from ..backends.plain import destination
 from ..errors import broken_rule
 from ..spec import (
     REDUCTIONS,
+    At,
     Attach,
     Backend,
     Calls,
+    Heads,
     Missing,
     Of,
     Over,
     Points,
     Reduction,
+    Ref,
     Side,
     Spec,
     as_specs,
@@ -45,6 +48,9 @@ def capture(
     output: int | str | None = None,
     of: Of | Sequence[Of] = "grad",
     side: Side = "output",
+    ref: Ref | None = None,
+    heads: Heads | None = None,
+    at: At | None = None,
     attach: Attach = "auto",
     backend: Backend = "auto",
     calls: Calls = "raise",
@@ -56,15 +62,19 @@ def capture(
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
             list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype``,
-            ``output``, ``of`` and ``side`` are theirs).
+            ``output``, ``of``, ``side``, ``ref``, ``heads`` and ``at`` are theirs).
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
         dtype: the stored dtype, or its name ("bfloat16"); None keeps the gradient's.
         output: index or key of the output to take; None is the first tensor.
-        of: "grad"; "act", the output itself, in columns named ``point:act``; "grad*act", their product; or several of
-            them. Anything but "grad" not with attach="full".
+        of: "grad"; "act", the output itself, in columns named ``point:act``; "grad*act", their product; "grad*ref",
+            that of the gradient with ``ref``; or several of them. "act" and "grad*act" not with attach="full".
         side: "output", or "input" for what the modules are given, in columns named ``point:input``. Neither that.
+        ref: of "grad*ref": a tensor, or a function of what ``cap.batch(batch=)`` is given; None: each step says it by
+            ``cap.batch(refs=)``. See `Spec`.
+        heads: (n, d): the last dimension is taken as [n, d].
+        at: a position, a list of them, or the name by which each step gives them: see `Spec`.
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
@@ -88,7 +98,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("capture", points, reduce, over, dtype, output, of, side)
+    specs = as_specs("capture", points, reduce, over, dtype, output, of, side, ref, heads, at)
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..backends.choice import pick_backend
 from ..backends.interface import Column, Tap
-from ..backends.plain import plain
+from ..backends.recipe import Given
 from ..errors import broken_rule
 from ..markup import table
 from ..spec import SIDES, Points, Spec, stored_dtype
@@ -24,6 +24,7 @@ from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_ro
 from .into import Into, check_ids, openers
 from .options import CaptureOptions
 from .points import find_points
+from .step_inputs import StepInputs, as_mask, constant_ref, has_functions
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 See = Callable[[str, torch.Tensor, torch.Tensor | None], None]
@@ -36,14 +37,6 @@ def captures_of(model: Any) -> list[Capture]:
     """The captures that are entered and have a point in a model."""
     modules = set(model.modules()) if isinstance(model, nn.Module) else set()
     return [cap for cap in list(_entered) if any(module in modules for module, _ in cap._taps)]
-
-
-def _as_mask(who: str, given: torch.Tensor) -> torch.Tensor:
-    mask = plain(who, "mask", given)
-    if mask.dtype != torch.bool or mask.dim() < 1:
-        got = f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(broken_rule(who, "mask", "be boolean [B, P]", got, "Use mask.bool()."))
-    return mask
 
 
 class Capture:
@@ -116,9 +109,11 @@ class Capture:
                     broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
                 )
             dtype, rows = stored_dtype(who, spec.dtype), self.capacity
-            self._columns[column] = engine.Column(
-                column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of
+            self._columns[column] = made = engine.Column(
+                column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of, spec.heads,
+                () if isinstance(spec.at, str) else cast("int | tuple[int, ...] | None", spec.at),
             )  # fmt: skip
+            made.ref = constant_ref(column, spec)
             columns.append(column)
             self.wanted[column] = name, spec
         keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
@@ -201,6 +196,16 @@ class Capture:
         """The number of committed rows, the same at every point."""
         n_rows: int = self._ledger.extent[0]
         return n_rows
+
+    @property
+    def asks_for_batch(self) -> bool:
+        """Whether `batch` must be given the batch itself, for the functions of some specs."""
+        return has_functions(spec for _, spec in self.wanted.values())
+
+    @property
+    def positions_asked(self) -> list[str]:
+        """The names by which each step gives positions to `batch`."""
+        return list(dict.fromkeys(spec.at for _, spec in self.wanted.values() if isinstance(spec.at, str)))
 
     def __len__(self) -> int:
         return self.rows
@@ -318,6 +323,9 @@ class Capture:
         ids: Sequence[Any] | None = None,
         grad_scale: float = 1.0,
         masks: Mapping[str, torch.Tensor] | None = None,
+        refs: Mapping[str, torch.Tensor] | None = None,
+        at: Mapping[str, Any] | None = None,
+        batch: Any = None,
     ) -> Iterator[None]:
         """Say what the next forward and backward are about.
 
@@ -327,19 +335,21 @@ class Capture:
                 `Example`.
             grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
             masks: by column, in place of ``mask`` there: in an encoder-decoder the decoder has positions of its own.
+            refs: by column, or by point, what the gradients are multiplied with where ``of="grad*ref"`` and the Spec
+                has no ``ref``: a tensor that broadcasts to the gradient, on its device.
+            at: by the names that are the ``at`` of some specs: the positions of each example, whole numbers [B] or
+                [B, k], which count real tokens where there is a mask; or bool [B, P], which chooses some of these, and
+                is the mask of the columns then.
+            batch: what a function is called with that is the ``ref`` of a Spec: once, here, without gradients.
 
         Raises:
-            ValueError: if mask and ids don't fit each other, or later the gradients.
+            ValueError: if mask and ids don't fit each other, or later the gradients; for a ref or positions that are
+                missing, or that no column reads; for positions at padding.
             TypeError: for ids that are no sequence.
             RuntimeError: if no backward was committed inside.
         """
         who = "batch"
-        mask = None if mask is None else _as_mask(who, mask)
-        own = {column: _as_mask(f"batch at {column}", given) for column, given in (masks or {}).items()}
-        unknown = next((column for column in own if column not in self._columns), None)
-        if unknown is not None:
-            remedy = "See `names`."
-            raise ValueError(broken_rule(who, "masks", "name columns of the capture", repr(unknown), remedy))
+        mask = None if mask is None else as_mask(who, mask)
         check_ids(who, ids)
         if ids is not None and mask is not None and len(ids) != mask.shape[0]:
             raise ValueError(
@@ -347,13 +357,15 @@ class Capture:
             )
         if not grad_scale > 0:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
+        unmasked = {column for column, held in self._columns.items() if not held.masked}
+        inputs = StepInputs(mask, masks or {}, refs or {}, at or {}, batch)
+        own = inputs.of_columns(self.wanted, unmasked, self._ledger.recording)
         if self.receiver is not None:
             self.receiver.expect(ids)
         ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
         self._ids += [None] * (self.rows - len(self._ids))
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
-        for column, own_mask in own.items():
-            self._columns[column].own_mask = own_mask
+        before = {column: self._set(column, given) for column, given in own.items()}
         try:
             yield
         except BaseException:
@@ -362,8 +374,8 @@ class Capture:
             raise
         finally:
             self._backwards.set_batch(None, -1, 1.0)
-            for column in own:
-                self._columns[column].own_mask = None
+            for column, given in before.items():
+                self._set(column, given)
             written = self.rows - len(self._ids)  # clear() inside the block empties both
             if ids is not None and len(ids):
                 self._ids += list(ids) * (written // len(ids))
@@ -378,6 +390,18 @@ class Capture:
             )  # fmt: skip
         if self.receiver is not None and ids is not None:
             self.receiver.took()
+
+    def given(self, column: str) -> Given:
+        """What a step gives a column now."""
+        held = self._columns[column]
+        return Given(held.own_mask, held.ref, held.at, held.own_mask is not None)
+
+    def _set(self, column: str, given: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """Let a column have what a step gives it; returns what it had."""
+        before = {name: getattr(self._columns[column], name) for name in given}
+        for name, value in given.items():
+            setattr(self._columns[column], name, value)
+        return before
 
     def into(
         self,

@@ -24,7 +24,13 @@ class Seen:
 
 
 def has_positions(
-    point: str, spec: Spec, seen: Sequence[Seen], pads: bool, one_width: bool, without_padding: str
+    point: str,
+    spec: Spec,
+    seen: Sequence[Seen],
+    pads: bool,
+    one_width: bool,
+    without_padding: str,
+    chooses: bool = False,
 ) -> bool:
     """Whether dimension 1 of the gradients at a point is that of the positions, which a mask [B, P] covers.
 
@@ -35,6 +41,7 @@ def has_positions(
         pads: some batch of the run is padded.
         one_width: all batches of the run have the same number of positions.
         without_padding: how to go without, for an error.
+        chooses: of dimension 1 a few positions are kept, as many of each example.
 
     Raises:
         ValueError: where the sizes show that the rows would not be what was asked for.
@@ -66,7 +73,9 @@ def has_positions(
             where = f"over={following[0]} (--over {following[0]})" + (" with examples of one length" if pads else "")
             remedy = f"The positions are dimension {following[0]}: {where}, or leave this point out."
         raise ValueError(broken_rule(who, 'over="pos"', "mean a dimension 1 that is the positions", got, remedy))
-    kept = set(following) - set(normal_dims(who, spec.dims, n_dims))
+    kept = set(following) - set(normal_dims(who, spec.dims, n_dims + (spec.heads is not None)))
+    if chooses:
+        kept.discard(1)
     if kept and not one_width:
         remedy = f"Name dimension {min(kept)} in over= too, or give examples of one length."
         raise ValueError(broken_rule(who, "rows", "have one shape for all lengths", got, remedy))

@@ -48,7 +48,7 @@ class CaptureOptions(TapOptions):
             raise ValueError(broken_rule("capture", "rows", "be a positive number", got, "Give the rows to hold."))
         check_words("capture", self)
         for spec in self.specs if self.attach == "full" else ():  # at whose nodes nothing is kept
-            if not spec.is_plain:
+            if spec.reads_act or spec.side != "output":
                 rule = 'be "auto" or "tensor" where activations or inputs are read'
                 got = f"'full' with of={spec.of!r}, side={spec.side!r}"
                 raise ValueError(broken_rule("capture", "attach", rule, got, "Leave attach= out."))

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from comparison import assert_rows, assert_same_bits
-from rerun_graphs import B, Model, N, P, eager_rows, step_of
+from rerun_graphs import B, D, Model, N, P, eager_rows, step_of
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import tlfast
@@ -48,6 +48,27 @@ def test_activations_and_products(rerun, model, batches, calls):
     points = [
         tlfast.Spec(["first", "shared"], reduce, of=of, dtype=torch.bfloat16, name=f"{of}:{reduce}")
         for of, reduce in kinds
+    ]
+    options = {"points": points, "calls": calls, "rows": 40}
+    expected, counts = eager_rows(model, batches, **options)
+    with tlfast.freeze(model), tlfast.capture(model, backend="native", **options) as cap:
+        step, _ = rerun(cap, step_of(model), batches[0])
+        for tokens in batches:
+            step(tokens)
+        for name, rows in expected.items():
+            assert_rows(cap, name, rows)
+        assert cap.counts == counts
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("calls", ["sum", "last", "stack"])
+def test_refs_heads_and_positions(rerun, model, batches, calls):
+    same = {"heads": (D // 2, 2), "dtype": torch.bfloat16}
+    points = [
+        tlfast.Spec("first", "sum", -1, of="grad*ref", ref=torch.linspace(-1, 1, D), name="ref", **same),
+        tlfast.Spec("shared", "sum", (1, -1), of="grad*ref", ref=torch.linspace(0, 1, D), at=(0, -1), **same),
+        tlfast.Spec("first", at=-1, name="at", **same),
+        tlfast.Spec("first", "sum", -1, of="grad*ref", ref=torch.tensor(2.0), at=(1, -1), name="all", **same),
     ]
     options = {"points": points, "calls": calls, "rows": 40}
     expected, counts = eager_rows(model, batches, **options)

@@ -77,6 +77,24 @@ def test_a_step_that_cannot_be_recorded_leaves_the_capture_as_it_was(rerun, mode
 
 
 @pytest.mark.simt
+def test_positions_that_the_host_must_find(rerun, model, batches):
+    """A graph would keep those of the batch with which it was recorded."""
+    mask = torch.ones(B, batches[0].shape[1], dtype=torch.bool)
+    text = "^batch at first: at must be the same for all examples, and without a mask, in a step that is recorded, got "
+    for at, given in ((-1, {"mask": mask}), ("where", {"at": {"where": [0] * B}})):
+        with tlfast.freeze(model), tlfast.capture(model, tlfast.Spec("first", at=at), rows=40, backend="native") as cap:
+
+            def step(tokens, cap=cap, given=given):
+                with cap.batch(**given):
+                    model(tokens).sum().backward()
+
+            with pytest.raises(RuntimeError, match=text):
+                rerun(cap, step, batches[0])
+            step(batches[0])
+            assert cap.rows == B
+
+
+@pytest.mark.simt
 def test_inputs_of_another_kind(rerun, model, batches):
     with tlfast.freeze(model), tlfast.capture(model, "first", rows=40, backend="native") as cap:
         step, _ = rerun(cap, step_of(model), batches[0])
