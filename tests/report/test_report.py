@@ -113,9 +113,10 @@ def test_positions(tmp_path, side):
         "specs": [
             {"points": "kept.*", "reduce": "none", "over": []},
             {"points": ["mean"], "reduce": "mean", "over": [1]},
+            {"points": ["last"], "reduce": "none", "over": [], "at": -1},
         ],
     }
-    folder = make(tmp_path / "ds", points=("kept.0", "mean"), header=header, row_shape=(4, 2))
+    folder = make(tmp_path / "ds", points=("kept.0", "mean", "last"), header=header, row_shape=(4, 2))
     from tlfast.report.positions import norms_by_position, points_with_positions
 
     ds = open_dataset(folder)

@@ -35,6 +35,8 @@ def _get(header: Any, *keys: str) -> Any:
 
 def _keeps_positions(spec: dict[str, Any]) -> bool:
     over = spec.get("over")
+    if "at" in spec:  # a few of them, or a mask that chooses other ones in each example
+        return False
     return spec.get("reduce") == "none" or (isinstance(over, list) and 1 not in over)
 
 
