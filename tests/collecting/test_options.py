@@ -98,6 +98,14 @@ def test_all_settings_of_the_command_arrive():
     assert (made.staging, made.embedding, made.pad_id, made.progress) == ("s", ("e",), 3, False)
 
 
+@pytest.mark.parametrize(
+    "at, wanted", [("", None), ("-1", -1), ("-2, 0", [-2, 0]), ("answer", "answer"), ("h-1", "h-1")]
+)
+def test_positions_and_heads_of_the_command(at, wanted):
+    made = replace(SETTINGS, at=at, heads="2, 8").to_options()
+    assert (made.at, made.heads, SETTINGS.to_options().heads) == (wanted, (2, 8), None)
+
+
 @pytest.mark.parametrize("calls, wanted", [("raise", "sum"), ("last", "last")])
 def test_lens_means_the_sum_of_calls(calls, wanted):
     assert replace(SETTINGS, lens=True, calls=calls).to_options().calls == wanted
