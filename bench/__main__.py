@@ -22,6 +22,7 @@ ON_REQUEST = (
     "search",
     "dataset_read",
     "dataset_resume",
+    "dataset_tokens",
     *GPU_PARTS,
 )  # needs TransformerLens; parts of dataset, of gpu
 

@@ -11,6 +11,7 @@ from .hooks import into as _into
 if TYPE_CHECKING:
     from .backends.choice import backend, reduce_into, reduce_product_into
     from .collecting.run import collect
+    from .collecting.running import running
     from .collecting.stream import stream
     from .dataset import open_dataset
     from .hooks.capture import attach, capture
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
         uninstall_hooks,
     )
     from .hooks.graph_step import graph_step
+    from .hooks.running import RunningSums
     from .spec import Spec
 
 # What is imported when it is first asked for: `tlfast --help` needs no torch, a capture no dataset.
 _HOMES = {
     "Capture": "hooks.captured",
+    "RunningSums": "hooks.running",
     "Spec": "spec",
     "accelerate_hooks": "hooks.full_hooks",
     "attach": "hooks.capture",
@@ -43,6 +46,7 @@ _HOMES = {
     "reduce_product_into": "backends.choice",
     "register_full_backward_hook": "hooks.full_hooks",
     "register_full_backward_pre_hook": "hooks.full_hooks",
+    "running": "collecting.running",
     "stream": "collecting.stream",
     "uninstall_hooks": "hooks.full_hooks",
 }
@@ -71,13 +75,20 @@ def _report_page(dataset: Any, **named: Any) -> Any:
     return import_module(f"{__name__}.report").report_page(dataset, **named)
 
 
+def _into_sums(*given: Any) -> _into.Into:
+    opened: _into.Into = import_module(f"{__name__}.hooks.summing").IntoSums(*given)
+    return opened
+
+
 _into.openers["dataset"] = _into_dataset
+_into.openers["sums"] = _into_sums
 _markup.makers["report"] = _report_page
 
 
 __version__ = "0.1.0"
 __all__ = [
     "Capture",
+    "RunningSums",
     "Spec",
     "accelerate_hooks",
     "attach",
@@ -92,6 +103,7 @@ __all__ = [
     "reduce_product_into",
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
+    "running",
     "stream",
     "uninstall_hooks",
 ]

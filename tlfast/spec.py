@@ -15,6 +15,8 @@ from .errors import broken_rule
 Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
 Of = Literal["grad", "act", "grad*act", "grad*ref"]
 Side = Literal["output", "input"]
+Per = Literal["example", "token"]
+Encoding = Literal["int8", "int8:64", "float8_e4m3fn", "int4:64"]
 Calls = Literal["raise", "sum", "last", "stack"]
 Missing = Literal["raise", "nan"]
 Attach = Literal["auto", "tensor", "full"]
@@ -30,6 +32,7 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SOURCES: tuple[str, ...] = get_args(Of)
 SIDES: tuple[str, ...] = get_args(Side)
 PRODUCTS: tuple[str, ...] = ("grad*act", "grad*ref")
+ENCODINGS: tuple[str, ...] = get_args(Encoding)
 OF_PRODUCTS: tuple[str, ...] = ("none", "sum", "mean", "last")  # the reductions that products have
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
@@ -115,10 +118,15 @@ class Spec:
             with a mask they count the real tokens of each example, from 0 or from -1, the last; without one all
             positions. Or a name, by which each step gives them: ``cap.batch(at={name: ...})``, in a collection the
             field of this name. ``over`` counts dimensions as if all positions were there, and so reduces the kept ones.
+        per: "example", or "token": each real token has a row, and padding has none. Only dimensions behind the
+            positions can be reduced then.
+        encoding: how rows are stored in a dataset: None, as they are; "int8", "int8:64", "float8_e4m3fn" or "int4:64",
+            as `tlfast.dataset.Column` has them. What is encoded are the rows as ``dtype`` has them, not float64.
 
     Raises:
-        ValueError, TypeError: for an unknown reduction, dimension, dtype, source or side, for a norm or maximum of
-            products, for a ref that isn't one or isn't read, and for heads and at that are none.
+        ValueError, TypeError: for an unknown reduction, dimension, dtype, source, side or encoding, for a norm or
+            maximum of products, for a ref that isn't one or isn't read, for heads and at that are none, and for
+            ``per="token"`` with chosen positions or a reduction over them.
 
     Example:
         >>> import tlfast
@@ -141,6 +149,8 @@ class Spec:
     ref: Ref | None = None
     heads: Heads | None = None
     at: At | None = None
+    per: Per = "example"
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
@@ -151,6 +161,10 @@ class Spec:
         object.__setattr__(self, "heads", as_heads("Spec", self.heads))
         object.__setattr__(self, "at", as_positions("Spec", self.at))
         object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
+        check_rows_kept("Spec", self.per, self.dims, self.encoding, self.dtype)
+        if self.per == "token" and self.at is not None:
+            rule, remedy = 'be left out with per="token"', 'Keep chosen positions by reduce="none", or all tokens.'
+            raise ValueError(broken_rule("Spec", "at", rule, repr(self.at), remedy))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -237,6 +251,22 @@ def _whole(given: Any) -> int | None:
         return None
 
 
+def check_rows_kept(
+    who: str, per: str, dims: Sequence[int], encoding: str | None, dtype: torch.dtype | str | None
+) -> None:
+    """ValueError where there is no row for each token, or none that can be encoded so."""
+    one_of(who, "per", per, get_args(Per))
+    if per == "token" and any(dim < -1 or dim in (0, 1) for dim in dims):
+        rule = 'be behind the positions with per="token": -1, or 2 and more'
+        raise ValueError(broken_rule(who, "over", rule, list(dims), 'reduce="none" keeps all of a token\'s row.'))
+    if encoding is None:
+        return
+    one_of(who, "encoding", encoding, ENCODINGS)
+    if stored_dtype(who, dtype) is torch.float64:
+        rule, remedy = "be float32, bfloat16 or float16 where rows are encoded", "Leave dtype= out, or encoding=."
+        raise ValueError(broken_rule(who, "dtype", rule, torch.float64, remedy))
+
+
 def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
     """The sources meant by "grad,act", or by a list of words; TypeError or ValueError for anything else."""
     given: object = of
@@ -261,8 +291,13 @@ def as_specs(
     ref: Ref | None = None,
     heads: Heads | None = None,
     at: At | None = None,
+    per: Per = "example",
+    encoding: Encoding | None = None,
 ) -> list[Spec]:
-    """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source."""
+    """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source.
+
+    A token's row has one position: its sum, mean or last row over the positions is the row itself.
+    """
     if isinstance(points, Spec) or (isinstance(points, Sequence) and not isinstance(points, str)):
         given: Sequence[object] = [points] if isinstance(points, Spec) else points
         specs = [p for p in given if isinstance(p, Spec)]
@@ -277,6 +312,9 @@ def as_specs(
             if specs and beside is not None:
                 rule, got = "be left out where points are Specs", "one beside them"
                 raise ValueError(broken_rule(who, argument, rule, got, "Say it in each Spec."))
+        if specs and (per, encoding) != ("example", None):
+            got, remedy = f"{per!r} and {encoding!r} beside them", "Say them in each Spec."
+            raise ValueError(broken_rule(who, "per and encoding", "be left out where points are Specs", got, remedy))
         if specs:
             return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
@@ -287,10 +325,13 @@ def as_specs(
     check_ref(who, sources, ref)
     as_heads(who, heads)
     as_positions(who, at)
+    if per == "token" and reduce in ("sum", "mean", "last") and parse_over(who, over) == (1,):
+        reduce = "none"
+    check_rows_kept(who, per, () if reduce == "none" else parse_over(who, over), encoding, dtype)
     return [
         Spec(
             cast(Points, points), reduce, over, dtype, output, of=source, side=side,
-            ref=ref if source == "grad*ref" else None, heads=heads, at=at,
+            ref=ref if source == "grad*ref" else None, heads=heads, at=at, per=per, encoding=encoding,
         )
         for source in sources
     ]  # fmt: skip

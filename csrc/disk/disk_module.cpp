@@ -55,6 +55,7 @@ struct PyPayloadStream {
 
   // `path` is what an OSError names.
   PyPayloadStream(int fd, int64_t position, uint32_t crc, int64_t piece_bytes, py::object path);
+  static UnitRows rows_of(const Block& block);
   void append(const std::vector<Block>& blocks);
   void finish();
   // Waits for the pieces that are on their way: the memory is the caller's again.
@@ -76,20 +77,30 @@ const PayloadStream& PyPayloadStream::open() const {
   return *stream_;
 }
 
+UnitRows PyPayloadStream::rows_of(const Block& block) {
+  const auto& [data, n_rows, n_values, dtype, norms, odd] = block;
+  const std::optional<Dtype> type = parse_dtype(dtype);
+  const bool there = n_rows == 0 || ((!type || (norms && odd)) && (data || n_values == 0));
+  if (n_rows < 0 || n_values < 0 || !there)
+    throw py::value_error(broken_rule("PayloadStream", "a block", "have the addresses of what it holds",
+                                      std::to_string(n_rows) + " rows of " + std::to_string(n_values),
+                                      "Pass what is allocated."));
+  return {reinterpret_cast<const void*>(data), n_rows, n_values, type, reinterpret_cast<float*>(norms),
+          reinterpret_cast<uint8_t*>(odd)};
+}
+
 void PyPayloadStream::append(const std::vector<Block>& blocks) {
   std::vector<UnitRows> rows;
-  for (const auto& [data, n_rows, n_values, dtype, norms, odd] : blocks) {
-    const std::optional<Dtype> type = parse_dtype(dtype);
-    const bool there = n_rows == 0 || ((!type || (norms && odd)) && (data || n_values == 0));
-    if (n_rows < 0 || n_values < 0 || !there)
-      throw py::value_error(broken_rule("PayloadStream", "a block", "have the addresses of what it holds",
-                                        std::to_string(n_rows) + " rows of " + std::to_string(n_values),
-                                        "Pass what is allocated."));
-    rows.push_back({reinterpret_cast<const void*>(data), n_rows, n_values, type, reinterpret_cast<float*>(norms),
-                    reinterpret_cast<uint8_t*>(odd)});
-  }
+  for (const Block& block : blocks) rows.push_back(rows_of(block));
   open();
   at_the_disk(path, [&] { stream_->append(rows); });
+}
+
+// Norms and what is odd of rows that aren't written: of decoded ones.
+void norms_of_block(const PyPayloadStream::Block& block) {
+  const UnitRows rows = PyPayloadStream::rows_of(block);
+  const py::gil_scoped_release release;
+  row_norms(rows, 0, rows.n_rows);
 }
 
 void PyPayloadStream::finish() {
@@ -110,6 +121,7 @@ PYBIND11_MODULE(_disk, m) {
   m.doc() = "The native writer of units; tlfast.dataset.write.payload does the same in Python.";
   m.def("crc32c", &crc32c_of);
   m.def("crc32c_name", &crc32c_name);
+  m.def("row_norms", &norms_of_block);
   py::class_<PyPayloadStream>(m, "PayloadStream")
       .def(py::init<int, int64_t, uint32_t, int64_t, py::object>())
       .def("append", &PyPayloadStream::append)

@@ -89,7 +89,7 @@ def test_a_step_asks_for_no_value(backend, padding_side, calls):
     ):
         runner = Runner(model, cap, Batching(32, None, padding_side), summed_loss, 8.0)
         with NoQuestions():
-            places = runner.fill_ring(as_examples(sequences(16)), lambda n_examples, n_tokens: None)
+            places, _ = runner.fill_ring(as_examples(sequences(16)), lambda n_examples, n_tokens: None)
             counters, missing = cap.counters, cap.missing
         assert sorted(places.tolist()) == list(range(16))
         assert [counter[:2].tolist() for counter in counters] == [[0, 0]]

@@ -588,12 +588,13 @@ def test_a_header_that_says_something_else_of_the_capture(tmp_path, key, value):
 def test_columns_that_a_capture_can_not_fill(tmp_path, column, said):
     columns = COLUMNS | {"first": Column(torch.float32, (5,), **column)}
     writer = DatasetWriter(tmp_path, header={}, columns=columns, plan=PLAN)
-    text = "the column first must be of gradients, with a row for each example, and not encoded, got "
+    text = "the column first must be as the capture has it (grad, per example), got "
     out = entered().into(writer)
     with refuses(text) as caught:
         out.__enter__()
     assert said in str(caught.value)
-    assert str(caught.value).endswith("Write such columns by DatasetWriter.write_unit.")
+    remedy = "Say of=, per= and encoding= in the capture's Spec as in the dataset's Column."
+    assert str(caught.value).endswith(remedy)
 
 
 def test_rows_of_another_kind(tmp_path):

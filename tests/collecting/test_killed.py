@@ -24,9 +24,11 @@ WAIT_S = 120  # for a start on a busy machine; an end long before that is the ru
 
 def arguments(folder, out, kind="text"):
     data = ["--text", str(folder / "text")]
-    if kind == "records":
+    if kind != "text":
         columns = ["--prompt-column", "prompt", "--response-column", "answer", "--keep-fields", "number"]
         data = ["--dataset", str(folder / "records.jsonl"), *columns]
+    if kind == "tokens":
+        data += ["--per", "token", "--encoding", "int8:64", "--of", "act,grad"]
     return [
         "collect", "--model", str(folder / "model"), *data, "--points", "transformer.h.*",
         "--seq-len", "16", "--max-examples", str(4 * N_UNITS), "--rows-per-unit", "4", "--batch-tokens", "32",
@@ -75,7 +77,7 @@ KILLS = 5
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["text", "records"])
+@pytest.mark.parametrize("kind", ["text", "records", "tokens"])
 def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, kind):
     words = arguments(undisturbed, tmp_path, kind)[1:-2]
     program = [sys.executable, str(SUPPORT / "collect_farm.py"), str(tmp_path), str(KILLS), "0", *words]
@@ -89,7 +91,7 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp
     assert sum(killed == -signal.SIGKILL for _, killed, _ in runs) > KILLS // 2, "most runs ended before their kill"
     assert any(0 < n_units < N_UNITS for n_units, _, _ in runs), "no kill came in the middle of a run"
     whole = undisturbed / "out"
-    if kind == "records":
+    if kind != "text":
         whole = tmp_path / "whole"
         assert main(arguments(undisturbed, whole, kind)) == 0
     expected = unit_bytes(whole)

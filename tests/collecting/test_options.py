@@ -26,7 +26,7 @@ OTHER = {  # than the defaults
     "attach": "full", "backend": "python", "calls": "last", "missing": "nan", "reduce": "sum", "batch_tokens": 7,
     "padding_side": "left", "grad_scale": 2.0, "cuda_graph": "off", "lens": True, "units": "1:2", "overwrite": True,
     "extend": True, "resume": "must", "bad_examples": "stop", "non_finite": "stop", "disk_wait_s": 1.0,
-    "deterministic": "warn", "side": "input",
+    "deterministic": "warn", "side": "input", "per": "token",
 }  # fmt: skip
 
 
@@ -88,13 +88,21 @@ def test_all_settings_of_the_command_arrive():
     made = replace(SETTINGS, **OTHER).to_options()
     assert {name: getattr(made, name) for name in OTHER} == OTHER
     assert (made.points, made.over, made.rows_per_unit, made.seq_len) == (("h.*",), ["pos"], None, 128)
-    assert made.of == "grad"
+    assert (made.of, made.encoding) == ("grad", None)
     changed = replace(
-        SETTINGS, of="act,grad", over="1,-1", dtype="auto", output="2", rows_per_unit=9, staging="s", embedding=("e",)
+        SETTINGS,
+        of="act,grad",
+        over="1,-1",
+        dtype="auto",
+        encoding="int8",
+        output="2",
+        rows_per_unit=9,
+        staging="s",
+        embedding=("e",),
     )
     made = changed.to_options(pad_id=3, progress=False)
     assert (made.over, made.dtype, made.output, made.rows_per_unit) == ([1, -1], None, 2, 9)
-    assert made.of == "act,grad"
+    assert (made.of, made.encoding) == ("act,grad", "int8")
     assert (made.staging, made.embedding, made.pad_id, made.progress) == ("s", ("e",), 3, False)
 
 

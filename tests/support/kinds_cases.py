@@ -22,9 +22,9 @@ def example(i: int) -> Example:
     return Example(i, list(range(LENGTHS[i])), "a.txt", 10 * i, LENGTHS[i])
 
 
-def n_rows(name: str, i: int) -> int:
+def n_rows(name: str, i: int, columns=COLUMNS) -> int:
     """How many rows example ``i`` has at a point."""
-    return LENGTHS[i] if Column(*COLUMNS[name]).per == "token" else 1
+    return LENGTHS[i] if Column(*columns[name]).per == "token" else 1
 
 
 def truth(columns=COLUMNS) -> dict[str, list[torch.Tensor]]:
@@ -33,7 +33,7 @@ def truth(columns=COLUMNS) -> dict[str, list[torch.Tensor]]:
     found = {}
     for name in columns:
         column = Column(*columns[name])
-        sizes = [(n_rows(name, i), *column.row_shape) for i in range(len(LENGTHS))]
+        sizes = [(n_rows(name, i, columns), *column.row_shape) for i in range(len(LENGTHS))]
         found[name] = [torch.randn(size, generator=generator).to(column.dtype) for size in sizes]
     return found
 

@@ -11,6 +11,7 @@ MOST_LINES, MOST_PARAMETERS = 60, 12  # of a function: a screen, without its doc
 # What may have more parameters, and why; none has more lines.
 MANY = {
     "collect": "the keywords that users write, which it makes CollectOptions of at once",
+    "as_specs": "what capture, collect and stream are given in place of specs",
     "capture": "the keywords that users write, which it makes specs and CaptureOptions of at once",
     "run_with_cache": "the parameters of TransformerLens' own, and ours",
     "cache_fwd_and_bwd": "the parameters of run_with_cache",
@@ -40,12 +41,12 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "into", "patches", "points", "positions"),
-            ("freeze", "full_hooks", "options", "step_inputs"),
+            ("__init__", "dimensions", "inert", "patches", "points", "positions", "running", "tokens"),
+            ("freeze", "full_hooks", "into", "options", "step_inputs"),
             ("attachment",),
             ("diagnosis",),
             ("captured",),
-            ("capture", "graph_step"),
+            ("capture", "graph_step", "summing"),
         ),
     ),
     (
@@ -126,7 +127,7 @@ ROOMS = (
             ("fsdp", "loop", "probe", "resume"),
             ("into", "work"),
             ("run", "stream"),
-            ("from_text", "rehearsal"),
+            ("from_text", "rehearsal", "running"),
             ("ray_cluster",),
         ),
     ),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from .examples import FieldSource
@@ -108,6 +110,7 @@ class Batching:
         pad_id: the token at padded positions; any valid one, since it is masked.
         buckets: the only numbers of positions that a batch may have, rising; every batch has a mask then, so that all
             batches of one shape are alike. None: any number.
+        one_width: all batches of a unit have the positions of its longest example, since their rows lie in one ring.
         batch_examples: at most so many examples in a batch; None: as many as ``batch_tokens`` allows.
         sizes: of all examples by number, in place of their tokens, which they don't have; None: their tokens.
         source: has the fields of the examples; None: they have none.
@@ -125,6 +128,7 @@ class Batching:
     source: FieldSource | None = None
     collate: Collate | None = None
     use: FieldUse = field(default_factory=FieldUse)
+    one_width: bool = False
 
     def size(self, example: Example) -> int:
         """The tokens of an example, or what stands for them."""
@@ -149,7 +153,7 @@ class Batching:
         """(which examples, positions) of each batch, in the given order; depends on these examples alone."""
         parts, start = [], 0
         while start < len(order):
-            n_positions = self.n_positions(self.size(examples[order[start]]))
+            n_positions = self.n_positions(self.size(examples[order[0 if self.one_width else start]]))
             parts.append((list(order[start : start + self.n_examples(n_positions)]), n_positions))
             start += len(parts[-1][0])
         return parts
@@ -240,6 +244,15 @@ def bucket_lengths(longest: int, most: int = 8) -> tuple[int, ...]:
     steps = {factor << k for k in range(longest.bit_length()) for factor in (1, 3)}
     below = sorted(step for step in steps if 2 <= step < longest)
     return tuple([*below, longest][-most:])
+
+
+def unit_rows_of(columns: Iterable[Column], examples: Sequence[Example]) -> int:
+    """How many of these examples a unit has where nobody says, by the rows in memory, padded and not encoded."""
+    longest = max(example.length for example in examples)
+    sizes = (
+        column.dtype.itemsize * prod(column.row_shape) * (longest if column.per == "token" else 1) for column in columns
+    )
+    return unit_rows(sum(sizes))
 
 
 def unit_rows(row_bytes: int, ring_bytes: int = 256 << 20, most: int = 2048) -> int:

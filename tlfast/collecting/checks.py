@@ -29,7 +29,7 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
     specs = as_specs(
         "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of,
-        options.side, options.ref, options.heads, options.at,
+        options.side, options.ref, options.heads, options.at, options.per, options.encoding,
     )  # fmt: skip
     if options.embedding is not None:
         find_points("collect", model, options.embedding, "embedding")
@@ -100,8 +100,12 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | None:
-    """The positions of every batch where a row keeps them; None where batches can be as long as their examples."""
-    return None if all(1 in spec.dims or spec.at is not None for spec in specs) else seq_len or longest
+    """The positions of every batch where a row keeps them; None where batches can be as long as their examples.
+
+    Rows of tokens lose their padding on the way to the dataset, so a unit of them may have its own positions.
+    """
+    loose = [1 in spec.dims or spec.at is not None or spec.per == "token" for spec in specs]
+    return None if all(loose) else seq_len or longest
 
 
 def check_positions(specs: Sequence[Spec], examples: Sequence[Example]) -> None:

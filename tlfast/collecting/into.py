@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..dataset.format.description import read_description
-from ..dataset.format.layout import Column
+from ..dataset.format.encodings import ENCODED_DTYPES
+from ..dataset.format.layout import Column, notes_of
 from ..dataset.format.plan import Example, Plan, Unit
 from ..dataset.places.remote import RemoteFolder, local_path, url_of
 from ..dataset.write.background import BackgroundWriter
@@ -23,12 +24,14 @@ from ..dataset.write.folder import refuse_stranger
 from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.captured import Capture
+from ..hooks.tokens import Tokens
 from .drain import Drain, streams_for
 from .identity import describe_spec
 from .loop import rings_of, submit_unit
 from .options import check_positive
+from .pack import column_of
 from .resume import has_units
-from .unit import Oddities
+from .unit import Filled, Oddities
 
 _WHO = "into"
 
@@ -76,6 +79,8 @@ class IntoDataset:
         self._unit: Unit | None = None  # the one that is being filled
         self._places: dict[int, int] = {}  # of its examples, where the row lies in the capture
         self._examples: dict[int, Example] = {}
+        self._firsts: dict[int, int] = {}  # of these, the position of the first token, where columns are per token
+        self._told = False  # this batch has ids
         self._n_rows = 0  # in the capture
         self._n_cleared = 0  # by us
         self._let_go = self._dropped = False  # these rows are on their way or not wanted: the next batch has the room
@@ -170,11 +175,14 @@ class IntoDataset:
 
     def _check_columns(self) -> None:
         """ValueError where the dataset can't hold what a capture has."""
-        for name, column in self._writer.columns.items():
-            if not column.is_plain:
-                rule = "be of gradients, with a row for each example, and not encoded"
-                remedy = "Write such columns by DatasetWriter.write_unit."
-                raise ValueError(broken_rule(_WHO, f"the column {name}", rule, column.notes, remedy))
+        for name, (_, spec) in self._cap.wanted.items():
+            column = self._writer.columns.get(name)
+            if column is not None and (column.of, column.per, column.encoding) != (spec.of, spec.per, spec.encoding):
+                wanted = notes_of(spec.of, spec.per, spec.encoding)
+                rule = f"be as the capture has it ({wanted[2:] or 'grad, per example'})"
+                remedy = "Say of=, per= and encoding= in the capture's Spec as in the dataset's Column."
+                got = column.notes[2:] or "grad, per example"
+                raise ValueError(broken_rule(_WHO, f"the column {name}", rule, got, remedy))
         odd = sorted(set(self._writer.columns) ^ set(self._cap.names))
         if odd:
             got = f"a difference in {', '.join(odd[:3])}"
@@ -183,15 +191,17 @@ class IntoDataset:
 
     # The loop, step by step.
 
-    def expect(self, ids: Sequence[Any] | None) -> None:
+    def expect(self, ids: Sequence[Any] | None, tokens: Tokens | None = None) -> None:
         """Check a batch before it runs, and make room for it."""
         if self._background is not None:
             self._background.check()
         self._check_rows()
-        self._expected = None
+        self._expected, self._told = None, ids is not None
         if ids is None:  # of a recording, which makes no rows; those that it does make are found by the next batch
             return
         examples = [_example(given) for given in ids]
+        if tokens is not None:
+            examples = list(map(_with_length, examples, tokens.lengths))
         if not examples:
             return
         self._expected = unit, _ = self._checked(examples)
@@ -205,6 +215,8 @@ class IntoDataset:
 
     def took(self) -> None:
         """Note where the rows of the batch lie, and let them be written where they make their unit whole."""
+        if not self._told:  # which is found by the next batch
+            return
         try:
             self._take()
         except BaseException:
@@ -238,12 +250,40 @@ class IntoDataset:
             self._let_go = self._dropped = True
             return
         self._unit = unit
+        examples = self._with_tokens(first, examples)
         self._places |= {example.id: first + k for k, example in enumerate(examples)}
         self._examples |= {example.id: example for example in examples}
         if self._background is None:
             self._start(whole=len(self._places) == len(unit))
         if len(self._places) == len(unit):
             self._submit(unit)
+
+    def _with_tokens(self, first: int, examples: list[Example]) -> list[Example]:
+        """The examples, with the lengths that their rows from ``first`` on have; ValueError where they say others."""
+        if not self._cap.squeezes:
+            return examples
+        tokens = self._cap.tokens(first, self._width())
+        if min(tokens.lengths, default=0) < 0:
+            rule, remedy = "have a mask where no point per token has fired yet", "Give cap.batch(mask=...)."
+            raise ValueError(broken_rule(_WHO, "a batch", rule, "none", remedy))
+        self._firsts |= {example.id: n for example, n in zip(examples, tokens.firsts or (), strict=True)}
+        return list(map(_with_length, examples, tokens.lengths))
+
+    def _width(self) -> int:
+        """The positions of the padded rows of columns per token; -1 before one has fired."""
+        rings = {
+            name: self._cap.ring(name)
+            for name, (_, spec) in self._cap.wanted.items()
+            if spec.per == "token" and self._cap.is_known(name)
+        }
+        for name, ring in rings.items():
+            column_of(f"{_WHO} at {name}", self._cap.wanted[name][1], ring)
+        widths = {ring.shape[1]: name for name, ring in rings.items()}
+        if len(widths) > 1:
+            rule, got = "be of the same positions in all columns per token", " and ".join(map(str, sorted(widths)))
+            remedy = "Take points with the positions of the tokens."
+            raise ValueError(broken_rule(_WHO, "rows", rule, got, remedy))
+        return next(iter(widths), -1)
 
     def _checked(self, examples: Sequence[Example]) -> tuple[Unit, list[Example]]:
         """The unit of a batch; ValueError where it is none, or can't be filled now."""
@@ -299,23 +339,29 @@ class IntoDataset:
                 raise RuntimeError(broken_rule(_WHO, f"rows at {silent[0]}", rule, "none", remedy))
             return
         if self._writer is None:
-            rows = {name: self._cap[name] for name in self._cap.names}
-            of = {name: spec.of for name, (_, spec) in self._cap.wanted.items()}
-            columns = {name: Column(ring.dtype, tuple(ring.shape[1:]), of[name]) for name, ring in rows.items()}
-            self._open(self._stack, columns)
-        rings = rings_of(self._cap, self._writer.columns)
+            wanted = {name: spec for name, (_, spec) in self._cap.wanted.items()}
+            rings = {name: self._cap.ring(name) for name in wanted}
+            self._open(self._stack, {name: column_of(f"{_WHO} at {name}", wanted[name], rings[name]) for name in rings})
+        rings = rings_of(self._cap, self._writer.columns, Tokens([1]))
         self._check_kind(rings)
-        largest = max(map(len, self.plan.units))
-        self._drain = Drain(streams_for({ring.device for ring in rings.values()}), self._writer.columns, largest)
+        self._devices = {ring.device for ring in rings.values()}
+        self._drain = self._new_drain(0)
         self._background = self._stack.enter_context(BackgroundWriter(self._writer, 2, self._disk_wait_s))
+
+    def _new_drain(self, n_tokens: int) -> Drain:
+        largest = max(map(len, self.plan.units))
+        self._n_tokens = n_tokens
+        return Drain(streams_for(self._devices), self._writer.columns, largest, n_tokens)
 
     def _check_kind(self, rings: Mapping[str, torch.Tensor]) -> None:
         """ValueError where rows are not as in the dataset: after each unit the capture takes those of any kind."""
         for name, ring in rings.items():
             there = self._writer.columns[name]
-            if (ring.dtype, tuple(ring.shape[1:])) != (there.dtype, tuple(there.row_shape)):
+            shape = tuple(ring.shape[2 if there.per == "token" else 1 :])
+            dtypes = (there.dtype,) if there.encoding is None else ENCODED_DTYPES
+            if ring.dtype not in dtypes or shape != tuple(there.row_shape):
                 rule = f"be {there.dtype} {list(there.row_shape)}, as in the dataset"
-                got = f"{ring.dtype} {list(ring.shape[1:])}"
+                got = f"{ring.dtype} {list(shape)}"
                 remedy = (
                     "Pad to one length, give capture another dtype or reduction, and keep autocast as it was; "
                     "or write another dataset."
@@ -324,16 +370,21 @@ class IntoDataset:
 
     def _submit(self, unit: Unit) -> None:
         assert self._background is not None
-        rings = rings_of(self._cap, self._writer.columns)
-        self._check_kind(rings)
         numbers = range(unit.start, unit.stop)
-        places = torch.tensor([self._places[number] for number in numbers])
+        examples, tokens = [self._examples[number] for number in numbers], None
+        if self._cap.squeezes:
+            tokens = Tokens([example.length for example in examples], [self._firsts[number] for number in numbers])
+            if tokens.total > self._n_tokens:  # nobody knows the largest unit: room for half as many more
+                self._drain = self._new_drain(tokens.total * 3 // 2)
+        rings = rings_of(self._cap, self._writer.columns, tokens)
+        self._check_kind(rings)
+        filled = Filled(torch.tensor([self._places[number] for number in numbers]), tokens)
         submit_unit(
-            self._cap, rings, self._drain, self._background, self._oddities, unit,
-            [self._examples[number] for number in numbers], places, True, self._background.wait_for_room,
+            self._cap, rings, self._drain, self._background, self._oddities, unit, examples, filled, True,
+            self._background.wait_for_room,
         )  # fmt: skip
         self._written.add(unit.name)
-        self._unit, self._places, self._examples = None, {}, {}
+        self._unit, self._places, self._examples, self._firsts = None, {}, {}, {}
         self._let_go = True
 
 
@@ -379,6 +430,14 @@ def _example(given: Any) -> Example:
     except TypeError as error:
         rule, remedy = "be numbers of examples, or Examples", "Number the examples from 0 on."
         raise TypeError(broken_rule(_WHO, "ids", rule, repr(given), remedy)) from error
+
+
+def _with_length(example: Example, length: int) -> Example:
+    """The example with as many tokens as its rows have; ValueError where it has others."""
+    if example.length not in (0, length):
+        rule, remedy = f"have the {example.length} tokens of example {example.id}", "See the mask of this batch."
+        raise ValueError(broken_rule(_WHO, "the mask", rule, length, remedy))
+    return replace(example, length=length)
 
 
 def _header_of(cap: Capture, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from ..dataset.write.background import BackgroundWriter, Contents
 from ..dataset.write.writer import DatasetWriter
 from ..hooks.captured import Capture
 from ..hooks.freeze import Embedding, freeze
+from ..hooks.tokens import Tokens
 from .drain import Arrived, Drain
+from .pack import Pack
 from .progress import Progress
 from .signals import LeaveAtOnce
-from .unit import Oddities, Runner
+from .unit import Filled, Oddities, Runner
 from .unit_queue import Todo
 
 
@@ -68,12 +70,12 @@ def run_units(
             part = examples[unit.start : unit.stop]
             n_done = shown.n_done
             try:
-                places = runner.fill_ring(part, batch_done)
+                filled = runner.fill_ring(part, batch_done)
             except _Overtaken:
                 shown.n_done = n_done
                 continue
-            rings = rings_of(cap, writer.columns)
-            submit_unit(cap, rings, drain, background, oddities, unit, part, places, with_missing, wait_for_room)
+            rings = rings_of(cap, writer.columns, filled.tokens)
+            submit_unit(cap, rings, drain, background, oddities, unit, part, filled, with_missing, wait_for_room)
         while not (background.flush(1.0) and writer.flush(1.0)):
             step_done(0, 0)
     except LeaveAtOnce:
@@ -82,18 +84,19 @@ def run_units(
         raise
 
 
-def rings_of(cap: Capture, columns: Mapping[str, Column]) -> dict[str, torch.Tensor]:
-    """The rows of each column of a capture that holds some; NaN where its point has never fired.
+def rings_of(cap: Capture, columns: Mapping[str, Column], tokens: Tokens | None = None) -> dict[str, torch.Tensor]:
+    """The rows of each column of a capture that holds some, as they were written; NaN where its point has never fired.
 
     ``columns`` say what a row is there: a run that continues another may begin with examples that don't reach it.
     """
-    rings = {name: cap[name] for name in cap.names if cap.is_known(name)}
+    rings = {name: cap.ring(name) for name in cap.names if cap.is_known(name)}
     device = next(iter(rings.values())).device
     for name in cap.names:
         if name not in rings:
             column = columns[name]
             nan = torch.full((), math.nan, dtype=column.dtype, device=device)
-            rings[name] = nan.expand(cap.rows, *column.row_shape)
+            positions = [tokens.width] if tokens is not None and column.per == "token" else []
+            rings[name] = nan.expand(cap.rows, *positions, *column.row_shape)
     return {name: rings[name] for name in cap.names}
 
 
@@ -105,25 +108,33 @@ def submit_unit(
     oddities: Oddities,
     unit: Unit,
     examples: Sequence[Example],
-    places: torch.Tensor,
+    filled: Filled,
     with_missing: bool,
     wait_for_room: Callable[[], object],
 ) -> None:
     """Let the rows of a unit be written; those in the capture may be overwritten by what is queued after this.
 
-    ``rings`` are the rows by column, as `rings_of` gives them;
-    ``places`` is where the row of each example lies in the capture, int64 [examples], on the host.
+    ``rings`` are the rows by column, as `rings_of` gives them; ``filled`` says whose they are.
     """
-    missing = torch.stack(list(cap.missing.values())).any(0)[places] if with_missing else None
-    arrived = drain.drain(rings, cap.counters, places, wait_for_room)
-    background.submit_unfinished(unit, partial(_finish, oddities, unit, arrived, missing, cap.n_writes), examples)
+    missing = torch.stack(list(cap.missing.values())).any(0)[filled.places] if with_missing else None
+    arrived = drain.drain(rings, cap.counters, filled.places, wait_for_room, filled.tokens)
+    finish = partial(_finish, oddities, unit, arrived, drain.pack, missing, cap.n_writes, filled.tokens)
+    background.submit_unfinished(unit, finish, examples)
 
 
 def _finish(
-    oddities: Oddities, unit: Unit, arrived: Arrived, missing: torch.Tensor | None, n_writes: list[int]
+    oddities: Oddities,
+    unit: Unit,
+    arrived: Arrived,
+    pack: Pack,
+    missing: torch.Tensor | None,
+    n_writes: list[int],
+    tokens: Tokens | None,
 ) -> Contents:
     block, counters = arrived()  # in the thread that writes
-    return block, oddities.flags(block, counters, missing, n_writes, unit)
+    contents = pack.contents(block)
+    lengths = dict.fromkeys(pack.per_token, tokens.lengths) if tokens is not None else None
+    return contents, oddities.flags(contents, counters, missing, n_writes, unit, lengths)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..dataset.format.kept_fields import TAKEN, TAKEN_BEGINNINGS
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.options import TapOptions, check_words
-from ..spec import At, Heads, Over, Points, Reduction, Ref, Side, Spec
+from ..spec import At, Encoding, Heads, Over, Per, Points, Reduction, Ref, Side, Spec
 from .batches import Collate, PaddingSide
 from .determinism import Deterministic
 from .graph_cache import CudaGraph
@@ -35,6 +35,8 @@ class SharedOptions(TapOptions):
     """none, sum, mean, last, norm or absmax"""
     side: Side = "output"
     """at the output of the points, or at their input"""
+    per: Per = "example"
+    """a row for each example, or for each real token: padding is left out"""
     batch_tokens: int = 2048
     """tokens per batch, padding included"""
     padding_side: PaddingSide = "right"
@@ -82,6 +84,7 @@ class CollectOptions(SharedOptions):
     over: Over = "pos"
     dtype: torch.dtype | str | None = None
     output: int | str | None = None
+    encoding: Encoding | None = None
     embedding: Embedding | None = None
     loss: Loss | str = next_token_loss
     identity: str = ""

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from ..dataset.format.encodings import Encoded, encode
+from ..dataset.format.encodings import ENCODED_DTYPES, Encoded, encode
 from ..dataset.format.layout import CODES, SCALES, Column
 from ..errors import broken_rule
+from ..hooks.tokens import Tokens as Tokens
+from ..hooks.tokens import token_rows
+from ..spec import Spec, stored_dtype
 
 Block = dict[str, torch.Tensor]
 
 # Rows that are encoded at a time: on a CPU what its cache holds between two steps, on a device little beside the ring.
-_CPU_BYTES, _DEVICE_BYTES = 256 << 10, 64 << 20
-
-
-class Tokens(NamedTuple):
-    """Which positions of each example are real: ``lengths[i]`` of them, from position ``firsts[i]`` on (None: 0)."""
-
-    lengths: Sequence[int]
-    firsts: Sequence[int] | None = None
-
-    @property
-    def total(self) -> int:
-        """Tokens of all examples."""
-        return sum(self.lengths)
+_CPU_BYTES, _DEVICE_BYTES = 1 << 20, 64 << 20
 
 
 class Pack:
@@ -51,6 +40,7 @@ class Pack:
 
     def __init__(self, columns: Mapping[str, Column]):
         self.columns = columns
+        self.per_token = [name for name, column in columns.items() if column.per == "token"]
 
     def choose(
         self,
@@ -68,7 +58,7 @@ class Pack:
             pinned: whether a CUDA device copies the numbers by itself.
         """
         widths = {name: ring.shape[1] for name, ring in rings.items() if self.columns[name].per == "token"}
-        chosen = {width: _token_rows(places, tokens, width) for width in set(widths.values())}
+        chosen = {width: token_rows("Pack", places, tokens, width) for width in set(widths.values())}
         if pinned:
             places, chosen = places.pin_memory(), {width: rows.pin_memory() for width, rows in chosen.items()}
         return {name: chosen[widths[name]] if name in widths else places for name in rings}
@@ -86,6 +76,13 @@ class Pack:
             else:
                 _encode(rows, there[place], column.encoding, Encoded(block[name + CODES], block[name + SCALES]))
 
+    def take(self, rings: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> Block:
+        """Return the rows by column as they are in the rings, and where these lie: not encoded."""
+        return {
+            name: (ring.flatten(0, 1) if name in self.per_token else ring).index_select(0, chosen[name].to(ring.device))
+            for name, ring in rings.items()
+        }
+
     def contents(self, block: Block) -> dict[str, torch.Tensor | Encoded]:
         """Return a block by column, as DatasetWriter.write_unit takes it."""
         return {
@@ -94,23 +91,21 @@ class Pack:
         }
 
 
-def _token_rows(places: torch.Tensor, tokens: Tokens | None, width: int) -> torch.Tensor:
-    """The rows of all real tokens in a ring whose rows and positions (``width`` of them) are one dimension."""
-    if tokens is None:
-        raise ValueError(broken_rule("Pack", "tokens", "be given for columns per token", "None", "Say the lengths."))
-    lengths = np.asarray(tokens.lengths, np.int64)
-    firsts = np.zeros_like(lengths) if tokens.firsts is None else np.asarray(tokens.firsts, np.int64)
-    if not len(places) == len(lengths) == len(firsts):
-        got = f"{len(lengths)} and {len(firsts)} of {len(places)} examples"
-        raise ValueError(broken_rule("Pack", "lengths and firsts", "be of each example", got, "Give one of each."))
-    wrong = np.flatnonzero((lengths < 0) | (firsts < 0) | (firsts + lengths > width))
-    if len(wrong):
-        i = int(wrong[0])
-        got, remedy = f"{firsts[i]} to {firsts[i] + lengths[i]}", "Count positions from 0."
-        raise ValueError(broken_rule("Pack", f"tokens of row {i}", f"lie in 0..{width}", got, remedy))
-    begins = np.cumsum(lengths) - lengths  # where each example's tokens begin in the block
-    within = np.arange(int(lengths.sum())) - np.repeat(begins, lengths)
-    return torch.from_numpy(np.repeat(places.numpy() * width + firsts, lengths) + within)
+def column_of(who: str, spec: Spec, ring: torch.Tensor) -> Column:
+    """What a dataset holds of the rows in a ring; ValueError where it can't hold them so."""
+    if spec.per == "token" and ring.dim() < 2:
+        rule, remedy = 'have the positions as dimension 1 with per="token"', 'Use per="example" there.'
+        raise ValueError(broken_rule(who, "a gradient", rule, f"rows {list(ring.shape[1:])}", remedy))
+    shape = tuple(ring.shape[2 if spec.per == "token" else 1 :])
+    dtype = stored_dtype(who, spec.dtype) or ring.dtype
+    if spec.encoding is None:
+        return Column(dtype, shape, spec.of, spec.per)
+    if dtype not in ENCODED_DTYPES:
+        rule, remedy = "be float32, bfloat16 or float16 to be encoded", 'dtype="float32" rounds them before.'
+        raise ValueError(broken_rule(who, "rows", rule, dtype, remedy))
+    if not prod(shape):
+        raise ValueError(broken_rule(who, "a row", "have a value to be encoded", list(shape), "Leave encoding= out."))
+    return Column(torch.float32, shape, spec.of, spec.per, spec.encoding)
 
 
 def _gather(rows: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor) -> None:

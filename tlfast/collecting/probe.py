@@ -20,10 +20,11 @@ from ..errors import broken_rule
 from ..hooks.captured import Capture
 from ..hooks.dimensions import Seen, has_positions
 from ..hooks.freeze import starting_modules
-from ..spec import Spec, stored_dtype
+from ..spec import Spec
 from .batches import Batching, PaddingSide
 from .fields import DECODED
 from .loss import Loss, next_token_loss
+from .pack import column_of
 from .tasks import is_encoder_decoder
 from .unit import Runner
 
@@ -132,8 +133,7 @@ class Probe:
         if absent:  # missing="nan", and none of these examples reaches the point
             raise _no_gradient(f"no gradient at {absent} in the first examples")
         return Probed(
-            {name: Column(stored_dtype("collect", spec.dtype) or rows[name].dtype, tuple(rows[name].shape[1:]), spec.of)
-             for name, (_, spec) in self.wanted.items()},
+            {name: column_of(f"collect at {name}", spec, rows[name]) for name, (_, spec) in self.wanted.items()},
             {ring.device for ring in rows.values()}, unmasked, self.decoding,
         )  # fmt: skip
 
@@ -229,7 +229,7 @@ class Probe:
                 runner = Runner(self.model, cap, batching, self.loss, self.grad_scale * factor, decoding=self.decoding)
                 runner.step(batch.to(runner.device))
                 missing = cap.missing
-                done.rows = {column: cap[column] for column in cap.names if not missing[column].any()}
+                done.rows = {column: cap.ring(column) for column in cap.names if not missing[column].any()}
         except torch.OutOfMemoryError:
             raise
         except _OURS as error:
@@ -247,6 +247,9 @@ class Probe:
             there = [one for one in passes if place in one.seen]
             seen, width = [one.seen[place] for one in there], one_width
             if self._decodes(there, place):
+                if spec.per == "token":
+                    rule, remedy = "have the positions of input_ids", 'Leave per="token" out at points of a decoder.'
+                    raise ValueError(broken_rule(f"collect at {point}", "tokens", rule, "those of a decoder", remedy))
                 self.decoding.add(column)
                 unmasked.add(column)  # by the mask of the encoder
                 seen = [replace(one.seen[place], n_positions=one.n_decoded or 0) for one in there]

@@ -10,7 +10,7 @@ import torch
 
 from ..dataset.format.layout import DTYPE_NAMES, Column
 from ..dataset.format.plan import Example, Plan
-from .batches import unit_rows
+from .batches import unit_rows_of
 from .identity import describe_loss
 from .probe import Probed
 from .resume import has_units
@@ -44,7 +44,8 @@ class Rehearsal:
     @property
     def n_bytes(self) -> int:
         """Bytes of all rows; the row tables come to that."""
-        return self.plan.n_examples * sum(column.row_bytes for column in self.columns.values())
+        rows = {"example": self.plan.n_examples, "token": self.n_tokens}
+        return sum(rows[column.per] * column.row_bytes for column in self.columns.values())
 
     def __str__(self) -> str:
         left_out = f", {self.n_skipped} left out" if self.n_skipped else ""
@@ -87,8 +88,8 @@ def rehearse(run: Run) -> Rehearsal:
     options = run.options
     with run.at_work():
         probed = run.look(options.rows_per_unit)
-        row_bytes = sum(column.row_bytes for column in probed.columns.values())
-        plan = Plan(len(run.examples), options.rows_per_unit or unit_rows(row_bytes))
+        n_rows = options.rows_per_unit or unit_rows_of(probed.columns.values(), run.examples)
+        plan = Plan(len(run.examples), n_rows)
         parts = [_sizes(run, run.examples[unit.start : unit.stop]) for unit in plan.units]
         seconds, n_tried, n_timed = _timed(run, probed, run.examples[: len(plan.unit(0))])
     model, names = unwrapped(run.model), dict(run.model.named_modules())

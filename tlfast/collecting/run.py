@@ -18,8 +18,23 @@ from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.graph_step import graph_step
-from ..spec import At, Attach, Backend, Calls, Heads, Missing, Over, Points, Reduction, Ref, Side, Spec
-from .batches import Collate, PaddingSide, unit_rows
+from ..spec import (
+    At,
+    Attach,
+    Backend,
+    Calls,
+    Encoding,
+    Heads,
+    Missing,
+    Over,
+    Per,
+    Points,
+    Reduction,
+    Ref,
+    Side,
+    Spec,
+)
+from .batches import Collate, PaddingSide, unit_rows_of
 from .checks import check_peaceful
 from .determinism import Deterministic, as_begun, describe_machine
 from .drain import Drain, streams_for
@@ -52,6 +67,8 @@ def collect(
     ref: Ref | None = None,
     heads: Heads | None = None,
     at: At | None = None,
+    per: Per = "example",
+    encoding: Encoding | None = None,
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
@@ -114,6 +131,10 @@ def collect(
         heads: (n, d): the last dimension is taken as [n, d].
         at: a position, or a list of them, which count the tokens of each example, -1 the last; or the name of a field
             of the examples that has them, whole numbers or a bool for each token.
+        per: "example", or "token": each token has a row, ``ds[point][example]`` is [length, ...], and padding has none.
+            ``reduce`` and ``over`` are left as they are then, or name dimensions behind the positions.
+        encoding: how rows are stored: "int8" or "float8_e4m3fn" (codes, and a scale for each row), "int8:64" or
+            "int4:64" (for each 64 values); None: as ``dtype`` says.
         embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
             The rows are the same wherever it starts before the points.
         loss: "next_token", "response", "masked_lm", "classification", "seq2seq", "preference", "reward_logprob" or
@@ -257,7 +278,7 @@ class Run(Work):
             self.out, self.examples, bad.skipped, options.overwrite, options.extend, options.fingerprint
         )
         examples = describe_examples(self.examples[:n_own], bad.skipped[:n_own_skipped], options.fingerprint)
-        n_rows = options.rows_per_unit or unit_rows(sum(column.row_bytes for column in columns.values()))
+        n_rows = options.rows_per_unit or unit_rows_of(columns.values(), self.examples[:n_own])
         writer = DatasetWriter(
             self.out,
             staging=options.staging,
@@ -291,7 +312,8 @@ class Run(Work):
         with as_begun(writer.description.about, here), background, cap, shown:
             replays = Replays(cap, graph_step, options.cuda_graph == "on") if self.with_graphs else None
             runner = Runner(self.model, cap, self.batching, self.loss, options.grad_scale, replays, probed.decoding)
-            drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity)
+            n_tokens = max(sum(example.length for example in self.examples[u.start : u.stop]) for u in left)
+            drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity, n_tokens)
             if self.together:
                 todo: Todo = Lockstep(left, self.share, self.examples, runner)
             else:

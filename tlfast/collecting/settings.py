@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from ..dataset.places.store import as_store
 from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from ..hooks.options import check_words, taken
-from ..spec import DTYPE_NAMES, At, Heads, Over, as_heads, one_of, parse_over, sources_of
+from ..spec import DTYPE_NAMES, ENCODINGS, At, Encoding, Heads, Over, as_heads, one_of, parse_over, sources_of
 from .huggingface import as_device_map
 from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
@@ -97,6 +97,8 @@ class TextOptions(DataOptions):
     """positions to keep: numbers (-1 is the last token), separated by commas, or the field of the examples with them"""
     dtype: str = "bfloat16"
     """how rows are stored: float32, bfloat16, float16, float64, or auto for the gradient's own"""
+    encoding: str = ""
+    """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64 (see docs/format.md); empty: by --dtype"""
     output: str = ""
     """index or key of the output to take where a module has several; empty: the first tensor"""
     embedding: tuple[str, ...] = ()
@@ -161,6 +163,11 @@ class CollectSettings(SharedOptions, TextOptions):
         return [int(part) for part in parts] if len(parts) > 1 else int(parts[0])
 
     @property
+    def stored_encoding(self) -> Encoding | None:
+        """``encoding`` as `Spec` takes it."""
+        return cast(Encoding, self.encoding) if self.encoding else None
+
+    @property
     def which_output(self) -> int | str | None:
         """``output`` as `Spec` takes it."""
         return int(self.output) if self.output.lstrip("-").isdigit() else self.output or None
@@ -181,6 +188,7 @@ class CollectSettings(SharedOptions, TextOptions):
             output=self.which_output,
             heads=self.n_heads,
             at=self.positions,
+            encoding=self.stored_encoding,
             embedding=self.embedding or None,
             seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
@@ -206,6 +214,8 @@ class CollectSettings(SharedOptions, TextOptions):
         if ("grad*ref" in sources_of(who, self.of, self.reduce)) != bool(self.ref):
             rule, got = "be given with --of grad*ref, and with that alone", repr(self.ref)
             raise ValueError(broken_rule(who, "ref", rule, got, "Name a function of the batch: module:function."))
+        if self.encoding:
+            one_of(who, "encoding", self.encoding, ENCODINGS)
         if 0 in parse_over(who, self.dims) and self.reduce != "none":
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))

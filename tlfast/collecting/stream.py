@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any, Literal
@@ -15,12 +15,14 @@ from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
 from ..dataset.read.shuffle import check_seed, permutation
 from ..errors import broken_rule
+from ..hooks.tokens import positions_within
 from ..spec import Points, Spec, one_of
-from .batches import unit_rows
+from .batches import unit_rows_of
 from .fsdp import is_sharded
 from .identity import describe_loss
 from .loop import rings_of
 from .options import CollectOptions, check_positive
+from .pack import Pack
 from .unit import Oddities, Runner
 from .work import Work
 
@@ -28,11 +30,13 @@ Batch = dict[str, torch.Tensor]
 
 _WHO = "stream"
 _ID = "id"  # of the examples, beside the columns: as in the batches of a dataset
+_POSITION = "position"  # among the real tokens of its example, where a row is a token's
+_SAID = {_ID: "the examples' numbers", _POSITION: "the tokens' positions"}
 _PART = 4  # of the buffer is a unit, where nobody says: the rest of it is mixed with each that comes in
 # The settings of `collect` that say what a row is.
 SETTINGS = (
-    "reduce", "of", "side", "ref", "heads", "at", "over", "dtype", "output", "embedding", "loss", "fields", "collate",
-    "batch_examples", "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side", "pad_id", "grad_scale",
+    "reduce", "of", "side", "ref", "heads", "at", "per", "over", "dtype", "output", "embedding", "loss", "fields",
+    "collate", "batch_examples", "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side", "pad_id", "grad_scale",
     "attach", "backend", "calls", "missing", "lens", "bad_examples", "deterministic",
 )  # fmt: skip
 
@@ -82,27 +86,26 @@ class _Buffer:
 
     def __init__(self, n_rows: int, seed: int):
         self._rows: Batch = {}
-        self._ids = torch.empty(n_rows, dtype=torch.int64)
-        self._seed, self._n_shuffled = seed, 0
+        self._n_rows, self._seed, self._n_shuffled = n_rows, seed, 0
         self._free = torch.arange(n_rows)
         self._order = self._free[:0]  # where the rows lie, in the order in which they are given out
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def has_room(self, unit: Unit) -> bool:
-        """Whether the rows of a unit fit in."""
-        return len(unit) <= len(self._free)
+    def has_room(self, n_rows: int) -> bool:
+        """Whether so many rows fit in."""
+        return n_rows <= len(self._free)
 
-    def put(self, unit: Unit, rows: Batch) -> None:
-        """Copy in the rows of a unit, by rising example, and shuffle all that is here."""
-        slots, self._free = self._free[: len(unit)], self._free[len(unit) :]
+    def put(self, rows: Batch) -> None:
+        """Copy in the rows of a unit, and shuffle all that is here."""
+        n = len(rows[_ID])
+        slots, self._free = self._free[:n], self._free[n:]
         for name, block in rows.items():
             if name not in self._rows:
-                self._rows[name] = block.new_empty(len(self._ids), *block.shape[1:])
+                self._rows[name] = block.new_empty(self._n_rows, *block.shape[1:])
             held = self._rows[name]
             held.index_copy_(0, slots.to(held.device), block.to(held.device))
-        self._ids[slots] = torch.arange(unit.start, unit.stop)
         order = torch.cat([self._order, slots])
         self._order = order[torch.from_numpy(permutation(len(order), self._seed, self._n_shuffled))]
         self._n_shuffled += 1
@@ -111,20 +114,19 @@ class _Buffer:
         """The next ``n`` rows, as copies; their room is free again."""
         slots, self._order = self._order[:n], self._order[n:]
         self._free = torch.cat([self._free, slots])
-        rows = {name: held.index_select(0, slots.to(held.device)) for name, held in self._rows.items()}
-        return {_ID: self._ids[slots], **rows}
+        return {name: held.index_select(0, slots.to(held.device)) for name, held in self._rows.items()}
 
 
 def _batches(
-    fill: Callable[[Unit], Batch], plan: Plan, buffer: _Buffer, batch_size: int, seed: int, drop_last: bool
+    work: _Units, plan: Plan, buffer: _Buffer, batch_size: int, seed: int, drop_last: bool
 ) -> Generator[Batch, None, None]:
     """Fill the buffer, and again as soon as there is room for a unit; a full batch fits beside one."""
     units = deque(plan.unit(k) for k in permutation(plan.n_units, seed).tolist())
     while units or len(buffer) >= batch_size:
-        while units and buffer.has_room(units[0]):
-            buffer.put(units[0], fill(units[0]))
+        while units and buffer.has_room(work.n_rows(units[0])):
+            buffer.put(work.rows(units[0]))
             units.popleft()
-        while len(buffer) >= batch_size and not (units and buffer.has_room(units[0])):
+        while len(buffer) >= batch_size and not (units and buffer.has_room(work.n_rows(units[0]))):
             yield buffer.take(batch_size)
     if len(buffer) and not drop_last:
         yield buffer.take(len(buffer))
@@ -163,14 +165,17 @@ def stream(
         seed: makes the order, the same for the same examples and settings; 64 bits.
         drop_last: leave out the last batch, if it is shorter.
         non_finite: for a row with a NaN or an infinity: "stop" raises when its unit is computed, "keep" gives it out.
-        settings: reduce, of, side, over, dtype, output, embedding, loss, fields, collate, batch_examples, size,
+        settings: reduce, of, side, per, over, dtype, output, embedding, loss, fields, collate, batch_examples, size,
             batch_tokens, seq_len, rows_per_unit, padding_side, pad_id, grad_scale, attach, backend, calls, missing,
             lens, bad_examples and deterministic, as in `collect`.
-            rows_per_unit None: a quarter of the buffer, at most those that fill 256 MiB, and 2048.
+            rows_per_unit None: a quarter of the buffer, at most those that fill 256 MiB, and 2048. With per="token"
+            ``buffer_rows`` and ``batch_size`` count tokens, and ``rows_per_unit`` the examples that are computed
+            together.
 
     Returns:
         An iterator of dicts: "id", int64 [b], the numbers of the examples, on the host; and for each column
-        [b, *row shape], on the device of its gradients. ``len`` of it is the number of batches, ``skipped`` the bad
+        [b, *row shape], on the device of its gradients; with per="token" also "position", int64 [b], that of the
+            token among the real ones of its example. ``len`` of it is the number of batches, ``skipped`` the bad
         examples. It ends with the data; ``close()``, or the end of a ``with`` block, lets its memory go before.
 
     Raises:
@@ -200,21 +205,30 @@ def stream(
     check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
     check_seed(_WHO, seed)
     most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
-    if buffer_rows < batch_size + most:
-        rule = f"have room for a batch of {batch_size} beside a unit of {most}"
-        remedy = "Give more, or a smaller batch_size or rows_per_unit."
-        raise ValueError(broken_rule(_WHO, "buffer_rows", rule, buffer_rows, remedy))
+    _check_room(buffer_rows, batch_size, most)
     work = _Units(model, batches, options, most, non_finite)
     columns = work.columns
-    if _ID in columns:
-        remedy = "Give its module another name."
-        raise ValueError(broken_rule(_WHO, "points", "not have the name of the examples' numbers", _ID, remedy))
-    n_rows = options.rows_per_unit or min(most, unit_rows(sum(column.row_bytes for column in columns.values())))
-    n = len(work.examples)
+    for name, what in _SAID.items():
+        if name in columns and (name == _ID or work.per_token):
+            rule, remedy = f"not have the name of {what}", "Give its module another name."
+            raise ValueError(broken_rule(_WHO, "points", rule, name, remedy))
+    n_rows = options.rows_per_unit or min(work.most, unit_rows_of(columns.values(), work.examples))
+    plan = Plan(len(work.examples), n_rows)
+    sizes = [work.n_rows(unit) for unit in plan.units]
+    _check_room(buffer_rows, batch_size, max(sizes))
+    n = sum(sizes)
     buffer = _Buffer(min(buffer_rows, n), seed)
-    made = _batches(work.rows, Plan(n, n_rows), buffer, batch_size, seed, drop_last)
+    made = _batches(work, plan, buffer, batch_size, seed, drop_last)
     n_batches = n // batch_size if drop_last else -(-n // batch_size)
     return GradientStream(made, n_batches, columns, work.bad.skipped)
+
+
+def _check_room(buffer_rows: int, batch_size: int, largest: int) -> None:
+    """ValueError where a buffer has no room for the largest unit beside a batch."""
+    if buffer_rows < batch_size + largest:
+        rule = f"have room for a batch of {batch_size} beside a unit of {largest}"
+        remedy = "Give more, or a smaller batch_size or rows_per_unit."
+        raise ValueError(broken_rule(_WHO, "buffer_rows", rule, buffer_rows, remedy))
 
 
 class _Units(Work):
@@ -227,15 +241,30 @@ class _Units(Work):
         if is_sharded(model):
             remedy = "Collect a dataset, and read it with ShuffledBatches."
             raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
+        encoded = next((spec.encoding for spec in self.specs if spec.encoding), None)
+        if encoded is not None:
+            remedy = "Leave it out; a dataset stores rows so."
+            raise ValueError(broken_rule(_WHO, "encoding", "be None: its rows lie in memory", repr(encoded), remedy))
+        if len({spec.per for spec in self.specs}) > 1:
+            rule, remedy = "be the same at all points of a stream", "Make a stream of each, or a dataset of both."
+            raise ValueError(broken_rule(_WHO, "per", rule, "'example' and 'token'", remedy))
+        self.per_token = self.specs[0].per == "token"
         self._stops = non_finite == "stop"
         self._autocast = _Autocast(self.devices)
         self.read(batches, with_graphs=False)
+        if self.per_token and options.rows_per_unit is None:
+            most = max(1, most // max(example.length for example in self.examples))
+        self.most = most  # examples of a unit
         with self.at_work():
             self._probed = self.look(most)
         self.columns = self._probed.columns
 
+    def n_rows(self, unit: Unit) -> int:
+        """How many rows a unit has: one for each example, or for each token of them."""
+        return sum(example.length for example in self.examples[unit.start : unit.stop]) if self.per_token else len(unit)
+
     def rows(self, unit: Unit) -> Batch:
-        """The rows of a unit, by rising example, on the devices of their gradients.
+        """The rows of a unit, by rising example, on the devices of their gradients; and whose they are.
 
         The capture is made anew for each: between two units the model is its owner's.
         """
@@ -245,16 +274,25 @@ class _Units(Work):
             runner = Runner(
                 self.model, cap, self.batching, self.loss, options.grad_scale, decoding=self._probed.decoding
             )
-            places = runner.fill_ring(part, _nothing)
+            places, tokens = runner.fill_ring(part, _nothing)
         absent = cap.missing if options.missing == "nan" else {}
-        rings = rings_of(cap, self.columns)
-        rows = {name: ring.index_select(0, places.to(ring.device)) for name, ring in rings.items()}
+        rings, pack = rings_of(cap, self.columns, tokens), Pack(self.columns)
+        rows = pack.take(rings, pack.choose(rings, places, tokens))
         missing = torch.stack(list(absent.values())).any(0)[places] if absent else None
         counters = torch.stack([counted.cpu() for counted in cap.counters])
         odd = missing is not None or bool(counters[:, 0].any())
         looked_at = {name: block.cpu() for name, block in rows.items()} if odd else rows
-        Oddities(self._stops, _WHO).flags(looked_at, counters, missing, cap.n_writes, unit)
-        return rows
+        lengths = dict.fromkeys(pack.per_token, [] if tokens is None else tokens.lengths)
+        Oddities(self._stops, _WHO).flags(looked_at, counters, missing, cap.n_writes, unit, lengths)
+        ids = torch.arange(unit.start, unit.stop)
+        if tokens is None or not self.per_token:
+            return {_ID: ids, **rows}
+        counts = torch.tensor(tokens.lengths)
+        return {
+            _ID: ids.repeat_interleave(counts),
+            _POSITION: torch.from_numpy(positions_within(counts.numpy())),
+            **rows,
+        }
 
 
 class _Autocast:

@@ -41,6 +41,10 @@ from .tasks import check_task, is_encoder_decoder
 BATCH_EXAMPLES = 16  # in a batch of examples without tokens, where nobody says how many
 
 
+def _buckets(width: int | None, longest: int) -> tuple[int, ...]:
+    return bucket_lengths(longest) if width is None else (width,)
+
+
 class Work:
     """A model, the specs that are wanted of it, and, once they are read, the examples.
 
@@ -48,6 +52,8 @@ class Work:
         model: any module.
         options: which rows are wanted, and how.
     """
+
+    squeezes = False  # whether captures leave padding out of rows of tokens, or whoever reads them does
 
     def __init__(self, model: nn.Module, options: CollectOptions) -> None:
         self.model, self.options, self.loss = model, options, loss_called(options.loss)
@@ -89,11 +95,15 @@ class Work:
         if with_graphs and not plain and options.cuda_graph == "on":
             rule, got = 'be "auto" or "off" for examples with fields', '"on"'
             raise ValueError(broken_rule("collect", "cuda_graph", rule, got, "Leave it out."))
-        buckets = ((width,) if width else bucket_lengths(longest)) if with_graphs and plain else None
+        per_token = any(spec.per == "token" for spec in self.specs)
+        if per_token and not has_tokens:
+            rule, remedy = 'have input_ids for per="token"', "Leave per= out: a row is an example."
+            raise ValueError(broken_rule("collect", "examples", rule, "none", remedy))
+        buckets = _buckets(width or (longest if per_token else None), longest) if with_graphs and plain else None
         most = options.batch_examples or (None if has_tokens or options.size is not None else BATCH_EXAMPLES)
         self.batching = Batching(
             options.batch_tokens, width, options.padding_side, options.pad_id, buckets, most,
-            reader.sizes or None, reader.source, options.collate,
+            reader.sizes or None, reader.source, options.collate, one_width=per_token,
         )  # fmt: skip
 
     def graphs_possible(self, wanted: CudaGraph) -> CudaGraph:
@@ -127,7 +137,7 @@ class Work:
         if self.options.lens:
             from ..transformer_lens.capturing import LensCapture as kind
         made: Capture = kind(self.model, CaptureOptions(specs=specs, rows=rows, **taken(TapOptions, self.options)))
-        return made
+        return made if self.squeezes else made.as_written()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -17,10 +17,12 @@ from ..spec import (
     Attach,
     Backend,
     Calls,
+    Encoding,
     Heads,
     Missing,
     Of,
     Over,
+    Per,
     Points,
     Reduction,
     Ref,
@@ -51,6 +53,8 @@ def capture(
     ref: Ref | None = None,
     heads: Heads | None = None,
     at: At | None = None,
+    per: Per = "example",
+    encoding: Encoding | None = None,
     attach: Attach = "auto",
     backend: Backend = "auto",
     calls: Calls = "raise",
@@ -62,7 +66,7 @@ def capture(
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
             list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype``,
-            ``output``, ``of``, ``side``, ``ref``, ``heads`` and ``at`` are theirs).
+            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per`` and ``encoding`` are theirs).
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
@@ -75,6 +79,9 @@ def capture(
             ``cap.batch(refs=)``. See `Spec`.
         heads: (n, d): the last dimension is taken as [n, d].
         at: a position, a list of them, or the name by which each step gives them: see `Spec`.
+        per: "example", or "token": ``cap[name]`` is Tensor[tokens, ...], of the real tokens that the mask of
+            `Capture.batch` keeps, and ``cap.where(name)`` says whose they are.
+        encoding: how `Capture.into` stores rows in a dataset: "int8", "int8:64", "float8_e4m3fn" or "int4:64".
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
@@ -98,7 +105,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("capture", points, reduce, over, dtype, output, of, side, ref, heads, at)
+    specs = as_specs("capture", points, reduce, over, dtype, output, of, side, ref, heads, at, per, encoding)
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 

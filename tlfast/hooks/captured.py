@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +25,9 @@ from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_ro
 from .into import Into, check_ids, openers
 from .options import CaptureOptions
 from .points import find_points
+from .running import RunningSums
 from .step_inputs import StepInputs, as_mask, constant_ref, has_functions
+from .tokens import Tokens, positions_within, token_rows, tokens_of
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 See = Callable[[str, torch.Tensor, torch.Tensor | None], None]
@@ -37,6 +40,14 @@ def captures_of(model: Any) -> list[Capture]:
     """The captures that are entered and have a point in a model."""
     modules = set(model.modules()) if isinstance(model, nn.Module) else set()
     return [cap for cap in list(_entered) if any(module in modules for module, _ in cap._taps)]
+
+
+def _spans(tokens: Tokens | None, n_rows: int) -> list[tuple[int, int] | None]:
+    """The first token and the number of them for each of so many rows: those of a batch, as often as it ran."""
+    if tokens is None or not tokens.lengths:
+        return [None] * n_rows
+    firsts = tokens.firsts or [0] * len(tokens.lengths)
+    return [*zip(firsts, tokens.lengths, strict=True)] * (n_rows // len(tokens.lengths))
 
 
 class Capture:
@@ -85,6 +96,8 @@ class Capture:
         self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
         self._ids: list[Any] = []
+        self._spans: list[tuple[int, int] | None] = []  # of each row the first token and how many; None: all positions
+        self._per_token = {name for name, (_, spec) in self.wanted.items() if spec.per == "token"}
         self._see: See | None = None
         self.receiver: Into | None = None  # what takes the rows out, inside `into`
         self.n_cleared = 0  # how often all rows were forgotten
@@ -172,6 +185,16 @@ class Capture:
             self._columns[column].masked = False
         return self
 
+    def as_written(self) -> Capture:
+        """Leave it to the caller which positions are tokens: he reads rows by `ring`, and knows their lengths."""
+        self._per_token = set()
+        return self
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether some column has a row for each token, by the masks of `batch`."""
+        return bool(self._per_token)
+
     def _conversion(self, module: nn.Module) -> Change | None:
         """What `_hook` lets be made of each gradient at a module."""
         return None
@@ -248,9 +271,58 @@ class Capture:
     def __getitem__(self, name: str) -> torch.Tensor:
         """The committed rows of one column: Tensor[rows, ...], a view of memory that `clear` lets go.
 
+        Of a column per token they are a copy, Tensor[tokens, ...], without padding; `where` says whose they are.
+
         Raises:
             KeyError: for a name that isn't in `names`.
-            RuntimeError: if nothing was ever written there.
+            RuntimeError: if nothing was ever written there, or its rows are to be encoded.
+        """
+        rows = self.ring(name)
+        encoding = self.wanted[name][1].encoding
+        if encoding is not None:
+            rule = f"go into a dataset, which stores them as {encoding}"
+            remedy = "Use cap.into, or leave encoding= out to read them here."
+            raise RuntimeError(broken_rule("capture", f"rows of the column {name}", rule, "a look at them", remedy))
+        if name not in self._per_token:
+            return rows
+        chosen, width = self._tokens(name, rows)
+        return rows.flatten(0, 1).index_select(0, token_rows("capture", *chosen, width).to(rows.device))
+
+    def where(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row ``cap[name]`` of a column per token the example, as a row of other columns, and the position
+        among its real tokens, counted from 0: int64 [tokens] each.
+
+        Raises:
+            KeyError: for a name that isn't in `names`.
+            ValueError: for a column with a row for each example.
+        """
+        rows = self.ring(name)
+        if name not in self._per_token:
+            rule = "have a row for each token to be asked whose they are"
+            raise ValueError(broken_rule("capture", f"the column {name}", rule, "a row an example", "See cap.ids."))
+        lengths = np.asarray(self._tokens(name, rows)[0][1].lengths, np.int64)
+        examples = np.repeat(np.arange(len(lengths)), lengths)
+        return torch.from_numpy(examples), torch.from_numpy(positions_within(lengths))
+
+    def _tokens(self, name: str, rows: torch.Tensor) -> tuple[tuple[torch.Tensor, Tokens], int]:
+        """(all rows, the tokens of each), and how many positions they have."""
+        if rows.dim() < 2:
+            rule, remedy = 'have the positions as dimension 1 with per="token"', 'Use per="example" there.'
+            got = f"rows {list(rows.shape[1:])}"
+            raise ValueError(broken_rule(f"capture at {name}", "a gradient", rule, got, remedy))
+        return (torch.arange(len(rows)), self.tokens(0, rows.shape[1])), rows.shape[1]
+
+    def tokens(self, first_row: int, width: int) -> Tokens:
+        """Which positions of the rows from ``first_row`` on are real, by their masks; ``width`` of those without."""
+        n_more = self.rows - len(self._spans)
+        spans = [(0, width) if span is None else span for span in [*self._spans[first_row:], *[None] * n_more]]
+        return Tokens([length for _, length in spans], [first for first, _ in spans])
+
+    def ring(self, name: str) -> torch.Tensor:
+        """The committed rows of one column as they were written: with the padding, and not encoded.
+
+        Raises:
+            KeyError, RuntimeError: as for ``cap[name]``.
         """
         if name not in self._columns:
             raise KeyError(
@@ -314,6 +386,7 @@ class Capture:
         """
         self._ledger.clear()
         self._ids.clear()
+        self._spans.clear()
         self.n_cleared += 1
 
     @contextmanager
@@ -330,7 +403,8 @@ class Capture:
         """Say what the next forward and backward are about.
 
         Args:
-            mask: bool [B, P], True at real tokens: reductions leave the others out, ``none`` stores zeros there.
+            mask: bool [B, P], True at real tokens: reductions leave the others out, ``none`` stores zeros there, and
+                columns per token have no row there. For these it is read at once, which waits for its device.
             ids: a sequence with one id for each example, kept in `ids`; inside `into` its number in the plan, or an
                 `Example`.
             grad_scale: the factor in the loss (of a GradScaler, say) to divide out of the rows.
@@ -350,7 +424,12 @@ class Capture:
         """
         who = "batch"
         mask = None if mask is None else as_mask(who, mask)
+        wrong = next((column for column in masks or () if column in self._per_token), None)
+        if wrong is not None:
+            rule, remedy = "leave columns per token to mask", "Keep its rows per example, or in a capture of its own."
+            raise ValueError(broken_rule(who, "masks", rule, repr(wrong), remedy))
         check_ids(who, ids)
+        tokens = tokens_of(who, mask) if mask is not None and self._per_token else None
         if ids is not None and mask is not None and len(ids) != mask.shape[0]:
             raise ValueError(
                 broken_rule(who, "ids", f"have one id for each of {mask.shape[0]} examples", len(ids), "Check both.")
@@ -361,9 +440,10 @@ class Capture:
         inputs = StepInputs(mask, masks or {}, refs or {}, at or {}, batch)
         own = inputs.of_columns(self.wanted, unmasked, self._ledger.recording)
         if self.receiver is not None:
-            self.receiver.expect(ids)
+            self.receiver.expect(ids, tokens)
         ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
         self._ids += [None] * (self.rows - len(self._ids))
+        self._spans += [None] * (self.rows - len(self._spans))
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         before = {column: self._set(column, given) for column, given in own.items()}
         try:
@@ -381,6 +461,7 @@ class Capture:
                 self._ids += list(ids) * (written // len(ids))
             else:
                 self._ids += [None] * written
+            self._spans += _spans(tokens, self.rows - len(self._spans))
         if self._ledger.n_ended == ended:
             raise RuntimeError(
                 broken_rule(
@@ -388,7 +469,7 @@ class Capture:
                     self._why_no_rows(calls_before),
                 )
             )  # fmt: skip
-        if self.receiver is not None and ids is not None:
+        if self.receiver is not None:
             self.receiver.took()
 
     def given(self, column: str) -> Given:
@@ -428,7 +509,9 @@ class Capture:
         nothing of another one.
 
         Args:
-            out: a folder or URL, new or with a part of this dataset; or a `DatasetWriter`, which stays open.
+            out: a folder or URL, new or with a part of this dataset; or a `DatasetWriter`, which stays open; or
+                `RunningSums`, to which the rows of each batch are added in place of all this: then it needs no ids, the
+                capture room for one batch, and batches may have any length.
             plan: the `tlfast.dataset.Plan`: how many examples there are, and how many of them are a unit.
             header: what the data are (model, loss, ...), JSON; a part of the dataset's identity, as specs, calls and
                 missing of this capture are.
@@ -454,6 +537,12 @@ class Capture:
             >>> tlfast.open_dataset(out)["0"].shape
             (6, 3)
         """
+        if isinstance(out, RunningSums):
+            if plan is not None or header is not None or config or staging is not None or disk_wait_s != 600.0:
+                remedy = "Sums are kept in memory, and saved by RunningSums.save."
+                rule, what = "be left out where out is RunningSums", "plan, header, config, staging, disk_wait_s"
+                raise ValueError(broken_rule("into", what, rule, "some", remedy))
+            return openers["sums"](self, out)
         return openers["dataset"](
             self, out, plan=plan, header=header, config=config, staging=staging, disk_wait_s=disk_wait_s
         )

@@ -88,6 +88,9 @@ class GraphStep:
         if cap.backend != "native":
             got = f"the {cap.backend} backend"
             raise RuntimeError(broken_rule(who, "cap", "run the native code", got, "See tlfast.backend()."))
+        if cap.squeezes:  # a mask is read on the host, and a recording has none
+            remedy = 'Keep padded rows: leave per= out, and reduce="none".'
+            raise RuntimeError(broken_rule(who, "cap", "have rows of examples", "columns per token", remedy))
         if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
             types = [type(x).__name__ for x in inputs]
             raise TypeError(broken_rule(who, "inputs", "be one tensor or more", types, "Pass the tensors of a batch."))

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ..errors import broken_rule
+from .tokens import Tokens
 
 
 class Into(Protocol):
@@ -26,12 +27,12 @@ class Into(Protocol):
         """The numbers that are left in batches, none of which has examples of two units."""
         ...
 
-    def expect(self, ids: Sequence[Any] | None) -> None:
-        """Hear of a batch before it runs."""
+    def expect(self, ids: Sequence[Any] | None, tokens: Tokens | None) -> None:
+        """Hear of a batch before it runs; ``tokens`` are those of its mask, where columns have a row for each."""
         ...
 
     def took(self) -> None:
-        """Hear that the rows of this batch, which had ids, are in the capture."""
+        """Hear that the rows of this batch are in the capture."""
         ...
 
     def failed(self) -> None:

@@ -47,6 +47,9 @@ class CaptureOptions(TapOptions):
             got = repr(self.rows)
             raise ValueError(broken_rule("capture", "rows", "be a positive number", got, "Give the rows to hold."))
         check_words("capture", self)
+        if self.calls == "stack" and any(spec.per == "token" for spec in self.specs):
+            rule, remedy = 'not be "stack" with per="token"', 'A stack has the calls before the positions: use "sum".'
+            raise ValueError(broken_rule("capture", "calls", rule, "'stack'", remedy))
         for spec in self.specs if self.attach == "full" else ():  # at whose nodes nothing is kept
             if spec.reads_act or spec.side != "output":
                 rule = 'be "auto" or "tensor" where activations or inputs are read'

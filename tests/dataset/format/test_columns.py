@@ -50,7 +50,10 @@ def test_the_first_version_that_suffices(column, version):
         (Column(F32, (2,), of="a\nb"), "who: of of 'h' must be 1 to 64 printable characters, got 'a\\nb'."),
         (Column(F32, (2,), of=7), "who: of of 'h' must be 1 to 64 printable characters, got 7."),
         (Column(F32, (2,), per="tok"), "who: per of 'h' must be one of example, token, got 'tok'."),
-        (Column(F32, (2,), encoding="int4"), "who: encoding of 'h' must be None or one of int8, int8:64, got 'int4'."),
+        (
+            Column(F32, (2,), encoding="int4"),
+            "who: encoding of 'h' must be None or one of int8, int8:64, float8_e4m3fn, int4:64, got 'int4'.",
+        ),
         (
             Column(torch.bfloat16, (2,), encoding="int8"),
             "who: dtype of the encoded 'h' must be float32, as decoded rows are, got torch.bfloat16. Rows of bfloat16",

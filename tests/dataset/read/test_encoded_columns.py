@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from kinds_cases import LENGTHS, make_writer, truth, write_units
+from safetensors.torch import load_file
 
-from tlfast.dataset import GradientColumn, open_dataset
-from tlfast.dataset.format.encodings import encode
+from tlfast.dataset import Column, GradientColumn, open_dataset
+from tlfast.dataset.format.encodings import BLOCKS, decode, encode
+from tlfast.dataset.format.norms import decoded_norms
+from tlfast.dataset.write import native as native_writer
 
 N = len(LENGTHS)
 
@@ -70,3 +73,45 @@ def test_a_row_that_is_not_finite_is_flagged_and_reads_back_as_nan(tmp_path):
     assert ds["q"][4].isnan().tolist() == [False] * 64 + [True] * 6
     assert np.isnan(ds.examples[4]["norms"]["q"])
     assert ds.info()["non_finite_rows"] == 1
+
+
+@pytest.mark.parametrize("backend", ["python", "native"])
+def test_every_encoding_is_written_and_read_back(tmp_path, backend):
+    columns = {
+        f"{encoding} {per}": Column(torch.float32, (5, 13), per=per, encoding=encoding)
+        for encoding in BLOCKS
+        for per in ("example", "token")
+    }
+    if backend == "native" and native_writer.loaded() is None:
+        pytest.skip("needs the native writer")
+    values = truth(columns)
+    write_units(make_writer(tmp_path / "d", columns=columns, backend=backend), values)
+    file = load_file(tmp_path / "d" / "data" / "u000001.safetensors")
+    for access in ("mmap", "pread"):
+        ds = open_dataset(tmp_path / "d", access=access)
+        assert ds.verify().ok
+        for name, column in columns.items():
+            stored = encode(torch.cat(values[name]), column.encoding)
+            rows = ds[name] if column.per == "example" else ds[name].flat
+            expected = decode(*stored, column.encoding, column.row_shape)
+            assert torch.equal(rows[:], expected)
+            assert torch.equal(rows[[3, 0, 3]], expected[[3, 0, 3]])
+            raw = ds.raw(name).codes if column.per == "example" else ds.raw(name).codes.flat
+            assert raw.dtype == stored.codes.dtype == file[f"{name}:codes"].dtype
+            assert torch.equal(raw[:].view(torch.uint8), stored.codes.view(torch.uint8))
+            lengths = [len(part) for part in values[name]]
+            norms = torch.stack([part.double().norm() for part in expected.split(lengths)])
+            torch.testing.assert_close(ds.norms(name).double(), norms, rtol=1e-6, atol=0)
+            in_python = decoded_norms(stored, column, lengths if column.per == "token" else None)
+            np.testing.assert_array_equal(ds.norms(name).numpy(), in_python)
+    assert ds.info()["points"]["int4:64 token"]["encoding"] == "int4:64"
+
+
+def test_native_norms_of_rows_that_are_not_there():
+    native = native_writer.loaded()
+    if native is None:
+        pytest.skip("needs the native writer")
+    with pytest.raises(
+        ValueError, match=r"^PayloadStream: a block must have the addresses of what it holds, got 3 rows"
+    ):
+        native.row_norms((0, 3, 2, "F32", 0, 0))

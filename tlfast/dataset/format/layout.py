@@ -14,7 +14,7 @@ import torch
 
 from ..errors import DatasetError, dataset_error
 from ..places.store import OpenFile
-from .encodings import check_encoding, scale_shape
+from .encodings import check_encoding, code_kind, scale_shape
 from .plan import Unit
 
 PAGE_BYTES = 4096  # the payload begins at a multiple of this: what O_DIRECT and mmap align to
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer JSON
 # The safetensors names of the dtypes that a row can have.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FIELD_DTYPE_NAMES = DTYPE_NAMES | {torch.int8: "I8"}  # those of codes too
+FIELD_DTYPE_NAMES = DTYPE_NAMES | {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}  # of codes too
 CODES, SCALES = ":codes", ":scales"  # the fields of an encoded column are called by its name and these
 MOST_OF = 64  # characters of what a column says it is of
 
@@ -59,7 +59,8 @@ class Column(NamedTuple):
         row_shape: shape of one row.
         of: what the values are: "grad", "act", or another short text.
         per: whether each example has a row, or each of its tokens.
-        encoding: None, or how rows are stored: "int8" (a scale for each row) or "int8:64" (for each 64 values).
+        encoding: None, or how rows are stored: "int8" or "float8_e4m3fn" (a scale for each row), "int8:64" or "int4:64"
+            (a scale for each 64 values).
 
     Example:
         >>> import torch
@@ -94,7 +95,7 @@ class Column(NamedTuple):
         if self.encoding is None:
             return {name: Field(self.dtype, self.row_shape, self.per)}
         scales = Field(torch.float32, scale_shape(self.encoding, self.row_shape), self.per)
-        return {name + CODES: Field(torch.int8, self.row_shape, self.per), name + SCALES: scales}
+        return {name + CODES: Field(*code_kind(self.encoding, self.row_shape), self.per), name + SCALES: scales}
 
 
 def notes_of(of: str = "grad", per: str = "example", encoding: str | None = None) -> str:

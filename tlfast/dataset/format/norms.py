@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from .encodings import Encoded, decode
-from .layout import Column
+from .layout import DTYPE_NAMES, Column
 
 _DECODED_BYTES = 256 << 10  # decoded at a time, and so never more than a cache holds
 
@@ -45,13 +46,16 @@ def row_norms(rows: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     return norms, odd
 
 
-def decoded_norms(stored: Encoded, column: Column, lengths: Sequence[int] | None) -> np.ndarray[Any, Any]:
+def decoded_norms(
+    stored: Encoded, column: Column, lengths: Sequence[int] | None, native: ModuleType | None = None
+) -> np.ndarray[Any, Any]:
     """Return the norm of each example at an encoded column, float32: that of its decoded row, or of its tokens' rows.
 
     Args:
         stored: codes and scales of all rows, on the CPU.
         column: what they are of.
         lengths: of a column per token, how many rows each example has; None: one.
+        native: tlfast._disk, which finds the same bits; None: Python does.
     """
     encoding, shape = column.encoding or "", column.row_shape
     n = len(stored.codes) if lengths is None else len(lengths)
@@ -60,10 +64,19 @@ def decoded_norms(stored: Encoded, column: Column, lengths: Sequence[int] | None
         step = max(1, _DECODED_BYTES // (4 * prod(shape)))
         for part in (slice(start, start + step) for start in range(0, n, step)):
             rows = decode(stored.codes[part], stored.scales[part], encoding, shape)
-            norms[part] = row_norms(rows.reshape(len(rows), -1))[0]
+            norms[part] = _norms(rows.reshape(len(rows), -1), native)
         return norms
     parts = (tensor.split(list(lengths)) for tensor in stored)
     for i, (codes, scales) in enumerate(zip(*parts, strict=True)):
         if len(codes):
-            norms[i] = row_norms(decode(codes, scales, encoding, shape).reshape(1, -1))[0][0]
+            norms[i] = _norms(decode(codes, scales, encoding, shape).reshape(1, -1), native)[0]
+    return norms
+
+
+def _norms(rows: torch.Tensor, native: ModuleType | None) -> np.ndarray[Any, Any]:
+    """The norms of contiguous rows of float32 [rows, values]."""
+    if native is None:
+        return row_norms(rows)[0]
+    norms, odd = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
+    native.row_norms((rows.data_ptr(), *rows.shape, DTYPE_NAMES[rows.dtype], norms.ctypes.data, odd.ctypes.data))
     return norms

@@ -157,7 +157,7 @@ class RawColumn:
         return len(self.codes)
 
     def __getitem__(self, index: Any) -> Encoded:
-        """Return the codes (int8) and the scales (float32) of the indexed rows."""
+        """Return the codes and the scales (float32) of the indexed rows."""
         return Encoded(self.codes[index], self.scales[index])
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ..format.layout import FIELD_DTYPE_NAMES, as_integers
+from ..format.layout import DTYPE_NAMES, as_integers
 from ..format.norms import row_norms
 from ..places.durable import PendingFile, crc32c, write_all
 
@@ -21,10 +21,13 @@ PIECE_BYTES = 4 << 20
 _SUMMARY_BYTES = 256 << 10  # read once for checksum and norms: in float64 it still fits the second-level cache
 
 
+_BYTES = "I8"  # what the native writer calls codes, of whatever dtype
+
+
 class Rows(NamedTuple):
     """Contiguous rows [rows, values] on the CPU, and where their norms (float32) and which are odd (bool) go.
 
-    Nobody asks for those of codes (int8): None.
+    Nobody asks for those of codes: None.
     """
 
     rows: torch.Tensor
@@ -64,7 +67,7 @@ def writing(
         lengths: how many rows each example has in a tensor, where it is not one; their norm is that of all together.
 
     Yields:
-        The norms by name, float32 [examples], 0 of codes (int8), and which examples hold a NaN or an infinity, bool.
+        The norms by name, float32 [examples], 0 of codes, and which examples hold a NaN or an infinity, bool.
     """
     lengths = lengths or {}
     first = next(iter(tensors))
@@ -96,7 +99,7 @@ def _blocks(
     flat: torch.Tensor, norms: np.ndarray[Any, Any], odd: np.ndarray[Any, Any], lengths: Sequence[int] | None
 ) -> list[Rows]:
     """The rows of some examples as blocks: one, or one for each example where it has several rows."""
-    if flat.dtype == torch.int8:
+    if flat.dtype not in DTYPE_NAMES:
         return [Rows(flat, None, None)]
     if lengths is None:
         return [Rows(flat, norms, odd)]
@@ -130,7 +133,7 @@ class NativeStream:
         before, self._held = self._held, blocks
         self._stream.append(
             [
-                (rows.data_ptr(), *rows.shape, FIELD_DTYPE_NAMES[rows.dtype], *map(_address, (norms, odd)))
+                (rows.data_ptr(), *rows.shape, DTYPE_NAMES.get(rows.dtype, _BYTES), *map(_address, (norms, odd)))
                 for rows, norms, odd in blocks
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,20 @@ class UnitContents:
             for field in column.fields(name)
         }
 
-    def norms(self, of_fields: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    def norms(
+        self, of_fields: Mapping[str, np.ndarray[Any, Any]], native: ModuleType | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
         """Return the norm of each example by column, float32, where those of the fields are known."""
-        return {name: self._norms(name, of_fields) for name in self.columns}
+        return {name: self._norms(name, of_fields, native) for name in self.columns}
 
-    def _norms(self, name: str, of_fields: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    def _norms(
+        self, name: str, of_fields: Mapping[str, np.ndarray[Any, Any]], native: ModuleType | None
+    ) -> np.ndarray[Any, Any]:
         column = self.columns[name]
         if column.encoding is None:
             return of_fields[name]
         stored = Encoded(self.fields[name + CODES].cpu(), self.fields[name + SCALES].cpu())
-        return decoded_norms(stored, column, self.token_counts if column.per == "token" else None)
+        return decoded_norms(stored, column, self.token_counts if column.per == "token" else None, native)
 
 
 def unit_contents(

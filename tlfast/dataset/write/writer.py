@@ -255,7 +255,7 @@ class DatasetWriter:
             in_order = {name: contents.fields[name] for name in layout.blocks}
             with writing(data, in_order, self._native, contents.lengths) as (found, bad):
                 # The table is made while the disk is at work.
-                norms = contents.norms(found)
+                norms = contents.norms(found, self._native)
                 flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray(flags)
                 table = encode_rows(examples, flag_bits.tolist(), norms, self.description.kept)
             self.bytes_written += layout.n_bytes - len(layout.header)
