@@ -176,9 +176,9 @@ def test_rows_of_a_pair_are_the_chosen_answers_minus_the_rejected_ones(tmp_path)
     given = [preference_pair(*pair) for pair in pairs()]
     given.insert(1, given[0] | {"position_ids": None})
     settings = {"points": "model.layers.*", "loss": "preference", "reduce": "sum", "dtype": "float32"}
-    for n_rows in (1, 3, 16):
+    for n_rows, more in ((1, {"batch_examples": 1}), (3, {}), (16, {}), (17, {"padding_side": "left"})):
         out = tmp_path / str(n_rows)
-        collect(model, out, given, batch_examples=1, rows_per_unit=n_rows, **settings)
+        collect(model, out, given, rows_per_unit=n_rows, **settings, **more)
         dataset = tlfast.open_dataset(out)
         assert len(dataset) == 4
         assert dataset.skipped[0][2] == "no field 'position_ids', other than the first"
@@ -192,7 +192,8 @@ def test_rows_of_a_pair_are_the_chosen_answers_minus_the_rejected_ones(tmp_path)
                 torch.testing.assert_close(dataset[point][k], row, rtol=1e-3, atol=1e-4)
 
 
-def test_pairs_beside_each_other_are_refused(tmp_path):
+def test_pairs_beside_each_other_are_refused_where_a_mask_stands_in_for_that_of_the_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr("tlfast.collecting.batches._restarts", lambda positions: False)
     given = [preference_pair(*pair) for pair in pairs()]
     with pytest.raises(ValueError, match="a row must be the same as with its example alone"):
         collect(task_model("llama", "causal"), tmp_path / "out", given, points="model.layers.*", loss="preference")

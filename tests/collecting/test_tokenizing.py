@@ -25,7 +25,7 @@ def encode(text):
 def made(columns, values, task=None, policy="skip", tokenizer=TOKENIZER, most=None, **settings):
     bad = BadExamples(policy)
     records = [Record(one, "a.jsonl", k) for k, one in enumerate(values)]
-    found = Tokenizing(columns, tokenizer, task, bad, **settings).examples(records, most)
+    found = list(Tokenizing(columns, tokenizer, task, bad, **settings).examples(records, most))
     return found, [reason for _, _, reason in bad.skipped]
 
 
@@ -111,7 +111,7 @@ def test_no_more_are_read_than_are_asked_for():
             read.append(k)
             yield Record({"t": "ab"}, "a", k)
 
-    found = Tokenizing(Columns("t"), TOKENIZER, None, BadExamples()).examples(records(), 700)
+    found = list(Tokenizing(Columns("t"), TOKENIZER, None, BadExamples()).examples(records(), 700))
     assert [example.id for example in found] == list(range(700))
     assert len(read) == 1024
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..dataset.format.plan import Example
+from ..dataset.places.remote import url_of
 from ..dataset.read.conditions import Condition
 from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
@@ -32,13 +33,14 @@ from .huggingface import (
     portable_name,
 )
 from .losses import loss_called
-from .packing import check_packs, packed
+from .packing import check_packs, packs
 from .progress import Report
 from .records import read_records
-from .resume import check_folder, has_units
+from .resume import check_folder, existing_folder, has_units, packs_as_begun
 from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
+from .spool import SpooledItems
 from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, task_of
 from .text import TextFile, check_plain, cut_texts, find_text_files
 from .tokenizing import Columns, Tokenizing
@@ -87,7 +89,9 @@ class Collection:
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
-        self.examples: list[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
+        self.spool_in = None if url_of(settings.out) else existing_folder(settings.out)
+        self.unused: list[str] = []  # columns of the data that nobody asks for
+        self.examples: Sequence[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
         if settings.pack:
             self._pack(settings)
 
@@ -97,7 +101,7 @@ class Collection:
             got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
             remedy = "Leave it out."
             raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
-        self.examples = packed(self.examples, longest)
+        self.examples = SpooledItems(packs(self.examples, longest), self.spool_in)
         check_packs(self.model, self.examples)
 
     def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> list[Any]:
@@ -112,7 +116,7 @@ class Collection:
         )
         return filtered(found, settings.filter)[:most] if settings.filter else found
 
-    def _records(self, settings: CollectSettings) -> list[Any]:
+    def _records(self, settings: CollectSettings) -> Sequence[Any]:
         columns = Columns(
             settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
             settings.label_column, settings.keep_fields,
@@ -127,8 +131,12 @@ class Collection:
             longest=settings.seq_len or positions_of(self.model), truncate=settings.truncate,
             condition=settings.filter, label_ids=labels if isinstance(labels, dict) else None,
         )  # fmt: skip
-        records = read_records(settings.dataset, self.bad, settings.name, settings.split, columns.texts)
-        return tokenizing.examples(records, settings.max_examples or None)
+        records = read_records(
+            settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted
+        )
+        found = SpooledItems(tokenizing.examples(records, settings.max_examples or None), self.spool_in)
+        self.unused = tokenizing.unused
+        return found
 
     def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
@@ -140,6 +148,7 @@ class Collection:
             loss=self.loss,
             ref=self.ref,
             keep_fields=settings.keep_fields,
+            batch_examples=packs_as_begun(settings.out, settings.overwrite) if settings.pack else None,
             pad_id=tokenizer.pad_token_id or 0,
             share=share,
             skipped=self.bad.skipped,
@@ -157,7 +166,8 @@ class Collection:
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
     ) -> Report:
         """`tlfast.collect` with these settings."""
-        return self.run(settings, made_by, progress, share).collect()
+        notes = [f"columns that are not used: {', '.join(self.unused)}"] if self.unused else []
+        return self.run(settings, made_by, progress, share).collect(notes)
 
 
 def _text_files(settings: CollectSettings) -> list[TextFile]:

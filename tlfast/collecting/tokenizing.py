@@ -78,27 +78,34 @@ class Tokenizing:
         self.first, self.last, self.longest, self.truncate = list(first), list(last), longest, truncate
         self.condition = Condition(condition, _WHO) if condition else None
         self.label_ids = label_ids or {}
+        self.unused: list[str] = []  # columns that records have and nobody asks for; known once the first is read
 
-    def examples(self, records: Iterable[Record], most: int | None = None) -> list[Any]:
-        """The examples, ``most`` at most: `Example`s where they are tokens alone, else mappings of fields.
+    @property
+    def wanted(self) -> set[str]:
+        """The columns that are asked for."""
+        return {*self.columns.names, *(self.condition.names if self.condition is not None else ())}
+
+    def examples(self, records: Iterable[Record], most: int | None = None) -> Iterator[Any]:
+        """Yield the examples, ``most`` at most: `Example`s where they are tokens alone, else mappings of fields.
 
         Raises:
             ValueError: for a column that the first record lacks, a wrong condition, or no examples at all.
         """
-        found: list[Any] = []
         waiting = iter(records)
-        n_records = 0
+        n_records = n_found = 0
         while chunk := list(islice(waiting, _AT_ONCE)):
             if not n_records:
                 self._check_first(chunk[0])
             n_records += len(chunk)
-            found += self._of(chunk, len(found))
-            if most is not None and len(found) >= most:
-                return found[:most]
-        if not found:
+            # All of the chunk: so what is bad among them is told, too.
+            found = list(self._of(chunk, n_found))[: None if most is None else most - n_found]
+            n_found += len(found)
+            yield from found
+            if n_found == most:
+                return
+        if not n_found:
             got = f"{n_records} records without; {self.bad}" if len(self.bad) else f"{n_records} records without"
             raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
-        return found
 
     def _check_first(self, record: Record) -> None:
         there = ", ".join(record.values)
@@ -112,6 +119,7 @@ class Tokenizing:
                 got = "a column of that name"
                 raise ValueError(broken_rule(_WHO, "filter", "mean the tokens by length", got, remedy))
             self.condition.check_names([*record.values, "length"])
+        self.unused = [name for name in record.values if name not in self.wanted]
 
     def _of(self, records: Sequence[Record], n_before: int) -> Iterator[Any]:
         tokens = {name: self._tokens(records, name) for name in self.columns.texts}
