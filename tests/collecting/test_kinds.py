@@ -62,7 +62,7 @@ def rows_or_none(family, model, side, out):
     settings = {"padding_side": side} if family in TEXT else {"embedding": points[0]}
     for number, batches in enumerate(BATCHES):
         more = batches if family in TEXT else {"batch_examples": (1, 2, 8)[number]}
-        reduce = "mean" if family in TEXT else "none"
+        reduce, refusal = "mean" if family in TEXT else "none", ""
         try:
             collect(
                 model, out / str(number), [*examples[:2], bad, *examples[2:]], points=points, reduce=reduce,
@@ -70,10 +70,12 @@ def rows_or_none(family, model, side, out):
                 **settings, **more,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
+            refusal = str(error)
+        if refusal:
             assert not (out / str(number)).exists()
-            if str(error).startswith(A_ROW):
-                assert is_wrong_in_a_batch(family, model, points, true, examples, side), str(error)
-            return str(error)
+            if refusal.startswith(A_ROW):
+                assert is_wrong_in_a_batch(family, model, points, true, examples, side), refusal
+            return refusal
         dataset = tlfast.open_dataset(out / str(number))
         assert len(dataset.skipped) == 1
         for i, grads in enumerate(true):

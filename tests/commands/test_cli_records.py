@@ -284,6 +284,7 @@ def test_a_dry_run_shows_and_writes_nothing(folder, tmp_path, capsys):
         "model     GPT2LMHeadModel, a causal language model, on cpu",
         "loss      next-token cross-entropy, summed over the tokens that labels name",
         f"examples  {N}, {n_tokens} tokens, in 3 batches",
+        "not used  text, messages, label, mood, score, topic: columns of the data",
         f"out       {tmp_path / 'out'}: 3 units of 5 rows at most, 1.5 KB",
         "time      about SOME s by 1 batches that were tried",
         "points    2, a row of each",

@@ -32,7 +32,8 @@ TEXT = ("encoder", "encoder-decoder")
 N_CLASSES, IMAGE, SAMPLES, LENGTHS = 3, 32, 800, (9, 12, 20, 23)
 # What configurations of images and of sound have beside those of text.
 MORE = {
-    "image_size": IMAGE, "patch_size": 8, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "num_labels": N_CLASSES,
+    "image_size": IMAGE, "patch_size": 8, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32],
+    "num_labels": N_CLASSES,
     "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32], "num_mel_bins": 16, "max_length": 64, "max_source_positions": 40,
     "max_target_positions": VOCAB, "conv_dim": [WIDTH] * 3, "conv_kernel": [10, 3, 2], "conv_stride": [5, 2, 2],
     "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
@@ -64,7 +65,8 @@ def tiny_config(kind):
             del settings[name]
     for name, token in (("bos_token_id", 2), ("eos_token_id", 3), ("pad_token_id", 0), ("decoder_start_token_id", 2)):
         given = getattr(default, name, None)
-        if name in known and (given is None or not 0 <= given < VOCAB):
+        begins = name == "decoder_start_token_id" and getattr(default, "is_encoder_decoder", False)
+        if (name in known or begins) and (not isinstance(given, int) or not 0 <= given < VOCAB):
             settings[name] = token
     settings |= {name: None for name in ("forced_eos_token_id", "forced_bos_token_id") if name in known}
     return config_class(**settings | SPECIAL.get(kind, {}))
@@ -101,7 +103,9 @@ def examples_for(family, model):
         return torch.randint(5, VOCAB, (n,), generator=draw).tolist()
 
     def labels(k):
-        return tokens(3 + k) if family in ("encoder-decoder", "speech") else k % N_CLASSES
+        if family == "speech":
+            return tokens(5)  # rows keep all positions
+        return tokens(3 + k) if family == "encoder-decoder" else k % N_CLASSES
 
     if family == "encoder":
         each = [tokens(n) for n in LENGTHS]

@@ -106,7 +106,7 @@ def preference_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequ
 
 
 @torch.no_grad()
-def check_packs(model: nn.Module, packs: Sequence[Mapping[str, Any]]) -> None:
+def check_packs(model: nn.Module, packs: Iterable[Mapping[str, Any]]) -> None:
     """Take the first pack of several texts through a model, and each of its texts alone.
 
     Raises:

@@ -7,7 +7,7 @@ import pickle
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -56,45 +56,6 @@ class Spool:
 
     def __getitem__(self, k: int) -> bytes:
         return self.read(k, k + 1)
-
-
-class SpooledItems(Sequence[Any]):
-    """What will be examples, each as it was made: tokens, or a mapping of fields.
-
-    Args:
-        items: all of them; read once.
-        folder: as of `Spool`.
-
-    Example:
-        >>> from tlfast.collecting.spool import SpooledItems
-        >>> SpooledItems({"n": k} for k in range(3))[-1]
-        {'n': 2}
-    """
-
-    def __init__(self, items: Iterable[Any], folder: Folder = None) -> None:
-        self._spool = Spool(folder)
-        for item in items:
-            self._spool.add(pickle.dumps(item, protocol=5))
-
-    def __len__(self) -> int:
-        return len(self._spool)
-
-    @overload
-    def __getitem__(self, k: int) -> Any: ...
-
-    @overload
-    def __getitem__(self, k: slice) -> list[Any]: ...
-
-    def __getitem__(self, k: int | slice) -> Any:
-        found = range(len(self))[k]
-        return pickle.loads(self._spool[found]) if isinstance(found, int) else self.__getitems__(found)
-
-    def __getitems__(self, numbers: Iterable[int]) -> list[Any]:
-        """These items, as torch's samplers ask for them."""
-        return [self[number] for number in numbers]
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(len(self)))
 
 
 class _Columns:

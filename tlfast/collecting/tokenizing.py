@@ -21,6 +21,8 @@ from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ
 
 _AT_ONCE = 512  # texts given to a tokenizer together, which works on them in parallel
 _WHO = "collect"
+# What a tokenizer's class may do to texts before its backend gets them.
+_CALLS = ("__call__", "_call_one", "_encode_plus", "_batch_encode_plus", "prepare_for_tokenization")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Tokenizing:
         self.first, self.last, self.longest, self.truncate = list(first), list(last), longest, truncate
         self.condition = Condition(condition, _WHO) if condition else None
         self.label_ids = label_ids or {}
+        self._quick: dict[str, bool] = {}  # columns whose texts the tokenizer's own backend encodes as it does itself
         self.unused: list[str] = []  # columns that records have and nobody asks for; known once the first is read
 
     @property
@@ -157,12 +160,22 @@ class Tokenizing:
         if not texts:
             return []
         special = self.task in (MASKED, CLASSIFIER, SEQ2SEQ)  # these were trained with [CLS], </s> and the like
+        if self._quick.get(name):
+            return self._by_backend(texts, special)
         more: dict[str, Any] = {"truncation": True, "max_length": self.longest} if self._cuts and special else {}
         given = {"text_target": texts} if self.task == SEQ2SEQ and name == self.columns.response else {"text": texts}
         found: Sequence[Sequence[int]] = self.tokenizer(
             **given, add_special_tokens=special, return_attention_mask=False, verbose=False, **more
         )["input_ids"]
+        if name not in self._quick:
+            plain = not more and is_plain(self.tokenizer)
+            self._quick[name] = plain and self._by_backend(texts, special) == list(found)
         return found
+
+    def _by_backend(self, texts: list[str], special: bool) -> list[list[int]]:
+        """The same in half the time, without what else transformers makes of each text."""
+        found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=special)
+        return [encoding.ids for encoding in found]
 
     @property
     def _cuts(self) -> bool:
@@ -232,6 +245,21 @@ class Tokenizing:
             return bool(self.condition({**record.values, "length": n}))
         except (ValueError, KeyError) as error:
             raise _Unusable(f"the filter fails: {' '.join(str(error).split())[:120]}") from None
+
+
+def is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer of transformers hands texts to its backend as they are: nothing of its class comes between.
+
+    Example:
+        >>> from tlfast.collecting.tokenizing import is_plain
+        >>> is_plain(str.split)
+        False
+    """
+    classes = type(tokenizer).__mro__
+    base = next((k for k, kind in enumerate(classes) if "backend_tokenizer" in vars(kind)), None)
+    if base is None or not hasattr(tokenizer.backend_tokenizer, "encode_batch_fast"):
+        return False
+    return not any(name in vars(kind) for kind in classes[:base] for name in _CALLS)
 
 
 def _given(value: Any, name: str) -> Any:

@@ -72,7 +72,8 @@ def _rehearse(wanted: CollectSettings) -> int:
         raise _wrong("--dry-run", "stand without --engine ray", "both", remedy)
     with redirect_stdout(sys.stderr):
         collection = Collection(wanted)
-        found = rehearse(collection.run(wanted, f"tlfast {__version__}", progress=False), collection.unused)
+        run = collection.run(wanted, f"tlfast {__version__}", progress=False)
+        found = rehearse(run, collection.unused)
     print(found)
     return OK
 
