@@ -54,7 +54,7 @@ SPECIAL = {
 }  # fmt: skip
 
 
-def tiny_config(kind):
+def tiny_config(kind, **more):
     config_class = CONFIG_MAPPING[kind]
     default = config_class()
     known = default.to_dict().keys() | getattr(default, "attribute_map", {}).keys() | {"num_labels"}
@@ -69,13 +69,13 @@ def tiny_config(kind):
         if (name in known or begins) and (not isinstance(given, int) or not 0 <= given < VOCAB):
             settings[name] = token
     settings |= {name: None for name in ("forced_eos_token_id", "forced_bos_token_id") if name in known}
-    return config_class(**settings | SPECIAL.get(kind, {}))
+    return config_class(**settings | SPECIAL.get(kind, {}) | more)
 
 
-def tiny_model(family, kind):
+def tiny_model(family, kind, **more):
     """A model of one kind, of random weights that make a large gradient; ValueError where there is no tiny one."""
     logging.set_verbosity_error()
-    config, made = tiny_config(kind), FAMILIES[family][0]
+    config, made = tiny_config(kind, **more), FAMILIES[family][0]
     with torch.device("meta"):
         size = sum(p.numel() for p in made.from_config(config).parameters())
     if size > MOST_PARAMETERS:

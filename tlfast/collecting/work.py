@@ -18,6 +18,7 @@ from .checks import (
     alone_with,
     as_mapping,
     check_collate,
+    check_differentiable,
     check_left_alone,
     check_positions,
     check_tokens,
@@ -52,6 +53,7 @@ class Work:
     def __init__(self, model: nn.Module, options: CollectOptions) -> None:
         self.model, self.options, self.loss = model, options, loss_called(options.loss)
         check_left_alone(model)
+        check_differentiable(model)
         self.specs = wanted_specs(model, options)
         named = name_of(self.loss)
         if named is not None:
