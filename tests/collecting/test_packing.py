@@ -8,7 +8,7 @@ import pytest
 import torch
 from record_files import RECORDS, N, save_chat_model, save_records, save_task_model
 from task_models import gradients_alone, task_model
-from tiny_models import collect, complaint_of, save_text
+from tiny_models import collect, complaint_of, save_text, unit_bytes
 from torch import nn
 
 import tlfast
@@ -129,6 +129,19 @@ def test_rows_are_the_sums_of_those_of_the_texts(folder, tmp_path):
         for point, row in sums.items():
             torch.testing.assert_close(dataset[point][k], row, rtol=1e-3, atol=1e-4)
     assert next(taken, None) is None
+
+
+def test_a_dataset_with_one_pack_in_a_batch_goes_on_so(folder, tmp_path, monkeypatch):
+    short = ("--text", str(folder / "text"), "--rows-per-unit", "3", "--batch-tokens", "256")
+    with monkeypatch.context() as patch:
+        patch.setattr("tlfast.collecting.from_text.packs_as_begun", lambda out, overwrite: 1)
+        assert main(words(folder, tmp_path / "old", *short)) == 0
+        assert main(words(folder, tmp_path / "begun", *short, "--units", "0:1")) == 0
+    assert main(words(folder, tmp_path / "begun", *short)) == 0
+    assert unit_bytes(tmp_path / "begun") == unit_bytes(tmp_path / "old")
+    assert main(words(folder, tmp_path / "new", *short)) == 0
+    batching = [tlfast.open_dataset(tmp_path / name).header["batching"] for name in ("begun", "new")]
+    assert [said.get("batch_examples") for said in batching] == [1, None]
 
 
 def test_texts_are_packed_too(folder, tmp_path):

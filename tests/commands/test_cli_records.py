@@ -148,6 +148,8 @@ def test_a_filter_takes_records_by_their_values_and_tokens(folder, tmp_path, cap
     dataset = tlfast.open_dataset(tmp_path / "out")
     wanted = [one for one in RECORDS if len(one["text"]) > 24 and one["score"] < 2 and one["label"] != 1]
     assert [row["start"] // 2 for row in dataset.examples] == [RECORDS.index(one) for one in wanted]
+    said = capsys.readouterr().err
+    assert said.count("collect: columns that are not used: prompt, answer, messages, mood, topic\n") == 1
     text = "collect: condition must name values that rows have, got colour. There are answer, label, length, "
     found = complaint_of(capsys, words(folder, tmp_path / "o", column="text", filter="colour == 3"))
     assert found.startswith(text)
