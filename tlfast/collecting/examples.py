@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, bytes_of, digest_of
 from .items import Item, Reading, as_tokens
 from .skipped import BadExamples
 from .spool import DIGEST_BYTES, Examples, Spool
@@ -85,7 +85,7 @@ class Spooled(FieldSource):
 
 def _packed(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return value.dtype, tuple(value.shape), bytes_of(value)
     return {key: _packed(part) for key, part in value.items()} if isinstance(value, dict) else [value]
 
 

@@ -58,6 +58,11 @@ class Spool:
         return self.read(k, k + 1)
 
 
+def lengths_of(examples: Sequence[Example]) -> Iterator[int]:
+    """The tokens of each example."""
+    return examples.lengths() if isinstance(examples, Examples) else (example.length for example in examples)
+
+
 class _Columns:
     """What is known of each example, by its number."""
 
