@@ -62,7 +62,7 @@ test: $(STAMPS)/install ## the tests (TEST_ARGS='-k name', WORKERS=0 for one pro
 test-long: $(STAMPS)/install ## the few tests of half a minute or more, which `make test` leaves out
 	$(PY) -m pytest -q -m long tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
 
-test-models: $(STAMPS)/install ## collect with every kind of causal LM that transformers has, padded on both sides
+test-models: $(STAMPS)/install ## collect with every kind of model of text, images and sound that transformers has
 	$(PY) -m pytest -q -m every_model tests $(PARALLEL) $(TEST_ARGS)
 
 # Torch is its own, all else is that of the environment above, by a .pth file. So is the module, built for the CPU alone:

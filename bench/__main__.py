@@ -1,4 +1,4 @@
-"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens search] [--quick] [--rows N] [--out FILE]`."""
+"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens search data] [--quick] [--rows N] [--out]`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ GPU_PARTS = {f"gpu_{name}": name for name in gpu.PARTS}  # each in a process of 
 ON_REQUEST = (
     "lens",
     "search",
+    "data",
     "dataset_read",
     "dataset_resume",
     "dataset_tokens",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 
+import collect_fields
+import processes
 import pytest
 import torch
 from checkout import SUPPORT
@@ -98,6 +101,34 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp
     for k in range(KILLS):
         assert unit_bytes(tmp_path / str(k)) == expected, runs[k]
         assert tlfast.open_dataset(tmp_path / str(k)).verify().ok
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", collect_fields.KINDS)
+def test_examples_with_fields_are_killed_and_go_on_to_the_same_bytes(tmp_path, kind):
+    """Each run but the last is killed a little later than the one before."""
+    program = str(SUPPORT / "collect_fields.py")
+    with processes.started(program, kind, str(tmp_path / "whole")) as process:
+        _, complaint = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0, complaint
+    expected, instants, out = unit_bytes(tmp_path / "whole"), random.Random(kind), tmp_path / "out"
+    assert len(expected) == collect_fields.N_UNITS
+    n_left = []
+    for n_units in (6, 26):
+        with processes.started(program, kind, str(out)) as process:
+            processes.wait_for_units(process, out, n_units)
+            time.sleep(instants.uniform(0, 0.02))
+            process.send_signal(signal.SIGKILL)
+            process.wait(WAIT_S)
+        n_left.append(processes.n_commits(out))
+    assert n_left[-1] < collect_fields.N_UNITS, "the last kill came too late to prove anything"
+    with processes.started(program, kind, str(out)) as process:
+        _, complaint = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0, complaint
+    assert unit_bytes(out) == expected
+    dataset = tlfast.open_dataset(out)
+    assert dataset.verify().ok
+    assert len(dataset.skipped) == (collect_fields.N_UNITS if kind == "images" else 0)
 
 
 STOPPED = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,6 +275,9 @@ def test_the_task_of_what_is_wrapped_and_of_a_class_that_says_nothing():
     model = task_model("llama", "causal")
     assert task_of(torch.compile(model, backend="eager")) == task_of(model) == "a causal language model"
     assert task_of(Pixels()) is None
+    for causal, task in ((True, "a causal language model"), (False, "a masked language model")):
+        told = type("XLMWithLMHeadModel", (torch.nn.Module,), {"config": SimpleNamespace(causal=causal)})()
+        assert task_of(told) == task
     check_task(Pixels(), "next_token")
 
 

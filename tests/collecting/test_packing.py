@@ -8,7 +8,7 @@ import pytest
 import torch
 from record_files import RECORDS, N, save_chat_model, save_records, save_task_model
 from task_models import gradients_alone, task_model
-from tiny_models import collect, complaint_of, save_text
+from tiny_models import collect, complaint_of, save_text, unit_bytes
 from torch import nn
 
 import tlfast
@@ -131,6 +131,19 @@ def test_rows_are_the_sums_of_those_of_the_texts(folder, tmp_path):
     assert next(taken, None) is None
 
 
+def test_a_dataset_with_one_pack_in_a_batch_goes_on_so(folder, tmp_path, monkeypatch):
+    short = ("--text", str(folder / "text"), "--rows-per-unit", "3", "--batch-tokens", "256")
+    with monkeypatch.context() as patch:
+        patch.setattr("tlfast.collecting.from_text.packs_as_begun", lambda out, overwrite: 1)
+        assert main(words(folder, tmp_path / "old", *short)) == 0
+        assert main(words(folder, tmp_path / "begun", *short, "--units", "0:1")) == 0
+    assert main(words(folder, tmp_path / "begun", *short)) == 0
+    assert unit_bytes(tmp_path / "begun") == unit_bytes(tmp_path / "old")
+    assert main(words(folder, tmp_path / "new", *short)) == 0
+    batching = [tlfast.open_dataset(tmp_path / name).header["batching"] for name in ("begun", "new")]
+    assert [said.get("batch_examples") for said in batching] == [1, None]
+
+
 def test_texts_are_packed_too(folder, tmp_path):
     short = ("--text", str(folder / "text"), "--filter", "length < 40")
     assert main(words(folder, tmp_path / "out", *short)) == 0
@@ -176,9 +189,9 @@ def test_rows_of_a_pair_are_the_chosen_answers_minus_the_rejected_ones(tmp_path)
     given = [preference_pair(*pair) for pair in pairs()]
     given.insert(1, given[0] | {"position_ids": None})
     settings = {"points": "model.layers.*", "loss": "preference", "reduce": "sum", "dtype": "float32"}
-    for n_rows in (1, 3, 16):
+    for n_rows, more in ((1, {"batch_examples": 1}), (3, {}), (16, {}), (17, {"padding_side": "left"})):
         out = tmp_path / str(n_rows)
-        collect(model, out, given, batch_examples=1, rows_per_unit=n_rows, **settings)
+        collect(model, out, given, rows_per_unit=n_rows, **settings, **more)
         dataset = tlfast.open_dataset(out)
         assert len(dataset) == 4
         assert dataset.skipped[0][2] == "no field 'position_ids', other than the first"
@@ -192,7 +205,8 @@ def test_rows_of_a_pair_are_the_chosen_answers_minus_the_rejected_ones(tmp_path)
                 torch.testing.assert_close(dataset[point][k], row, rtol=1e-3, atol=1e-4)
 
 
-def test_pairs_beside_each_other_are_refused(tmp_path):
+def test_pairs_beside_each_other_are_refused_where_a_mask_stands_in_for_that_of_the_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr("tlfast.collecting.batches._restarts", lambda positions: False)
     given = [preference_pair(*pair) for pair in pairs()]
     with pytest.raises(ValueError, match="a row must be the same as with its example alone"):
         collect(task_model("llama", "causal"), tmp_path / "out", given, points="model.layers.*", loss="preference")

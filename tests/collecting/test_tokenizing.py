@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from record_files import TEMPLATE
 from tiny_models import byte_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tlfast.collecting.chat import chat_tokens, check_template
 from tlfast.collecting.records import Record
 from tlfast.collecting.skipped import BadExamples
 from tlfast.collecting.tasks import CLASSIFIER, SEQ2SEQ
-from tlfast.collecting.tokenizing import Columns, Tokenizing
+from tlfast.collecting.tokenizing import Columns, Tokenizing, is_plain
 from tlfast.dataset import Example
 
 TOKENIZER = byte_tokenizer()
@@ -25,7 +26,7 @@ def encode(text):
 def made(columns, values, task=None, policy="skip", tokenizer=TOKENIZER, most=None, **settings):
     bad = BadExamples(policy)
     records = [Record(one, "a.jsonl", k) for k, one in enumerate(values)]
-    found = Tokenizing(columns, tokenizer, task, bad, **settings).examples(records, most)
+    found = list(Tokenizing(columns, tokenizer, task, bad, **settings).examples(records, most))
     return found, [reason for _, _, reason in bad.skipped]
 
 
@@ -111,9 +112,29 @@ def test_no_more_are_read_than_are_asked_for():
             read.append(k)
             yield Record({"t": "ab"}, "a", k)
 
-    found = Tokenizing(Columns("t"), TOKENIZER, None, BadExamples()).examples(records(), 700)
+    found = list(Tokenizing(Columns("t"), TOKENIZER, None, BadExamples()).examples(records(), 700))
     assert [example.id for example in found] == list(range(700))
     assert len(read) == 1024
+
+
+class Lowered(PreTrainedTokenizerFast):
+    """One whose class does something to a text first."""
+
+    def __call__(self, text, **settings):
+        return super().__call__([one.lower() for one in text], **settings)
+
+
+def test_many_texts_are_encoded_as_one_alone():
+    values = [{"t": f"Number {k} \u00e9\u4e2d" * (k % 5 + 1)} for k in range(1100)]
+    for task in (None, CLASSIFIER):
+        special = byte_tokenizer(bos_token="<", cls_token="(", sep_token=")")
+        found, _ = made(Columns("t"), values, task, tokenizer=special)
+        wanted = [special(one["t"], add_special_tokens=task is not None)["input_ids"] for one in values]
+        assert [list(example.input_ids) for example in found] == wanted
+    lowered = Lowered(tokenizer_object=TOKENIZER.backend_tokenizer)
+    assert (is_plain(TOKENIZER), is_plain(lowered)) == (True, False)
+    found, _ = made(Columns("t"), values, tokenizer=lowered)
+    assert [list(example.input_ids) for example in found] == [encode(one["t"].lower()) for one in values]
 
 
 # Conversations.

@@ -148,6 +148,8 @@ def test_a_filter_takes_records_by_their_values_and_tokens(folder, tmp_path, cap
     dataset = tlfast.open_dataset(tmp_path / "out")
     wanted = [one for one in RECORDS if len(one["text"]) > 24 and one["score"] < 2 and one["label"] != 1]
     assert [row["start"] // 2 for row in dataset.examples] == [RECORDS.index(one) for one in wanted]
+    said = capsys.readouterr().err
+    assert said.count("collect: columns that are not used: prompt, answer, messages, mood, topic\n") == 1
     text = "collect: condition must name values that rows have, got colour. There are answer, label, length, "
     found = complaint_of(capsys, words(folder, tmp_path / "o", column="text", filter="colour == 3"))
     assert found.startswith(text)
@@ -284,6 +286,7 @@ def test_a_dry_run_shows_and_writes_nothing(folder, tmp_path, capsys):
         "model     GPT2LMHeadModel, a causal language model, on cpu",
         "loss      next-token cross-entropy, summed over the tokens that labels name",
         f"examples  {N}, {n_tokens} tokens, in 3 batches",
+        "not used  text, messages, label, mood, score, topic: columns of the data",
         f"out       {tmp_path / 'out'}: 3 units of 5 rows at most, 1.5 KB",
         "time      about SOME s by 1 batches that were tried",
         "points    2, a row of each",

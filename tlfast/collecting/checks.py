@@ -63,6 +63,19 @@ def check_left_alone(model: Any) -> None:
         raise RuntimeError(broken_rule("collect", "torch.inference_mode", "be off", "on", remedy))
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """ValueError for a model with quantised layers of torch itself: these operators have no backward.
+
+    Through them a gradient is zero, or none, and torch only warns. Weights that torchao or bitsandbytes have quantised
+    are made floats for each product, and gradients of activations pass.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            rule, remedy = "have operators with a backward", "Quantise with torchao or bitsandbytes, weights alone."
+            got = f"{type(module).__module__}.{type(module).__qualname__} at {name}"
+            raise ValueError(broken_rule("collect", "model", rule, got, remedy))
+
+
 _worked_on: list[Any] = []  # models, each by one thread
 _claims = Lock()
 

@@ -1,11 +1,10 @@
-"""All examples of a collection, read once: tokens and what is kept stay in memory, other fields are fetched again."""
+"""All examples of a collection, read once: tokens and what is kept are spooled, other fields may be fetched again."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import tempfile
-import weakref
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..dataset.format.plan import Example, FieldExample
+from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, bytes_of, digest_of
 from .items import Item, Reading, as_tokens
 from .skipped import BadExamples
+from .spool import DIGEST_BYTES, Examples, Spool
 
 _AT_ONCE = 256  # items asked of a data set together
 
@@ -40,24 +40,27 @@ class Refetched(FieldSource):
     def __init__(self, rules: FieldRules, data: Any, reading: Reading) -> None:
         super().__init__(rules)
         self._data, self._reading = data, reading
-        self._where: list[tuple[int, int, bytes]] = []  # item, which example in it, digest
+        self._where = array("q"), array("q")  # item, which example in it
+        self._digests = bytearray()
         self._last: tuple[int, list[Item]] = (-1, [])
 
     def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
         """Remember where the next example is found."""
-        self._where.append((item, part, digest))
+        self._where[0].append(item)
+        self._where[1].append(part)
+        self._digests += digest
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
-        places = [self._where[number] for number in numbers]
-        wanted = dict.fromkeys(item for item, _, _ in places if item != self._last[0])
+        places = [(self._where[0][number], self._where[1][number]) for number in numbers]
+        wanted = dict.fromkeys(item for item, _ in places if item != self._last[0])
         found = {self._last[0]: self._last[1]}
         for number, given in zip(wanted, _items_of(self._data, list(wanted)), strict=True):
             found[number] = list(self._reading.items(given, f"batches[{number}]"))
             self._last = (number, found[number])
         fetched = []
-        for number, (item, part, digest) in zip(numbers, places, strict=True):
+        for number, (item, part) in zip(numbers, places, strict=True):
             fields = _values(found[item][part].fields) if part < len(found[item]) else {}
-            if digest_of(fields) != digest:
+            if digest_of(fields) != self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]:
                 rule, got = "give an example the same fields each time", f"others for example {number}"
                 remedy = "Let nothing random be done to it; or give an iterator, which is read once."
                 raise ValueError(broken_rule("collect", "batches", rule, got, remedy))
@@ -66,35 +69,23 @@ class Refetched(FieldSource):
 
 
 class Spooled(FieldSource):
-    """Fields that were given but once, in a file without a name, which goes with this process."""
+    """Fields that were given but once: in a file without a name, which goes with this process, where they are many."""
 
     def __init__(self, rules: FieldRules, folder: str | os.PathLike[str] | None) -> None:
         super().__init__(rules)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as the collection)
-        weakref.finalize(self, self._file.close)
-        self._where: list[tuple[int, int]] = []
-        self._end = 0
+        self._spool = Spool(folder)
 
     def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
         """Write the fields of the next example."""
-        data = pickle.dumps(_packed(fields), protocol=5)
-        self._file.seek(self._end)
-        self._file.write(data)
-        self._where.append((self._end, len(data)))
-        self._end += len(data)
+        self._spool.add(pickle.dumps(_packed(fields), protocol=5))
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
-        fetched = []
-        for number in numbers:
-            start, size = self._where[number]
-            self._file.seek(start)
-            fetched.append(_unpacked(pickle.loads(self._file.read(size))))
-        return fetched
+        return [_unpacked(pickle.loads(self._spool[number])) for number in numbers]
 
 
 def _packed(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return value.dtype, tuple(value.shape), bytes_of(value)
     return {key: _packed(part) for key, part in value.items()} if isinstance(value, dict) else [value]
 
 
@@ -125,7 +116,7 @@ class ExampleReader:
         apart: fields that have nothing to do with the positions of ``input_ids``.
         size: of an example without ``input_ids``, in place of its tokens; None: none has one.
         padded: values of several lengths are padded by their names, not by the user's collate=.
-        spool_in: where fields are spooled that are given once; None: where temporary files lie.
+        spool_in: where tokens are spooled, and fields that are given once; None: where temporary files lie.
     """
 
     bad: BadExamples
@@ -138,11 +129,13 @@ class ExampleReader:
     size: Callable[[Mapping[str, Any]], int] | None = None
     padded: bool = True
     spool_in: str | os.PathLike[str] | None = None
-    examples: list[Example] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    sizes: array[int] = field(default_factory=lambda: array("q"))
     source: FieldSource | None = None
 
-    def read(self, data: Any) -> list[Example]:
+    def __post_init__(self) -> None:
+        self.examples = Examples(self.spool_in)
+
+    def read(self, data: Any) -> Examples:
         """List the examples, numbered from 0; their fields are in ``source`` then, where there are any.
 
         Raises:
@@ -199,10 +192,8 @@ class ExampleReader:
         kept = {name: as_kept(name, fields[name]) for name in self.keep}
         if self.size is not None:
             self.sizes.append(_size_of(self.size, fields, tokens))
-        n = 0 if tokens is None else len(tokens)
         ids = as_tokens(()) if tokens is None else tokens
-        known = (len(self.examples), ids, item.source, item.start, n)
-        self.examples.append(FieldExample(*known, kept, digest) if fields else Example(*known))
+        self.examples.add(ids, item.source, item.start, kept, digest)
 
     def _length_refused(self, n: int, number: int) -> tuple[str, str] | None:
         """The reason why an example of ``n`` tokens is left out, and the error that this may be; None: it isn't."""
@@ -284,4 +275,4 @@ def as_examples(batches: Iterable[Any], bad: BadExamples | None = None, longest:
         got = ", ".join(reader.source.rules.names)
         rule = "be among input_ids, attention_mask, source, start"
         raise ValueError(broken_rule("collect", "keys of batches", rule, got, "Only `collect` takes other fields."))
-    return examples
+    return list(examples)

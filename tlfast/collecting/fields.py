@@ -22,6 +22,7 @@ NOT_ASKED_FOR = -100  # a label that no loss looks at, as torch and transformers
 MOST_KEPT = 1024  # values of a field that a row table keeps
 _LABELS = ("label", "label_ids")
 _ZERO = ("token_type_ids", "position_ids")
+_OF_NUMPY = (torch.int64, torch.int32, torch.float32, torch.float64, torch.uint8, torch.bool)
 
 
 class BadField(ValueError):
@@ -70,10 +71,23 @@ def digest_of(fields: Mapping[str, Value]) -> bytes:
     for name, value in leaves(fields):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name}\0{value.dtype} {list(value.shape)};".encode())
-            digest.update(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            digest.update(memoryview(_as_array(value)))
         else:
             digest.update(f"{name}\0{value!r};".encode(errors="surrogatepass"))
     return digest.digest()
+
+
+def _as_array(value: torch.Tensor) -> Any:
+    """The bytes of a tensor as an array, without a copy where they lie in order."""
+    if value.dim() == 1 and value.is_contiguous() and value.dtype in _OF_NUMPY:
+        return value.numpy()
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def bytes_of(value: torch.Tensor) -> bytes:
+    """The bytes of a tensor, in the order of its elements."""
+    found: bytes = _as_array(value).tobytes()
+    return found
 
 
 def leaves(fields: Mapping[str, Value], above: str = "") -> Iterator[tuple[str, Value]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +23,19 @@ def model_fingerprint(model: nn.Module) -> str:
         if isinstance(entry, torch.Tensor):
             tensor = _whole(model, name, entry)
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
-            digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for part in _parts(tensor.detach()):
+                values = part.reshape(-1)[:: max(1, part.numel() // _SAMPLES)]
+                digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that a tensor is made of: itself, or the codes and scales of a quantised weight."""
+    if type(tensor) is torch.Tensor or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _whole(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -32,10 +33,10 @@ from .huggingface import (
     portable_name,
 )
 from .losses import loss_called
-from .packing import check_packs, packed
+from .packing import check_packs, packs
 from .progress import Report
 from .records import read_records
-from .resume import check_folder, has_units
+from .resume import check_folder, has_units, packs_as_begun
 from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
@@ -54,6 +55,16 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         KeyboardInterrupt, Terminated: as `collect`.
     """
     return Collection(settings).collect(settings, made_by)
+
+
+class MadeAnew:
+    """Examples that are made anew each time that they are gone through, and never all held."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()
 
 
 class Collection:
@@ -87,7 +98,8 @@ class Collection:
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
-        self.examples: list[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
+        self._tokenizing: Tokenizing | None = None
+        self.examples: Iterable[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
         if settings.pack:
             self._pack(settings)
 
@@ -97,8 +109,13 @@ class Collection:
             got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
             remedy = "Leave it out."
             raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
-        self.examples = packed(self.examples, longest)
+        self.examples = MadeAnew(partial(packs, self.examples, longest))
         check_packs(self.model, self.examples)
+
+    @property
+    def unused(self) -> list[str]:
+        """Columns of the data that nobody asks for; known once they were read."""
+        return [] if self._tokenizing is None else self._tokenizing.unused
 
     def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> list[Any]:
         most = settings.max_examples or None
@@ -112,7 +129,7 @@ class Collection:
         )
         return filtered(found, settings.filter)[:most] if settings.filter else found
 
-    def _records(self, settings: CollectSettings) -> list[Any]:
+    def _records(self, settings: CollectSettings) -> Iterable[Any]:
         columns = Columns(
             settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
             settings.label_column, settings.keep_fields,
@@ -127,8 +144,16 @@ class Collection:
             longest=settings.seq_len or positions_of(self.model), truncate=settings.truncate,
             condition=settings.filter, label_ids=labels if isinstance(labels, dict) else None,
         )  # fmt: skip
-        records = read_records(settings.dataset, self.bad, settings.name, settings.split, columns.texts)
-        return tokenizing.examples(records, settings.max_examples or None)
+        self._tokenizing = tokenizing
+
+        def examples() -> Iterator[Any]:
+            self.bad.forget()
+            records = read_records(
+                settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted
+            )
+            return tokenizing.examples(records, settings.max_examples or None)
+
+        return MadeAnew(examples)
 
     def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
@@ -140,9 +165,10 @@ class Collection:
             loss=self.loss,
             ref=self.ref,
             keep_fields=settings.keep_fields,
+            batch_examples=packs_as_begun(settings.out, settings.overwrite) if settings.pack else None,
             pad_id=tokenizer.pad_token_id or 0,
             share=share,
-            skipped=self.bad.skipped,
+            skipped=self.bad,
             progress=progress,
             header={
                 "model": {"name": portable_name(settings.model)} | adapter,
@@ -157,7 +183,8 @@ class Collection:
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
     ) -> Report:
         """`tlfast.collect` with these settings."""
-        return self.run(settings, made_by, progress, share).collect()
+        run = self.run(settings, made_by, progress, share)
+        return run.collect([f"columns that are not used: {', '.join(self.unused)}"] if self.unused else [])
 
 
 def _text_files(settings: CollectSettings) -> list[TextFile]:

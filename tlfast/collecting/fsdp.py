@@ -83,7 +83,7 @@ class Lockstep(Todo):
         for start in range(0, len(self._listed), count):
             units = self._listed[start : start + count]
             mine = units[index] if index < len(units) else None
-            n_steps = [self._runner.n_steps(self._examples[unit.start : unit.stop]) for unit in units]
+            n_steps = [self._runner.n_steps(list(self._examples[unit.start : unit.stop])) for unit in units]
             self._runner.idle(max(n_steps) - (n_steps[index] if mine else 0), self._shortest)
             if mine is not None:
                 self.taken.append(mine)

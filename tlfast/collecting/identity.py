@@ -18,6 +18,7 @@ from .fingerprint import describe_model, examples_fingerprint
 from .function_identity import called, describe_function
 from .losses import SAID, name_of
 from .options import CollectOptions
+from .spool import lengths_of
 
 # What of the options (`CollectOptions`) two runs of one dataset must share. One that isn't named here enters by its own
 # name where it isn't its default: so a new one is safe, and changes no identity that there is.
@@ -57,7 +58,7 @@ def describe_examples(
     """
     told = hashlib.sha256(fingerprint.encode()).hexdigest() if fingerprint else examples_fingerprint(examples)
     return {
-        "tokens": sum(example.length for example in examples),
+        "tokens": sum(lengths_of(examples)),
         "sha256": told,
         "skipped": [list(entry) for entry in skipped],
     } | ({"fingerprint": fingerprint} if fingerprint else {})

@@ -90,6 +90,11 @@ class Reading:
         told = _TOLD if set(item) == {*_TOLD, "input_ids", "source", "start"} else ()  # an example of our dataset
         fields = {str(key): value for key, value in item.items() if key not in (*_OURS, *told) and value is not None}
         given = item["input_ids"]
+        if isinstance(given, array) and item.get("attention_mask") is None:  # one example, as our own readers make it
+            yield _named_item(
+                given, {n: item[n] for n in ("source", "start") if item.get(n) is not None} | fields, place
+            )
+            return
         _check_examples_first(given, f"input_ids of {place}")
         ids = _as_list(given)
         if not isinstance(ids, Sequence) or (isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim > 2):

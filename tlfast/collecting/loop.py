@@ -67,7 +67,7 @@ def run_units(
 
     try:
         for unit in todo:
-            part = examples[unit.start : unit.stop]
+            part = list(examples[unit.start : unit.stop])
             n_done = shown.n_done
             try:
                 filled = runner.fill_ring(part, batch_done)

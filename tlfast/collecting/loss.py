@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from .batches import Batch, Batching
+from .tasks import CAUSAL, task_of
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -86,7 +88,9 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Whether the model makes of them what it should is tried before a collection begins (`tlfast.collecting.probe`).
     """
     wanted: dict[str, Any] = {"use_cache": False}
-    if batch.mask is not None:
+    # A mask of padding would stand in for the one that a model makes of positions that begin anew. By them a padded
+    # token is a text of its own, which no other sees.
+    if batch.mask is not None and not (batch.packed and task_of(model) == CAUSAL):
         wanted["attention_mask"] = batch.mask.long()
         positions = batch.position_ids
         if positions is not None:
@@ -166,7 +170,7 @@ def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Exampl
     """
     batching = replace(batching, source=None, collate=None, sizes=None)
     ids = list(examples[0].input_ids[:_TRIAL_TOKENS])
-    n, tokens = len(ids), (token for part in (ids, *(e.input_ids for e in examples)) for token in part)
+    n, tokens = len(ids), chain(ids, (token for example in examples for token in example.input_ids))
     other = next((token for token in tokens if token != ids[-1]), None)
     if other is None:  # there is one token in all examples
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -38,16 +38,22 @@ def packed(examples: Sequence[Any], longest: int) -> list[dict[str, Any]]:
         >>> one["position_ids"].tolist(), one["labels"].tolist()
         ([0, 1, 0, 1, 2], [-100, 6, -100, 8, 9])
     """
-    packs: list[list[Any]] = []
-    room = 0
+    return list(packs(examples, longest))
+
+
+def packs(examples: Iterable[Any], longest: int) -> Iterator[dict[str, Any]]:
+    """Yield what `packed` lists."""
+    pack: list[Any] = []
+    room = longest
     for example in examples:
         n = len(_tokens(example))
-        if n > room:
-            packs.append([])
-            room = longest
-        packs[-1].append(example)
+        if n > room and pack:
+            yield _joined(pack)
+            pack, room = [], longest
+        pack.append(example)
         room -= n
-    return [_joined(pack) for pack in packs]
+    if pack:
+        yield _joined(pack)
 
 
 def _tokens(example: Any) -> Sequence[int]:
@@ -75,8 +81,7 @@ def _joined(pack: Sequence[Any]) -> dict[str, Any]:
 def preference_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Any]:
     """The example of a prompt with two answers, tokens all of them, for the loss "preference".
 
-    Both are texts of their own in it, the prompt with the one and the prompt with the other. A batch must have one such
-    example: ``batch_examples=1``.
+    Both are texts of their own in it, the prompt with the one and the prompt with the other.
 
     Returns:
         A mapping with ``input_ids``, ``position_ids``, ``labels``, and ``preference_mask``: 1 at the chosen answer, -1
@@ -101,7 +106,7 @@ def preference_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequ
 
 
 @torch.no_grad()
-def check_packs(model: nn.Module, packs: Sequence[Mapping[str, Any]]) -> None:
+def check_packs(model: nn.Module, packs: Iterable[Mapping[str, Any]]) -> None:
     """Take the first pack of several texts through a model, and each of its texts alone.
 
     Raises:

@@ -25,6 +25,7 @@ from .batches import Batching, PaddingSide
 from .fields import DECODED
 from .loss import Loss, next_token_loss
 from .pack import column_of
+from .spool import lengths_of
 from .tasks import is_encoder_decoder
 from .unit import Runner
 
@@ -95,8 +96,9 @@ class Probe:
         self.wanted = enter(1, specs).wanted
         self.decoding = set[str]()  # columns with a decoder's positions
         first_of: dict[int, Example] = {}
-        for example in examples:
-            first_of.setdefault(self._size(example), example)
+        for k, size in enumerate(lengths_of(examples) if batching.sizes is None else batching.sizes):
+            if size not in first_of:
+                first_of[size] = examples[k]
         self.by_length = [first_of[length] for length in sorted(first_of)]
         self.short, self.other = self._pair(examples)
 

@@ -40,9 +40,10 @@ def work(settings: CollectSettings, made_by: str, share: Share) -> Done:
     Gradients go from here to ``out``. The process may die at any time: Ray starts the task again in another one.
     """
     loaded = Collection(settings)
-    report = loaded.collect(settings, made_by, progress=False, share=share)
+    run = loaded.run(settings, made_by, progress=False, share=share)
+    report = run.collect()
     units = read_description(settings.out, "collect").plan.units
-    return report, {unit.name: sum(e.length for e in loaded.examples[unit.start : unit.stop]) for unit in units}
+    return report, {unit.name: sum(e.length for e in run.examples[unit.start : unit.stop]) for unit in units}
 
 
 def collect_with_ray(settings: CollectSettings, made_by: str) -> Report:

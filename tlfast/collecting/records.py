@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,17 @@ class Record(NamedTuple):
 
 
 def read_records(
-    place: str, bad: BadExamples, name: str = "", split: str = "", texts: Collection[str] = ()
+    place: str,
+    bad: BadExamples,
+    name: str = "",
+    split: str = "",
+    texts: Collection[str] = (),
+    wanted: Collection[str] | None = None,
 ) -> Iterator[Record]:
     """Yield the rows of a data set, in its order; those of several files by rising path.
+
+    Tables in Parquet and Arrow, those of Hugging Face's datasets, lines of JSON and of text are read part by part; a
+    file of CSV or JSON is read whole, one after the other.
 
     Args:
         place: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .txt), a folder of such, one that
@@ -40,6 +48,7 @@ def read_records(
         name: of a configuration on the hub.
         split: which part: of the hub, of what save_to_disk wrote, or of a folder with files called so.
         texts: columns that are text, whatever a CSV file makes one think.
+        wanted: the columns that are asked for; None: all. Rows may have others, too, the first one has all.
 
     Raises:
         ValueError: for a place without records, a file that isn't what its ending says, or a ``split`` that there isn't
@@ -50,13 +59,15 @@ def read_records(
         if name:
             raise _refused("name", "be left out for files", repr(name), "It is one of the hub's.")
         files = _in_folder(path, split)
-        return chain.from_iterable(_of_file(file, file.relative_to(path).as_posix(), bad, texts) for file in files)
+        return chain.from_iterable(
+            _of_file(file, file.relative_to(path).as_posix(), bad, texts, wanted) for file in files
+        )
     if path.is_file():
         for argument, value in (("name", name), ("split", split)):
             if value:
                 raise _refused(argument, "be left out for a file", repr(value), "The file is taken whole.")
-        return _of_file(path, path.name, bad, texts)
-    return _of_datasets(place, path, name, split)
+        return _of_file(path, path.name, bad, texts, wanted)
+    return _of_datasets(place, path, name, split, wanted)
 
 
 def _refused(argument: str, rule: str, got: str, remedy: str) -> ValueError:
@@ -83,7 +94,7 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     return splits[split.lower()] if split else found
 
 
-def _of_datasets(place: str, path: Path, name: str, split: str) -> Iterator[Record]:
+def _of_datasets(place: str, path: Path, name: str, split: str, wanted: Collection[str] | None) -> Iterator[Record]:
     datasets = extra("datasets", _WHO, "hub")
     try:
         if path.is_dir():
@@ -102,28 +113,33 @@ def _of_datasets(place: str, path: Path, name: str, split: str) -> Iterator[Reco
     elif split:
         raise _refused("split", "be left out for a data set of one", repr(split), "It is taken whole.")
     source = split if path.is_dir() else f"{place}/{split}"
-    return _of_table_rows(map(_values, found.with_format("arrow").iter(batch_size=_AT_ONCE)), source or path.name)
+    return _of_table_rows(found.with_format("arrow").iter(batch_size=_AT_ONCE), source or path.name, wanted)
 
 
-def _values(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a part of a table."""
-    batch.validate(full=True)  # offsets that lead out of its memory would end the process
-    found: list[dict[str, Any]] = batch.to_pylist()
-    return found
+def _of_table_rows(parts: Iterable[Any], source: str, wanted: Collection[str] | None) -> Iterator[Record]:
+    """The rows of a table that comes in parts; of the first one with all columns, so that it is known what there is."""
+    start = 0
+    for part in parts:
+        part.validate(full=True)  # offsets that lead out of its memory would end the process
+        if start and wanted is not None:
+            part = part.select([k for k, column in enumerate(part.schema.names) if column in wanted])
+        for k, values in enumerate(part.to_pylist()):
+            yield Record(values, source, start + k)
+        start += len(part)
 
 
-def _of_table_rows(parts: Iterator[list[dict[str, Any]]], source: str) -> Iterator[Record]:
-    for start, values in enumerate(chain.from_iterable(parts)):
-        yield Record(values, source, start)
-
-
-def _of_file(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+def _of_file(
+    path: Path, source: str, bad: BadExamples, texts: Collection[str], wanted: Collection[str] | None
+) -> Iterator[Record]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         rule = f"end in {', '.join(_READERS)}"
         raise _refused("dataset", rule, repr(str(path)), "Name the file as what it is; --text takes text of any name.")
     try:
-        yield from reader(path, source, bad, texts)
+        if reader in (_parquet, _arrow):
+            yield from _of_table_rows(reader(path), source, wanted)
+        else:
+            yield from reader(path, source, bad, texts)
     except (OSError, UnicodeError, ValueError, TypeError, KeyError, RecursionError) as error:
         if str(error).startswith(f"{_WHO}: "):
             raise
@@ -201,28 +217,25 @@ def _csv(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> I
         got, remedy = f"{reason}, in row {number} of {str(path)!r}", "Quote what has the delimiter in it."
         error = broken_rule(_WHO, "dataset", "have a cell for each column", got, remedy)
         bad.leave_out(source, number, reason, error)
-    yield from _of_table_rows(map(_values, table.to_batches(_AT_ONCE)), source)
+    yield from _of_table_rows(table.to_batches(_AT_ONCE), source, None)
 
 
-def _parquet(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
-    file = extra("pyarrow.parquet", _WHO).ParquetFile(path)
-    yield from _of_table_rows(map(_values, file.iter_batches(_AT_ONCE)), source)
+def _parquet(path: Path) -> Iterator[Any]:
+    yield from extra("pyarrow.parquet", _WHO).ParquetFile(path).iter_batches(_AT_ONCE)
 
 
-def _arrow(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+def _arrow(path: Path) -> Iterator[Any]:
     pa = extra("pyarrow", _WHO)
     with pa.memory_map(str(path)) as memory:
         if memory.read(6) == b"ARROW1":
             opened = pa.ipc.open_file(memory)
-            batches = map(opened.get_batch, range(opened.num_record_batches))
+            yield from map(opened.get_batch, range(opened.num_record_batches))
         else:
             memory.seek(0)
-            batches = iter(pa.ipc.open_stream(memory))
-        yield from _of_table_rows(map(_values, batches), source)
+            yield from pa.ipc.open_stream(memory)
 
 
-_Reader = Callable[[Path, str, BadExamples, Collection[str]], Iterator[Record]]
-_READERS: dict[str, _Reader] = {
+_READERS: dict[str, Callable[..., Iterator[Any]]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
     ".arrow": _arrow, ".feather": _arrow, ".txt": _text,
 }  # fmt: skip

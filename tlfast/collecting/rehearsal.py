@@ -40,6 +40,7 @@ class Rehearsal:
     n_tried: int
     out: str
     is_begun: bool
+    unused: Sequence[str] = ()  # columns of the data that nobody asks for
 
     @property
     def n_bytes(self) -> int:
@@ -59,6 +60,8 @@ class Rehearsal:
             f"time      about {_duration(self.seconds)} by {self.n_tried} batches that were tried",
             f"points    {len(self.columns)}, a row of each",
         ]
+        if self.unused:
+            lines.insert(3, f"not used  {', '.join(self.unused)}: columns of the data")
         width = max(map(len, self.columns))
         for name, column in self.columns.items():
             shape = f"{DTYPE_NAMES[column.dtype]} {list(column.row_shape)}{column.notes}"
@@ -79,8 +82,10 @@ def _duration(seconds: float) -> str:
     return f"{round(seconds / 60)} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def rehearse(run: Run) -> Rehearsal:
+def rehearse(run: Run, unused: Sequence[str] = ()) -> Rehearsal:
     """Check and try all that a run would, and time a few of its batches; nothing is written.
+
+    ``unused`` are columns of the data that nobody asks for, to be named.
 
     Raises:
         ValueError, TypeError: as `collect` would before it writes.
@@ -90,8 +95,8 @@ def rehearse(run: Run) -> Rehearsal:
         probed = run.look(options.rows_per_unit)
         n_rows = options.rows_per_unit or unit_rows_of(probed.columns.values(), run.examples)
         plan = Plan(len(run.examples), n_rows)
-        parts = [_sizes(run, run.examples[unit.start : unit.stop]) for unit in plan.units]
-        seconds, n_tried, n_timed = _timed(run, probed, run.examples[: len(plan.unit(0))])
+        parts = [_sizes(run, list(run.examples[unit.start : unit.stop])) for unit in plan.units]
+        seconds, n_tried, n_timed = _timed(run, probed, list(run.examples[: len(plan.unit(0))]))
     model, names = unwrapped(run.model), dict(run.model.named_modules())
     points = run.enter(1, run.specs).wanted
     n_positions = sum(sum(part) for part in parts)
@@ -99,8 +104,8 @@ def rehearse(run: Run) -> Rehearsal:
         type(model).__name__, task_of(run.model), ", ".join(sorted(map(str, probed.devices))),
         describe_loss(run.loss, options.identity, options.header)[0]["loss"], probed.columns,
         {column: type(names.get(point)).__name__ for column, (point, _) in points.items()},
-        plan, sum(example.length for example in run.examples), len(run.bad), sum(map(len, parts)),
-        seconds * n_positions / n_timed, n_tried, str(run.out), has_units(run.out),
+        plan, sum(run.examples.lengths()), len(run.bad), sum(map(len, parts)),
+        seconds * n_positions / n_timed, n_tried, str(run.out), has_units(run.out), unused,
     )  # fmt: skip
 
 

@@ -90,6 +90,18 @@ def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], over
     return {"loss": said["loss"], **known} if vouched or not known else said
 
 
+def packs_as_begun(out: Place, overwrite: bool) -> int | None:
+    """The packed examples of a batch in the dataset that is continued; None: as many as there is room for.
+
+    The first such datasets had one, and say so.
+    """
+    if overwrite or not holds_dataset(out, "collect"):
+        return None
+    batching = read_description(out, "collect").header.get("batching")
+    found = batching.get("batch_examples") if isinstance(batching, dict) else None
+    return found if isinstance(found, int) else None
+
+
 def add_the_rest(
     writer: DatasetWriter,
     examples: Sequence[Example],

@@ -235,8 +235,8 @@ class Run(Work):
         self.read(batches, self.with_graphs, None if url_of(out) else existing_folder(out))
         self.with_graphs = self.batching.buckets is not None
 
-    def collect(self) -> Report:
-        """Make the units that are asked for and missing."""
+    def collect(self, notes: Sequence[str] = ()) -> Report:
+        """Make the units that are asked for and missing; ``notes`` are lines to be shown once, when work begins."""
         options = self.options
         with stopping() as stop_if_asked, self.at_work():
             probed = self.look(options.rows_per_unit)
@@ -250,8 +250,8 @@ class Run(Work):
             bar = options.progress and self.share.index == 0
             shown = Progress(n_asked, n_before, bar, waits_for=writer.waits_for)
             oddities, todo, waited_s = Oddities(options.non_finite == "stop"), Todo([], self.share, set), 0.0
-            if len(self.bad):
-                shown.say(str(self.bad))
+            for note in (*notes, *([str(self.bad)] if len(self.bad) else [])):
+                shown.say(note)
             try:
                 with writer:
                     if left:

@@ -177,8 +177,6 @@ class CollectSettings(SharedOptions, TextOptions):
         given = taken(SharedOptions, self)
         if self.lens and self.calls == "raise":
             given["calls"] = "sum"  # as TransformerLens' own capture
-        if self.pack:
-            more["batch_examples"] = 1  # a mask of padding would stand in for that of the texts
         return CollectOptions(
             **given,
             points=self.points,

@@ -17,30 +17,43 @@ class BadExamples:
 
     Args:
         policy: "skip", or "stop" to end at the first.
-        skipped: (source, start, reason) of those that were left out before.
+        skipped: (source, start, reason) of those that were left out before; or another such list, which may still grow.
         most: how many may be skipped: more are a mistake, not an exception.
     """
 
     def __init__(
-        self, policy: BadPolicy = "stop", skipped: Iterable[tuple[str, int, str]] = (), most: int = MOST
+        self,
+        policy: BadPolicy = "stop",
+        skipped: Iterable[tuple[str, int, str]] | BadExamples = (),
+        most: int = MOST,
     ) -> None:
         self._policy, self._most = policy, most
-        self.skipped: list[list[str | int]] = []  # as it stands in dataset.json
-        for source, start, reason in skipped:
+        self._before = skipped if isinstance(skipped, BadExamples) else None
+        self._own: list[list[str | int]] = []
+        for source, start, reason in () if isinstance(skipped, BadExamples) else skipped:
             self.leave_out(source, start, reason)
+
+    @property
+    def skipped(self) -> list[list[str | int]]:
+        """All of them, as they stand in dataset.json."""
+        return self._own if self._before is None else [*self._before.skipped, *self._own]
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._own.clear()
 
     def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
         """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
         if error is not None and self._policy == "stop":
             raise ValueError(error)
-        if len(self.skipped) == self._most:
+        if len(self) == self._most:
             got = f"one more: {source!r} at {start}, {reason}"
             remedy = 'bad_examples="stop" ends at the first, to look at it.'
             raise ValueError(broken_rule("collect", "examples", f"have {self._most} bad ones at most", got, remedy))
-        self.skipped.append([source, start, reason])
+        self._own.append([source, start, reason])
 
     def __len__(self) -> int:
-        return len(self.skipped)
+        return len(self._own) + (0 if self._before is None else len(self._before))
 
     def __str__(self) -> str:
         first = "; ".join(f"{source or 'one'} at {start}: {reason}" for source, start, reason in self.skipped[:3])

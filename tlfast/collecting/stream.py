@@ -268,7 +268,7 @@ class _Units(Work):
 
         The capture is made anew for each: between two units the model is its owner's.
         """
-        part, options = self.examples[unit.start : unit.stop], self.options
+        part, options = list(self.examples[unit.start : unit.stop]), self.options
         cap = self.enter(len(part), self.specs).unmasked(self._probed.unmasked)
         with self.at_work(), self._autocast.as_begun(), cap:
             runner = Runner(

@@ -55,6 +55,8 @@ def task_of(model: nn.Module) -> str | None:
         'a causal language model'
     """
     for kind in type(unwrapped(model)).__mro__:
+        if kind.__name__.endswith("WithLMHeadModel"):  # XLM's kin, which were trained as the one or as the other
+            return CAUSAL if getattr(getattr(unwrapped(model), "config", None), "causal", False) else MASKED
         task = next((task for ending, task in _ENDINGS.items() if kind.__name__.endswith(ending)), None)
         if task is not None:
             return task

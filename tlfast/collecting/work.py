@@ -18,6 +18,7 @@ from .checks import (
     alone_with,
     as_mapping,
     check_collate,
+    check_differentiable,
     check_left_alone,
     check_positions,
     check_tokens,
@@ -58,6 +59,7 @@ class Work:
     def __init__(self, model: nn.Module, options: CollectOptions) -> None:
         self.model, self.options, self.loss = model, options, loss_called(options.loss)
         check_left_alone(model)
+        check_differentiable(model)
         self.specs = wanted_specs(model, options)
         named = name_of(self.loss)
         if named is not None:
@@ -66,9 +68,9 @@ class Work:
         self.bad = BadExamples(options.bad_examples, options.skipped)
 
     def read(self, batches: Iterable[Any], with_graphs: bool, spool_in: str | None = None) -> None:
-        """List the examples, and decide how they become batches.
+        """Read the examples, and decide how they become batches.
 
-        ``spool_in`` is the folder in which fields are kept that the data give once; None: where temporary files lie.
+        ``spool_in`` is the folder in which they are spooled; None: where temporary files lie.
         """
         options = self.options
         apart = frozenset({"labels"} if is_encoder_decoder(self.model) else ())
@@ -87,7 +89,7 @@ class Work:
         self.examples = reader.read(batches)
         has_tokens = reader.source is None or reader.source.rules.has_tokens
         check_tokens(name_of(self.loss), reader.source)
-        longest = max(example.length for example in self.examples)
+        longest = max(self.examples.lengths())
         if has_tokens and not is_encoder_decoder(self.model):
             check_positions(self.specs, self.examples)
         width = width_of(self.specs, longest, options.seq_len) if has_tokens else None

@@ -71,7 +71,9 @@ def _rehearse(wanted: CollectSettings) -> int:
         remedy = "Without it the same is shown, for one process."
         raise _wrong("--dry-run", "stand without --engine ray", "both", remedy)
     with redirect_stdout(sys.stderr):
-        found = rehearse(Collection(wanted).run(wanted, f"tlfast {__version__}", progress=False))
+        collection = Collection(wanted)
+        run = collection.run(wanted, f"tlfast {__version__}", progress=False)
+        found = rehearse(run, collection.unused)
     print(found)
     return OK
 
