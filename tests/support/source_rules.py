@@ -48,6 +48,11 @@ ROOMS = (
             ("capture", "graph_step"),
         ),
     ),
+    # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
+    (
+        "recipes",
+        (("__init__", "pairs", "places", "products"), ("patching", "residual_graph"), ("additivity",), ("edges",)),
+    ),
     (
         "transformer_lens",
         (

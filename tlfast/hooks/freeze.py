@@ -145,3 +145,16 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
         for name, p in model.named_parameters(remove_duplicate=False):
             if p.is_meta and name in by_name:  # accelerate, which keeps it elsewhere, makes a new one at each use
                 p.requires_grad_(by_name[name])
+
+
+@contextmanager
+def at_work(model: nn.Module, embedding: Embedding | None = None) -> Iterator[None]:
+    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with freeze(model, embedding), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
