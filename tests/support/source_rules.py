@@ -60,7 +60,7 @@ ROOMS = (
             ("arguments", "loading", "names"),
             ("handles", "theirs"),
             ("caching_taps",),
-            ("running",),
+            ("running", "tools"),
             ("caching", "capturing"),
             ("compatibility",),
             ("acceleration",),

@@ -45,7 +45,8 @@ def find_embeddings(model: nn.Module) -> list[nn.Module]:
     # Not every module that starts something: nothing else needs the graph of a vision tower beside a language model.
     kinds = (nn.Embedding, type(first))
     weights = {id(p) for p in first.parameters(recurse=False)}
-    others: list[nn.Module] = []
+    inner = getattr(first, "original_component", None)  # in a bridge of TransformerLens, whose hook point is behind it
+    others: list[nn.Module] = [inner] if isinstance(inner, nn.Module) else []
     for module in model.modules():
         own = _own_embedding(module)
         others += [own] if isinstance(own, kinds) else []

@@ -109,24 +109,14 @@ def eap(
     """
     who = "eap"
     n_pairs = check_pairs(who, clean, corrupted)
-    if not isinstance(ig_steps, int) or isinstance(ig_steps, bool) or ig_steps < 1:
+    if type(ig_steps) is not int or ig_steps < 1:
         raise ValueError(broken_rule(who, "ig_steps", "be 1 or more", repr(ig_steps), "1 is EAP, more EAP-IG."))
     graph = residual_graph(who, model)
     study = Edges(who, graph, per_position)
-    metrics = []
-    with at_work(model, embedding), study.watch(model):
-        for _, pairs in in_batches(who, clean, corrupted, batch_size, n_pairs):
-            alone = len(pairs) == n_pairs
-            for step in range(ig_steps):
-                out = study.forward(model, pairs, step / ig_steps)
-                value = metric_of(who, metric, out, pairs, alone)
-                del out
-                study.backward(value)
-                if step == 0:
-                    metrics.append(value.detach())
+    with at_work(model, embedding):
+        value = study.run(model, clean, corrupted, metric, batch_size, ig_steps)
     scores = study.scores() / (ig_steps * (n_pairs if value.dim() else 1))
-    found = torch.cat(metrics) if value.dim() else metrics[0]
-    return EdgeScores(scores, tuple(graph.writer_names), tuple(graph.reader_names), graph.exists(), found)
+    return EdgeScores(scores, tuple(graph.writer_names), tuple(graph.reader_names), graph.exists(), value)
 
 
 class Edges:
@@ -147,8 +137,27 @@ class Edges:
         self._check: Additivity | None = Additivity(who, graph)  # of the first pass
         self._dtype = torch.float32  # of the stream
 
-    def watch(self, model: nn.Module) -> _Watched:
-        return _Watched(self, model)
+    def run(
+        self,
+        model: nn.Module,
+        clean: Inputs,
+        corrupted: Inputs,
+        metric: Metric,
+        batch_size: int | None,
+        ig_steps: int = 1,
+    ) -> torch.Tensor:
+        """Take all pairs through the model, which is at work; returns the metric of the corrupted inputs."""
+        n_pairs, values = check_pairs(self.who, clean, corrupted), []
+        with _Watched(self, model):
+            for _, pairs in in_batches(self.who, clean, corrupted, batch_size, n_pairs):
+                for step in range(ig_steps):
+                    out = self.forward(model, pairs, step / ig_steps)
+                    value = metric_of(self.who, metric, out, pairs, alone=len(pairs) == n_pairs)
+                    del out
+                    self.backward(value)
+                    if step == 0:
+                        values.append(value.detach())
+        return torch.cat(values) if value.dim() else values[0]
 
     def scores(self) -> torch.Tensor:
         assert self._scores is not None
@@ -246,7 +255,7 @@ class Edges:
         """The gradients of a group of readers, [readers, pairs, P, d_model], at the residual stream."""
         dtype = self._deltas.dtype
         if reader.weight is None:
-            grads = grad.to(dtype)[None]
+            grads = grad.to(dtype).reshape(1, *self._deltas.shape[1:])  # some models take an MLP's tokens flat
         else:
             heads = grad.to(dtype).movedim(2, 0).flatten(1, 2)
             grads = torch.bmm(heads, reader.weight).unflatten(1, grad.shape[:2])

@@ -50,8 +50,8 @@ def _check_kind(who: str, argument: str, inputs: object) -> None:
         raise TypeError(broken_rule(who, argument, "be a tensor, or a mapping of tensors", got, remedy))
     sizes = {len(tensor) for tensor in found.values()}
     if len(sizes) != 1 or 0 in sizes:
-        rule, got = "hold one or more examples, as many in each tensor", sorted(sizes)
-        raise ValueError(broken_rule(who, argument, rule, got, "Begin each tensor with the examples."))
+        rule, remedy = "hold one or more examples, as many in each tensor", "Begin each tensor with the examples."
+        raise ValueError(broken_rule(who, argument, rule, sorted(sizes), remedy))
 
 
 def check_pairs(who: str, clean: Inputs, corrupted: Inputs) -> int:
@@ -83,7 +83,7 @@ def in_batches(
     who: str, clean: Inputs, corrupted: Inputs, batch_size: int | None, n_pairs: int
 ) -> Iterator[tuple[slice, Pairs]]:
     """(rows, pairs) of each pass."""
-    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         rule, remedy = "be a positive number of pairs, or None", "None takes all pairs at once."
         raise ValueError(broken_rule(who, "batch_size", rule, repr(batch_size), remedy))
     step = n_pairs if batch_size is None else batch_size
@@ -129,7 +129,7 @@ def metric_of(who: str, metric: Metric, output: Any, pairs: Pairs, alone: bool) 
     Raises:
         TypeError, ValueError, RuntimeError: for a value that nothing can be made of.
     """
-    value = metric(logits_of(output), pairs)
+    value: Any = metric(logits_of(output), pairs)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         got = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(broken_rule(who, "metric", "return a floating-point tensor", got, "Don't call item()."))
@@ -143,4 +143,5 @@ def metric_of(who: str, metric: Metric, output: Any, pairs: Pairs, alone: bool) 
     if not value.requires_grad:
         remedy = "Make it of the logits, without detach() or no_grad()."
         raise RuntimeError(broken_rule(who, "metric", "have a gradient", "a value without a graph", remedy))
-    return value
+    checked: torch.Tensor = value
+    return checked

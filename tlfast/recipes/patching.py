@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -136,18 +137,10 @@ def attribution_patching(
     one_of(who, "side", side, ("output", "input"))
     places = find_places(who, model, list(points) if saes else points, side, output)  # type: ignore[arg-type]
     n_heads = (heads or heads_of(who, model)) if granularity == "head" else None
-    with at_work(model, embedding), Watch(who, model, places) as watch:
-        study = _Study(who, places, n_pairs, granularity, per_position, n_heads, saes)
-        for rows, pairs in in_batches(who, clean, corrupted, batch_size, n_pairs):
-            study.begin(rows, pairs)
-            with torch.no_grad():
-                watch.forward(lambda pairs=pairs: call(model, pairs.clean), study.keep_clean, stop=True)  # type: ignore[misc]
-            out = watch.forward(lambda pairs=pairs: call(model, pairs.corrupted), study.take_corrupted)  # type: ignore[misc]
-            value = metric_of(who, metric, out, pairs, alone=len(pairs) == n_pairs)
-            del out
-            watch.backward(value, study.score)
-            study.metric.append(value.detach())
-    return Attribution(study.named(), torch.cat(study.metric) if value.dim() else study.metric[0], granularity)
+    by_position = per_position or granularity == "position"
+    study = Study(who, places, n_pairs, by_position, [n_heads] * len(places), saes)
+    value = study.run(model, clean, corrupted, metric, batch_size, embedding)
+    return Attribution(study.named(), value, granularity)
 
 
 def _saes(who: str, points: Any, granularity: str) -> list[Any] | None:
@@ -166,7 +159,7 @@ def _saes(who: str, points: Any, granularity: str) -> list[Any] | None:
 def heads_of(who: str, model: nn.Module) -> int:
     """How many heads the config of a model says that its attention has."""
     for config in (getattr(model, "cfg", None), getattr(model, "config", None)):
-        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        inner: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         for name in ("n_heads", "num_attention_heads", "n_head"):
             found = getattr(inner, name, None)
             if isinstance(found, int):
@@ -174,26 +167,55 @@ def heads_of(who: str, model: nn.Module) -> int:
     raise ValueError(broken_rule(who, "heads", "be in the model's config", type(model).__name__, "Pass heads=."))
 
 
-class _Study:
-    """The scores of the places, and between the runs of a pass the differences of their activations."""
+class Study:
+    """The scores of the places, and between the runs of a pass the differences of their activations.
+
+    Args:
+        who: the caller, for errors.
+        places: where to look.
+        n_pairs: how many there are in all.
+        by_position: whether positions are kept.
+        heads: of each place how many heads are kept, or None.
+        saes: of each place its SAE, or None for all.
+    """
 
     def __init__(
         self,
         who: str,
         places: list[Place],
         n_pairs: int,
-        granularity: str,
-        per_position: bool,
-        heads: int | None,
-        saes: list[Any] | None,
+        by_position: bool,
+        heads: list[int | None],
+        saes: list[Any] | None = None,
     ):
         self.who, self.places, self.n_pairs = who, places, n_pairs
-        self.granularity, self.heads, self.saes = granularity, heads, saes
-        self.by_position = per_position or granularity == "position"
-        self.metric: list[torch.Tensor] = []
+        self.by_position, self.heads, self.saes = by_position, heads, saes
         self._scores: dict[str, torch.Tensor] = {}
         self._clean: list[torch.Tensor | None] = [None] * len(places)
         self._corrupted: list[torch.Tensor | None] = [None] * len(places)  # for SAEs, which encode both
+
+    def run(
+        self,
+        model: nn.Module,
+        clean: Inputs,
+        corrupted: Inputs,
+        metric: Metric,
+        batch_size: int | None,
+        embedding: Embedding | None = None,
+    ) -> torch.Tensor:
+        """Take all pairs through the model; returns the metric of the corrupted inputs."""
+        values = []
+        with at_work(model, embedding), Watch(self.who, model, self.places) as watch:
+            for rows, pairs in in_batches(self.who, clean, corrupted, batch_size, self.n_pairs):
+                self.begin(rows, pairs)
+                with torch.no_grad():
+                    watch.forward(partial(call, model, pairs.clean), self.keep_clean, stop=True)
+                out = watch.forward(partial(call, model, pairs.corrupted), self.take_corrupted)
+                value = metric_of(self.who, metric, out, pairs, alone=len(pairs) == self.n_pairs)
+                del out
+                watch.backward(value, self.score)
+                values.append(value.detach())
+        return torch.cat(values) if value.dim() else values[0]
 
     def begin(self, rows: slice, pairs: Pairs) -> None:
         self.rows, self.pairs = rows, pairs
@@ -221,22 +243,26 @@ class _Study:
             clean.sub_(act)
 
     def _checked(self, number: int, act: torch.Tensor) -> torch.Tensor:
-        """An activation with a dimension of heads where these are asked for."""
-        name, needs = self.places[number].name, 3 if self.by_position or self.heads else 1
-        if act.dim() < needs or len(act) != len(self.pairs):
-            rule = f"be [pairs, P, ...] for {self.granularity!r}" if needs == 3 else "begin with the pairs"
-            remedy = 'Choose granularity="node", or another point.' if needs == 3 else "Take another point."
+        """An activation, with a dimension of heads where these are asked for."""
+        name, heads = self.places[number].name, self.heads[number]
+        by_position = self.by_position or heads is not None
+        if act.dim() < (3 if by_position else 1) or len(act) != len(self.pairs):
+            rule = (
+                "be [pairs, P, ...] where positions or heads are told apart" if by_position else "begin with the pairs"
+            )
+            remedy = 'Choose granularity="node", or another point.' if by_position else "Take another point."
             raise ValueError(broken_rule(self.who, name, rule, list(act.shape), remedy))
-        return act if self.heads is None else self._by_head(name, act)
+        return self._by_head(number, act)
 
-    def _by_head(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 4 and tensor.shape[2] == self.heads:
+    def _by_head(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        heads = self.heads[number]
+        if heads is None or (tensor.dim() == 4 and tensor.shape[2] == heads):
             return tensor
-        if tensor.dim() == 3 and tensor.shape[2] % self.heads == 0:  # type: ignore[operator]
-            return tensor.unflatten(2, (self.heads, -1))  # type: ignore[arg-type]
-        rule = f"be [pairs, P, {self.heads} heads, d], or flat [pairs, P, {self.heads} x d]"
+        if tensor.dim() == 3 and tensor.shape[2] % heads == 0:
+            return tensor.reshape(*tensor.shape[:2], heads, -1)
+        rule = f"be [pairs, P, {heads} heads, d], or flat [pairs, P, {heads} x d]"
         remedy = "Take the output projection, whose input it is, or pass heads=."
-        raise ValueError(broken_rule(self.who, name, rule, list(tensor.shape), remedy))
+        raise ValueError(broken_rule(self.who, self.places[number].name, rule, list(tensor.shape), remedy))
 
     def score(self, number: int, grad: torch.Tensor) -> None:
         """What the backward brings to a place, times the difference there."""
@@ -245,9 +271,9 @@ class _Study:
         if self.saes is not None:
             self._score_latents(number, name, grad)
             return
-        grad = grad if self.heads is None else self._by_head(name, grad)
+        grad = self._by_head(number, grad)
         kept = {0, 1} if self.by_position else {0}
-        kept = kept | {2} if self.heads else kept
+        kept = kept | {2} if self.heads[number] else kept
         self._sum(name, grad, delta, kept)
 
     def _sum(self, name: str, grad: torch.Tensor, delta: torch.Tensor, kept: set[int]) -> None:
