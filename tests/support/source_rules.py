@@ -51,7 +51,13 @@ ROOMS = (
     # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
     (
         "recipes",
-        (("__init__", "pairs", "places", "products"), ("patching", "residual_graph"), ("additivity",), ("edges",)),
+        (
+            ("__init__", "pairs", "places", "products"),
+            ("norms", "patching"),
+            ("residual_graph",),
+            ("additivity",),
+            ("edges",),
+        ),
     ),
     (
         "transformer_lens",

@@ -12,11 +12,15 @@ from torch import nn
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding, at_work
 from .additivity import Additivity
+from .norms import Norm
 from .pairs import Inputs, Metric, Pairs, call, check_pairs, in_batches, metric_of
 from .patching import BATCH_SIZE
 from .places import Place, Watch
 from .products import outer_into
 from .residual_graph import Reader, ResidualGraph, residual_graph
+
+# Which call of the norm a HookedTransformer makes for which of them; a bridge makes one for all.
+_CALLS = {"q>": 0, "k>": 1, "v>": 2}
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class Edges:
         self._watch: Watch
         self._deltas = torch.empty(0)  # [writers, pairs, P, d_model]
         self._heads: dict[Place, torch.Tensor] = {}  # of the clean run: [pairs, P, heads, d_head]
+        self._along: dict[Place, torch.Tensor] = {}  # of the norms: the writers' dots with 1 and with what it is given
         self._scores: torch.Tensor | None = None
         self._added = 0.0  # times the input's difference, in the run that goes on
         self._check: Additivity | None = Additivity(who, graph)  # of the first pass
@@ -194,6 +199,7 @@ class Edges:
         try:
             self._watch.backward(value, self._take_gradient)
         finally:
+            self._along.clear()
             for norm in self.graph.norms:
                 norm.calls.clear()
         if self._check is not None:
@@ -238,34 +244,66 @@ class Edges:
             if self._check is not None and place in self._norms:
                 self._check.whole(place, grad)
             return
-        grads = self._at_reader(reader, grad)
-        n_writers, first = reader.n_writers, reader.first
+        if reader.norm is None:
+            # Some models take an MLP's tokens flat.
+            self._add(reader, grad.to(self._deltas.dtype).reshape(1, *self._deltas.shape[1:]))
+        else:
+            self._through_norm(reader, reader.norm, grad.to(self._deltas.dtype))
+
+    def _through_norm(self, reader: Reader, norm: Norm, grad: torch.Tensor) -> None:
+        """Add the edges of readers behind a norm: back through their weights, and through the norm of this run."""
+        call, weight = _CALLS.get(reader.names[0].rpartition("<")[2], 0), reader.weight
+        sizes = self._deltas.shape[1:]
+        heads = grad.reshape(1, -1, sizes[-1]) if weight is None else grad.movedim(2, 0).flatten(1, 2)
+        if self._check is not None or norm.formula is None:
+            grads = (heads if weight is None else torch.bmm(heads, weight)).unflatten(1, sizes[:2])
+            if self._check is not None:
+                self._check.part(norm.place, grads)
+                if norm.formula is None:
+                    norm.learn(call, grads.sum(0))
+            if norm.formula is None:
+                self._add(reader, norm.pulled_back(call, grads.clone() if weight is None else grads))
+                return
+            del grads
+        x, r = norm.formula.parts(norm.given(call, grad.dtype).reshape(-1, sizes[-1]))
+        scale = norm.formula.weight
+        if weight is None:
+            grads = heads * r if scale is None else heads * (r * scale)
+        else:
+            grads = torch.bmm(heads * r, weight if scale is None else weight * scale)
+        self._add(reader, grads.unflatten(1, sizes[:2]))
+        self._add_means(reader, norm, x, grads)
+
+    def _add_means(self, reader: Reader, norm: Norm, x: torch.Tensor, grads: torch.Tensor) -> None:
+        """Take off what a norm takes off a gradient: its mean, and its part along x."""
+        assert norm.formula is not None
+        assert self._scores is not None
+        along = torch.stack([torch.ones_like(x), x] if norm.formula.centred else [x], dim=2)  # [n, d, 1 or 2]
+        if norm.place not in self._along:
+            self._along[norm.place] = torch.bmm(self._deltas[: reader.n_writers].flatten(1, 2).transpose(0, 1), along)
+        ours, theirs = self._along[norm.place], torch.bmm(grads.transpose(0, 1), along)
+        out = self._scores[..., : reader.n_writers, reader.first : reader.first + len(grads)]
+        sizes = self._deltas.shape[1:3]
+        if self.per_position:  # [P, pairs x ways, .]
+            ours, theirs = (side.unflatten(0, sizes).permute(1, 0, 3, 2).flatten(1, 2) for side in (ours, theirs))
+            out -= torch.bmm(ours.transpose(1, 2), theirs) / x.shape[1]
+        else:
+            ours, theirs = (side.transpose(1, 2).flatten(0, 1) for side in (ours, theirs))
+            out -= ours.T @ theirs / x.shape[1]
+
+    def _add(self, reader: Reader, grads: torch.Tensor) -> None:
+        """Add the products of the writers before a group of readers with their gradients [readers, pairs, P, d]."""
         if self._scores is None:
             shape = (len(self.graph.writer_names), len(self.graph.reader_names))
             full = (self._deltas.shape[2], *shape) if self.per_position else shape
             self._scores = torch.zeros(full, dtype=self._deltas.dtype, device=self._deltas.device)
-        out = self._scores[..., :n_writers, first : first + len(grads)]
+        deltas = self._deltas[: reader.n_writers]
+        out = self._scores[..., : reader.n_writers, reader.first : reader.first + len(grads)]
         if not self.per_position:
-            outer_into(out, self._deltas[:n_writers], grads)
+            outer_into(out, deltas, grads)
             return
-        for pair in range(self._deltas.shape[1]):  # [P, writers, d] x [P, d, readers]
-            out += torch.bmm(self._deltas[:n_writers, pair].transpose(0, 1), grads[:, pair].permute(1, 2, 0))
-
-    def _at_reader(self, reader: Reader, grad: torch.Tensor) -> torch.Tensor:
-        """The gradients of a group of readers, [readers, pairs, P, d_model], at the residual stream."""
-        dtype = self._deltas.dtype
-        if reader.weight is None:
-            grads = grad.to(dtype).reshape(1, *self._deltas.shape[1:])  # some models take an MLP's tokens flat
-        else:
-            heads = grad.to(dtype).movedim(2, 0).flatten(1, 2)
-            grads = torch.bmm(heads, reader.weight).unflatten(1, grad.shape[:2])
-        if reader.norm is None:
-            return grads
-        if self._check is not None:
-            self._check.part(reader.norm.place, grads)
-        calls = {"q": 0, "k": 1, "v": 2}
-        kind = reader.names[0].rpartition("<")[2].rstrip(">")
-        return reader.norm.pulled_back(calls.get(kind, 0), grads if reader.weight is not None else grads.clone())
+        for pair in range(deltas.shape[1]):  # [P, writers, d] x [P, d, readers]
+            out += torch.bmm(deltas[:, pair].transpose(0, 1), grads[:, pair].permute(1, 2, 0))
 
     def move_input(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """What the first block is given, moved towards the clean one; a hook."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import broken_rule
+from .norms import Norm
 from .places import Place, hook_dict_of
 
 # Under these a point has a dimension of heads that this reading of the graph doesn't expect.
@@ -37,42 +37,6 @@ class Reader:
     n_writers: int  # how many write before they read
     weight: torch.Tensor | None = None  # [heads, d_head, d_model], float32: from a gradient that is seen to the norm's
     norm: Norm | None = None  # what lies between the residual stream and what the weight reads
-
-
-@dataclass
-class Norm:
-    """A norm, and its calls in the forward that is running: what it was given and what it put out, with their graph."""
-
-    place: Place
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    on_given: Callable[[Place, torch.Tensor], None] | None = None  # what is to be told of the stream before it
-    _given: torch.Tensor | None = None
-
-    def hook(self) -> list[Any]:
-        """Hooks that keep the calls; a backward frees what they hold, as it does the rest of the graph."""
-
-        def before(module: nn.Module, args: Any) -> None:
-            self._given = args[0]
-            if self.on_given is not None:
-                self.on_given(self.place, args[0].detach())
-
-        def after(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and self._given is not None:
-                self.calls.append((self._given, output))
-            self._given = None
-
-        module = self.place.module
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-    def pulled_back(self, call: int, grad: torch.Tensor) -> torch.Tensor:
-        """Gradients [R, ...] at the output of one call as they are at its input, in the same memory."""
-        given, output = self.calls[min(call, len(self.calls) - 1)]
-        if output is given:
-            return grad
-        for row in grad:
-            (back,) = torch.autograd.grad(output, given, row.to(output.dtype), retain_graph=True)
-            row.copy_(back)
-        return grad
 
 
 @dataclass
