@@ -252,19 +252,22 @@ class Edges:
 
     def _through_norm(self, reader: Reader, norm: Norm, grad: torch.Tensor) -> None:
         """Add the edges of readers behind a norm: back through their weights, and through the norm of this run."""
+        if not norm.calls:
+            rule, remedy = "run in the forward, with its gradient", "Switch off reentrant checkpoints."
+            raise ValueError(broken_rule(self.who, norm.place.name, rule, "a run of it in the backward", remedy))
         call, weight = _CALLS.get(reader.names[0].rpartition("<")[2], 0), reader.weight
         sizes = self._deltas.shape[1:]
         heads = grad.reshape(1, -1, sizes[-1]) if weight is None else grad.movedim(2, 0).flatten(1, 2)
         if self._check is not None or norm.formula is None:
             grads = (heads if weight is None else torch.bmm(heads, weight)).unflatten(1, sizes[:2])
+            total = grads.sum(0)
             if self._check is not None:
                 self._check.part(norm.place, grads)
-                if norm.formula is None:
-                    norm.learn(call, grads.sum(0))
-            if norm.formula is None:
-                self._add(reader, norm.pulled_back(call, grads.clone() if weight is None else grads))
-                return
-            del grads
+            grads = norm.pulled_back(call, grads.clone() if weight is None else grads)
+            if self._check is not None:
+                norm.learn(call, total, grads.sum(0))
+            self._add(reader, grads)
+            return
         x, r = norm.formula.parts(norm.given(call, grad.dtype).reshape(-1, sizes[-1]))
         scale = norm.formula.weight
         if weight is None:

@@ -65,7 +65,8 @@ class Norm:
     place: Place
     calls: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     on_given: Callable[[Place, torch.Tensor], None] | None = None  # what is to be told of the stream before it
-    formula: Formula | None = None
+    formula: Formula | None = None  # by which gradients go back, once it is learnt
+    _left: list[Formula] | None = None  # those that are not ruled out
     _given: torch.Tensor | None = None
 
     def hook(self) -> list[Any]:
@@ -88,14 +89,18 @@ class Norm:
         """What it was given in one call; where one call serves all, in that."""
         return self.calls[min(call, len(self.calls) - 1)][0].detach().to(dtype)
 
-    def learn(self, call: int, grad: torch.Tensor) -> None:
-        """Find the formula by which one gradient [..., d] goes back as autograd takes it, if there is one."""
-        truth, given = self.pulled_back(call, grad[None].clone())[0], self.given(call, grad.dtype)
-        bound = ROUNDINGS * torch.finfo(self.calls[0][1].dtype).eps * float(truth.norm())
-        for formula in _formulas(self.place.module, grad.dtype, grad.shape[-1]):
-            if float((formula.pulled_back(given, grad) - truth).norm()) <= bound:
-                self.formula = formula
-                return
+    def learn(self, call: int, grad: torch.Tensor, truth: torch.Tensor) -> None:
+        """Rule out the formulas by which a gradient [..., d] doesn't go back as autograd has taken it.
+
+        One of zeros tells nothing.
+        """
+        size = float(truth.norm())
+        if size == 0:
+            return
+        given, bound = self.given(call, grad.dtype), ROUNDINGS * torch.finfo(self.calls[0][1].dtype).eps * size
+        left = list(_formulas(self.place.module, grad.dtype, grad.shape[-1])) if self._left is None else self._left
+        self._left = [one for one in left if float((one.pulled_back(given, grad) - truth).norm()) <= bound]
+        self.formula = self._left[0] if self._left else None
 
     def pulled_back(self, call: int, grads: torch.Tensor) -> torch.Tensor:
         """Gradients [R, ...] at the output of one call as they are at its input, by autograd, in the same memory."""
