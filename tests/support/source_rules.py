@@ -52,11 +52,12 @@ ROOMS = (
     (
         "recipes",
         (
-            ("__init__", "pairs", "places", "products"),
+            ("pairs", "places", "products"),
             ("norms", "patching"),
             ("residual_graph",),
             ("additivity",),
             ("edges",),
+            ("__init__",),
         ),
     ),
     (
