@@ -14,11 +14,11 @@ from ..hooks.freeze import Embedding, at_work
 from .additivity import Additivity
 from .norms import Norm
 from .pairs import Inputs, Metric, Pairs, call, check_pairs, in_batches, metric_of
-from .patching import BATCH_SIZE
 from .places import Place, Watch
 from .products import outer_into
 from .residual_graph import Reader, ResidualGraph, residual_graph
 
+BATCH_SIZE = 8  # pairs: the writers' differences are read again for each group of readers, from the cache if they fit
 # Which call of the norm a HookedTransformer makes for which of them; a bridge makes one for all.
 _CALLS = {"q>": 0, "k>": 1, "v>": 2}
 

@@ -19,7 +19,7 @@ from .places import Place, Watch, find_places, hook_dict_of
 
 Granularity = Literal["node", "head", "position", "latent"]
 GRANULARITIES = ("node", "head", "position", "latent")
-BATCH_SIZE = 8  # pairs: enough for full matrix products at the lengths of such prompts
+BATCH_SIZE = 16  # pairs: enough for matrix products at their full speed, at the lengths of such prompts
 ERROR = ":error"  # behind the name of a point: what its SAE doesn't explain
 
 
