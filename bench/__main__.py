@@ -1,4 +1,4 @@
-"""`python -m bench [hooks kernel step collect dataset gpu gpu_host lens search data] [--quick] [--rows N] [--out]`."""
+"""`python -m bench [NAME ...] [--quick] [--rows N] [--out FILE]`: the benches, by name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ BENCHES = ("hooks", "kernel", "step", "collect", "dataset", "gpu")
 GPU_PARTS = {f"gpu_{name}": name for name in gpu.PARTS}  # each in a process of its own: a GPU that failed stays failed
 ON_REQUEST = (
     "lens",
+    "recipes",
     "search",
     "data",
     "dataset_read",

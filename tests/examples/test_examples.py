@@ -60,6 +60,15 @@ def test_attribution_to_heads(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
+def test_way_of_a_copied_token(tmp_path):
+    shown = said("copied_token.py", tmp_path, "--steps", "200")
+    assert figures(r"trained: (\d+%)", shown)[0] > 0.95
+    assert len(re.findall(r"^transformer\.h\.[01]\.(?:attn|mlp) +\d+ +\S+ +\S+$", shown, flags=re.MULTILINE)) == 8
+    assert figures(r"rank correlation of the two, over 32 places: (\S+)", shown)[0] > 0.9
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saliency_of_patches(tmp_path):
     shown = said("vit_saliency.py", tmp_path, "--steps", "60")
     assert figures(r"trained: (\d+%)", shown)[0] > 0.9

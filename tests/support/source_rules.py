@@ -49,6 +49,18 @@ ROOMS = (
             ("capture", "graph_step", "summing"),
         ),
     ),
+    # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
+    (
+        "recipes",
+        (
+            ("pairs", "places", "products"),
+            ("norms", "patching"),
+            ("residual_graph",),
+            ("additivity",),
+            ("edges",),
+            ("__init__",),
+        ),
+    ),
     (
         "transformer_lens",
         (
@@ -56,7 +68,7 @@ ROOMS = (
             ("arguments", "loading", "names"),
             ("handles", "theirs"),
             ("caching_taps",),
-            ("running",),
+            ("running", "tools"),
             ("caching", "capturing"),
             ("compatibility",),
             ("acceleration",),

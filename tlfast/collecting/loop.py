@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example, Unit
 from ..dataset.write.background import BackgroundWriter, Contents
 from ..dataset.write.writer import DatasetWriter
 from ..hooks.captured import Capture
-from ..hooks.freeze import Embedding, freeze
 from ..hooks.tokens import Tokens
 from .drain import Arrived, Drain
 from .pack import Pack
@@ -135,16 +132,3 @@ def _finish(
     contents = pack.contents(block)
     lengths = dict.fromkeys(pack.per_token, tokens.lengths) if tokens is not None else None
     return contents, oddities.flags(contents, counters, missing, n_writes, unit, lengths)
-
-
-@contextmanager
-def at_work(model: nn.Module, embedding: Embedding | None = None) -> Iterator[None]:
-    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with freeze(model, embedding), torch.enable_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

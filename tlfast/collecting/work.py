@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import broken_rule
 from ..hooks.captured import Capture
+from ..hooks.freeze import at_work
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..hooks.step_inputs import has_functions
 from ..spec import Spec
@@ -30,7 +31,6 @@ from .checks import (
 from .determinism import deterministic
 from .examples import ExampleReader
 from .graph_cache import CudaGraph
-from .loop import at_work
 from .loss import check_causal, next_token_loss
 from .losses import OF_ONE_TOKEN, loss_called, name_of, preference_loss, response_loss
 from .options import CollectOptions

@@ -45,7 +45,8 @@ def find_embeddings(model: nn.Module) -> list[nn.Module]:
     # Not every module that starts something: nothing else needs the graph of a vision tower beside a language model.
     kinds = (nn.Embedding, type(first))
     weights = {id(p) for p in first.parameters(recurse=False)}
-    others: list[nn.Module] = []
+    inner = getattr(first, "original_component", None)  # in a bridge of TransformerLens, whose hook point is behind it
+    others: list[nn.Module] = [inner] if isinstance(inner, nn.Module) else []
     for module in model.modules():
         own = _own_embedding(module)
         others += [own] if isinstance(own, kinds) else []
@@ -145,3 +146,16 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
         for name, p in model.named_parameters(remove_duplicate=False):
             if p.is_meta and name in by_name:  # accelerate, which keeps it elsewhere, makes a new one at each use
                 p.requires_grad_(by_name[name])
+
+
+@contextmanager
+def at_work(model: nn.Module, embedding: Embedding | None = None) -> Iterator[None]:
+    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with freeze(model, embedding), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

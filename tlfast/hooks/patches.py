@@ -27,6 +27,10 @@ class Patches:
         """Whether somebody wants it for every object."""
         return self._everywhere > 0
 
+    def wanted(self) -> bool:
+        """Whether somebody wants it for any object."""
+        return self._everywhere > 0 or bool(self._only)
+
     def concern(self, owner: object) -> bool:
         """Whether it is wanted for this object."""
         return self._everywhere > 0 or id(owner) in self._only
@@ -35,15 +39,24 @@ class Patches:
         """One more wants it, for these objects or, under None, for every one; whoever enters keeps them alive."""
         with self._lock:
             if self._users == 0:
-                for cls, name, new in make():
-                    self._done.append((cls, name, vars(cls).get(name, _NOTHING), new))
-                    setattr(cls, name, new)
+                self._replace(make())
             self._users += 1
             if only is None:
                 self._everywhere += 1
             for owner in only or ():
                 self._only[id(owner)] = self._only.get(id(owner), 0) + 1
             self.changed()
+
+    def also(self, patches: Iterable[Patch]) -> None:
+        """Replace these, too, while anybody is here: of a module that has been imported since."""
+        with self._lock:
+            if self._users:
+                self._replace(patches)
+
+    def _replace(self, patches: Iterable[Patch]) -> None:
+        for cls, name, new in patches:
+            self._done.append((cls, name, vars(cls).get(name, _NOTHING), new))
+            setattr(cls, name, new)
 
     def leave(self, only: Iterable[object] | None = None) -> None:
         """One fewer; after the last all is as it was."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -23,6 +24,8 @@ from .handles import SinkHandle, Sinks
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
 from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, remembering
+from .tools import PACKAGE, Waiting
+from .tools import patches as patches_of_tools
 
 # The hooks by which TransformerLens fills its caches: they read a gradient and return None.
 _CACHING = re.compile(r"(run_with_cache|get_caching_hooks|add_caching_hooks)\.<locals>\.")
@@ -151,9 +154,25 @@ def _replacements() -> Iterator[Patch]:
         made = vars(cls).get("hook_dict")
         if isinstance(made, property) and cls.__module__.startswith("transformer_lens."):
             yield cls, "hook_dict", remembering(made)
+    yield from patches_of_tools(_in_force.concern)
 
 
-_in_force = Patches()
+class _InForce(Patches):
+    """The patches, and while anybody wants them who waits for the import of a tool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting = Waiting(lambda: self.also(patches_of_tools(self.concern)))
+
+    def changed(self) -> None:
+        wanted, waits = self.wanted() and PACKAGE not in sys.modules, self._waiting in sys.meta_path
+        if wanted and not waits:
+            sys.meta_path.insert(0, self._waiting)
+        elif waits and not wanted:
+            sys.meta_path.remove(self._waiting)
+
+
+_in_force = _InForce()
 
 
 def installed() -> bool:
@@ -166,7 +185,9 @@ def install() -> None:
 
     ``run_with_cache(incl_bwd=True)``, ``get_caching_hooks`` and ``add_caching_hooks`` give what they gave, to the bit;
     ``HookPoint.add_hook`` stays as it is. Every other backward hook of a HookPoint is called by native code, as by
-    `tlfast.install_hooks`, and gives what it gave: also one that returns a gradient. Warns where
+    `tlfast.install_hooks`, and gives what it gave: also one that returns a gradient. The tool `attribution_patch`, in
+    versions that have it, takes pairs in batches through `tlfast.recipes`, and gives the same nodes and edges up to
+    rounding; the function that was imported before stays theirs. Warns where
     backward hooks of this TransformerLens are wrong. Calls are counted: it is in force until as many calls of
     `uninstall`.
 
