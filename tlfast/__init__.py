@@ -46,7 +46,9 @@ _HOMES = {
     "stream": "collecting.stream",
     "uninstall_hooks": "hooks.full_hooks",
 }
-_ROOMS = ("backends", "batches", "collecting", "dataset", "hooks", "loss", "report", "stopping", "transformer_lens")
+_ROOMS = (
+    "backends", "batches", "collecting", "dataset", "hooks", "loss", "recipes", "report", "stopping", "transformer_lens"
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

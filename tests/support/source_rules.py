@@ -48,6 +48,7 @@ ROOMS = (
             ("capture", "graph_step"),
         ),
     ),
+    ("recipes", (("slopes",), ("jacobian_rows",))),  # the part of a recipe that also stands in TransformerLens' own place
     (
         "transformer_lens",
         (
@@ -57,7 +58,7 @@ ROOMS = (
             ("caching_taps",),
             ("running",),
             ("caching", "capturing"),
-            ("compatibility",),
+            ("compatibility", "jacobian_lens"),
             ("acceleration",),
             ("__init__",),
         ),
@@ -132,6 +133,14 @@ ROOMS = (
     ),
     # The last four keep names by which modules were known before.
     ("", (("__init__", "attachment", "batches", "loss", "stopping"),)),
+    (
+        "recipes",
+        (
+            ("attributions", "backward_lens", "gradient_pairs", "lens_file", "residual_stream"),
+            ("integrated_gradients", "jacobian_lens", "saliency"),
+            ("__init__",),
+        ),
+    ),
     (
         "report",
         (("page", "positions", "summary", "texts", "timeline"), ("charts",), ("writing",), ("__init__",)),

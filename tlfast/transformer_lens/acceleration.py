@@ -20,6 +20,7 @@ from .arguments import by_name, uncounted
 from .caching import run_as_theirs
 from .compatibility import warn_if_wrong
 from .handles import SinkHandle, Sinks
+from .jacobian_lens import jacobian_lens_patches
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
 from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, remembering
@@ -151,6 +152,7 @@ def _replacements() -> Iterator[Patch]:
         made = vars(cls).get("hook_dict")
         if isinstance(made, property) and cls.__module__.startswith("transformer_lens."):
             yield cls, "hook_dict", remembering(made)
+    yield from jacobian_lens_patches(_in_force.concern)
 
 
 _in_force = Patches()
@@ -165,7 +167,8 @@ def install() -> None:
     """Let every TransformerLens model cache through tlfast, from now on, until `uninstall`.
 
     ``run_with_cache(incl_bwd=True)``, ``get_caching_hooks`` and ``add_caching_hooks`` give what they gave, to the bit;
-    ``HookPoint.add_hook`` stays as it is. Every other backward hook of a HookPoint is called by native code, as by
+    ``HookPoint.add_hook`` stays as it is. ``JacobianLens.fit``, where there is one, makes its rows by
+    `tlfast.recipes`, within rounding. Every other backward hook of a HookPoint is called by native code, as by
     `tlfast.install_hooks`, and gives what it gave: also one that returns a gradient. Warns where
     backward hooks of this TransformerLens are wrong. Calls are counted: it is in force until as many calls of
     `uninstall`.
