@@ -48,7 +48,10 @@ ROOMS = (
             ("capture", "graph_step"),
         ),
     ),
-    ("recipes", (("slopes",), ("jacobian_rows",))),  # the part of a recipe that also stands in TransformerLens' own place
+    (
+        "recipes",
+        (("slopes",), ("jacobian_rows",)),
+    ),  # the part of a recipe that also stands in TransformerLens' own place
     (
         "transformer_lens",
         (
@@ -136,8 +139,8 @@ ROOMS = (
     (
         "recipes",
         (
-            ("attributions", "backward_lens", "gradient_pairs", "lens_file", "residual_stream"),
-            ("integrated_gradients", "jacobian_lens", "saliency"),
+            ("attributions", "gradient_pairs", "lens_file", "metric", "residual_stream"),
+            ("gradient_paths", "jacobian_lens", "mlp_factors", "token_saliency"),
             ("__init__",),
         ),
     ),

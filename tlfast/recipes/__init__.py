@@ -6,18 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backward_lens import backward_lens
     from .gradient_pairs import gradient_sae_pairs
-    from .integrated_gradients import integrated_gradients
+    from .gradient_paths import integrated_gradients
     from .jacobian_lens import fit_jacobian_lens
-    from .saliency import saliency
+    from .mlp_factors import backward_lens
+    from .token_saliency import saliency
 
+# A module never has the name of a function here: importing it would put it in the function's place.
 _HOMES = {
-    "backward_lens": "backward_lens",
+    "backward_lens": "mlp_factors",
     "fit_jacobian_lens": "jacobian_lens",
     "gradient_sae_pairs": "gradient_pairs",
-    "integrated_gradients": "integrated_gradients",
-    "saliency": "saliency",
+    "integrated_gradients": "gradient_paths",
+    "saliency": "token_saliency",
 }
 
 

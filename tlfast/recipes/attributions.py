@@ -47,9 +47,9 @@ class Attributions:
 
     @property
     def delta(self) -> torch.Tensor | None:
-        """Float64 [N]: how far the sum of an example's scores is from what the metric changed by; None without baseline.
+        """Float64 [N]: how far the sum of an example's scores is from what the metric changed by; None if unknown.
 
-        It would be 0 in exact arithmetic, with infinitely many steps (completeness).
+        With infinitely many steps it is 0 but for rounding (completeness).
         """
         if self.baseline_values is None:
             return None

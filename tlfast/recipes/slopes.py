@@ -43,7 +43,7 @@ def _sloped(module: nn.Module, args: Any, output: Any) -> Any:
         return None
     at = x.detach().requires_grad_()
     (slope,) = torch.autograd.grad(type(module).forward(module, at).sum(), at)
-    return _Sloped.apply(x, output.detach(), slope)
+    return _Sloped.apply(x, output.detach(), slope)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
