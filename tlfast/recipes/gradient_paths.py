@@ -16,10 +16,8 @@ from ..backends.outputs import replace_output, select_output
 from ..collecting.batches import Batch
 from ..collecting.loop import at_work
 from ..errors import broken_rule
-from ..hooks.freeze import find_embedding
-from ..hooks.points import find_points
 from .attributions import Attributions, token_texts
-from .metric import Examples, Metric, checked_values, device_of, values_of
+from .metric import Examples, Metric, checked_values, device_of, embedding_of, values_of
 
 _WHO = "integrated_gradients"
 # Runs the model where the point of the path is put in: (points [n * B, ...], n copies) -> the metric [n * B].
@@ -86,8 +84,7 @@ def integrated_gradients(
                 rule, got = "be left out for a floating-point input", type(value).__name__
                 raise ValueError(broken_rule(_WHO, name, rule, got, "Give tokens or texts, if those are meant."))
         return _of_input(model, inputs, metric, baseline, path)
-    module = find_embedding(model) if embedding is None else embedding
-    ((name, point),) = find_points(_WHO, model, module).items()
+    name, point = embedding_of(_WHO, model, embedding)
     examples = Examples(_WHO, inputs, tokenizer, batch_examples, padding_side, pad_id)
     scores: dict[int, torch.Tensor] = {}
     ends = torch.empty(2, len(examples.all), dtype=torch.float64)

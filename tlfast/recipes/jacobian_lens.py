@@ -269,7 +269,6 @@ def _said(
         raise _wrong("corpus", "be a text", repr(corpus), "Say what the prompts are.")
     said = {
         **stream.said,
-        "estimator": "jacobian_lens",
         "processing": {"compatibility_mode": False, "weight_basis": "raw_huggingface"},
         "hook_convention": "blocks.{layer}.hook_out",
         "corpus": corpus,

@@ -117,6 +117,8 @@ class JacobianRows:
         self, residuals: list[torch.Tensor], cotangents: torch.Tensor, again: bool, together: bool
     ) -> tuple[torch.Tensor, ...]:
         *sources, target = residuals
+        if not target.requires_grad:
+            raise self._wrong("lead to the last one", "an output that it isn't made of")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_ONE_BY_ONE, category=UserWarning)
             found = torch.autograd.grad(

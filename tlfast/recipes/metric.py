@@ -14,6 +14,8 @@ from ..collecting.loss import call_model, logits_of
 from ..collecting.skipped import BadExamples
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
+from ..hooks.freeze import find_embedding
+from ..hooks.points import find_points
 
 # Of the logits [B, P, V] and the batch, whose mask says which tokens are real and whose fields are the examples'.
 Metric = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -66,14 +68,31 @@ def _tokenized(who: str, item: Any, tokenizer: Any) -> Any:
     return tokenizer(item)["input_ids"]
 
 
+def embedding_of(who: str, model: nn.Module, embedding: str | nn.Module | None) -> tuple[str, nn.Module]:
+    """The module at whose output a study begins, and its name; None: the model's embedding of tokens."""
+    found = find_points(who, model, find_embedding(model) if embedding is None else embedding, "embedding")
+    if len(found) != 1:
+        raise ValueError(broken_rule(who, "embedding", "be one module", f"{len(found)} of them", "Name it in full."))
+    ((name, module),) = found.items()
+    return name, module
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where batches go."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def values_of(who: str, metric: Metric, model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The metric of each example [B] of a batch that is run through the model."""
-    return checked_values(who, metric(logits_of(call_model(model, batch)), batch), len(batch))
+    """The metric of each example [B] of a batch that is run through the model.
+
+    ValueError for a field of the examples that neither the model nor the metric has asked for.
+    """
+    found = checked_values(who, metric(logits_of(call_model(model, batch)), batch), len(batch))
+    unused = sorted(batch.fields.use.given - batch.fields.use.read)
+    if unused:
+        rule, remedy = "be used by the model or the metric", "Leave them out."
+        raise ValueError(broken_rule(who, "fields of the examples", rule, ", ".join(unused), remedy))
+    return found
 
 
 def checked_values(who: str, found: object, n: int) -> torch.Tensor:

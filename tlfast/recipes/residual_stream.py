@@ -17,6 +17,7 @@ from ..hooks.points import find_points
 from ..spec import Points
 
 _WHO = "fit_jacobian_lens"
+_ESTIMATOR = {"estimator": "jacobian_lens"}  # there are others by now
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def residual_stream(model: nn.Module, tokenizer: Any = None, blocks: Points | No
         "model_name": getattr(config, "_name_or_path", None) or None,
         "model_revision": _revision(config),
         "model_system": "torch" if config is None else "transformers",
+        **_ESTIMATOR,
         "tlfast_version": __version__,
     }
     no_cache = {"use_cache": False} if "use_cache" in accepted_names(model) else {}
@@ -104,11 +106,14 @@ def _of_bridge(model: Any, points: dict[str, Any], tokenizer: Any, blocks: Point
     if getattr(model, "compatibility_mode", False) or getattr(model, "_weights_processed", False):
         remedy = "Load it anew with TransformerBridge.boot_transformers."
         raise _wrong("model", "have its weights as they were loaded", "processed ones", remedy)
+    from ..transformer_lens.jacobian_lens import names_estimators
+
     said = {
         "model_name": getattr(model.cfg, "model_name", None),
         "model_revision": _revision(getattr(getattr(model, "original_model", None), "config", None)),
         "transformer_lens_version": version("transformer-lens"),
         "model_system": "TransformerBridge",
+        **(_ESTIMATOR if names_estimators() else {}),
         "transformer_lens_fit": True,  # TransformerLens merges no lens of its own with one that lacks it
     }
     found = [points[f"blocks.{layer}.hook_out"] for layer in range(model.cfg.n_layers)]

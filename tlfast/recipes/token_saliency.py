@@ -9,10 +9,8 @@ from torch import nn
 
 from ..collecting.loop import at_work
 from ..hooks.capture import capture
-from ..hooks.freeze import find_embedding
-from ..hooks.points import find_points
 from .attributions import Attributions, token_texts
-from .metric import Examples, Metric, device_of, values_of
+from .metric import Examples, Metric, device_of, embedding_of, values_of
 
 _WHO = "saliency"
 
@@ -60,8 +58,7 @@ def saliency(
         >>> torch.allclose(found.scores[0], torch.stack([found.values[0].float(), *torch.zeros(2)]))
         True
     """
-    module = find_embedding(model) if embedding is None else embedding
-    (name,) = find_points(_WHO, model, module)
+    name, _ = embedding_of(_WHO, model, embedding)
     examples = Examples(_WHO, batch, tokenizer, batch_examples, padding_side, pad_id)
     scores: dict[int, torch.Tensor] = {}
     values = torch.empty(len(examples.all), dtype=torch.float64)

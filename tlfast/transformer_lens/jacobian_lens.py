@@ -25,6 +25,11 @@ def _module() -> ModuleType | None:
     return None
 
 
+def names_estimators() -> bool:
+    """Whether the fit of this TransformerLens says by which estimator it was made."""
+    return hasattr(_module(), "ESTIMATOR_JACOBIAN")
+
+
 def jacobian_lens_patches(concern: Callable[[object], bool]) -> Iterator[Patch]:
     """What stands in the place of the loop over a prompt's rows; nothing where this TransformerLens has none.
 
