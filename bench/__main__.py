@@ -19,11 +19,12 @@ BENCHES = ("hooks", "kernel", "step", "collect", "dataset", "gpu")
 GPU_PARTS = {f"gpu_{name}": name for name in gpu.PARTS}  # each in a process of its own: a GPU that failed stays failed
 ON_REQUEST = (
     "lens",
+    "recipes_lens",
     "search",
     "dataset_read",
     "dataset_resume",
     *GPU_PARTS,
-)  # needs TransformerLens; parts of dataset, of gpu
+)  # the first two need TransformerLens; parts of dataset, of gpu
 
 
 def lacks_gpu() -> str:
