@@ -32,7 +32,7 @@ def jacobian_lens(result: Result, quick: bool) -> None:
     theirs: Any = import_module("transformer_lens.tools.analysis.jacobian_lens")
     lens: Any = import_module("tlfast.transformer_lens")
     bench_lens: Any = import_module("bench.lens")
-    width, heads, length, rounds = (64, 1, 32, 1) if quick else (768, 12, 128, 3)
+    width, heads, length, rounds = (64, 1, 32, 1) if quick else (768, 12, 128, 1)
     bridge = bench_lens.build(4, width, heads, length)
     bridge.to_tokens = lambda prompt, **given: prompt  # it has no tokenizer
     prompt = torch.randint(512, (1, length), generator=torch.Generator().manual_seed(0))
