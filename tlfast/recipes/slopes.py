@@ -1,4 +1,4 @@
-"""Activation functions whose derivative is taken once, for many backwards through one forward."""
+"""A forward that many backwards go through: what of its derivatives can be known before the first is kept."""
 
 from __future__ import annotations
 
@@ -46,11 +46,18 @@ def _sloped(module: nn.Module, args: Any, output: Any) -> Any:
     return _Sloped.apply(x, output.detach(), slope)  # type: ignore[no-untyped-call]
 
 
+def _writes_out_torchs_own(module: Any) -> bool:
+    if getattr(module, "use_native_layernorm_autograd", None) is not False:
+        return False
+    return type(getattr(module, "original_component", None)) is nn.LayerNorm
+
+
 @contextmanager
 def slopes_once(model: nn.Module) -> Iterator[None]:
     """Let activation functions that run inside keep their derivative; those that somebody hooked stay as they are.
 
-    A backward through such a forward can't be differentiated again.
+    A bridge of TransformerLens writes its norms out, too. Where that is the LayerNorm of torch, it is torch's own here,
+    by a switch that the bridge has for it. A backward through such a forward can't be differentiated again.
     """
     found = [
         module
@@ -58,9 +65,14 @@ def slopes_once(model: nn.Module) -> Iterator[None]:
         if type(module).__name__ in _ELEMENTWISE.get(type(module).__module__, ())
         and not any(getattr(module, name) for name in _HOOKS)
     ]
+    norms: list[Any] = [module for module in model.modules() if _writes_out_torchs_own(module)]
     hooks = [module.register_forward_hook(_sloped) for module in found]
     try:
+        for norm in norms:
+            norm.use_native_layernorm_autograd = True
         yield
     finally:
+        for norm in norms:
+            norm.use_native_layernorm_autograd = False
         for hook in hooks:
             hook.remove()
