@@ -58,7 +58,7 @@ def test_every_token_once_with_its_gradient(kind, side):
 
 def order(seed, **more):
     given = {**SETTINGS, "seed": seed, **more}
-    pairs = gradient_sae_pairs(tiny_model(), sequences(30), "transformer.h.0", **given)
+    pairs = gradient_sae_pairs(tiny_model(), sequences(24), "transformer.h.0", **given)
     return [place for batch in pairs for place in zip(batch["id"].tolist(), batch["position"].tolist(), strict=True)]
 
 

@@ -48,10 +48,8 @@ ROOMS = (
             ("capture", "graph_step"),
         ),
     ),
-    (
-        "recipes",
-        (("slopes",), ("jacobian_rows",)),
-    ),  # the part of a recipe that also stands in TransformerLens' own place
+    # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
+    ("recipes", (("slopes",), ("jacobian_rows",))),
     (
         "transformer_lens",
         (

@@ -48,6 +48,8 @@ def test_a_fit_and_its_files(bridge, tmp_path):
     lens = fit_jacobian_lens(bridge, tokens(), tmp_path / "lens.pt", **SETTINGS)
     check_same(lens, truth)
     assert lens.metadata == truth.metadata
+    switches = [getattr(module, "use_native_layernorm_autograd", False) for module in bridge.modules()]
+    assert not any(switches)  # as it was: it is on in the forward alone
     loaded = theirs.JacobianLens.load(str(tmp_path / "lens.pt")).validate_model(bridge)
     assert loaded.metadata == truth.metadata
     parts = [fit_theirs(bridge, tokens()[:1]), theirs.JacobianLens.load(str(tmp_path / "lens.pt"))]
