@@ -20,13 +20,14 @@ GPU_PARTS = {f"gpu_{name}": name for name in gpu.PARTS}  # each in a process of 
 ON_REQUEST = (
     "lens",
     "recipes",
+    "recipes_lens",
     "search",
     "data",
     "dataset_read",
     "dataset_resume",
     "dataset_tokens",
     *GPU_PARTS,
-)  # needs TransformerLens; parts of dataset, of gpu
+)  # the first two need TransformerLens; parts of dataset, of gpu
 
 
 def lacks_gpu() -> str:

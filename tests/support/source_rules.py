@@ -61,6 +61,8 @@ ROOMS = (
             ("__init__",),
         ),
     ),
+    # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
+    ("recipes", (("slopes",), ("jacobian_rows",))),
     (
         "transformer_lens",
         (
@@ -70,7 +72,7 @@ ROOMS = (
             ("caching_taps",),
             ("running", "tools"),
             ("caching", "capturing"),
-            ("compatibility",),
+            ("compatibility", "jacobian_lens"),
             ("acceleration",),
             ("__init__",),
         ),
@@ -156,6 +158,14 @@ ROOMS = (
     ),
     # The last four keep names by which modules were known before.
     ("", (("__init__", "attachment", "batches", "loss", "stopping"),)),
+    (
+        "recipes",
+        (
+            ("attributions", "gradient_pairs", "lens_file", "metric", "residual_stream"),
+            ("gradient_paths", "jacobian_lens", "mlp_factors", "token_saliency"),
+            ("__init__",),
+        ),
+    ),
     (
         "report",
         (("page", "positions", "summary", "texts", "timeline"), ("charts",), ("writing",), ("__init__",)),

@@ -1,4 +1,4 @@
-"""Studies that are made of gradients, each a function: attribution patching, edges of a circuit, products by pairs."""
+"""What people compute of gradients, each study a function: attributions, edges, lenses, pairs for an SAE."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .edges import EdgeScores, eap
+    from .gradient_pairs import gradient_sae_pairs
+    from .gradient_paths import integrated_gradients
+    from .jacobian_lens import fit_jacobian_lens
+    from .mlp_factors import backward_lens
     from .pairs import Pairs
     from .patching import Attribution, attribution_patching
     from .products import gather_into, outer_into
+    from .token_saliency import saliency
 
 # A module never has the name of a function here: importing it would put it in the function's place.
 _HOMES = {
@@ -17,9 +22,14 @@ _HOMES = {
     "EdgeScores": "edges",
     "Pairs": "pairs",
     "attribution_patching": "patching",
+    "backward_lens": "mlp_factors",
     "eap": "edges",
+    "fit_jacobian_lens": "jacobian_lens",
     "gather_into": "products",
+    "gradient_sae_pairs": "gradient_pairs",
+    "integrated_gradients": "gradient_paths",
     "outer_into": "products",
+    "saliency": "token_saliency",
 }
 
 
@@ -39,7 +49,12 @@ __all__ = [
     "EdgeScores",
     "Pairs",
     "attribution_patching",
+    "backward_lens",
     "eap",
+    "fit_jacobian_lens",
     "gather_into",
+    "gradient_sae_pairs",
+    "integrated_gradients",
     "outer_into",
+    "saliency",
 ]

@@ -21,6 +21,7 @@ from .arguments import by_name, uncounted
 from .caching import run_as_theirs
 from .compatibility import warn_if_wrong
 from .handles import SinkHandle, Sinks
+from .jacobian_lens import jacobian_lens_patches
 from .library import bridge_type, hook_point_type, root_module_type
 from .names import hook_points
 from .theirs import Left, any_is_a_users, asked_of_theirs, is_a_users, remembering
@@ -154,7 +155,12 @@ def _replacements() -> Iterator[Patch]:
         made = vars(cls).get("hook_dict")
         if isinstance(made, property) and cls.__module__.startswith("transformer_lens."):
             yield cls, "hook_dict", remembering(made)
+    yield from _replacements_of_tools()
+
+
+def _replacements_of_tools() -> Iterator[Patch]:
     yield from patches_of_tools(_in_force.concern)
+    yield from jacobian_lens_patches(_in_force.concern)
 
 
 class _InForce(Patches):
@@ -162,7 +168,7 @@ class _InForce(Patches):
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting = Waiting(lambda: self.also(patches_of_tools(self.concern)))
+        self._waiting = Waiting(lambda: self.also(_replacements_of_tools()))
 
     def changed(self) -> None:
         wanted, waits = self.wanted() and PACKAGE not in sys.modules, self._waiting in sys.meta_path
@@ -185,7 +191,8 @@ def install() -> None:
 
     ``run_with_cache(incl_bwd=True)``, ``get_caching_hooks`` and ``add_caching_hooks`` give what they gave, to the bit;
     ``HookPoint.add_hook`` stays as it is. Every other backward hook of a HookPoint is called by native code, as by
-    `tlfast.install_hooks`, and gives what it gave: also one that returns a gradient. The tool `attribution_patch`, in
+    `tlfast.install_hooks`, and gives what it gave: also one that returns a gradient. ``JacobianLens.fit``, where there
+    is one, makes its rows by `tlfast.recipes`, within rounding. The tool `attribution_patch`, in
     versions that have it, takes pairs in batches through `tlfast.recipes`, and gives the same nodes and edges up to
     rounding; the function that was imported before stays theirs. Warns where
     backward hooks of this TransformerLens are wrong. Calls are counted: it is in force until as many calls of
