@@ -36,8 +36,8 @@ _PART = 4  # of the buffer is a unit, where nobody says: the rest of it is mixed
 # The settings of `collect` that say what a row is.
 SETTINGS = (
     "reduce", "of", "side", "ref", "heads", "at", "per", "over", "dtype", "output", "embedding", "loss", "fields",
-    "collate", "batch_examples", "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side", "pad_id", "grad_scale",
-    "attach", "backend", "calls", "missing", "lens", "bad_examples", "deterministic",
+    "collate", "batch_examples", "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side", "pad_id",
+    "grad_scale", "attach", "backend", "calls", "missing", "lens", "bad_examples", "deterministic",
 )  # fmt: skip
 
 
