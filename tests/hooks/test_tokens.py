@@ -44,6 +44,7 @@ def refuses(text, kind=ValueError):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_of_tokens_beside_those_of_examples(backend, attach, side):
     specs = [Spec("point", per="token"), Spec("point", "sum"), Spec("point", "sum", -1, name="width", per="token")]
+    specs.append(Spec("point", "sum", -1, name="heads", per="token", heads=(2, 1)))
     with tlfast.capture(Point(), specs, rows=9, backend=backend, attach=attach) as cap:
         parts = [batch(side), batch(side, (5, 2), seed=1)]
         for values, mask in parts:
@@ -55,6 +56,7 @@ def test_rows_of_tokens_beside_those_of_examples(backend, attach, side):
     truth = torch.cat([2 * values.detach()[mask] for values, mask in parts])
     torch.testing.assert_close(cap["point:none"], truth, rtol=0, atol=0)
     torch.testing.assert_close(cap["point:width"], truth.sum(-1))
+    torch.testing.assert_close(cap["point:heads"], truth)
     owners, positions = cap.where("point:none")
     assert owners.tolist() == [0] * 3 + [1] + [2] * 4 + [3] * 5 + [4] * 2 + [5] * 5
     assert positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]

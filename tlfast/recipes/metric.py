@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Examples:
         single = isinstance(given, (torch.Tensor, Mapping, str))
         items = [_tokenized(who, item, tokenizer) for item in ([given] if single else given)]
         reader = ExampleReader(BadExamples("stop"), 1, pad_id=pad_id)
-        self.all: list[Example] = reader.read(items)
+        self.all: Sequence[Example] = reader.read(items)
         self._batching = Batching(
             2**62, None, padding_side, pad_id, batch_examples=batch_examples, source=reader.source  # type: ignore[arg-type]
         )  # fmt: skip
