@@ -2,11 +2,11 @@
 
     python examples/copied_token.py [--steps 300]
 
-A GPT-2 of two layers learns to copy: random tokens are said twice, and the second half can be read off the first. In each
-pair of prompts one token of the first half differs, and the metric is how much the model prefers the clean token where
-it has to say it again. `tlfast.recipes.attribution_patching` estimates, by one backward, what putting back the clean
-output of each attention and each MLP at each position would add to the metric of the corrupted prompt. Then every one
-of these patches is made, a forward each, and the ranks of both are compared.
+A GPT-2 of two layers learns to copy: random tokens are said twice, and the second half can be read off the first. In
+each pair of prompts one token of the first half differs, and the metric is how much the model prefers the clean token
+where it has to say it again. `tlfast.recipes.attribution_patching` estimates, by one backward, what putting back the
+clean output of each attention and each MLP at each position would add to the metric of the corrupted prompt. Then
+every one of these patches is made, a forward each, and the ranks of both are compared.
 
 Runs offline, in less than a minute on a CPU. Needs transformers, which tlfast[collect] brings.
 """

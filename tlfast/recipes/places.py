@@ -100,7 +100,7 @@ class Watch:
     def _hook(self, number: int, place: Place) -> None:
         engine = self._engine
         keeper = engine.SinkKeeper(lambda grad: self._gradient(number, grad), "none", ())
-        tap = engine.Tap(self._backwards, place.name, keeper, place.output, None)
+        tap = engine.Tap(self._backwards, place.name, keeper, place.output)
         tap.set_side(place.side)
         if place.convert is not None:
             tap.set_convert(place.convert, None)
