@@ -132,7 +132,7 @@ def test_rows_are_the_sums_of_those_of_the_texts(folder, tmp_path):
 
 
 def test_a_dataset_with_one_pack_in_a_batch_goes_on_so(folder, tmp_path, monkeypatch):
-    short = ("--text", str(folder / "text"), "--rows-per-unit", "3", "--batch-tokens", "256")
+    short = ("--text", str(folder / "text"), "--max-examples", "12", "--rows-per-unit", "3", "--batch-tokens", "256")
     with monkeypatch.context() as patch:
         patch.setattr("tlfast.collecting.from_text.packs_as_begun", lambda out, overwrite: 1)
         assert main(words(folder, tmp_path / "old", *short)) == 0

@@ -59,8 +59,8 @@ class Work:
     def __init__(self, model: nn.Module, options: CollectOptions) -> None:
         self.model, self.options, self.loss = model, options, loss_called(options.loss)
         check_left_alone(model)
-        check_differentiable(model)
         self.specs = wanted_specs(model, options)
+        check_differentiable(model)
         named = name_of(self.loss)
         if named is not None:
             check_task(model, named)
