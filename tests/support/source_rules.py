@@ -58,7 +58,6 @@ ROOMS = (
             ("residual_graph",),
             ("additivity",),
             ("edges",),
-            ("__init__",),
         ),
     ),
     # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
