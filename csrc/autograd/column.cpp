@@ -36,7 +36,7 @@ bool Column::Known::fits(const Read& read, const std::optional<c10::Stream>& on)
   // A plan was checked for a ref of what is read's sizes and device: another one is planned, and refused, anew.
   return tensor.scalar_type() == dtype && tensor.device() == device && stream == on && is_one == one &&
          tensor.sizes() == at::IntArrayRef(sizes) && tensor.strides() == at::IntArrayRef(strides) &&
-         (!ref || (ref->scalar_type() == ref_dtype && ref->device() == device &&
+         (!ref || (ref->scalar_type() == ref_dtype && ref->device() == device && !ref->is_alias_of(memory) &&
                    ref->sizes() == at::IntArrayRef(sizes) && ref->strides() == at::IntArrayRef(ref_strides))) &&
          mask.has_value() == !mask_sizes.empty() &&
          (!mask || (mask->device() == device && mask->sizes() == at::IntArrayRef(mask_sizes) &&
@@ -68,6 +68,7 @@ std::shared_ptr<const Column::Known> Column::learn(const Read& read, const Place
       .one = read.one,
       .device = tensor.device(),
       .plan = recipe.plan(recipe.first_of(held, read), read),
+      .memory = held,
       .rows = static_cast<char*>(held.mutable_data_ptr()),
       .row_bytes = held.stride(0) * int64_t(held.element_size()),
       .stream = stream,

@@ -65,6 +65,7 @@ class Column {
     bool one;
     at::Device device;
     Plan plan;
+    at::Tensor memory;  // all rows
     char* rows;
     int64_t row_bytes;
     // Of rows on a GPU:

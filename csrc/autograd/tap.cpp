@@ -176,11 +176,16 @@ Call::Call(std::shared_ptr<Tap> tap_, Of of)
 }
 
 Call::~Call() {
-  if (of == Of::node) --tap->n_in_flight_;
+  if (of == Of::node && run == tap->run_) --tap->n_in_flight_;
 }
 
 void Tap::forward_pre() {
   if (!backwards->active) return;
+  if (run_.exchange(backwards->run) != backwards->run) {
+    n_in_flight_ = 0;
+    unseen_since_ = -1;
+    entered_ = false;
+  }
   backwards->enter_forward();
   if (autograd::get_current_graph_task_id() == -1) entered_ = true;
   point->last_call = ++backwards->n_calls;

@@ -19,7 +19,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
   Tap(const Tap&) = delete;
   Tap& operator=(const Tap&) = delete;
 
-  // The module is entered.
+  // The module is entered. What was counted of its calls is of this run alone.
   void forward_pre();
 
   // Hook the node that made an output, if nobody else can see that node; `output` must be held by nobody else.
@@ -60,6 +60,7 @@ class Tap : public std::enable_shared_from_this<Tap> {
   // reentrant checkpoint, or by a full backward hook, are among none that are counted.
   bool unseen() const { return unseen_since_ == backwards->ledger->n_ended; }
 
+  std::atomic<int64_t> run_{0};          // of which the following is
   std::atomic<int64_t> n_in_flight_{0};  // calls whose gradients may still come
   std::atomic<int64_t> unseen_since_{-1};
   std::atomic<bool> entered_{false};     // whether the module was entered outside of a backward

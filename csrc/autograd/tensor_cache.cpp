@@ -18,8 +18,10 @@ size_t TensorCache::add(const std::string& name, Change select) {
 
 void TensorCache::output(size_t point, const at::Tensor& output) {
   Place& place = places_[point];
+  const int64_t generation = generation_;
   const at::Tensor kept = place.select && output.defined() ? place.select(output) : output;
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (generation != generation_) return;
   if (!std::exchange(place.has_output, true)) outputs_.push_back(point);
   place.output = kept;
 }
@@ -30,8 +32,10 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum, bool 
   const at::Tensor given = grad.requires_grad() ? grad.detach() : grad;
   const int64_t task = torch::autograd::get_current_graph_task_id();
   bool first, selects;
+  int64_t generation;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    generation = generation_;
     if (!place.clash.empty()) return;
     first = !place.has_gradient;
     if (alone && (first || place.task != task)) sum = false;  // the first of its backward, and the only one
@@ -45,7 +49,7 @@ void TensorCache::gradient(size_t point, const at::Tensor& grad, bool sum, bool 
   }
   const at::Tensor kept = selects ? place.select(given) : given;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!place.clash.empty()) return;
+  if (generation != generation_ || !place.clash.empty()) return;
   if (!std::exchange(place.has_gradient, true)) gradients_.push_back(point);
   place.summed = sum;
   place.task = task;
@@ -78,13 +82,16 @@ size_t TensorCache::n_outputs() const {
 }
 
 void TensorCache::clear() {
-  std::vector<Place> before;  // what it holds may be the last of Python objects, which run whatever they run
+  std::vector<at::Tensor> held;  // let go of behind the lock: what they are the last of may run whatever it runs
   const std::lock_guard<std::mutex> lock(mutex_);
-  before.swap(places_);
-  for (const Place& place : before) {
-    places_.emplace_back();
-    places_.back().name = place.name;
-    places_.back().select = place.select;
+  ++generation_;
+  for (Place& place : places_) {
+    held.insert(held.end(), {std::move(place.output), std::move(place.gradient)});
+    place.output = place.gradient = at::Tensor();
+    place.has_output = place.has_gradient = place.summed = false;
+    place.clash.clear();
+    place.task = -1;
+    place.stream.reset();
   }
   outputs_.clear();
   gradients_.clear();

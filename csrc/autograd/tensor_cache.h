@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -57,7 +58,8 @@ class TensorCache {
 
   mutable std::mutex
       mutex_;  // autograd may have several threads; not held while Python is called, which has a lock too
-  std::vector<Place> places_;
+  std::vector<Place> places_;                // never moved once there are taps
+  std::atomic<int64_t> generation_{0};       // how often it was cleared: what is late by then is nothing to it
   std::vector<size_t> outputs_, gradients_;  // the points, as they came
 };
 

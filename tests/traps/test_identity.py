@@ -68,8 +68,8 @@ class Caching:
         keeper = engine.CacheKeeper(self.cache, "0", None, "last")
         tap = engine.Tap(self.backwards, "0", keeper, None)
         self.backwards.open(torch.zeros((), requires_grad=True))
-        self.hooks = CachingHooks(module, caching_hook(tap, engine), caching_id(engine))
-        self.hooks.register()
+        self.hooks = CachingHooks(caching_hook(tap, engine), caching_id(engine))
+        self.hooks.register(module)
 
     def __enter__(self):
         return self.cache

@@ -27,7 +27,7 @@ class Call:
             tap.n_in_flight += 1
 
     def __del__(self) -> None:
-        if self.of == "node":
+        if self.of == "node" and self.run == self.tap.run:
             self.tap.n_in_flight -= 1
 
     @property

@@ -188,4 +188,8 @@ def spread(who: str, ref: torch.Tensor | None, grad: torch.Tensor) -> torch.Tens
         rule = f"broadcast to a gradient of shape {list(grad.shape)}"
         remedy = "Give it the gradient's sizes, 1 for those it doesn't have."
         raise ValueError(broken_rule(who, "ref", rule, list(ref.shape), remedy))
+    if ref.device != grad.device:
+        raise ValueError(
+            broken_rule(who, "ref", f"be on {grad.device}, as the gradient is", ref.device, "Move it first.")
+        )
     return ref.expand(grad.shape)

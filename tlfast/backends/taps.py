@@ -84,6 +84,7 @@ class Tap:
         self.backwards, self.name, self.keeper, self.output = backwards, name, keeper, output
         self.point = Point(name, list(keeper.columns), len(backwards.points))
         self.who = self.point.who
+        self.run = 0  # of which the following is
         self.n_in_flight = 0  # calls whose gradients may still come
         # When the module ran without a graph: calls whose gradients come of another forward, of a reentrant checkpoint,
         # or by a full backward hook, are among none that are counted.
@@ -118,6 +119,8 @@ class Tap:
         """The module is entered."""
         if not self.backwards.active:
             return
+        if self.run != self.backwards.run:
+            self.run, self.n_in_flight, self._unseen_since, self._entered = self.backwards.run, 0, -1, False
         self.backwards.enter_forward()
         self._entered |= torch._C._current_graph_task_id() == -1
         self.backwards.n_calls += 1

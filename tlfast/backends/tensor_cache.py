@@ -55,9 +55,9 @@ class TensorCache:
 
     def gradient(self, point: int, grad: torch.Tensor, sum: bool, alone: bool) -> None:
         """Keep a gradient in place of the one before; with ``sum`` add it, if it isn't ``alone`` in its backward."""
-        place, here = self._places[point], current_stream(grad.device)
-        task = torch._C._current_graph_task_id()
+        here, task = current_stream(grad.device), torch._C._current_graph_task_id()
         with self._lock:
+            place = self._places[point]
             if place.clash:
                 return
             first = point not in self._gradients

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
@@ -252,21 +251,21 @@ class CachingHooks:
     this one the last: it is registered when the run begins, behind all that are there. And the hook counts the call.
     """
 
-    __slots__ = ("_hook", "_module", "id")
+    __slots__ = ("_hook", "id", "module")
 
-    def __init__(self, module: nn.Module, hook: CacheHook, handle_id: int):
-        self._module, self._hook, self.id = weakref.ref(module), hook, handle_id
+    def __init__(self, hook: CacheHook, handle_id: int):
+        self._hook, self.id = hook, handle_id
+        self.module: nn.Module | None = None  # while it is on one
 
-    def register(self) -> None:
+    def register(self, module: nn.Module) -> None:
         """Stand behind the hooks that are there."""
-        module = self._module()
-        if module is not None:
-            module._forward_hooks[self.id] = self._hook
+        self.module = module
+        module._forward_hooks[self.id] = self._hook
 
     def remove(self) -> None:
-        module = self._module()
-        if module is not None:
-            module._forward_hooks.pop(self.id, None)
+        if self.module is not None:
+            self.module._forward_hooks.pop(self.id, None)
+            self.module = None
 
 
 def caching_hook(tap: Any, backend: Backend) -> CacheHook:

@@ -95,6 +95,7 @@ class Capture:
                     self._add_tap(name, modules[name], at_side, alone, options)
         self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
+        self._inside: list[bool] = []  # the batches that are open: whether they gave a column something
         self._ids: list[Any] = []
         self._spans: list[tuple[int, int] | None] = []  # of each row the first token and how many; None: all positions
         self._per_token = {name for name, (_, spec) in self.wanted.items() if spec.per == "token"}
@@ -439,6 +440,9 @@ class Capture:
         unmasked = {column for column, held in self._columns.items() if not held.masked}
         inputs = StepInputs(mask, masks or {}, refs or {}, at or {}, batch)
         own = inputs.of_columns(self.wanted, unmasked, self._ledger.recording)
+        if self._inside and (own or any(self._inside)):
+            rule = "be outside of another batch of this capture where masks=, refs= or at= are given"
+            raise RuntimeError(broken_rule(who, "the block", rule, "one inside", "Leave the outer one first."))
         if self.receiver is not None:
             self.receiver.expect(ids, tokens)
         ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
@@ -446,6 +450,7 @@ class Capture:
         self._spans += [None] * (self.rows - len(self._spans))
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         before = {column: self._set(column, given) for column, given in own.items()}
+        self._inside.append(bool(own))
         try:
             yield
         except BaseException:
@@ -453,6 +458,7 @@ class Capture:
                 self.receiver.failed()
             raise
         finally:
+            self._inside.pop()
             self._backwards.set_batch(None, -1, 1.0)
             for column, given in before.items():
                 self._set(column, given)

@@ -20,7 +20,7 @@ def positions_of_step(who: str, name: str, given: Any) -> torch.Tensor:
         raise TypeError(broken_rule(who, f"at[{name!r}]", rule, type(given).__name__, remedy)) from error
     n_dims = (2,) if found.dtype == torch.bool else (1, 2)
     whole = not (found.is_floating_point() or found.is_complex())
-    if not whole or found.dim() not in n_dims or found.shape[-1] == 0:
+    if not whole or found.dim() not in n_dims or (found.dim() == 2 and found.shape[1] == 0):
         got = f"{found.dtype} {list(found.shape)}"
         raise ValueError(broken_rule(who, f"at[{name!r}]", rule, got, "Give a position for each example."))
     if found.dtype == torch.bool:
@@ -55,7 +55,8 @@ def real_positions(who: str, wanted: int | tuple[int, ...] | torch.Tensor, mask:
     if per_example and len(numbers) != len(real):
         rule, remedy = f"have positions for {len(real)} examples, as the mask has", "Give those of this very batch."
         raise ValueError(broken_rule(who, "at", rule, len(numbers), remedy))
-    numbers = numbers.reshape(len(real) if per_example else 1, -1).expand(len(real), -1)
+    several = numbers.shape[-1] if not one else 1
+    numbers = numbers.reshape(len(real) if per_example else 1, several).expand(len(real), several)
     n_real = real.sum(1, keepdim=True)
     counted = torch.where(numbers < 0, numbers + n_real, numbers)
     outside = (counted < 0) | (counted >= n_real)
@@ -65,7 +66,7 @@ def real_positions(who: str, wanted: int | tuple[int, ...] | torch.Tensor, mask:
         got = f"{int(numbers[example, k])} for example {example}, which has {n} real token{s}"
         raise ValueError(broken_rule(who, "at", "be a real position of each example", got, "Check both, and the mask."))
     found = torch.searchsorted(real.cumsum(1), counted + 1)
-    if not per_example and bool((found == numbers % real.shape[1]).all()):
+    if not per_example and bool((found == numbers % max(real.shape[1], 1)).all()):
         return None
     return found[:, 0] if one else found
 

@@ -42,8 +42,8 @@ class CachingTaps:
             engine.CacheKeeper(self.cache, name, select, calls) for name, select in zip(names, selects, strict=True)
         ]
         self._id = caching_id(engine)
-        self._made: dict[int, tuple[Any, ListedTap]] = {}
-        self._converted: list[Any] = []
+        self._taps: dict[tuple[int, bool], Any] = {}
+        self._hooks: dict[Any, ListedTap] = {}  # by the taps
 
     def are_at(self, points: Sequence[Any]) -> bool:
         """Whether they are at these points."""
@@ -57,49 +57,45 @@ class CachingTaps:
         self.backwards.open(anchor)
 
     def close(self) -> None:
-        """It ends: nothing is kept of it, nor of what the points are."""
+        """It ends, and nothing is kept of it."""
         self.backwards.close()
         self.cache.clear()
-        for tap in self._converted:
-            tap.set_convert(None, None)
-        self._converted.clear()
 
-    def tap(self, place: int) -> Any:
-        """Another tap for one point, for hooks that are not those of `hook`."""
-        return self._engine.Tap(self.backwards, self._names[place], self._keepers[place], None)
+    def tap(self, place: int, convert: _Conversion | None = None) -> Any:
+        """The tap of one point, which sees what is made of a tensor there."""
+        key = place, convert is not None
+        if key not in self._taps:
+            self._taps[key] = self._engine.Tap(self.backwards, self._names[place], self._keepers[place], None)
+            if convert is not None:
+                self._taps[key].set_convert(convert, None)
+        return self._taps[key]
 
     def hook(self, place: int, point: Any) -> ListedTap:
-        """Put a tap on its point."""
-        if place not in self._made:
-            tap = self.tap(place)
-            hooks = CachingHooks(point, caching_hook(tap, self._engine), self._id)
-            self._made[place] = tap, ListedTap(point, hooks, self._lists, permanent=False)
-        tap, listed = self._made[place]
-        self.convert(tap, point)
-        return _hooked(listed)
+        """Put a tap on its point, behind the hooks that are there."""
+        tap = self.tap(place, _Conversion(point) if conversion_of(point) is not None else None)
+        if point._forward_hooks:  # which may put another tensor in the place of the point's
+            hooks = CachingHooks(CheckedCacheHook(tap), self._id)
+            return ListedTap(hooks, self._lists, permanent=False).hook(point)
+        if tap not in self._hooks:
+            hooks = CachingHooks(caching_hook(tap, self._engine), self._id)
+            self._hooks[tap] = ListedTap(hooks, self._lists, permanent=False)
+        return self._hooks[tap].hook(point)
 
-    def hook_behind_others(self, place: int, point: Any) -> ListedTap:
-        """Put another tap on a point, behind the hooks that are there, for this run alone."""
-        tap = self.tap(place)
-        self.convert(tap, point)
-        listed = ListedTap(point, CachingHooks(point, CheckedCacheHook(tap), self._id), self._lists, permanent=False)
-        return _hooked(listed)
 
-    def convert(self, tap: Any, point: Any) -> None:
-        """Let a tap see what a hook of TransformerLens would see at this point."""
-        convert = conversion_of(point)
-        if convert is not None:
-            tap.set_convert(convert, None)
-            self._converted.append(tap)
+class _Conversion:
+    """What a hook of TransformerLens would see at a point; its taps outlive a run, and don't hold the point."""
+
+    __slots__ = ("_point",)
+
+    def __init__(self, point: Any):
+        self._point = weakref.ref(point)
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        convert = conversion_of(self._point())
+        return tensor if convert is None else convert(tensor)
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[Any, CachingTaps]] = weakref.WeakKeyDictionary()
-
-
-def _hooked(listed: ListedTap) -> ListedTap:
-    listed.handle.hook.register()
-    listed.list()
-    return listed
 
 
 def take(model: nn.Module, key: Any, points: Sequence[Any]) -> CachingTaps | None:

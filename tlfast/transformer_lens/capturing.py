@@ -49,8 +49,7 @@ class LensCapture(Capture):
         convert_at(module, tap)
         # Permanent: the capture ends with its block, and not where the code in it resets the hooks of TransformerLens.
         hooks = TapHandle(module, tap, self._attach, self._engine)
-        listed = ListedTap(module, hooks, ("bwd_hooks",), permanent=True)
-        listed.list()
+        listed = ListedTap(hooks, ("bwd_hooks",), permanent=True).list(module)
         norm = norm_of(self._model, module)
         if norm is None:
             return [listed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -202,28 +201,34 @@ def convert_at(point: Any, tap: Any) -> None:
 class ListedTap:
     """A tap's handle in lists of its point, where TransformerLens' components look to choose their path."""
 
-    __slots__ = ("_point", "handle", "lists", "name")
+    __slots__ = ("handle", "lists", "point")
 
-    def __init__(self, point: Any, handle: Any, lists: tuple[str, ...], permanent: bool):
-        self._point, self.lists, self.name = weakref.ref(point), lists, str(point.name)
-        self.handle = lens_handle(handle, permanent, None)
+    def __init__(self, handle: Any, lists: tuple[str, ...], permanent: bool):
+        self.lists, self.handle = lists, lens_handle(handle, permanent, None)
+        self.point: Any = None  # while it stands in the lists of one
 
-    def list(self) -> None:
-        """Stand in the lists."""
-        point = self._point()
-        for name in self.lists if point is not None else ():
+    def hook(self, point: Any) -> ListedTap:
+        """Put the hooks on a point, and stand in its lists."""
+        self.handle.hook.register(point)
+        return self.list(point)
+
+    def list(self, point: Any) -> ListedTap:
+        """Stand in the lists of a point."""
+        self.point = point
+        for name in self.lists:
             getattr(point, name).append(self.handle)
+        return self
 
     def remove(self) -> None:
         """Take the hooks off, and the handle out of the lists."""
         self.handle.hook.remove()
         self.unlist()
+        self.point = None
 
     def unlist(self) -> None:
         """Take exactly this one out of the lists: by identity, since handles compare by value."""
-        point = self._point()
-        for name in self.lists if point is not None else ():
-            listed = getattr(point, name)  # TransformerLens replaces the list when it removes hooks
+        for name in self.lists if self.point is not None else ():
+            listed = getattr(self.point, name)  # TransformerLens replaces the list when it removes hooks
             if listed and listed[-1] is self.handle:
                 listed.pop()
             else:
@@ -236,7 +241,7 @@ class ListedWithGradients(Hook):
     def __call__(self, norm: Any, args: Any) -> None:
         self.tap.unlist()
         if torch.is_grad_enabled():
-            self.tap.list()
+            self.tap.list(self.tap.point)
 
 
 class SameNorm(Hook):
@@ -253,7 +258,7 @@ class SameNorm(Hook):
             plain = norm.original_component(args[0])
             off = ((output - plain).norm() / plain.norm()).item()
         if off > torch.finfo(plain.dtype).eps ** 0.5:  # far beyond rounding, in whichever order it adds up
-            name = self.tap.name
+            name = self.tap.point.name
             raise RuntimeError(
                 broken_rule(
                     f"capture at {name}", "the norm", "be the same with a backward hook there",

@@ -121,12 +121,10 @@ class Run:
             for place, point in enumerate(self.points):
                 if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
                     handles.append(OwnHooks(point, taps.tap(place), backward=self.anchor is not None))
-                elif not point._forward_hooks:
-                    handles.append(taps.hook(place, point))
-                else:
-                    if self.anchor is not None:  # they may call other points
-                        handles.append(point.register_forward_pre_hook(partial(self._entered, place)))
-                    handles.append(taps.hook_behind_others(place, point))
+                    continue
+                if point._forward_hooks and self.anchor is not None:  # which may call other points
+                    handles.append(point.register_forward_pre_hook(partial(self._entered, place)))
+                handles.append(taps.hook(place, point))
             yield
             self._outputs, self._gradients = taps.cache.outputs(), taps.cache.gradients()
             self._clashes = taps.cache.clashes()
