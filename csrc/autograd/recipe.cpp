@@ -72,9 +72,9 @@ at::Tensor Recipe::spread(const std::optional<at::Tensor>& ref, const at::Tensor
   TORCH_CHECK_VALUE(fits,
                     broken_rule(who_, "ref", c10::str("broadcast to a gradient of shape ", list_of(grad.sizes())),
                                 list_of(ref->sizes()), "Give it the gradient's sizes, 1 for those it doesn't have."));
-  TORCH_CHECK_VALUE(ref->device() == grad.device(),
-                    broken_rule(who_, "ref", c10::str("be on ", grad.device(), ", as the gradient is"), ref->device(),
-                                "Move it first."));
+  TORCH_CHECK_VALUE(
+      ref->device() == grad.device(),
+      broken_rule(who_, "ref", c10::str("be on ", grad.device(), ", as grad is"), ref->device(), "Move one of them."));
   return ref->expand(grad.sizes());
 }
 

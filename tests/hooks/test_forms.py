@@ -597,3 +597,40 @@ def test_settings_beside_specs():
     assert product.ref is X
     assert (plain.heads, product.at) == ((1, 2), (0, 1))
     assert math.prod(product.heads) == 2
+
+
+@pytest.mark.parametrize("inner", [{}, {"at": {"p": [1, 1]}}], ids=["nothing", "positions"])
+def test_a_batch_inside_another_that_gives_columns_something(backend, inner):
+    model, x = model_and_input(n=2)
+    with tlfast.capture(model, Spec("0", at="p"), rows=9, backend=backend) as cap, cap.batch(at={"p": [0, 1]}):
+        uneven(model(x)).backward()
+        given = {"at": {"p": torch.ones(2, P, dtype=torch.bool)}} | inner
+        rule = "batch: the block must be outside of another batch of this capture"
+        with pytest.raises(RuntimeError, match=rule), cap.batch(**given):
+            pass
+    assert cap.rows == 2
+
+
+def test_a_ref_that_is_the_rows_is_refused_at_every_step(backend):
+    model, x = model_and_input()
+    with tlfast.capture(model, Spec("0", of="grad*ref"), rows=3 * B, backend=backend) as cap:
+        with cap.batch(refs={"0": torch.ones(B, P, N * D)}):
+            uneven(model(x)).backward()
+        with (
+            pytest.raises(ValueError, match="out must not share memory with ref"),
+            cap.batch(refs={"0": cap["0:grad*ref"]}),
+        ):
+            uneven(model(x)).backward()
+    assert cap.rows == B
+
+
+def test_positions_of_no_examples(backend):
+    model, x = model_and_input(n=2)
+    with tlfast.capture(model, [Spec("0", at="one"), Spec("0", at="two", name="two")], rows=9, backend=backend) as cap:
+        for mask in (None, torch.ones(0, P, dtype=torch.bool)):
+            positions = {"one": torch.zeros(0, dtype=torch.long), "two": torch.zeros(0, 2, dtype=torch.long)}
+            with cap.batch(mask=mask, at=positions):
+                uneven(model(x[:0])).backward()
+        with cap.batch(at={"one": [0, 1], "two": [[0, 1], [1, 2]]}):
+            uneven(model(x)).backward()
+    assert cap.rows == 2

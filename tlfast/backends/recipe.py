@@ -110,11 +110,12 @@ class Recipe:
             rule, remedy = f"have positions for {n} examples", "Give those of this very batch."
             raise ValueError(broken_rule(self.who, "at", rule, given.at.shape[0], remedy))
         one = given.at.dim() == 1
-        per_example = given.at.reshape(n, -1).tolist()
+        k = 1 if one else given.at.shape[1]
+        per_example = given.at.reshape(n, k).tolist()
         index = torch.tensor(
             [[self._position(number, whole, example) for number in row] for example, row in enumerate(per_example)],
             dtype=torch.int64, device=whole.device,
-        ).reshape(n, len(per_example[0]) if n else 1)  # fmt: skip
+        ).reshape(n, k)  # fmt: skip
         rows = torch.arange(n, device=whole.device).unsqueeze(1)
         return Read(whole[rows, index], None if read.ref is None else read.ref[rows, index], one=one)
 
@@ -189,7 +190,5 @@ def spread(who: str, ref: torch.Tensor | None, grad: torch.Tensor) -> torch.Tens
         remedy = "Give it the gradient's sizes, 1 for those it doesn't have."
         raise ValueError(broken_rule(who, "ref", rule, list(ref.shape), remedy))
     if ref.device != grad.device:
-        raise ValueError(
-            broken_rule(who, "ref", f"be on {grad.device}, as the gradient is", ref.device, "Move it first.")
-        )
+        raise ValueError(broken_rule(who, "ref", f"be on {grad.device}, as grad is", ref.device, "Move one of them."))
     return ref.expand(grad.shape)
