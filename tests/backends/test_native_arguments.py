@@ -45,6 +45,13 @@ BY_NAME = {
     ],
 }  # fmt: skip
 BY_ANNOTATION = {
+    "tuple[int, int, int, str, int, int]": [
+        None,
+        1,
+        (0, 1, 1, "F32", 0),
+        (0, -1, 1, "F32", 0, 0),
+        (0, 1, 1, "F8", 0, 0),
+    ],
     "int": [None, "1", 1.5, object(), 2**70],
     "float": [None, "1", object()],
     "bool": ["yes", object()],

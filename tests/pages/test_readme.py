@@ -89,7 +89,10 @@ def test_the_versions_of_the_readme_are_those_that_ci_runs():
     assert list(lens) == list(quoted.LENS)
 
 
-@pytest.mark.parametrize("name", ["remote.md", "datasets.md", "hosts.md", "collecting.md", "recipes.md"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("remote.md", "datasets.md", "hosts.md")]
+
+
+@pytest.mark.parametrize("name", ["collecting.md", "recipes.md", *LONG])
 def test_the_blocks_of_a_page_are_one_program(name, tmp_path):
     blocks = code_blocks(text_of(ROOT / "docs" / name), "python")
     done = run_block("\n".join(code for _, code in blocks), tmp_path)

@@ -48,6 +48,7 @@ def test_a_wrong_option_is_found():
         tyro.cli(CollectSettings, args=["--model", "a", "--text", "b", "--points", "c", "--out", "d", "--unit", "1:2"])
 
 
+@pytest.mark.long
 def test_the_program_runs(tmp_path):
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     code = f"import os; os.chdir({str(tmp_path)!r})\n{code}"

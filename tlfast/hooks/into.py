@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import broken_rule
-from .tokens import Tokens
+
+if TYPE_CHECKING:  # `import tlfast` is without torch
+    from .tokens import Tokens
 
 
 class Into(Protocol):
