@@ -279,6 +279,15 @@ def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
     return cast(list[Of], list(dict.fromkeys(words)))
 
 
+def _check_nothing_beside(who: str, **given: tuple[object, object]) -> None:
+    """ValueError for what is said beside Specs, and so of none of them; each value is given with its default."""
+    for argument, (value, default) in given.items():
+        if not isinstance(value, type(default)) or value != default:
+            got = f"{'one' if argument == 'ref' else repr(value)} beside them"
+            rule, remedy = "be left out where points are Specs", "Say it in each Spec."
+            raise ValueError(broken_rule(who, argument, rule, got, remedy))
+
+
 def as_specs(
     who: str,
     points: Points | Spec | Sequence[Spec],
@@ -293,10 +302,12 @@ def as_specs(
     at: At | None = None,
     per: Per = "example",
     encoding: Encoding | None = None,
+    default: Reduction = "none",
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source.
 
-    A token's row has one position: its sum, mean or last row over the positions is the row itself.
+    A token's row has one position: its sum, mean or last row over the positions is the row itself. ``default`` is the
+    caller's own of ``reduce``, which nobody has given.
     """
     if isinstance(points, Spec) or (isinstance(points, Sequence) and not isinstance(points, str)):
         given: Sequence[object] = [points] if isinstance(points, Spec) else points
@@ -305,17 +316,12 @@ def as_specs(
             raise TypeError(
                 broken_rule(who, "points", "be all names or all Specs", list(given), "Wrap the names in a Spec.")
             )
-        if specs and (of, side) != ("grad", "output"):
-            got, remedy = f"{of!r} and {side!r} beside them", "Say them in each Spec."
-            raise ValueError(broken_rule(who, "of and side", "be left out where points are Specs", got, remedy))
-        for argument, beside in (("ref", ref), ("heads", heads), ("at", at)):
-            if specs and beside is not None:
-                rule, got = "be left out where points are Specs", "one beside them"
-                raise ValueError(broken_rule(who, argument, rule, got, "Say it in each Spec."))
-        if specs and (per, encoding) != ("example", None):
-            got, remedy = f"{per!r} and {encoding!r} beside them", "Say them in each Spec."
-            raise ValueError(broken_rule(who, "per and encoding", "be left out where points are Specs", got, remedy))
         if specs:
+            _check_nothing_beside(
+                who, reduce=(reduce, default), over=(over, "pos"), dtype=(dtype, None), output=(output, None),
+                of=(of, "grad"), side=(side, "output"), ref=(ref, None), heads=(heads, None), at=(at, None),
+                per=(per, "example"), encoding=(encoding, None),
+            )  # fmt: skip
             return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
     one_of(who, "side", side, SIDES)

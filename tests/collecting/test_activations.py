@@ -103,8 +103,8 @@ def test_by_words_of_the_function(tmp_path):
     assert headers[1] == headers[2]
     collect(tiny_model(), tmp_path / "inputs", EXAMPLES, of="act", side="input", **settings)
     assert tlfast.open_dataset(tmp_path / "inputs").points[0] == "transformer.h.0:input:act"
-    with pytest.raises(ValueError, match=r"^collect: of and side must be left out where points are Specs, got 'act'"):
-        collect(tiny_model(), tmp_path / "other", EXAMPLES, points=specs("gpt2"), of="act", **settings)
+    with pytest.raises(ValueError, match=r"^collect: of must be left out where points are Specs, got 'act' beside"):
+        collect(tiny_model(), tmp_path / "other", EXAMPLES, points=specs("gpt2"), of="act")
     with pytest.raises(ValueError, match=r"^collect: of must be one of grad, act, grad\*act, grad\*ref, got 'weight'"):
         collect(tiny_model(), tmp_path / "other", EXAMPLES, of="grad,weight", **settings)
     assert not (tmp_path / "other").exists()

@@ -11,9 +11,11 @@ from typing import get_type_hints
 import half_finished
 import pytest
 from checkout import TESTS
+from tiny_models import tiny_model
 
 import tlfast
 import tlfast.collecting.run
+from tlfast.collecting.checks import wanted_specs
 from tlfast.collecting.identity import ALWAYS, IN_OTHER_WORDS, MAKES_NO_OTHER_ROWS, describe_options
 from tlfast.collecting.options import CollectOptions, SharedOptions
 from tlfast.collecting.settings import CollectSettings, TextOptions
@@ -169,6 +171,36 @@ def test_an_unknown_word_is_refused(name, known):
 def test_a_wrong_number_is_refused(change, text):
     with pytest.raises(ValueError, match=f"^collect: {text}"):
         CollectOptions(points="0", **change)
+
+
+@pytest.mark.parametrize(
+    "beside, got",
+    [
+        ({"reduce": "none"}, "'none'"),
+        ({"reduce": "sum"}, "'sum'"),
+        ({"over": 1}, "1"),
+        ({"dtype": "float32"}, "'float32'"),
+        ({"output": "hidden"}, "'hidden'"),
+    ],
+)
+def test_settings_beside_specs_are_refused(tmp_path, beside, got):
+    (argument,) = beside
+    text = f"collect: {argument} must be left out where points are Specs, got {got} beside them. Say it in each Spec."
+    model, texts, spec = tiny_model(), [[1, 2, 3]], tlfast.Spec("transformer.h.0", "sum")
+    for ask in (
+        lambda: tlfast.collect(model, texts, tmp_path / "out", points=[spec], **beside),
+        lambda: tlfast.stream(model, texts, spec, buffer_rows=2, batch_size=1, **beside),
+        lambda: tlfast.running(model, texts, spec, **beside),
+    ):
+        with pytest.raises(ValueError, match=f"^{text}$"):
+            ask()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_default_that_nobody_gave_is_not_beside_specs():
+    model, spec = tiny_model(), tlfast.Spec("transformer.h.0", "none", per="token")
+    assert OPTIONS.reduce == "mean" != spec.reduce
+    assert wanted_specs(model, CollectOptions(points=spec)) == [spec]
 
 
 def test_a_capture_of_no_rows_is_refused():

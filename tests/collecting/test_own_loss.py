@@ -89,11 +89,12 @@ def test_where_the_graph_starts_is_no_part_of_a_datasets_identity(tmp_path):
 def test_points_given_themselves_make_the_same_dataset(tmp_path):
     model = tiny_model()
     blocks = list(model.transformer.h)
-    for out, points in (
-        ("names", ["transformer.h.0", "transformer.h.1"]), ("modules", blocks),
-        ("specs", [tlfast.Spec(blocks, reduce="mean", dtype="float32")]),
-    ):  # fmt: skip
-        collect(model, tmp_path / out, EXAMPLES, points=points, dtype="torch.float32")
+    for out, given in (
+        ("names", {"points": ["transformer.h.0", "transformer.h.1"], "dtype": "torch.float32"}),
+        ("modules", {"points": blocks, "dtype": "torch.float32"}),
+        ("specs", {"points": [tlfast.Spec(blocks, reduce="mean", dtype="float32")]}),
+    ):
+        collect(model, tmp_path / out, EXAMPLES, **given)
     headers = [tlfast.open_dataset(tmp_path / out).header for out in ("names", "modules", "specs")]
     assert headers[0] == headers[1] == headers[2]
     collect(model, tmp_path / "one", EXAMPLES, points=blocks[1], rows_per_unit=2, units="0:1")

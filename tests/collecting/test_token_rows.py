@@ -102,6 +102,7 @@ def test_a_loop_of_ones_own_and_a_stream_have_the_same_rows(tmp_path, backend, s
 def test_a_stream_cuts_units_of_its_own(tmp_path):
     made = tlfast.stream(tiny_model(), EXAMPLES, POINT, per="token", buffer_rows=40, batch_size=8, drop_last=True)
     assert len(made) == sum(map(len, EXAMPLES)) // 8 == len([batch for batch in made if len(batch["id"]) == 8])
+    assert made.n_rows == sum(map(len, EXAMPLES))
     assert made.columns[POINT] == Column(torch.float32, (16,), per="token")
     with refuses("stream: per must be the same at all points of a stream, got 'example' and 'token'. Make a stream "):
         tlfast.stream(

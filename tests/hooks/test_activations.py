@@ -393,7 +393,7 @@ def test_several_sources_at_once():
     model = nn.Sequential(HookPoint())
     assert tlfast.capture(model, "0", of="act, grad,act", rows=1).names == ["0:act", "0"]
     assert tlfast.capture(model, "0", of=("grad*act",), side="input", rows=1).names == ["0:input:grad*act"]
-    with pytest.raises(ValueError, match=r"^capture: of and side must be left out where points are Specs, got 'act'"):
+    with pytest.raises(ValueError, match=r"^capture: of must be left out where points are Specs, got 'act' beside"):
         tlfast.capture(model, Spec("0"), of="act", rows=1)
 
 

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import re
 from contextlib import nullcontext
+from dataclasses import fields
 
 import pytest
 import torch
@@ -587,10 +589,19 @@ def test_specs_that_are_none(given, text):
 
 
 def test_settings_beside_specs():
-    for argument, value in (("ref", X), ("heads", (1, 2)), ("at", 0)):
-        text = f"^capture: {argument} must be left out where points are Specs, got one beside them"
-        with pytest.raises(ValueError, match=text):
-            tlfast.capture(nn.Linear(2, 2), Spec(""), rows=1, **{argument: value})
+    beside = {
+        "reduce": "mean", "over": -1, "dtype": torch.float16, "output": 0, "of": ["grad"], "side": "input", "ref": X,
+        "heads": (1, 2), "at": 0, "per": "token", "encoding": "int8",
+    }  # fmt: skip
+    assert {"points", *beside} == {field.name for field in fields(Spec)} - {"name"}
+    for argument, value in beside.items():
+        got = "one" if argument == "ref" else repr(value)
+        text = f"capture: {argument} must be left out where points are Specs, got {got} beside them. Say it in each Sp"
+        for points in (Spec(""), [Spec(""), Spec("", "sum")]):
+            with pytest.raises(ValueError, match="^" + re.escape(text)):
+                tlfast.capture(nn.Linear(2, 2), points, rows=1, **{argument: value})
+    defaults = {"reduce": "none", "over": "pos", "dtype": None, "output": None, "of": "grad", "side": "output"}
+    assert tlfast.capture(nn.Linear(2, 2), Spec("", "sum"), rows=1, **defaults).wanted[""][1].reduce == "sum"
     sources = tlfast.capture(nn.Linear(2, 2), "", of=("grad", "grad*ref"), ref=X, heads=[1, 2], at=range(2), rows=1)
     (_, plain), (_, product) = sources.wanted.values()
     assert plain.ref is None

@@ -75,9 +75,10 @@ def test_a_dtype_by_its_name_is_that_dtype(word):
 def test_one_or_many_specs():
     one, two = tlfast.Spec("a"), tlfast.Spec("b")
     plain = ("sum", "batch", torch.float16, 1)
-    assert as_specs("capture", one, *plain) == [one]
-    assert as_specs("capture", [one, two], *plain) == [one, two]
-    assert as_specs("capture", (one,), *plain) == [one]
+    defaults = ("none", "pos", None, None)
+    assert as_specs("capture", one, *defaults) == [one]
+    assert as_specs("capture", [one, two], *defaults) == [one, two]
+    assert as_specs("capture", (one,), *defaults) == [one]
     assert as_specs("capture", "a", *plain) == [tlfast.Spec("a", *plain)]
     assert as_specs("capture", ["a", "b"], *plain) == [tlfast.Spec(["a", "b"], *plain)]
     with pytest.raises(TypeError, match="capture: points must be all names or all Specs"):

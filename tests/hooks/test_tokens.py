@@ -119,7 +119,7 @@ def test_settings_of_a_capture_that_do_not_go_together():
     text = 'capture: calls must not be "stack" with per="token", got \'stack\'. A stack has the calls before the '
     with refuses(text):
         tlfast.capture(Point(), "point", rows=1, per="token", calls="stack")
-    text = "capture: per and encoding must be left out where points are Specs, got 'token' and None beside them. Say "
+    text = "capture: per must be left out where points are Specs, got 'token' beside them. Say it in each Spec."
     with refuses(text):
         tlfast.capture(Point(), Spec("point"), rows=1, per="token")
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny_models import POINTS, sequences, tiny_model
 
+import tlfast
 from tlfast.recipes import gradient_sae_pairs
 
 SETTINGS = {"buffer_tokens": 64, "batch_size": 7, "batch_tokens": 32}
 
 
-def truth_of(model, tokens, points):
+def truth_of(model, tokens, points, labels=None):
     """Activations and gradients [P, D] of one example by torch alone."""
     model.eval()
     seen = {}
@@ -27,7 +28,8 @@ def truth_of(model, tokens, points):
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in points]
     ids = torch.tensor([tokens])
-    torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+    wanted = torch.tensor(tokens if labels is None else labels)
+    torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], wanted[1:], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
     return {name: (kept.detach()[0], kept.grad[0]) for name, kept in seen.items()}
@@ -74,15 +76,43 @@ def test_the_order_is_the_seeds():
 
 
 def test_memory_is_bounded(monkeypatch):
-    held = []
-    from tlfast.recipes import gradient_pairs
+    held, parts = [], []
+    buffer = tlfast.collecting.stream._Buffer
+    put = buffer.put
 
-    picked = gradient_pairs._picked
-    monkeypatch.setattr(
-        gradient_pairs, "_picked", lambda rows, places: held.append(len(rows["id"])) or picked(rows, places)
-    )
+    def counted(self, rows):
+        put(self, rows)
+        parts.append(len(rows["id"]))
+        held.append({len(block) for block in self._rows.values()})
+
+    monkeypatch.setattr(buffer, "put", counted)
     n = len(order(0))
-    assert max(held) <= 64 < n / 3
+    assert all(sizes == {64} for sizes in held)
+    assert max(parts) <= 16 < sum(parts) == n > 3 * 64
+
+
+def test_fields_of_examples_are_those_of_the_loss():
+    model, points = tiny_model("gpt2", torch.float64), ["transformer.h.0"]
+    examples = [
+        {"input_ids": tokens, "labels": [-100] * (len(tokens) - 1) + tokens[-1:], "more": "x"}
+        for tokens in sequences(9)
+    ]
+    bad = {"input_ids": [1], "labels": [1], "more": "y"}
+    settings = {"loss": "response", "fields": ["input_ids", "labels"], **SETTINGS}
+    given = [*examples[:4], bad, *examples[4:]]
+    with gradient_sae_pairs(model, iter(given), points, bad_examples="skip", **settings) as pairs:
+        batches = list(pairs)
+    assert pairs.skipped == [("#4", 0, "1 token, less than 2")]
+    assert (len(pairs), pairs.n_tokens) == (len(batches), sum(len(one["input_ids"]) for one in examples))
+    found = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    for k, one in enumerate(examples):
+        mine = (found["id"] == k).nonzero()[:, 0]
+        mine = mine[found["position"][mine].argsort()]
+        act, grad = truth_of(model, one["input_ids"], points, one["labels"])[points[0]]
+        assert torch.allclose(found[f"{points[0]}:act"][mine], act, rtol=1e-9)
+        assert torch.allclose(found[points[0]][mine], grad, rtol=1e-7, atol=1e-12)
+    with pytest.raises(ValueError, match="collect: examples must have 2 tokens or more, got 1 in example 4"):
+        gradient_sae_pairs(model, given, points, **settings)
 
 
 def test_memory_goes_when_it_is_closed():
@@ -99,9 +129,14 @@ def test_memory_goes_when_it_is_closed():
          {"buffer_tokens": 63}),
         ("gradient_sae_pairs: batch_size must be a positive number, got 0", {"batch_size": 0}),
         ("points must match a module", {"points": "absent"}),
+        ("gradient_sae_pairs: points must be names, modules or a function, got a Spec. Give the Spec's points: what a ",
+         {"points": [tlfast.Spec("transformer.h.0")]}),
+        ("gradient_sae_pairs: points must be names, modules or a function", {"points": tlfast.Spec("transformer.h.0")}),
+        ("gradient_sae_pairs: settings must be among side, heads, .*, got reduce. Leave it out.", {"reduce": "sum"}),
+        ("gradient_sae_pairs: seed must be an int, got 'a'", {"seed": "a"}),
     ],
 )  # fmt: skip
 def test_what_is_refused(text, changed):
     settings = {"points": "transformer.h.0", **SETTINGS} | changed
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         gradient_sae_pairs(tiny_model(), [list(range(16)), [1, 2]], settings.pop("points"), **settings)

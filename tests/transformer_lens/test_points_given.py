@@ -25,6 +25,14 @@ def test_a_hook_point_is_itself_and_no_predicate(backend):
     )
 
 
+@pytest.mark.parametrize("beside", [{"reduce": "sum"}, {"over": 2}, {"dtype": "float16"}])
+def test_settings_beside_specs_are_refused(beside):
+    ((argument, value),) = beside.items()
+    text = f"^capture: {argument} must be left out where points are Specs, got {value!r} beside them. Say it in each Sp"
+    with pytest.raises(ValueError, match=text):
+        capture(root_module(), [Spec("hook_in")], rows=4, **beside)
+
+
 def test_dtypes_by_their_names(backend):
     model, x = root_module(), torch.ones(2, 3, WIDTH)
     with capture(model, "hook_in", rows=4, dtype="bfloat16", backend=backend) as cap:

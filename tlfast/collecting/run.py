@@ -123,7 +123,8 @@ def collect(
             They are rearranged: only the order of the examples counts.
         out: the folder, or a URL such as s3://bucket/folder; new, empty, or with a part of this dataset.
         points, reduce, of, side, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be
-            "batch".
+            "batch". Where points are Specs, what they say themselves is left out beside them: another reduce than the
+            default is an error, and so are the others.
         ref: what "grad*ref" multiplies with: a tensor [D], or with positions where all examples have as many; or a
             function of the `tlfast.collecting.batches.Batch`, which returns a tensor that broadcasts to the gradient,
             or a mapping of one for each point. It is called before each forward, and may run the model. A part of the

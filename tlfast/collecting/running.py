@@ -15,7 +15,7 @@ from ..spec import Points, Spec
 from .fsdp import is_sharded
 from .identity import describe_collection, describe_loss
 from .options import CollectOptions
-from .stream import SETTINGS
+from .stream import SETTINGS, row_options
 from .unit import Runner
 from .work import Work
 
@@ -62,15 +62,8 @@ def running(
         >>> sums["0"].n, sums["0"].moment2_full.shape
         (5, torch.Size([4, 4]))
     """
-    allowed = [name for name in SETTINGS if name != "rows_per_unit"]
-    unknown = next((name for name in settings if name not in allowed), None)
-    if unknown is not None:
-        raise TypeError(broken_rule(_WHO, "settings", f"be among {', '.join(allowed)}", unknown, "Leave it out."))
     sums = RunningSums(stats, non_finite=non_finite)
-    options = CollectOptions(points=points, cuda_graph="off", **settings)
-    given: Any = options.loss
-    if not callable(given):
-        describe_loss(given, "", None)  # raises what `collect` does
+    options = row_options(_WHO, [name for name in SETTINGS if name != "rows_per_unit"], points, settings)
     return _Summing(model, batches, options).into(sums)
 
 

@@ -44,18 +44,19 @@ SETTINGS = (
 class GradientStream(Iterator[Batch]):
     """Shuffled batches of rows, once through all examples; made by `stream`, which says all of it.
 
-    ``columns`` are dtype and row shape of each column, ``skipped`` the (source, start, reason) of bad examples, ``len``
-    the number of all batches.
+    ``columns`` are dtype and row shape of each column, ``skipped`` the (source, start, reason) of bad examples,
+    ``n_rows`` the number of all rows and ``len`` that of all batches.
     """
 
     def __init__(
         self,
         batches: Generator[Batch, None, None],
+        n_rows: int,
         n_batches: int,
         columns: Mapping[str, Column],
         skipped: Sequence[Sequence[Any]],
     ):
-        self._batches, self._n_batches, self._turn = batches, n_batches, Lock()
+        self._batches, self.n_rows, self._n_batches, self._turn = batches, n_rows, n_batches, Lock()
         self.columns, self.skipped = dict(columns), [tuple(entry) for entry in skipped]
 
     def __next__(self) -> Batch:
@@ -118,7 +119,7 @@ class _Buffer:
 
 
 def _batches(
-    work: _Units, plan: Plan, buffer: _Buffer, batch_size: int, seed: int, drop_last: bool
+    work: Units, plan: Plan, buffer: _Buffer, batch_size: int, seed: int, drop_last: bool
 ) -> Generator[Batch, None, None]:
     """Fill the buffer, and again as soon as there is room for a unit; a full batch fits beside one."""
     units = deque(plan.unit(k) for k in permutation(plan.n_units, seed).tolist())
@@ -175,8 +176,9 @@ def stream(
     Returns:
         An iterator of dicts: "id", int64 [b], the numbers of the examples, on the host; and for each column
         [b, *row shape], on the device of its gradients; with per="token" also "position", int64 [b], that of the
-            token among the real ones of its example. ``len`` of it is the number of batches, ``skipped`` the bad
-        examples. It ends with the data; ``close()``, or the end of a ``with`` block, lets its memory go before.
+        token among the real ones of its example. ``len`` of it is the number of batches, ``n_rows`` that of all rows,
+        ``skipped`` the bad examples. It ends with the data; ``close()``, or the end of a ``with`` block, lets its
+        memory go before.
 
     Raises:
         ValueError, TypeError: for bad arguments, and all that `collect` refuses, in its words, before the first batch.
@@ -194,33 +196,33 @@ def stream(
         torch.Size([2]) torch.Size([2, 4])
         torch.Size([2]) torch.Size([2, 4])
     """
-    unknown = next((name for name in settings if name not in SETTINGS), None)
-    if unknown is not None:
-        raise TypeError(broken_rule(_WHO, "settings", f"be among {', '.join(SETTINGS)}", unknown, "Leave it out."))
-    options = CollectOptions(points=points, cuda_graph="off", **settings)
-    given: Any = options.loss
-    if not callable(given):
-        describe_loss(given, "", None)  # raises what `collect` does
+    options = row_options(_WHO, SETTINGS, points, settings)
     one_of(_WHO, "non_finite", non_finite, ("keep", "stop"))
     check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
     check_seed(_WHO, seed)
     most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
     _check_room(buffer_rows, batch_size, most)
-    work = _Units(model, batches, options, most, non_finite)
-    columns = work.columns
-    for name, what in _SAID.items():
-        if name in columns and (name == _ID or work.per_token):
-            rule, remedy = f"not have the name of {what}", "Give its module another name."
-            raise ValueError(broken_rule(_WHO, "points", rule, name, remedy))
-    n_rows = options.rows_per_unit or min(work.most, unit_rows_of(columns.values(), work.examples))
-    plan = Plan(len(work.examples), n_rows)
-    sizes = [work.n_rows(unit) for unit in plan.units]
-    _check_room(buffer_rows, batch_size, max(sizes))
-    n = sum(sizes)
-    buffer = _Buffer(min(buffer_rows, n), seed)
-    made = _batches(work, plan, buffer, batch_size, seed, drop_last)
-    n_batches = n // batch_size if drop_last else -(-n // batch_size)
-    return GradientStream(made, n_batches, columns, work.bad.skipped)
+    work = Units(model, batches, options, most, non_finite)
+    return work.shuffled(buffer_rows, batch_size, seed, drop_last)
+
+
+def row_options(
+    who: str, allowed: Sequence[str], points: Points | Spec | Sequence[Spec], settings: Mapping[str, Any], **ours: Any
+) -> CollectOptions:
+    """The options of rows that go into no dataset, ``ours`` beside those of the user.
+
+    Raises:
+        TypeError: for a setting of the user that isn't ``allowed`` there.
+        ValueError: for one that `collect` refuses.
+    """
+    unknown = next((name for name in settings if name not in allowed), None)
+    if unknown is not None:
+        raise TypeError(broken_rule(who, "settings", f"be among {', '.join(allowed)}", unknown, "Leave it out."))
+    options = CollectOptions(points=points, cuda_graph="off", **settings, **ours)
+    given: Any = options.loss
+    if not callable(given):
+        describe_loss(given, "", None)  # raises what `collect` does
+    return options
 
 
 def _check_room(buffer_rows: int, batch_size: int, largest: int) -> None:
@@ -231,7 +233,7 @@ def _check_room(buffer_rows: int, batch_size: int, largest: int) -> None:
         raise ValueError(broken_rule(_WHO, "buffer_rows", rule, buffer_rows, remedy))
 
 
-class _Units(Work):
+class Units(Work):
     """What goes into the buffer: tried when it is made, as `collect` does, and then computed unit by unit."""
 
     def __init__(
@@ -258,6 +260,21 @@ class _Units(Work):
         with self.at_work():
             self._probed = self.look(most)
         self.columns = self._probed.columns
+        for name, what in _SAID.items():
+            if name in self.columns and (name == _ID or self.per_token):
+                rule, remedy = f"not have the name of {what}", "Give its module another name."
+                raise ValueError(broken_rule(_WHO, "points", rule, name, remedy))
+
+    def shuffled(self, buffer_rows: int, batch_size: int, seed: int, drop_last: bool) -> GradientStream:
+        """All rows once, in the order that belongs to the seed."""
+        n_rows = self.options.rows_per_unit or min(self.most, unit_rows_of(self.columns.values(), self.examples))
+        plan = Plan(len(self.examples), n_rows)
+        sizes = [self.n_rows(unit) for unit in plan.units]
+        _check_room(buffer_rows, batch_size, max(sizes))
+        n = sum(sizes)
+        made = _batches(self, plan, _Buffer(min(buffer_rows, n), seed), batch_size, seed, drop_last)
+        n_batches = n // batch_size if drop_last else -(-n // batch_size)
+        return GradientStream(made, n, n_batches, self.columns, self.bad.skipped)
 
     def n_rows(self, unit: Unit) -> int:
         """How many rows a unit has: one for each example, or for each token of them."""

@@ -65,8 +65,9 @@ def capture(
     Args:
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
-            list of these, a predicate on names, a `Spec` or a list of them (then ``reduce``, ``over``, ``dtype``,
-            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per`` and ``encoding`` are theirs).
+            list of these, a predicate on names, a `Spec` or a list of them. Then ``reduce``, ``over``, ``dtype``,
+            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per`` and ``encoding`` are theirs, and an error
+            here.
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.

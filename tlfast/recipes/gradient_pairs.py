@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..collecting.examples import as_examples
 from ..collecting.options import check_positive
-from ..collecting.stream import stream
-from ..dataset.format.plan import Example
+from ..collecting.stream import SETTINGS, GradientStream, Units, row_options
+from ..dataset.read.shuffle import check_seed
 from ..errors import broken_rule
-from ..spec import Points
+from ..spec import Points, Spec
 
 Pairs = dict[str, torch.Tensor]
 
 _WHO = "gradient_sae_pairs"
 _PARTS = 4  # of the buffer: what is computed at once is one of them
 _BATCH_TOKENS = 4096
+_OURS = ("reduce", "over", "of", "ref", "at", "per", "rows_per_unit")  # of the settings of `stream`: they make pairs
+_SETTINGS = tuple(name for name in SETTINGS if name not in _OURS)
 
 
 class PairStream(Iterator[Pairs]):
-    """Shuffled batches of pairs, once through all tokens; made by `gradient_sae_pairs`, which says all of it."""
+    """Shuffled batches of pairs, once through all tokens; made by `gradient_sae_pairs`, which says all of it.
 
-    def __init__(self, batches: Generator[Pairs, None, None], n_tokens: int, n_batches: int, names: list[str]) -> None:
-        self._batches, self.n_tokens, self._n_batches, self.names = batches, n_tokens, n_batches, names
+    ``names`` are the columns of a batch, ``n_tokens`` the number of all pairs and ``len`` that of all batches,
+    ``skipped`` the (source, start, reason) of bad examples.
+    """
+
+    def __init__(self, rows: GradientStream) -> None:
+        self._rows, self.n_tokens, self.names, self.skipped = rows, rows.n_rows, list(rows.columns), rows.skipped
 
     def __next__(self) -> Pairs:
-        return next(self._batches)
+        return next(self._rows)
 
     def __len__(self) -> int:
-        return self._n_batches
+        return len(self._rows)
 
     def close(self) -> None:
         """Give no more batches, and let the memory go."""
-        self._batches.close()
+        self._rows.close()
 
     def __enter__(self) -> PairStream:
         return self
@@ -58,19 +63,21 @@ def gradient_sae_pairs(
     dtype: torch.dtype | str | None = None,
     batch_tokens: int = _BATCH_TOKENS,
     padding_side: str = "right",
+    **settings: Any,
 ) -> PairStream:
     """Give (activation, gradient) of every real token at some points to a training loop, shuffled, with no disk.
 
     Gradient SAEs are trained on these (Olmo et al., 2024, "Features that Make a Difference"): an activation, and what
-    it does to the loss. A forward and a backward make the pairs of a part of the examples, as `tlfast.stream` does and
-    with its care for the model; padding is left out, and the tokens are drawn at random from a buffer.
+    it does to the loss. This is `tlfast.stream` with ``of=("act", "grad")`` and ``per="token"``: a forward and a
+    backward make the pairs of a part of the examples, with its care for the model; padding is left out, and the tokens
+    are drawn at random from a buffer.
 
     Args:
         model: a causal language model of Hugging Face, or another model of tokens with ``loss``.
-        batches: token sequences or batches of them, as `collect` takes them, without other fields.
+        batches: the examples, of tokens and perhaps other fields, as `collect` takes them.
         points: the modules at whose outputs [B, P, D] the pairs are.
-        buffer_tokens: how many pairs are held and mixed. While it is filled up, twice and a half as many are in memory,
-            whatever the size of the data.
+        buffer_tokens: how many pairs are held and mixed. While it is filled up, one and a half times as many are in
+            memory, whatever the size of the data.
         batch_size: pairs of a batch; the last one may be shorter.
         seed: makes the order.
         drop_last: leave out the last batch, if it is shorter.
@@ -78,6 +85,8 @@ def gradient_sae_pairs(
         dtype: of the pairs; None: that of the model.
         batch_tokens: positions of one forward.
         padding_side: how sequences are padded.
+        settings: the others of `tlfast.stream`, such as fields, collate, side, output or embedding, but none of reduce,
+            over, of, ref, at, per and rows_per_unit. ``bad_examples`` is "stop" if nothing else is said.
 
     Returns:
         An iterator of dicts: for each point "<point>:act" and "<point>", [b, D] each, on the device of the model, and
@@ -95,67 +104,18 @@ def gradient_sae_pairs(
         [torch.Size([2, 4]), torch.Size([2, 4]), torch.Size([1, 4])]
     """
     check_positive(_WHO, buffer_tokens=buffer_tokens, batch_size=batch_size)
-    examples = as_examples(batches)
-    longest = max(example.length for example in examples)
-    least = max(2 * batch_size, _PARTS * longest)
+    check_seed(_WHO, seed)
+    parts: Any = points if isinstance(points, Sequence) else [points]
+    if any(isinstance(part, Spec) for part in parts):
+        rule, remedy = "be names, modules or a function", "Give the Spec's points: what a pair has of them is fixed."
+        raise TypeError(broken_rule(_WHO, "points", rule, "a Spec", remedy))
+    given = {"bad_examples": "stop", **settings, "loss": loss, "dtype": dtype}
+    given |= {"batch_tokens": batch_tokens, "padding_side": padding_side}
+    pairs = {"of": ("act", "grad"), "reduce": "none", "per": "token"}
+    options = row_options(_WHO, _SETTINGS, points, given, **pairs)
+    work = Units(model, batches, options, max(1, buffer_tokens // _PARTS), "stop")
+    least = max(2 * batch_size, _PARTS * max(work.examples.lengths()))
     if buffer_tokens < least:
         rule = f"have room for two batches, and {_PARTS} times for the longest example: {least}"
         raise ValueError(broken_rule(_WHO, "buffer_tokens", rule, buffer_tokens, "Give more, or shorter examples."))
-    n_rows = max(1, buffer_tokens // (_PARTS * longest))
-    settings: Any = dict(
-        of=("act", "grad"), reduce="none", seq_len=longest, rows_per_unit=n_rows, loss=loss, dtype=dtype,
-        batch_tokens=max(batch_tokens, longest), padding_side=padding_side,
-    )  # fmt: skip
-    given = stream(model, examples, points, buffer_rows=2 * n_rows, batch_size=n_rows, seed=seed, **settings)
-    n_tokens = sum(example.length for example in examples)
-    made = _shuffled(_tokens(given, examples, padding_side), buffer_tokens, batch_size, seed, drop_last)
-    n_batches = n_tokens // batch_size if drop_last else -(-n_tokens // batch_size)
-    return PairStream(made, n_tokens, n_batches, list(given.columns))
-
-
-def _tokens(rows: Iterable[Pairs], examples: list[Example], padding_side: str) -> Iterator[Pairs]:
-    """The rows [b, P, D] of examples as rows [n, D] of their real tokens."""
-    lengths = torch.tensor([example.length for example in examples])
-    for given in rows:
-        ids = given.pop("id")
-        here = lengths[ids]
-        n_positions = next(iter(given.values())).shape[1]
-        first = n_positions - here if padding_side == "left" else torch.zeros_like(here)
-        places = torch.arange(n_positions) - first[:, None]
-        real = (places >= 0) & (places < here[:, None])
-        chosen = real.flatten().nonzero()[:, 0]
-        tokens = {name: block.flatten(0, 1).index_select(0, chosen.to(block.device)) for name, block in given.items()}
-        yield {"id": ids.repeat_interleave(here), "position": places[real], **tokens}
-
-
-def _shuffled(
-    parts: Iterator[Pairs], most: int, batch_size: int, seed: int, drop_last: bool
-) -> Generator[Pairs, None, None]:
-    """Batches drawn from a buffer of at most ``most`` tokens, which is filled again when a part of it has gone."""
-    draw = torch.Generator().manual_seed(seed)
-    held: Pairs = {}
-    waiting: Pairs | None = next(parts, None)
-    while held or waiting is not None:
-        while waiting is not None and _size(held) + _size(waiting) <= most:
-            held = {name: torch.cat([held[name], rows]) for name, rows in waiting.items()} if held else waiting
-            waiting = next(parts, None)
-        order = torch.randperm(_size(held), generator=draw)
-        # With more to come, give out so much that the next part has room.
-        n = len(order) if waiting is None else max(0, _size(held) + _size(waiting) - most)
-        n_batches = n // batch_size if waiting is None else -(-n // batch_size)
-        for k in range(min(n_batches, len(order) // batch_size)):
-            yield _picked(held, order[k * batch_size : (k + 1) * batch_size])
-        rest = order[min(n_batches, len(order) // batch_size) * batch_size :]
-        if waiting is None:
-            if len(rest) and not drop_last:
-                yield _picked(held, rest)
-            return
-        held = _picked(held, rest) if len(rest) else {}
-
-
-def _size(rows: Pairs) -> int:
-    return len(rows["id"]) if rows else 0
-
-
-def _picked(rows: Pairs, places: torch.Tensor) -> Pairs:
-    return {name: held.index_select(0, places.to(held.device)) for name, held in rows.items()}
+    return PairStream(work.shuffled(buffer_tokens, batch_size, seed, drop_last))

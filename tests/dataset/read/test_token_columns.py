@@ -3,6 +3,7 @@
 import pickle
 import re
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dataset_cases import same_bits
 from kinds_cases import COLUMNS, LENGTHS, PLAN, example, make_writer, n_rows, rows_of, truth, write_units
 from torch.utils.data import DataLoader
 
-from tlfast.dataset import DatasetWriter, RowDataset, ShuffledBatches, join_datasets, open_dataset
+from tlfast.dataset import DatasetWriter, RowDataset, ShuffledBatches, concat_datasets, join_datasets, open_dataset
 
 N = len(LENGTHS)
 
@@ -133,7 +134,7 @@ def test_rows_and_row_datasets_hold_them(ds):
     assert [len(item["tq"]) for item in items.__getitems__([6, 0])] == [5, 2]
 
 
-def test_shuffled_batches_refuse_them(ds):
+def test_shuffled_batches_refuse_them_beside_rows_of_examples(ds):
     message = "ShuffledBatches: point 't' must have a row for each example, got one per token. Leave it out of points"
     with pytest.raises(ValueError, match=re.escape(message)):
         ShuffledBatches(ds, batch_size=2)
@@ -142,6 +143,63 @@ def test_shuffled_batches_refuse_them(ds):
         for i, row in zip(batch["id"].tolist(), batch["q"], strict=True):
             assert torch.equal(row, ds["q"][i])
     assert sorted(i for batch in batches for i in batch["id"].tolist()) == list(range(N))
+
+
+def test_shuffled_batches_of_tokens(ds):
+    settings = {"batch_size": 4, "points": ["t", "tq"], "block_rows": 2, "mixed_blocks": 3}
+    every = [(i, k) for i, n in enumerate(LENGTHS) for k in range(n)]
+
+    def read(batches):
+        places = []
+        for batch in batches:
+            assert list(batch) == ["id", "position", "t", "tq"]
+            here = list(zip(batch["id"].tolist(), batch["position"].tolist(), strict=True))
+            for point in ("t", "tq"):
+                assert same_bits(batch[point], torch.stack([ds[point][i][k] for i, k in here]))
+            places.append(here)
+        return places
+
+    first, again, other = (read(ShuffledBatches(ds, seed=seed, **settings)) for seed in (3, 3, 4))
+    assert [len(part) for part in first] == [4, 4, 4, 3]
+    assert first == again != other
+    assert sorted(chain(*first)) == sorted(chain(*other)) == every != list(chain(*first))
+    assert all(len({i for i, _ in part}) > 1 for part in first)
+    assert list(chain(*read(ShuffledBatches(ds, shuffle=False, **settings)))) == every
+    shares = [read(ShuffledBatches(ds, rank=rank, world_size=2, drop_last=True, **settings)) for rank in range(2)]
+    assert [[len(part) for part in share] for share in shares] == [[4], [4]]
+    begun = ShuffledBatches(ds, seed=3, **settings)
+    iterator = iter(begun)
+    next(iterator)
+    state = pickle.loads(pickle.dumps(begun.state_dict()))
+    iterator.close()
+    rest = ShuffledBatches(ds, seed=3, **settings)
+    rest.load_state_dict(state)
+    assert read(rest) == first[1:]
+
+
+def test_tokens_carry_the_fields_of_their_examples(ds):
+    fields = ds.with_fields("t", "length", "norms")
+    for batch in ShuffledBatches(fields, batch_size=4, block_rows=2, input_ids=True):
+        ids = batch["id"].tolist()
+        assert batch["length"].tolist() == [LENGTHS[i] for i in ids]
+        assert torch.equal(batch["norm:t"], ds.norms("t")[ids])
+        assert [len(tokens) for tokens in batch["input_ids"]] == [LENGTHS[i] for i in ids]
+
+
+def test_tokens_that_no_batch_has(tmp_path, ds):
+    text = (
+        "ShuffledBatches: point 't', per token, must be of all rows of one dataset, got one of a view. Take the "
+        "datasets in view.sources, or examples by RowDataset."
+    )
+    for view in (ds.select([0, 2]), concat_datasets([ds, ds])):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            ShuffledBatches(view, batch_size=2, points=["t"])
+    columns = {"position": COLUMNS["t"], "t": COLUMNS["t"]}
+    write_units(make_writer(tmp_path / "d", columns=columns))
+    text = "ShuffledBatches: points must not include the name of a token's position, got 'position'. Leave it out, and"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        ShuffledBatches(open_dataset(tmp_path / "d"), batch_size=2)
+    assert len(list(ShuffledBatches(open_dataset(tmp_path / "d"), batch_size=15, points="t"))) == 1
 
 
 def test_joins_and_pickles(ds, out):

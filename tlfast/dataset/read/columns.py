@@ -55,6 +55,11 @@ class GradientColumn:
         return (len(self), *self._row_shape)
 
     @property
+    def unit_bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The rows of each unit that is there: where they start, and where they stop; int64 [units] each."""
+        return self._axis.starts, self._axis.stops
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self.dtype.itemsize * prod(self._row_shape)

@@ -16,12 +16,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...errors import broken_rule
 from .ahead import read_ahead
 from .columns import read_stretches
-from .row_dataset import Batch, checked_entries, per_example
+from .row_dataset import Batch, checked_entries, per_example, per_token
 from .row_fields import entries
 from .shuffle import Blocks, Group, check_seed, share
 from .views import Readable
 
 BLOCK_BYTES = 768 << 10  # of one point: measured, from there on a disk reads blocks here and there as fast as a file
+POSITION = "position"  # in a batch of tokens
 _GROUP_BYTES = 64 << 20  # of all points in the blocks that are mixed
 
 
@@ -35,6 +36,10 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     ``state_dict()`` says where the iteration is, in the process that iterates (torchdata's StatefulDataLoader asks each
     worker); after ``load_state_dict`` the next iteration gives exactly the rest of that epoch.
+
+    Where all points are per token, a row is a token's: tokens of different examples are mixed, ``batch_size`` and the
+    others count them, and a batch has "position", int64 [b], too, which of the real tokens of example "id" each is.
+    Fields are those of its example. Of a view that works where it has all rows of one dataset.
 
     Args:
         ds: an open dataset, or a view of some, with the fields that ``ds.with_fields`` named; of a partial one the
@@ -51,7 +56,8 @@ class ShuffledBatches(IterableDataset[Batch]):
         mixed_blocks: how many blocks are mixed.
 
     Raises:
-        ValueError: for numbers out of range, a state of another order of rows, or a point with a row for each token.
+        ValueError: for numbers out of range, a state of another order of rows, or a point with a row for each token
+            beside one with a row for each example.
 
     Example:
         >>> import tempfile, torch
@@ -84,18 +90,29 @@ class ShuffledBatches(IterableDataset[Batch]):
         self.points, self.fields = checked_entries("ShuffledBatches", ds, points, input_ids)
         self.batch_size = _positive("batch_size", batch_size)
         self.mixed_blocks = _positive("mixed_blocks", mixed_blocks)
-        self._columns()  # a point that can't be given is found here
+        self._per_token = bool(self.points) and all(ds.column(point).per == "token" for point in self.points)
+        if self._per_token and POSITION in (*self.points, *self.fields):
+            remedy = "Leave it out, and read it by ds[point] or ds.examples."
+            rule = "not include the name of a token's position"
+            named = "points" if POSITION in self.points else "fields"
+            raise ValueError(broken_rule("ShuffledBatches", named, rule, repr(POSITION), remedy))
+        columns = self._columns()  # a point that can't be given is found here
+        self._n_rows = len(columns[0]) if self._per_token else len(ds)
         self.block_rows = self._block_rows() if block_rows is None else _positive("block_rows", block_rows)
         self.seed = check_seed("ShuffledBatches", seed)
         self.shuffle, self.drop_last, self.input_ids = shuffle, drop_last, "input_ids" in self.fields
         self.rank, self.world_size = _place(rank, world_size)
-        self._blocks = Blocks.cut(*ds.unit_bounds, self.block_rows)
+        bounds: tuple[Any, Any] = columns[0].unit_bounds if self._per_token else ds.unit_bounds
+        self._blocks = Blocks.cut(*bounds, self.block_rows)
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._done = 0  # rows given in this epoch, by this process
         self._resumed: dict[str, Any] | None = None
 
     def _columns(self) -> list[Any]:
+        """What is read: rows of examples, or of tokens, all behind each other."""
+        if self._per_token:
+            return [per_token("ShuffledBatches", self.ds, point).flat for point in self.points]
         return [per_example("ShuffledBatches", self.ds, point) for point in self.points]
 
     def _block_rows(self) -> int:
@@ -113,7 +130,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         """What the order of this process's rows depends on."""
         info = get_worker_info()
         return {
-            "rows": len(self.ds), "seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last,
+            "rows": self._n_rows, "seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last,
             "batch_size": self.batch_size, "block_rows": self.block_rows, "mixed_blocks": self.mixed_blocks,
             "rank": self.rank, "world_size": self.world_size,
             "worker": info.id if info else 0, "workers": info.num_workers if info else 1,
@@ -133,10 +150,10 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def _share(self, order: dict[str, Any]) -> tuple[int, int]:
         """The positions that this process gives, of all rows in their order."""
-        start, stop = share(len(self.ds), self.rank, self.world_size)
+        start, stop = share(self._n_rows, self.rank, self.world_size)
         first, last = share(stop - start, order["worker"], order["workers"])
         if self.drop_last:
-            smallest = len(self.ds) // self.world_size // order["workers"]
+            smallest = self._n_rows // self.world_size // order["workers"]
             last = first + smallest // self.batch_size * self.batch_size
         return start + first, start + last
 
@@ -180,7 +197,11 @@ class ShuffledBatches(IterableDataset[Batch]):
         memory = None
         with suppress(Empty):  # new memory costs as much as copying into it
             memory = free.get_nowait()
-        data: Batch = {"id": self.ds.ids_of(rows)} | read_stretches(self._columns(), bounds, memory)
+        positions: Batch = {}
+        if self._per_token:
+            owners, positions[POSITION] = per_token("ShuffledBatches", self.ds, self.points[0]).where(rows)
+            rows = owners.numpy()
+        data: Batch = {"id": self.ds.ids_of(rows)} | positions | read_stretches(self._columns(), bounds, memory)
         data |= entries(self.ds.examples, rows, self.fields)
         return data, torch.from_numpy(group.order[skipped:])
 
