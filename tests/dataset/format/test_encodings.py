@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from encoding_cases import check_codes, hard_rows, wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tlfast.dataset.format import encodings
 from tlfast.dataset.format.encodings import BLOCKS, SMALLEST_SCALE, Encoded, decode, encode, wrong_codes
+from tlfast.dataset.write import native as native_writer
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 SLACK = 2.0**-16  # of a scale: the quotient and the product are rounded to float32, each at most 128 scales large
@@ -179,6 +182,46 @@ def test_given_memory_is_filled(encoding):
     assert encode(rows.transpose(0, 1).contiguous().transpose(0, 1), encoding, into) is into
     assert torch.equal(into.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(into.scales, expected.scales)
+
+
+# Native code.
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("encoding", BLOCKS)
+def test_native_codes_and_norms_have_the_same_bits(native, encoding):
+    check_codes(native_writer.loaded(), [encoding])
+
+
+def test_the_check_of_native_codes_finds_a_wrong_bit(native):
+    with pytest.raises(AssertionError):
+        check_codes(wrong(native_writer.loaded()), ["int8"], widths=[64])
+
+
+@pytest.mark.parametrize("encoding", BLOCKS)
+def test_native_codes_of_rows_in_any_memory(native, encoding):
+    rows = hard_rows(torch.float32, 65)
+    n = len(rows) // 6 * 6
+    expected = encode(rows[:n], encoding)
+    shaped = rows[:n].clone().view(n // 6, 6, 65).transpose(0, 1).contiguous().transpose(0, 1).reshape(n, 13, 5)
+    other = (-rows[:n].T.contiguous()).T._neg_view().requires_grad_()
+    for values in (shaped, other):
+        into = Encoded(*(torch.full_like(part, 6) for part in encode(values.detach(), encoding)))
+        assert encode(values.detach(), encoding, into, native_writer.loaded()) is into
+        for ours, theirs in zip(into, expected, strict=True):
+            assert torch.equal(ours.flatten(1 if ours.dim() > 1 else 0).view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_what_native_code_can_not_reach_is_left_to_torch(monkeypatch):
+    rows, calls, left = torch.ones(2, 3, dtype=torch.float64), [], []
+    native = type("Native", (), {"encode_rows": lambda *given: calls.append(given)})
+    monkeypatch.setattr(encodings, "_encode", lambda *given: left.append(given))
+    gaps = Encoded(torch.zeros(2, 6, dtype=torch.int8)[:, ::2], torch.zeros(2))
+    for values, into in ((rows, None), (rows.float(), gaps), (rows[:0].float(), None), (rows.to("meta"), None)):
+        encode(values, "int8", into, native)
+    assert (len(left), len(calls)) == (4, 0)
+    encode(rows.float(), "int8", None, native)
+    assert (len(left), len(calls)) == (4, 1)
 
 
 @pytest.mark.parametrize(
