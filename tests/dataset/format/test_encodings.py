@@ -225,18 +225,20 @@ def test_what_native_code_can_not_reach_is_left_to_torch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "encoding, code, got",
+    "encoding, size, code, got",
     [
-        ("int8", -128, "-128"),
-        ("int4:64", 8, "-8"),
-        ("int4:64", 1 << 4, "another than 0 behind"),
-        ("float8_e4m3fn", 127, "nan"),
+        ("int8", 3, -128, "-128"),
+        ("int4:64", 3, 8, "-8"),
+        ("int4:64", 4, 8 << 4, "-8"),
+        ("int4:64", 3, 1 << 4, "another than 0 behind"),
+        ("float8_e4m3fn", 3, 127, "nan"),
+        ("float8_e4m3fn", 3, 255, "nan"),
     ],
 )
-def test_codes_that_no_rows_have(encoding, code, got):
-    stored = encode(torch.ones(2, 3), encoding)
-    assert wrong_codes(stored, encoding, (3,)) is None
+def test_codes_that_no_rows_have(encoding, size, code, got):
+    stored = encode(torch.tensor([1.0, -1.0, 1.0, -1.0])[:size].repeat(2, 1), encoding)
+    assert wrong_codes(stored, encoding, (size,)) is None
     stored.codes.view(torch.uint8)[1, -1] = code % 256
-    rule, found = wrong_codes(stored, encoding, (3,))
+    rule, found = wrong_codes(stored, encoding, (size,))
     assert rule == f"have codes from -{LARGEST[encoding]} to {LARGEST[encoding]}"
     assert found.startswith(got)

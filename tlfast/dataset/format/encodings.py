@@ -197,15 +197,20 @@ def wrong_codes(given: Encoded, encoding: str, row_shape: tuple[int, ...]) -> tu
 
 
 def _outside(codes: torch.Tensor, kind: _Kind, size: int) -> str | None:
-    """A code that no row has: the one below the smallest, a NaN, or one behind the last of a row; None without one."""
+    """A code that no row has: the one below the smallest, a NaN, or one behind the last of a row; None without one.
+
+    By operations on bytes: every unit that is collected is looked at.
+    """
     if kind.dtype == torch.float8_e4m3fn:
-        return "nan" if bool(codes.to(torch.float32).isnan().any()) else None
+        return "nan" if int((codes.view(torch.uint8) & 127).amax()) == 127 else None
     if kind.per_byte == 2:
-        codes = _apart(codes.reshape(-1, -(-size // 2)), -(-size // 2) * 2)
-        if bool(codes[:, size:].any()):
+        if size % 2 and bool((codes[..., -1] >> 4).any()):
             return "another than 0 behind the last"
-    smallest = int(codes.amin())
-    return str(smallest) if smallest < -kind.largest else None
+        both = codes.view(torch.int8)
+        found = min(int((both * 16).amin()), int((both & -16).amin())) // 16  # either code, shifted up
+    else:
+        found = int(codes.amin())
+    return str(found) if found < -kind.largest else None
 
 
 def check_encoding(who: str, name: str, dtype: torch.dtype, row_shape: tuple[int, ...], encoding: object) -> str | None:
