@@ -8,6 +8,7 @@
 #include <system_error>
 #include <tuple>
 
+#include "codes.h"
 #include "crc32c.h"
 #include "kernel/errors.h"
 #include "unit_writer.h"
@@ -96,11 +97,46 @@ void PyPayloadStream::append(const std::vector<Block>& blocks) {
   at_the_disk(path, [&] { stream_->append(rows); });
 }
 
-// Norms and what is odd of rows that aren't written: of decoded ones.
-void norms_of_block(const PyPayloadStream::Block& block) {
-  const UnitRows rows = PyPayloadStream::rows_of(block);
+// What codes are (int8, float8_e4m3fn or int4), how many rows of how many values, the values that share a scale, and
+// the addresses of codes and scales.
+using Coded = std::tuple<std::string, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
+
+CodedRows coded_rows(const std::string& who, const Coded& coded) {
+  const auto& [kind, n_rows, n_values, block, codes, scales] = coded;
+  if (kind != "int8" && kind != "float8_e4m3fn" && kind != "int4")
+    throw py::value_error(broken_rule(who, "codes", "be int8, float8_e4m3fn or int4", kind, "Encode in Python."));
+  const CodeKind parsed = kind == "int8" ? CodeKind::int8 : kind == "int4" ? CodeKind::int4 : CodeKind::float8;
+  const bool whole_bytes = parsed != CodeKind::int4 || block % 2 == 0 || block >= n_values;
+  if (n_rows < 0 || n_values < 1 || block < 1 || !whole_bytes || (n_rows && !(codes && scales)))
+    throw py::value_error(broken_rule(
+        who, "codes", "be whole bytes at an address",
+        std::to_string(n_rows) + " rows of " + std::to_string(n_values) + " in blocks of " + std::to_string(block),
+        "Pass what is allocated."));
+  return {parsed, n_rows, n_values, block, reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(scales)};
+}
+
+void encode_from(uintptr_t rows, const std::string& row_dtype, float per_code, const Coded& coded) {
+  const char* who = "encode_rows";
+  const CodedRows to = coded_rows(who, coded);
+  if (row_dtype != "F32" && row_dtype != "F16" && row_dtype != "BF16")
+    throw py::value_error(broken_rule(who, "row_dtype", "be F32, F16 or BF16", row_dtype, "Cast the rows."));
+  if (!rows) throw py::value_error(broken_rule(who, "rows", "have an address", rows, "Pass what is allocated."));
+  const Dtype dtype = *parse_dtype(row_dtype);
   const py::gil_scoped_release release;
-  row_norms(rows, 0, rows.n_rows);
+  encode_rows(reinterpret_cast<const void*>(rows), dtype, per_code, to);
+}
+
+void norms_of_codes(const Coded& coded, const std::vector<int64_t>& lengths, uintptr_t norms) {
+  const char* who = "decoded_norms";
+  const CodedRows from = coded_rows(who, coded);
+  int64_t left = from.n_rows;
+  for (const int64_t length : lengths) left = length < 0 || length > left ? -1 : left - length;
+  if (left)
+    throw py::value_error(broken_rule(who, "lengths", "be those of all " + std::to_string(from.n_rows) + " rows",
+                                      list_of(lengths), "Count the rows of each example."));
+  if (!norms) throw py::value_error(broken_rule(who, "norms", "have an address", norms, "Pass what is allocated."));
+  const py::gil_scoped_release release;
+  decoded_norms(from, lengths, reinterpret_cast<float*>(norms));
 }
 
 void PyPayloadStream::finish() {
@@ -121,7 +157,8 @@ PYBIND11_MODULE(_disk, m) {
   m.doc() = "The native writer of units; tlfast.dataset.write.payload does the same in Python.";
   m.def("crc32c", &crc32c_of);
   m.def("crc32c_name", &crc32c_name);
-  m.def("row_norms", &norms_of_block);
+  m.def("encode_rows", &encode_from);
+  m.def("decoded_norms", &norms_of_codes);
   py::class_<PyPayloadStream>(m, "PayloadStream")
       .def(py::init<int, int64_t, uint32_t, int64_t, py::object>())
       .def("append", &PyPayloadStream::append)

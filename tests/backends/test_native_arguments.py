@@ -43,6 +43,13 @@ BY_NAME = {
         None, 1, [None], [(1,)], [(0, 1, 1, "F32", 0, 0)], [(0, -1, 1, "F32", 0, 0)], [(0, 0, -1, "F32", 0, 0)],
         [(0, 0, 1, "F8", 0, 0)],
     ],
+    "row_dtype": ["F64", "I8", "", None],
+    "coded": [
+        None, 1, (), ("int2", 0, 1, 1, 0, 0), ("int8", -1, 1, 1, 4, 4), ("int8", 1, 1, 1, 0, 4),
+        ("int8", 1, 1, 1, 4, 0), ("int8", 0, 0, 1, 0, 0), ("int8", 0, 1, 0, 0, 0), ("int4", 0, 4, 3, 0, 0),
+    ],
+    "lengths": [[1], [-1], [-1, 1], None, ["1"]],
+    "norms": [0, -1, None, "1"],
 }  # fmt: skip
 BY_ANNOTATION = {
     "tuple[int, int, int, str, int, int]": [
@@ -108,7 +115,7 @@ class Made:
             "position": 0, "piece_bytes": 4096, "sink": torch.ones(2), "data": b"abc", "blocks": [],
             "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
-            "checked": self.hooks[0], "ids": {},
+            "checked": self.hooks[0], "ids": {}, "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
         }  # fmt: skip
         if name in by_name:
             return by_name[name]
@@ -200,12 +207,39 @@ WORDS = {
         lambda m: native_writer.loaded().crc32c(memoryview(b"abcd")[::2], 0),
         "crc32c: data must be contiguous, got a buffer with gaps. Make bytes of it.",
     ),
+    "codes": (
+        lambda m: native_writer.loaded().encode_rows(4, "F32", 1.0, ("int2", 0, 1, 1, 0, 0)),
+        "encode_rows: codes must be int8, float8_e4m3fn or int4, got int2. Encode in Python.",
+    ),
+    "blocks": (
+        lambda m: native_writer.loaded().decoded_norms(("int4", 2, 4, 3, 4, 4), [], 4),
+        (
+            "decoded_norms: codes must be whole bytes at an address, got 2 rows of 4 in blocks of 3. "
+            "Pass what is allocated."
+        ),
+    ),
+    "row_dtype": (
+        lambda m: native_writer.loaded().encode_rows(4, "F64", 1.0, ("int8", 0, 1, 1, 0, 0)),
+        "encode_rows: row_dtype must be F32, F16 or BF16, got F64. Cast the rows.",
+    ),
+    "no rows": (
+        lambda m: native_writer.loaded().encode_rows(0, "F32", 1.0, ("int8", 0, 1, 1, 0, 0)),
+        "encode_rows: rows must have an address, got 0. Pass what is allocated.",
+    ),
+    "lengths": (
+        lambda m: native_writer.loaded().decoded_norms(("int8", 0, 1, 1, 0, 0), [1], 4),
+        "decoded_norms: lengths must be those of all 0 rows, got [1]. Count the rows of each example.",
+    ),
+    "norms": (
+        lambda m: native_writer.loaded().decoded_norms(("int8", 0, 1, 1, 0, 0), [], 0),
+        "decoded_norms: norms must have an address, got 0. Pass what is allocated.",
+    ),
 }
 
 
 @pytest.mark.parametrize("make, text", WORDS.values(), ids=WORDS)
 def test_words_of_the_house(made, make, text):
-    with pytest.raises(ValueError, match="must be") as error:
+    with pytest.raises(ValueError, match="must ") as error:
         make(made.module)
     assert str(error.value) == text
 

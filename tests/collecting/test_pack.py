@@ -16,6 +16,7 @@ from tlfast.collecting.drain import N_COUNTERS, DirectStreams, Drain, UnitMemory
 from tlfast.collecting.pack import Pack, Tokens
 from tlfast.dataset import Column, DatasetWriter, Example, Plan, open_dataset
 from tlfast.dataset.format.encodings import encode
+from tlfast.dataset.write import native as native_writer
 
 COLUMNS = {
     "rows": Column(torch.bfloat16, (2, 3)),
@@ -70,11 +71,11 @@ def check(block, truth):
                 np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=name)
 
 
-def packed(places, tokens, rings):
+def packed(places, tokens, rings, native=None):
     block = UnitMemory(COLUMNS, len(places), torch.device("cpu"), n_tokens=tokens.total).block(
         len(places), tokens.total
     )
-    pack = Pack(COLUMNS)
+    pack = Pack(COLUMNS, native)
     pack.put(rings, pack.choose(rings, torch.tensor(places), tokens), block)
     return block
 
@@ -85,6 +86,7 @@ def test_each_form_is_what_plain_loops_make(unit):
     places, tokens = unit
     rings, truth = rings_of(places, tokens)
     check(packed(places, tokens, rings), truth)
+    check(packed(places, tokens, rings, native_writer.loaded()), truth)
 
 
 def test_the_check_finds_a_row_in_a_wrong_place():

@@ -17,6 +17,7 @@ from tlfast.collecting.batches import Batching, as_examples
 from tlfast.collecting.loss import next_token_loss
 from tlfast.dataset import FLAG_NON_FINITE, Column, DatasetWriter, Example, Plan
 from tlfast.dataset.format.encodings import BLOCKS, encode
+from tlfast.dataset.write import native as native_writer
 from tlfast.spec import ENCODINGS
 
 EXAMPLES = sequences(11)
@@ -66,11 +67,16 @@ def test_rows_are_those_of_each_example_alone(tmp_path, kind, side):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_loop_of_ones_own_and_a_stream_have_the_same_rows(tmp_path, backend, side):
+def test_a_loop_of_ones_own_and_a_stream_have_the_same_rows(tmp_path, backend, side, monkeypatch):
+    native, encoded = native_writer.loaded(), []
+    if native is not None:
+        encode_natively = native.encode_rows
+        monkeypatch.setattr(native, "encode_rows", lambda *given: (encoded.append(given), encode_natively(*given)))
     model = tiny_model().eval()
     specs = [Spec(POINTS["gpt2"], per="token"), Spec(POINTS["gpt2"], of="act", **LOW), Spec(POINT, "mean", name="m")]
     settings = {"rows_per_unit": 4, "batch_tokens": 40, "padding_side": side, "backend": backend}
     collect(model, tmp_path / "collected", EXAMPLES, points=specs, **settings)
+    by_collect = len(encoded)
     rows = tlfast.open_dataset(tmp_path / "collected")
     known, batching = as_examples(EXAMPLES), Batching(40, padding_side=side, one_width=True)
     # Twice: the second one continues what the first has begun.
@@ -87,6 +93,8 @@ def test_a_loop_of_ones_own_and_a_stream_have_the_same_rows(tmp_path, backend, s
                     with cap.batch(batch.mask, ids=[part[k] for k in chosen]):
                         next_token_loss(model, batch).backward()
     assert files_of(tmp_path / "own") == files_of(tmp_path / "collected")
+    assert (by_collect > 0) == (backend == "native")
+    assert (len(encoded) > by_collect) == (native is not None)  # a loop's writer is native where it can be
     seen = []
     settings |= {"buffer_rows": 90, "batch_size": 7}
     for batch in tlfast.stream(model, EXAMPLES, specs[:1], seed=3, **settings):

@@ -190,7 +190,7 @@ NATIVE_ROOMS = (
             ("capture_cuda",),
         ),
     ),
-    ("disk", (("crc32c", "row_norms"), ("unit_writer",), ("disk_module",))),
+    ("disk", (("crc32c", "row_norms"), ("codes", "unit_writer"), ("disk_module",))),
     (
         "autograd",
         (

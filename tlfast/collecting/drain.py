@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -161,11 +162,19 @@ class Drain:
         columns: what the rings hold.
         n_rows: the examples of the largest unit.
         n_tokens: the tokens of the largest unit, where columns have a row for each.
+        native: see Pack.
     """
 
-    def __init__(self, streams: Streams, columns: Mapping[str, Column], n_rows: int, n_tokens: int = 0):
+    def __init__(
+        self,
+        streams: Streams,
+        columns: Mapping[str, Column],
+        n_rows: int,
+        n_tokens: int = 0,
+        native: ModuleType | None = None,
+    ):
         self.streams = streams
-        self.pack = Pack(columns)
+        self.pack = Pack(columns, native)
         self._n_tokens = n_tokens
         self._slots = [self._slot(columns, n_rows) for _ in range(N_SLOTS)]
         self._n_drained = 0

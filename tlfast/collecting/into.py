@@ -351,7 +351,7 @@ class IntoDataset:
     def _new_drain(self, n_tokens: int) -> Drain:
         largest = max(map(len, self.plan.units))
         self._n_tokens = n_tokens
-        return Drain(streams_for(self._devices), self._writer.columns, largest, n_tokens)
+        return Drain(streams_for(self._devices), self._writer.columns, largest, n_tokens, self._writer.native)
 
     def _check_kind(self, rings: Mapping[str, torch.Tensor]) -> None:
         """ValueError where rows are not as in the dataset: after each unit the capture takes those of any kind."""

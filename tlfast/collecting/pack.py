@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from types import ModuleType
 
 import torch
 
@@ -26,6 +27,7 @@ class Pack:
     Args:
         columns: what the rings hold. Of a column per example a ring is [rows, *row shape], of one per token
             [rows, positions, *row shape].
+        native: what encodes rows on the CPU, the same bits sooner; None: torch does.
 
     Example:
         >>> import torch
@@ -38,8 +40,8 @@ class Pack:
         tensor([3., 1., 2.])
     """
 
-    def __init__(self, columns: Mapping[str, Column]):
-        self.columns = columns
+    def __init__(self, columns: Mapping[str, Column], native: ModuleType | None = None):
+        self.columns, self._native = columns, native
         self.per_token = [name for name, column in columns.items() if column.per == "token"]
 
     def choose(
@@ -74,7 +76,8 @@ class Pack:
             if column.encoding is None:
                 _gather(rows, there[place], block[name])
             else:
-                _encode(rows, there[place], column.encoding, Encoded(block[name + CODES], block[name + SCALES]))
+                out = Encoded(block[name + CODES], block[name + SCALES])
+                _encode(rows, there[place], column.encoding, out, self._native)
 
     def take(self, rings: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> Block:
         """Return the rows by column as they are in the rings, and where these lie: not encoded."""
@@ -118,13 +121,13 @@ def _gather(rows: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor) -> None
         out.copy_(rows.index_select(0, chosen))
 
 
-def _encode(rows: torch.Tensor, chosen: torch.Tensor, encoding: str, out: Encoded) -> None:
+def _encode(rows: torch.Tensor, chosen: torch.Tensor, encoding: str, out: Encoded, native: ModuleType | None) -> None:
     n_bytes = _CPU_BYTES if rows.device.type == "cpu" else _DEVICE_BYTES
     step = max(1, n_bytes // max(1, 4 * prod(rows.shape[1:])))
     for part in (slice(start, start + step) for start in range(0, len(chosen), step)):
         values, target = rows.index_select(0, chosen[part]), Encoded(out.codes[part], out.scales[part])
         if out.codes.device == rows.device:
-            encode(values, encoding, target)
+            encode(values, encoding, target, native)
         else:
-            for there, here in zip(target, encode(values, encoding), strict=True):
+            for there, here in zip(target, encode(values, encoding, native=native), strict=True):
                 there.copy_(here)

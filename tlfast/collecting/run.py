@@ -314,7 +314,7 @@ class Run(Work):
             replays = Replays(cap, graph_step, options.cuda_graph == "on") if self.with_graphs else None
             runner = Runner(self.model, cap, self.batching, self.loss, options.grad_scale, replays, probed.decoding)
             n_tokens = max(sum(example.length for example in self.examples[u.start : u.stop]) for u in left)
-            drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity, n_tokens)
+            drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity, n_tokens, writer.native)
             if self.together:
                 todo: Todo = Lockstep(left, self.share, self.examples, runner)
             else:

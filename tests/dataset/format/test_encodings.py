@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from encoding_cases import check_codes, hard_rows, wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tlfast.dataset.format import encodings
 from tlfast.dataset.format.encodings import BLOCKS, SMALLEST_SCALE, Encoded, decode, encode, wrong_codes
+from tlfast.dataset.write import native as native_writer
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 SLACK = 2.0**-16  # of a scale: the quotient and the product are rounded to float32, each at most 128 scales large
@@ -181,19 +184,61 @@ def test_given_memory_is_filled(encoding):
     assert torch.equal(into.scales, expected.scales)
 
 
+# Native code.
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("encoding", BLOCKS)
+def test_native_codes_and_norms_have_the_same_bits(native, encoding):
+    check_codes(native_writer.loaded(), [encoding])
+
+
+def test_the_check_of_native_codes_finds_a_wrong_bit(native):
+    with pytest.raises(AssertionError):
+        check_codes(wrong(native_writer.loaded()), ["int8"], widths=[64])
+
+
+@pytest.mark.parametrize("encoding", BLOCKS)
+def test_native_codes_of_rows_in_any_memory(native, encoding):
+    rows = hard_rows(torch.float32, 65)
+    n = len(rows) // 6 * 6
+    expected = encode(rows[:n], encoding)
+    shaped = rows[:n].clone().view(n // 6, 6, 65).transpose(0, 1).contiguous().transpose(0, 1).reshape(n, 13, 5)
+    other = (-rows[:n].T.contiguous()).T._neg_view().requires_grad_()
+    for values in (shaped, other):
+        into = Encoded(*(torch.full_like(part, 6) for part in encode(values.detach(), encoding)))
+        assert encode(values.detach(), encoding, into, native_writer.loaded()) is into
+        for ours, theirs in zip(into, expected, strict=True):
+            assert torch.equal(ours.flatten(1 if ours.dim() > 1 else 0).view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_what_native_code_can_not_reach_is_left_to_torch(monkeypatch):
+    rows, calls, left = torch.ones(2, 3, dtype=torch.float64), [], []
+    native = type("Native", (), {"encode_rows": lambda *given: calls.append(given)})
+    monkeypatch.setattr(encodings, "_encode", lambda *given: left.append(given))
+    gaps = Encoded(torch.zeros(2, 6, dtype=torch.int8)[:, ::2], torch.zeros(2))
+    for values, into in ((rows, None), (rows.float(), gaps), (rows[:0].float(), None), (rows.to("meta"), None)):
+        encode(values, "int8", into, native)
+    assert (len(left), len(calls)) == (4, 0)
+    encode(rows.float(), "int8", None, native)
+    assert (len(left), len(calls)) == (4, 1)
+
+
 @pytest.mark.parametrize(
-    "encoding, code, got",
+    "encoding, size, code, got",
     [
-        ("int8", -128, "-128"),
-        ("int4:64", 8, "-8"),
-        ("int4:64", 1 << 4, "another than 0 behind"),
-        ("float8_e4m3fn", 127, "nan"),
+        ("int8", 3, -128, "-128"),
+        ("int4:64", 3, 8, "-8"),
+        ("int4:64", 4, 8 << 4, "-8"),
+        ("int4:64", 3, 1 << 4, "another than 0 behind"),
+        ("float8_e4m3fn", 3, 127, "nan"),
+        ("float8_e4m3fn", 3, 255, "nan"),
     ],
 )
-def test_codes_that_no_rows_have(encoding, code, got):
-    stored = encode(torch.ones(2, 3), encoding)
-    assert wrong_codes(stored, encoding, (3,)) is None
+def test_codes_that_no_rows_have(encoding, size, code, got):
+    stored = encode(torch.tensor([1.0, -1.0, 1.0, -1.0])[:size].repeat(2, 1), encoding)
+    assert wrong_codes(stored, encoding, (size,)) is None
     stored.codes.view(torch.uint8)[1, -1] = code % 256
-    rule, found = wrong_codes(stored, encoding, (3,))
+    rule, found = wrong_codes(stored, encoding, (size,))
     assert rule == f"have codes from -{LARGEST[encoding]} to {LARGEST[encoding]}"
     assert found.startswith(got)

@@ -105,13 +105,3 @@ def test_every_encoding_is_written_and_read_back(tmp_path, backend):
             in_python = decoded_norms(stored, column, lengths if column.per == "token" else None)
             np.testing.assert_array_equal(ds.norms(name).numpy(), in_python)
     assert ds.info()["points"]["int4:64 token"]["encoding"] == "int4:64"
-
-
-def test_native_norms_of_rows_that_are_not_there():
-    native = native_writer.loaded()
-    if native is None:
-        pytest.skip("needs the native writer")
-    with pytest.raises(
-        ValueError, match=r"^PayloadStream: a block must have the addresses of what it holds, got 3 rows"
-    ):
-        native.row_norms((0, 3, 2, "F32", 0, 0))

@@ -147,10 +147,12 @@ import sys
 from pathlib import Path
 sys.path[:0] = ["tests/support"]
 import torch
+from encoding_cases import check_codes
 from payload_cases import check_checksums, write
 from tlfast.dataset.format.norms import row_norms
 from tlfast import _disk
 check_checksums(_disk)
+check_codes(_disk, widths=[65])
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for width in (1, 33, 769):
         rows = torch.randn(9, width, generator=torch.Generator().manual_seed(width)).to(dtype)
@@ -160,7 +162,7 @@ print(_disk.crc32c_name())
 
 
 @pytest.mark.parametrize("most", ["baseline", "avx2"])
-def test_every_instruction_set_has_the_same_checksums_and_norms(native, most, tmp_path):
+def test_every_instruction_set_has_the_same_checksums_norms_and_codes(native, most, tmp_path):
     done = run("-c", OTHER_SET, str(tmp_path), TLFAST_CPU=most)
     assert done.returncode == 0, done.stderr
     assert most == "avx2" or done.stdout == "table\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ _KINDS = {
 }
 BLOCKS = {name: kind.block for name, kind in _KINDS.items()}
 ENCODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly can be encoded
+
+_NATIVE_NAMES = dict(zip(ENCODED_DTYPES, ("F32", "BF16", "F16"), strict=True))
 
 # A little less than 1/127, so that 127 times a scale never exceeds the value that the scale was made for.
 _PER_CODE = {
@@ -58,7 +61,7 @@ def scale_shape(encoding: str, row_shape: tuple[int, ...]) -> tuple[int, ...]:
     return () if block is None else (-(-prod(row_shape) // block),)
 
 
-def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None) -> Encoded:
+def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None, native: ModuleType | None = None) -> Encoded:
     """Return the codes and scales of rows [rows, *row shape] of float32, bfloat16 or float16.
 
     A value is its code times the scale of its block, to half a scale: ``|x - decoded| <= scale * (1/2 + 2**-16)``; of
@@ -69,6 +72,7 @@ def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None) -> En
         rows: on any device; each row has a value.
         encoding: one of BLOCKS.
         into: where to put them, on the same device; None: in new tensors.
+        native: tlfast._disk, which makes the same bits of rows on the CPU; None: torch does.
 
     Example:
         >>> import torch
@@ -83,11 +87,34 @@ def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None) -> En
         scales = torch.empty((n, *scale_shape(encoding, shape)), dtype=torch.float32, device=rows.device)
         into = Encoded(codes, scales)
     size = prod(shape)
+    if native is not None and n and _at_hand(rows, into):
+        flat = rows.reshape(n, size).resolve_neg().contiguous()  # memory, and no tensor, is read
+        name, per_code = _NATIVE_NAMES[rows.dtype], _PER_CODE[kind.largest]
+        native.encode_rows(flat.data_ptr(), name, per_code, native_codes(into, encoding, shape))
+        return into
+    _encode(rows.reshape(n, size).to(torch.float32), kind, into)
+    return into
+
+
+def _at_hand(rows: torch.Tensor, into: Encoded) -> bool:
+    """Whether native code can read rows and write codes where they are."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (rows, *into))
+    return on_cpu and rows.dtype in ENCODED_DTYPES and all(part.is_contiguous() for part in into)
+
+
+def native_codes(stored: Encoded, encoding: str, row_shape: tuple[int, ...]) -> tuple[str, int, int, int, int, int]:
+    """Return what tlfast._disk is told of codes and scales that lie contiguous on the CPU."""
+    size, what = prod(row_shape), encoding.partition(":")[0]
+    return what, len(stored.codes), size, BLOCKS[encoding] or size, stored.codes.data_ptr(), stored.scales.data_ptr()
+
+
+def _encode(values: torch.Tensor, kind: _Kind, into: Encoded) -> None:
+    """Encode rows of float32 [rows, values]."""
+    n, size = values.shape
     block = kind.block or size
     n_whole, whole = size // block, size // block * block
-    values = rows.reshape(n, size).to(torch.float32)
     packed = kind.per_byte == 2
-    codes = torch.empty((n, size), dtype=torch.int8, device=rows.device) if packed else into.codes.view(n, size)
+    codes = torch.empty((n, size), dtype=torch.int8, device=values.device) if packed else into.codes.view(n, size)
     scales = into.scales.view(n, -(-size // block))
     _quantize(
         values[:, :whole].unflatten(1, (n_whole, block)),
@@ -99,7 +126,6 @@ def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None) -> En
         _quantize(values[:, None, whole:], codes[:, None, whole:], scales[:, n_whole:], kind.largest)
     if packed:
         into.codes.view(n, -(-size // 2)).copy_(_in_pairs(codes))
-    return into
 
 
 def _quantize(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, largest_code: int) -> None:
@@ -171,15 +197,20 @@ def wrong_codes(given: Encoded, encoding: str, row_shape: tuple[int, ...]) -> tu
 
 
 def _outside(codes: torch.Tensor, kind: _Kind, size: int) -> str | None:
-    """A code that no row has: the one below the smallest, a NaN, or one behind the last of a row; None without one."""
+    """A code that no row has: the one below the smallest, a NaN, or one behind the last of a row; None without one.
+
+    By operations on bytes: every unit that is collected is looked at.
+    """
     if kind.dtype == torch.float8_e4m3fn:
-        return "nan" if bool(codes.to(torch.float32).isnan().any()) else None
+        return "nan" if int((codes.view(torch.uint8) & 127).amax()) == 127 else None
     if kind.per_byte == 2:
-        codes = _apart(codes.reshape(-1, -(-size // 2)), -(-size // 2) * 2)
-        if bool(codes[:, size:].any()):
+        if size % 2 and bool((codes[..., -1] >> 4).any()):
             return "another than 0 behind the last"
-    smallest = int(codes.amin())
-    return str(smallest) if smallest < -kind.largest else None
+        both = codes.view(torch.int8)
+        found = min(int((both * 16).amin()), int((both & -16).amin())) // 16  # either code, shifted up
+    else:
+        found = int(codes.amin())
+    return str(found) if found < -kind.largest else None
 
 
 def check_encoding(who: str, name: str, dtype: torch.dtype, row_shape: tuple[int, ...], encoding: object) -> str | None:

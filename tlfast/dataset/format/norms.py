@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .encodings import Encoded, decode
-from .layout import DTYPE_NAMES, Column
+from .encodings import Encoded, decode, native_codes
+from .layout import Column
 
 _DECODED_BYTES = 256 << 10  # decoded at a time, and so never more than a cache holds
 
@@ -60,23 +60,18 @@ def decoded_norms(
     encoding, shape = column.encoding or "", column.row_shape
     n = len(stored.codes) if lengths is None else len(lengths)
     norms = np.zeros(n, np.float32)
-    if lengths is None:
+    if native is not None:
+        stored = Encoded(*(part.contiguous() for part in stored))
+        of_each = [1] * n if lengths is None else list(lengths)
+        native.decoded_norms(native_codes(stored, encoding, shape), of_each, norms.ctypes.data)
+    elif lengths is None:
         step = max(1, _DECODED_BYTES // (4 * prod(shape)))
         for part in (slice(start, start + step) for start in range(0, n, step)):
             rows = decode(stored.codes[part], stored.scales[part], encoding, shape)
-            norms[part] = _norms(rows.reshape(len(rows), -1), native)
-        return norms
-    parts = (tensor.split(list(lengths)) for tensor in stored)
-    for i, (codes, scales) in enumerate(zip(*parts, strict=True)):
-        if len(codes):
-            norms[i] = _norms(decode(codes, scales, encoding, shape).reshape(1, -1), native)[0]
-    return norms
-
-
-def _norms(rows: torch.Tensor, native: ModuleType | None) -> np.ndarray[Any, Any]:
-    """The norms of contiguous rows of float32 [rows, values]."""
-    if native is None:
-        return row_norms(rows)[0]
-    norms, odd = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
-    native.row_norms((rows.data_ptr(), *rows.shape, DTYPE_NAMES[rows.dtype], norms.ctypes.data, odd.ctypes.data))
+            norms[part] = row_norms(rows.reshape(len(rows), -1))[0]
+    else:
+        parts = (tensor.split(list(lengths)) for tensor in stored)
+        for i, (codes, scales) in enumerate(zip(*parts, strict=True)):
+            if len(codes):
+                norms[i] = row_norms(decode(codes, scales, encoding, shape).reshape(1, -1))[0][0]
     return norms

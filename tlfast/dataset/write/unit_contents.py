@@ -63,6 +63,7 @@ def unit_contents(
     unit: Unit,
     tensors: Mapping[str, torch.Tensor | Encoded],
     examples: Sequence[Example],
+    native: ModuleType | None = None,
 ) -> UnitContents:
     """Return what is to be written of ``tensors``; DatasetError where they are not the unit's.
 
@@ -72,6 +73,7 @@ def unit_contents(
         unit: whose rows they are.
         tensors: see DatasetWriter.write_unit.
         examples: of the unit; their lengths say how many tokens each has.
+        native: what encodes rows on the CPU; None: torch does.
     """
     if set(tensors) != set(columns):
         odd = sorted(set(tensors) ^ set(columns))[:3]
@@ -80,7 +82,7 @@ def unit_contents(
     fields: dict[str, torch.Tensor] = {}
     for name, column in columns.items():
         n = sum(counts or ()) if column.per == "token" else len(unit)
-        fields |= _fields(who, name, column, n, tensors[name])
+        fields |= _fields(who, name, column, n, tensors[name], native)
     return UnitContents(columns, fields, counts)
 
 
@@ -92,7 +94,9 @@ def _token_counts(who: str, examples: Sequence[Example]) -> list[int]:
     return [example.length for example in examples]
 
 
-def _fields(who: str, name: str, column: Column, n: int, given: torch.Tensor | Encoded) -> dict[str, torch.Tensor]:
+def _fields(
+    who: str, name: str, column: Column, n: int, given: torch.Tensor | Encoded, native: ModuleType | None
+) -> dict[str, torch.Tensor]:
     if column.encoding is None:
         if isinstance(given, Encoded):
             remedy = "Say so in its Column, or give the rows themselves."
@@ -102,7 +106,7 @@ def _fields(who: str, name: str, column: Column, n: int, given: torch.Tensor | E
     if not isinstance(given, Encoded):
         row = Field(column.dtype, column.row_shape, column.per)
         _check(who, name, column, n, given, row, ENCODED_DTYPES)
-        given = encode(given.detach(), column.encoding)
+        given = encode(given.detach(), column.encoding, native=native)
     else:
         for part, (field, expected) in zip(given, column.fields(name).items(), strict=True):
             _check(who, field, column, n, part, expected)

@@ -72,7 +72,7 @@ class DatasetWriter:
         config: text, or a mapping written as YAML, for config.yaml; not part of the identity.
         overwrite: remove the dataset that lies in ``out`` first.
         about: what else to say of this run, JSON; not part of the identity, and kept from the run that began.
-        backend: what writes the rows: "auto", "native" or "python". The bytes are the same.
+        backend: what encodes and writes the rows: "auto", "native" or "python". The bytes are the same.
         max_units: how many of its units this machine's disk must have room for, where they are moved away; None: all.
             At a URL so many are staged at most, and `write_unit` waits for more room; None: four.
         replace_unused: remove another dataset that lies in ``out`` too, if it has no unit and nobody writes to it: the
@@ -81,6 +81,9 @@ class DatasetWriter:
             user's cache folder.
         fields: what the row tables keep of each example beside its tokens, ``FieldExample.kept``: types by name, of
             "int64", "float64", "bool", "string", and "list<int64>" and its like; part of the identity.
+
+    Attributes:
+        native: the native module that encodes and writes rows; None: Python does.
 
     Raises:
         DatasetError: where ``out`` is a stranger's folder, another dataset (names what differs), or the disk too full;
@@ -114,7 +117,7 @@ class DatasetWriter:
     ) -> None:
         for module in ("google_crc32c", "pyarrow.parquet"):  # before any work, not after the first unit
             extra(module, _WHO)
-        self._native = pick_writer(_WHO, backend)
+        self.native = pick_writer(_WHO, backend)
         self._store = as_write_store(out)
         self.bytes_written = 0
         self._abandoned = self._closed = False
@@ -253,9 +256,9 @@ class DatasetWriter:
         with PendingFile(folder / data_path(unit), layout.n_bytes) as data:
             data.start_with(layout.header)
             in_order = {name: contents.fields[name] for name in layout.blocks}
-            with writing(data, in_order, self._native, contents.lengths) as (found, bad):
+            with writing(data, in_order, self.native, contents.lengths) as (found, bad):
                 # The table is made while the disk is at work.
-                norms = contents.norms(found, self._native)
+                norms = contents.norms(found, self.native)
                 flag_bits = np.where(bad, FLAG_NON_FINITE, 0) | np.asarray(flags)
                 table = encode_rows(examples, flag_bits.tolist(), norms, self.description.kept)
             self.bytes_written += layout.n_bytes - len(layout.header)
@@ -347,7 +350,7 @@ class DatasetWriter:
     ) -> UnitContents:
         if self.plan.unit_named(unit.name) != unit:
             raise dataset_error(_WHO, "unit", f"be {self.plan.unit_named(unit.name)}", unit, "Take it from the plan.")
-        contents = unit_contents(_WHO, self.columns, unit, tensors, examples)
+        contents = unit_contents(_WHO, self.columns, unit, tensors, examples, self.native)
         if [example.id for example in examples] != list(range(unit.start, unit.stop)):
             ids = [example.id for example in examples][:5]
             rule = f"be {unit.start}..{unit.stop - 1}, in this order"
