@@ -318,7 +318,7 @@ REFUSED = {
     "no chat": ({"messages_column": "prompt"}, "messages are no list, or an empty one"),
     "a kind": ({"column": "text", "dataset": "FOLDER/model/tokenizer.x"}, "dataset must be a file, a folder or a n"),
     "no data": ({"column": "text", "dataset": "FOLDER/model"}, "the columns must name|hold one list of JSON objects"),
-    "an adapter": ({"column": "text", "adapter": "nowhere"}, "peft must be installed|adapter must be a PEFT adapter"),
+    "an adapter": ({"column": "text", "adapter": "FOLDER"}, "peft must be installed|adapter must be a PEFT adapter"),
     "a task": ({"column": "text", "task": "vision"}, "task must be one of auto, causal, masked, seq"),
     "an eos": ({"column": "text", "eos": "yes"}, "eos must be one of auto, always, never, got 'yes'"),
     "stop": ({"column": "score", "bad_examples": "stop"}, "a record must be an example, got score is a float, no text"),
