@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from poisoned_rows import files_of
-from tiny_models import POINTS, collect, collect_words, save_model, save_text, sequences, tiny_model
+from tiny_models import POINTS, alone, collect, collect_words, save_model, save_text, sequences, tiny_model
 
 import tlfast
 from tlfast import Spec
@@ -20,20 +20,6 @@ KINDS = list(POINTS)
 
 def specs(kind, reduce="sum", over="pos"):
     return [Spec(POINTS[kind], reduce, over, "float32", of=of) for of in SOURCES]
-
-
-def alone(model, point, tokens):
-    """The output of a point for one example, and its gradient, by `torch.autograd.grad`: each [P, D]."""
-    kept = []
-    handle = model.get_submodule(point).register_forward_hook(
-        lambda m, args, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
-    )
-    ids = torch.tensor([tokens])
-    logits = model(ids, use_cache=False).logits[0, :-1]
-    handle.remove()
-    loss = -logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).sum()
-    (grad,) = torch.autograd.grad(loss, kept)
-    return kept[0][0].detach().double(), grad[0].double()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

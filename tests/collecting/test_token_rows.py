@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from poisoned_rows import files_of, poisoned, poisoned_loss
-from tiny_models import POINTS, collect, collect_words, save_model, save_text, sequences, tiny_model
+from tiny_models import POINTS, alone, collect, collect_words, save_model, save_text, sequences, tiny_model
 from torch import nn
 
 import tlfast
@@ -23,20 +23,6 @@ from tlfast.spec import ENCODINGS
 EXAMPLES = sequences(11)
 POINT = "transformer.h.1"
 LOW = {"per": "token", "encoding": "int8"}
-
-
-def alone(model, point, tokens):
-    """The output of a point for one example, and its gradient, by `torch.autograd.grad`: float64 [P, D] each."""
-    kept = []
-    handle = model.get_submodule(point).register_forward_hook(
-        lambda m, args, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
-    )
-    ids = torch.tensor([tokens])
-    logits = model(ids, use_cache=False).logits[0, :-1]
-    handle.remove()
-    loss = -logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).sum()
-    (grad,) = torch.autograd.grad(loss, kept)
-    return kept[0][0].detach().double(), grad[0].double()
 
 
 def refuses(text, kind=ValueError):

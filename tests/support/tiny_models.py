@@ -99,3 +99,17 @@ def complaint_of(capsys, arguments, code=2):
     assert len(lines) == 1, shown.err
     assert shown.out == ""
     return lines[0]
+
+
+def alone(model, point, tokens):
+    """The output of a point for one example, and its gradient, by `torch.autograd.grad`: float64 [P, D] each."""
+    kept = []
+    handle = model.get_submodule(point).register_forward_hook(
+        lambda m, args, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
+    ids = torch.tensor([tokens])
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    handle.remove()
+    loss = -logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).sum()
+    (grad,) = torch.autograd.grad(loss, kept)
+    return kept[0][0].detach().double(), grad[0].double()
