@@ -26,6 +26,22 @@ def choose_for(all: bool, ids: dict[int, int]) -> None: ...
 def learn_outputs(learning: bool) -> None: ...
 def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]: ...
 
+class Weight:
+    def __init__(
+        self,
+        layer: str,
+        row: str,
+        bias: bool,
+        left: torch.Tensor | None,
+        right: torch.Tensor | None,
+        scale: float,
+        heads: int,
+        padding_idx: int,
+        normalized: int,
+        eps: float,
+        window: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int] | None,
+    ) -> None: ...
+
 class Column:
     name: str
     masked: bool
@@ -47,6 +63,7 @@ class Column:
         of: str,
         heads: tuple[int, int] | None,
         at: int | Sequence[int] | None,
+        weight: Weight | None,
     ) -> None: ...
 
 class Recording:
@@ -107,6 +124,7 @@ class Tap:
     others: str
     output: int | str | None
     reads_outputs: bool
+    reads_inputs: bool
     backwards: Backwards
     def __init__(
         self,

@@ -20,11 +20,11 @@ Calls parse_calls(const std::string& name) {
 }
 
 Column::Column(std::string name_, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-               int64_t capacity, Calls calls, Of of, Form form)
+               int64_t capacity, Calls calls, Of of, Form form, std::shared_ptr<const Weight> weight)
     : name(std::move(name_)),
       who("capture at " + name),
       calls(calls),
-      recipe(who, reduction, std::move(dims), dtype, of, std::move(form)),
+      recipe(who, reduction, std::move(dims), dtype, of, std::move(form), std::move(weight)),
       rows(who, capacity) {}
 
 at::Tensor Column::fitting(const Read& read) {
@@ -92,13 +92,13 @@ std::shared_ptr<const Column::Known> Column::learn(const Read& read, const Place
 }
 
 // What holds for this column: the mask of a step where it is about its gradients, or the one that it has for itself.
-Given Column::given(const std::optional<at::Tensor>& mask) const {
+Given Column::given(const std::optional<at::Tensor>& mask, double scale) const {
   static const std::optional<at::Tensor> none;
-  return {.mask = own_mask ? own_mask : masked ? mask : none, .ref = ref, .at = at, .own_mask = own_mask.has_value()};
+  return {.mask = own_mask ? own_mask : masked ? mask : none, .ref = ref, .at = at, .own_mask = own_mask.has_value(), .scale = scale};
 }
 
 void Column::write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale) {
-  const Read read = recipe.read(seen, given(mask_of_step));
+  const Read read = recipe.read(seen, given(mask_of_step, scale));
   std::optional<c10::Stream> stream;
   if (on_gpu(read.tensor)) stream = current_stream(read.tensor.device());
   auto known = recall(read, stream);
@@ -142,7 +142,7 @@ void Column::count_plan(const Place& place, const Plan& plan, const at::Tensor& 
 
 at::Tensor Column::part(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step,
                         double scale) {
-  const Read read = recipe.read(seen, given(mask_of_step));
+  const Read read = recipe.read(seen, given(mask_of_step, scale));
   const bool added = calls == Calls::sum;
   const auto dtype = added ? accumulator(read.tensor.scalar_type()) : recipe.row_dtype(read.tensor);
   const at::Tensor out = recipe.empty_for(read, dtype);

@@ -19,10 +19,10 @@ inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kD
 class Column {
  public:
   Column(std::string name, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-         int64_t capacity, Calls calls, Of of, Form form = {});
+         int64_t capacity, Calls calls, Of of, Form form = {}, std::shared_ptr<const Weight> weight = nullptr);
 
   // An error unless what was seen makes rows that fit those that are there.
-  void check(const Seen& seen) { fitting(recipe.read(seen, given({}))); }
+  void check(const Seen& seen) { fitting(recipe.read(seen, given({}, 1.0))); }
 
   // Reduce, cast and copy what was seen into the rows from `place` on.
   void write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale);
@@ -76,7 +76,7 @@ class Column {
 
   at::Tensor fitting(const Read& read);
   void count_plan(const Place& place, const Plan& plan, const at::Tensor& out, const Read& read, double scale);
-  Given given(const std::optional<at::Tensor>& mask) const;
+  Given given(const std::optional<at::Tensor>& mask, double scale) const;
   std::shared_ptr<const Known> recall(const Read& read, const std::optional<c10::Stream>& stream) const;
   std::shared_ptr<const Known> learn(const Read& read, const Place& place, const std::optional<c10::Stream>& stream);
   void launch(const Known& known, const Place& place, const Operands& with, int64_t* counters);

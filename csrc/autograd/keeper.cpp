@@ -32,21 +32,32 @@ ColumnsKeeper::ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns)
       sums_(std::any_of(columns_.begin(), columns_.end(),
                         [](const auto& column) { return column->calls == Calls::sum; })),
       reads_outputs_(std::any_of(columns_.begin(), columns_.end(),
-                                 [](const auto& column) { return column->recipe.reads_act(); })) {}
+                                 [](const auto& column) { return column->recipe.reads_act(); })),
+      reads_inputs_(std::any_of(columns_.begin(), columns_.end(),
+                                [](const auto& column) { return bool(column->recipe.weight); })) {}
 
-void ColumnsKeeper::gradient(const Call& call, const Seen& seen) {
+std::vector<at::Tensor> ColumnsKeeper::keep_of_input(const std::string& who, const at::Tensor& input) const {
+  std::vector<at::Tensor> kept;
+  for (const auto& column : columns_)
+    if (const auto& weight = column->recipe.weight) kept.push_back(weight->keep(who, input));
+  return kept;
+}
+
+void ColumnsKeeper::gradient(const Call& call, const Seen& all) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const Point& point = *call.tap->point;
-  const auto [run, block, n_fired] = call.tap->backwards->begin(point, seen.grad);
+  const auto [run, block, n_fired] = call.tap->backwards->begin(point, all.grad);
   Pending& held = run->pending[point.index];
-  const auto mask = run->mask_on(seen.grad.device());
+  const auto mask = run->mask_on(all.grad.device());
   const Place place = block->place();
   // Both are of the moment before the first column: `held` changes below, and other threads make calls.
   const bool alone = sums_ && call.alone() && !held.adds();
   const bool written = sums_ && n_fired > 1 && !held.adds();  // by a call that was taken for the only one
   bool summed = false;
+  size_t n_weights = 0;
   for (size_t number = 0; number < columns_.size(); ++number) {
     Column& column = *columns_[number];
+    const Seen seen{.grad = all.grad, .act = column.recipe.weight ? all.kept->at(n_weights++) : all.act};
     switch (column.calls) {
       case Calls::stack:
         held.parts.resize(columns_.size());
@@ -63,8 +74,8 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& seen) {
         TORCH_CHECK(!written, broken_rule(point.who, "a point", "fire as often as it was called since the last step",
                                           "once more", "Run one backward for each forward."));
         if (!alone) {
-          column.check(seen);
-          if (column.recipe.of == Of::with_act) {  // of sums it would be another one
+          if (column.recipe.of != Of::weight) column.check(seen);
+          if (column.recipe.adds_rows()) {  // of sums it would be another one
             held.sums.resize(columns_.size());
             add_to(held.sums[number], point.who, column.part(place, seen, mask, run->scale));
           } else if (!std::exchange(summed, true)) {

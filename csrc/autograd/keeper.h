@@ -26,6 +26,10 @@ class Keeper {
   // Whether each call is to keep its output for its backward.
   virtual bool reads_outputs() const { return false; }
 
+  // What each call is to keep of its input, and whether it is to keep something.
+  virtual std::vector<at::Tensor> keep_of_input(const std::string&, const at::Tensor&) const { return {}; }
+  virtual bool reads_inputs() const { return false; }
+
   // Whether outputs are kept, and a call without a gradient passes zeros on, as a full backward hook does.
   virtual bool keeps_outputs() const { return false; }
 };
@@ -37,11 +41,13 @@ class ColumnsKeeper : public Keeper {
   void gradient(const Call& call, const Seen& seen) override;
   std::vector<std::shared_ptr<Column>> columns() const override { return columns_; }
   bool reads_outputs() const override { return reads_outputs_; }
+  std::vector<at::Tensor> keep_of_input(const std::string& who, const at::Tensor& input) const override;
+  bool reads_inputs() const override { return reads_inputs_; }
 
  private:
   const std::vector<std::shared_ptr<Column>> columns_;
   const bool sums_;  // whether one of them adds up what it sees of several calls
-  const bool reads_outputs_;
+  const bool reads_outputs_, reads_inputs_;
 };
 
 // A cache of whole tensors; several calls are summed, or the last to fire is kept.

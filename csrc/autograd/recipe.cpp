@@ -31,7 +31,7 @@ int64_t position_of(const std::string& who, int64_t wanted, const at::Tensor& te
 }  // namespace
 
 Of parse_of(const std::string& name) {
-  static constexpr std::array kNames{"grad", "act", "grad*act", "grad*ref"};  // in the order of Of
+  static constexpr std::array kNames{"grad", "act", "grad*act", "grad*ref", "weight"};  // in the order of Of
   for (size_t i = 0; i < kNames.size(); ++i)
     if (name == kNames[i]) return Of(i);
   const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
@@ -39,17 +39,23 @@ Of parse_of(const std::string& name) {
 }
 
 Recipe::Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,
-               Of of, Form form)
+               Of of, Form form, std::shared_ptr<const Weight> weight_)
     : of(of),
+      weight(std::move(weight_)),
       who_(std::move(who)),
       reduction_(reduction),
       dims_(std::move(dims)),
       dtype_(dtype),
       form_(std::move(form)) {
   if (of == Of::with_act || of == Of::with_ref) check_reduces_products(who_, reduction);
+  const bool fits = (of == Of::weight) == bool(weight);
+  TORCH_CHECK_VALUE(fits && (!weight || (reduction == Reduction::none && !form_.heads && !form_.at)),
+                    broken_rule(who_, "of", "be \"weight\" with a weight, alone", weight ? "one" : "none",
+                                "Make the column of one of both."));
 }
 
 Read Recipe::read(const Seen& seen, const Given& given) const {
+  if (weight) return {weight->rows(who_, seen.act, seen.grad, given.mask, given.scale), {}, {}};
   Read read{of == Of::act ? seen.act : seen.grad, {}, given.mask};
   if (of == Of::with_act) read.ref = seen.act;
   if (of == Of::with_ref) read.ref = spread(given.ref, seen.grad);

@@ -3,24 +3,27 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "capture.h"
+#include "weight.h"
 
 namespace tlfast {
 
-// What a recipe reads of a call: its gradient, its activation, or the gradient's product, element by element, with the
-// activation or with a tensor that the step gives.
-enum class Of { grad, act, with_act, with_ref };
+// What a recipe reads of a call: its gradient, its activation, the gradient's product, element by element, with the
+// activation or with a tensor that the step gives, or the gradient of the module's weight.
+enum class Of { grad, act, with_act, with_ref, weight };
 Of parse_of(const std::string& name);
 
 // What a tap saw of a call, in its backward. The activation is undefined where no recipe reads it.
 struct Seen {
   const at::Tensor& grad;
   const at::Tensor& act;
+  const std::vector<at::Tensor>* kept = nullptr;  // of its input, for each column of weight gradients
 };
 
 // What a step gives a column beside that.
@@ -29,6 +32,7 @@ struct Given {
   const std::optional<at::Tensor>& ref;
   const std::optional<at::Tensor>& at;  // int64 on the host: a position of each example [B], or several [B, k]
   bool own_mask;                        // the mask is the column's own, and may choose positions in place of `at`
+  double scale;                         // the factor on gradients
 };
 
 // As what the gradient, and what it is multiplied with, are read.
@@ -49,14 +53,19 @@ class Recipe {
  public:
   // `who` is named by its errors; without a dtype the rows have that of what is read.
   Recipe(std::string who, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype, Of of,
-         Form form);
+         Form form, std::shared_ptr<const Weight> weight);
 
   // What is reduced, what it is multiplied with, and the factor on the rows: that of a loss is in no activation.
   Read read(const Seen& seen, const Given& given) const;
-  double scale(double of_loss) const { return of == Of::act ? 1.0 : of_loss; }
+  double scale(double of_loss) const {
+    return of == Of::act ? 1.0 : weight ? weight->scale(of_loss) : of_loss;
+  }
 
   // Whether a call must keep its output, or input, for its backward.
   bool reads_act() const { return of == Of::act || of == Of::with_act; }
+
+  // Whether the rows of several calls are what adds up, and not what they are made of.
+  bool adds_rows() const { return of == Of::with_act || of == Of::weight; }
 
   // How many rows a gradient of this shape makes: one an example, or one where the batch is reduced.
   int64_t n_rows(at::IntArrayRef shape) const {
@@ -79,6 +88,7 @@ class Recipe {
   bool keeps_batch(int64_t n_dims) const;
 
   const Of of;
+  const std::shared_ptr<const Weight> weight;  // of `Of::weight`
 
  private:
   std::vector<int64_t> dims_of(const Read& read) const;

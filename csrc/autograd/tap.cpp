@@ -49,17 +49,18 @@ struct IdentityNode : Node {
   variable_list apply(variable_list&& grads) override {
     Tap& tap = *call.tap;
     if (grads[0].defined())
-      tap.fire(call, grads[0], kept());
+      tap.fire(call, grads[0], kept(), kept_of_input());
     else if (tap.keeper->keeps_outputs())  // as a full backward hook, which is given no gradient, and passes zeros on
       grads[0] = input_metadata(0).zeros_like();
     else if (tap.backwards->active)
-      tap.fire(call, input_metadata(0).zeros_like(), kept());
+      tap.fire(call, input_metadata(0).zeros_like(), kept(), kept_of_input());
     grads.resize(num_outputs());  // nothing for the anchor
     return std::move(grads);
   }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     call.output.reset_data();
+    for (auto& saved : call.of_input) saved.reset_data();
   }
   std::string name() const override { return "TlfastIdentity"; }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
@@ -71,6 +72,13 @@ struct IdentityNode : Node {
     if (!call.tap->keeper->reads_outputs() || !call.tap->backwards->active) return {};
     std::lock_guard<std::mutex> lock(mutex_);
     return call.output.unpack();
+  }
+  std::vector<at::Tensor> kept_of_input() {
+    std::vector<at::Tensor> kept;
+    if (call.of_input.empty() || !call.tap->backwards->active) return kept;
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& saved : call.of_input) kept.push_back(saved.unpack());
+    return kept;
   }
 };
 
@@ -126,9 +134,13 @@ std::unordered_map<int64_t, std::weak_ptr<Tap>>& registry() {
 }
 std::atomic<int64_t> next_number{0};
 
-void fire_op(at::Tensor, const at::Tensor& grad, int64_t number, const std::optional<at::Tensor>& output) {
+void fire_op(at::Tensor, const at::Tensor& grad, int64_t number, const std::optional<at::Tensor>& output,
+             const std::optional<at::Tensor>& input) {
   const auto tap = Tap::by_number(number);
-  if (tap) tap->fire(Call(tap, Call::Of::compiled), grad, output.value_or(at::Tensor()));
+  if (!tap) return;
+  std::vector<at::Tensor> kept;
+  if (input && tap->backwards->active) kept = tap->keep_of_input(*input);
+  tap->fire(Call(tap, Call::Of::compiled), grad, output.value_or(at::Tensor()), kept);
 }
 
 }  // namespace
@@ -212,7 +224,11 @@ bool Tap::attach_to_node(const at::Tensor& output) {
   return true;
 }
 
-void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
+std::vector<at::Tensor> Tap::keep_of_input(const at::Tensor& input) const {
+  return keeper->keep_of_input(point->who, plain(point->who, kInput, input));
+}
+
+void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept) {
   auto* const made = new IdentityNode(shared_from_this());
   auto node = made_identity(made);
   if (keeper->reads_outputs()) {
@@ -221,6 +237,11 @@ void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through) {
     const Unheard unheard(!entered_);
     // Without its history: of an output that is changed in place later, by `through`, this node is a part of that.
     made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
+  }
+  if (!kept.empty()) {
+    const Unheard unheard(!entered_);
+    for (const at::Tensor& tensor : kept)
+      made->call.of_input.emplace_back(alias_of(tensor), /*is_output=*/false);
   }
   const at::Tensor& anchor = backwards->anchor;
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)
@@ -236,7 +257,8 @@ void Tap::keep_output(const at::Tensor& kept) {
   keeper->output(convert && kept.defined() ? convert(kept) : kept);
 }
 
-void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& output) {
+void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& output,
+               const std::vector<at::Tensor>& kept) {
   if (!backwards->active || call.run != backwards->run) return;
   const auto taken = [&](const char* what, const at::Tensor& tensor) {
     const at::Tensor found = plain(point->who, what, tensor);
@@ -245,8 +267,9 @@ void Tap::fire(const Call& call, const at::Tensor& given, const at::Tensor& outp
   const at::Tensor grad = taken(kGradient, given);
   const at::Tensor act = output.defined() ? taken(side, output) : at::Tensor();
   if (act.defined()) check_kept(point->who, side, act, grad);
-  if (see) see({.grad = grad, .act = act});
-  keeper->gradient(call, {.grad = grad, .act = act});
+  const Seen seen{.grad = grad, .act = act, .kept = &kept};
+  if (see) see(seen);
+  keeper->gradient(call, seen);
 }
 
 Waiting waiting_in(const at::Tensor& value) {
@@ -271,7 +294,7 @@ Waiting waiting_in(const at::Tensor& value) {
 }
 
 TORCH_LIBRARY_FRAGMENT(tlfast, library) {
-  library.def("fire(Tensor(a!) token, Tensor grad, int number, Tensor? output=None) -> ()",
+  library.def("fire(Tensor(a!) token, Tensor grad, int number, Tensor? output=None, Tensor? input=None) -> ()",
               {at::Tag::pt2_compliant_tag});
 }
 

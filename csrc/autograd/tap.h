@@ -27,11 +27,16 @@ class Tap : public std::enable_shared_from_this<Tap> {
 
   // Put an identity node behind an output, which sees the gradient through this module alone, and let it lead to
   // `through`, an alias of the output. It leads to the anchor of the run, too.
-  void attach_behind(const at::Tensor& output, const at::Tensor& through);
+  // `kept`: what the call keeps of its input.
+  void attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept = {});
 
   // Give the keeper the gradient of a call, and its output where the keeper reads that. Needs no GIL, and touches no
   // Python object but through a sink or a change made of one.
-  void fire(const Call& call, const at::Tensor& grad, const at::Tensor& output = {});
+  void fire(const Call& call, const at::Tensor& grad, const at::Tensor& output = {},
+            const std::vector<at::Tensor>& kept = {});
+
+  // What a call is to keep of its input.
+  std::vector<at::Tensor> keep_of_input(const at::Tensor& input) const;
 
   // A module called with a full backward hook, and the gradient that the hook found: it doesn't say of which call.
   void called_with_full_hook();
@@ -89,6 +94,7 @@ struct Call {
   // What is kept for the backward, as autograd keeps what a formula needs: in place it may not be changed until then,
   // and it goes with the graph.
   torch::autograd::SavedVariable output;
+  std::vector<torch::autograd::SavedVariable> of_input;
 };
 
 // The same memory without a history, as output.detach() gives it, at a fifth of its cost.

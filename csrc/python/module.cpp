@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <tuple>
 #include <variant>
 
 #include "autograd/plain.h"
@@ -17,6 +18,10 @@ using namespace tlfast;
 
 namespace {
 
+// (kernel, stride, dilation, padding, padding mode, groups)
+using WindowGiven = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
+                               std::string, int64_t>;
+
 void check_rows(int64_t rows) {
   TORCH_CHECK_VALUE(rows > 0, broken_rule("capture", "rows", "be a positive number", rows, "Give the rows to hold."));
 }
@@ -25,7 +30,8 @@ std::shared_ptr<Column> make_column(const std::string& name, const std::string& 
                                     const std::optional<at::ScalarType>& dtype, int64_t capacity,
                                     const std::string& calls, const std::string& of,
                                     const std::optional<std::pair<int64_t, int64_t>>& heads,
-                                    const std::optional<std::variant<int64_t, std::vector<int64_t>>>& at) {
+                                    const std::optional<std::variant<int64_t, std::vector<int64_t>>>& at,
+                                    std::shared_ptr<Weight> weight) {
   check_rows(capacity);
   Form form{.heads = heads, .at = {}};
   if (at) {
@@ -34,7 +40,26 @@ std::shared_ptr<Column> make_column(const std::string& name, const std::string& 
     form.at = one ? std::vector<int64_t>{*one} : std::get<std::vector<int64_t>>(*at);
   }
   return std::make_shared<Column>(name, parse_reduction(reduce), std::move(dims), dtype, capacity, parse_calls(calls),
-                                  parse_of(of), std::move(form));
+                                  parse_of(of), std::move(form), std::move(weight));
+}
+
+std::shared_ptr<Weight> make_weight(const std::string& layer, const std::string& row, bool bias,
+                                    const std::optional<at::Tensor>& left, const std::optional<at::Tensor>& right,
+                                    double scale, int64_t heads, int64_t padding_idx, int64_t normalized, double eps,
+                                    const std::optional<WindowGiven>& window) {
+  Window made;
+  if (window) std::tie(made.kernel, made.stride, made.dilation, made.padding, made.padding_mode, made.groups) = *window;
+  return std::make_shared<Weight>(Weight::Form{.layer = parse_layer(layer),
+                                               .row = parse_weight_row(row),
+                                               .bias = bias,
+                                               .left = left,
+                                               .right = right,
+                                               .scale = scale,
+                                               .heads = heads,
+                                               .window = std::move(made),
+                                               .padding_idx = padding_idx,
+                                               .normalized = normalized,
+                                               .eps = eps});
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {
@@ -92,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_for", &choose_for);
   m.def("learn_outputs", &learn_outputs);
 
+  py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight").def(py::init(&make_weight));
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")
       .def(py::init(&make_column))
       .def_readonly("name", &Column::name)
@@ -163,12 +189,18 @@ PYBIND11_MODULE(_C, m) {
       .def("set_side", &PyTap::set_side)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
-      .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })
+      .def(
+          "forward",
+          [](PyTap& tap, const py::object& inputs, const py::object& output, const py::object& named) {
+            return tap.forward(output, inputs, named);
+          },
+          py::arg("inputs"), py::arg("output"), py::arg("named") = py::none())
       .def("check_full", &PyTap::check_full)
       .def("full", &PyTap::full)
       .def_readonly("output", &PyTap::output)
       .def_property_readonly("backwards", [](const PyTap& tap) { return tap.tap->backwards; })
       .def_property_readonly("reads_outputs", [](const PyTap& tap) { return tap.tap->keeper->reads_outputs(); })
+      .def_property_readonly("reads_inputs", [](const PyTap& tap) { return tap.tap->keeper->reads_inputs(); })
       .def_property_readonly("name", [](const PyTap& tap) { return tap.tap->point->name; })
       .def_property_readonly("others", [](const PyTap& tap) { return tap.tap->point->others; })
       .def_property_readonly("number", [](const PyTap& tap) { return tap.tap->number; })

@@ -46,8 +46,11 @@ std::function<void(const Seen&)> see_of(py::object callable) {
                                                                  type_name(callable), "Pass a function or None."));
   return [held = held_anywhere(std::move(callable))](const Seen& seen) {
     const py::gil_scoped_acquire gil;
-    result_of(
-        PyObject_CallObject(held->ptr(), py::make_tuple(without_history(seen.grad), without_history(seen.act)).ptr()));
+    py::list kept;
+    if (seen.kept)
+      for (const at::Tensor& tensor : *seen.kept) kept.append(without_history(tensor));
+    const auto shown = py::make_tuple(without_history(seen.grad), without_history(seen.act), kept);
+    result_of(PyObject_CallObject(held->ptr(), shown.ptr()));
   };
 }
 

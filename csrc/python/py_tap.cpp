@@ -64,11 +64,15 @@ bool passed_on(PyObject* inputs, PyObject* output) {
          THPVariable_Check(output);
 }
 
-// hook(module, args, output)
+// hook(module, args, output), or (module, args, kwargs, output) where the tap reads what is given by name, too
 PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
   return guarded([&] {
-    check_arguments(args, kwargs, 3, "be called with (module, args, output)");
     PyTap& tap = tap_of(hook);
+    if (tap.tap->keeper->reads_inputs()) {
+      check_arguments(args, kwargs, 4, "be called with (module, args, kwargs, output)");
+      return tap.forward(PyTuple_GET_ITEM(args, 3), PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2));
+    }
+    check_arguments(args, kwargs, 3, "be called with (module, args, output)");
     // Where a cached gradient may be one that a full backward hook finds at the output, Python looks: see CacheHook.
     if (tap.tap->backwards->anchor.defined() && !passed_on(PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2)))
       return py::object(py::handle(hook).attr("__call__")(*py::handle(args)));
@@ -162,20 +166,29 @@ py::object PyTap::forward_cached(const py::handle& given) {
   tap->keep_output(detached(found));
   if (!tap->backwards->anchor.defined() || !at::GradMode::is_enabled() || !checked(found, given).defined())
     return py::none();
-  const py::object through = behind(found);
+  const py::object through = behind(found, {});
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
 }
 
-// The output behind an identity node.
-py::object PyTap::behind(const py::handle& output) const {
+// The output behind an identity node, whose call keeps what the tap reads of the input.
+py::object PyTap::behind(const py::handle& output, const py::handle& input) const {
   const at::Tensor through = detached(output);
-  tap->attach_behind(THPVariable_Unpack(output.ptr()), through);
+  std::vector<at::Tensor> kept;
+  if (input) {
+    const at::Tensor& given = THPVariable_Unpack(input.ptr());
+    const py::gil_scoped_release release;
+    kept = tap->keep_of_input(given);
+  }
+  tap->attach_behind(THPVariable_Unpack(output.ptr()), through, kept);
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(through));
 }
 
-py::object PyTap::forward(const py::handle& given) {
+py::object PyTap::forward(const py::handle& given, const py::handle& inputs, const py::handle& named) {
   if (tap->keeper->keeps_outputs()) return forward_cached(given);
   if (!tap->backwards->active || !at::GradMode::is_enabled()) return py::none();
+  py::object input;
+  if (tap->keeper->reads_inputs())
+    input = from_outputs("the_input")(tap->point->who, inputs ? inputs : py::tuple(), named ? named : py::dict());
   if (THPVariable_Check(given.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(given.ptr());
     const References references = References::of(given.ptr(), tensor);
@@ -185,17 +198,17 @@ py::object PyTap::forward(const py::handle& given) {
     }
     const References* const most = unshared.most();
     // A node that the output brought keeps nothing of ours.
-    const bool own = most && !tap->keeper->reads_outputs() && tensor.requires_grad() && references.within(*most);
+    const bool own = most && !tap->keeper->reads_outputs() && !input && tensor.requires_grad() && references.within(*most);
     const at::Tensor checked_tensor = checked(given, given);
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
-    return behind(given);
+    return behind(given, input);
   }
   if (PyTuple_CheckExact(given.ptr())) {
     const Py_ssize_t index = index_in(given);
-    if (index < 0) return forward_slowly(given);
+    if (index < 0) return forward_slowly(given, input);
     if (!checked(PyTuple_GET_ITEM(given.ptr(), index), given).defined()) return py::none();
     if (!others_noted_) note_others(given, py::int_(index));
-    const py::object through = behind(PyTuple_GET_ITEM(given.ptr(), index));
+    const py::object through = behind(PyTuple_GET_ITEM(given.ptr(), index), input);
     const Py_ssize_t n = PyTuple_GET_SIZE(given.ptr());
     auto replaced = py::reinterpret_steal<py::object>(PyTuple_New(n));
     for (Py_ssize_t i = 0; i < n; ++i)
@@ -203,7 +216,7 @@ py::object PyTap::forward(const py::handle& given) {
                        py::handle(i == index ? through.ptr() : PyTuple_GET_ITEM(given.ptr(), i)).inc_ref().ptr());
     return replaced;
   }
-  return forward_slowly(given);
+  return forward_slowly(given, input);
 }
 
 // Where in a tuple the tensor is, or -1 where Python is to find it: the rules are those of tlfast.backends.outputs.
@@ -222,11 +235,11 @@ Py_ssize_t PyTap::index_in(const py::handle& given) const {
 }
 
 // Outputs of any other kind: mappings, lists, named tuples.
-py::object PyTap::forward_slowly(const py::handle& given) {
+py::object PyTap::forward_slowly(const py::handle& given, const py::handle& input) {
   const py::tuple found = from_outputs("select_output")(given, output);
   if (!checked(found[0], given).defined()) return py::none();
   if (!others_noted_) note_others(given, found[1]);
-  return from_outputs("replace_output")(given, found[1], behind(found[0]));
+  return from_outputs("replace_output")(given, found[1], behind(found[0], input));
 }
 
 Py_ssize_t PyTap::place_for_full(const py::handle& given) {

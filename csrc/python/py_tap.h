@@ -22,7 +22,9 @@ class PyTap {
   void set_side(const std::string& side);
 
   // Attach to a module's output, or inputs; returns the output to use instead, or None where it stays as it is.
-  pybind11::object forward(const pybind11::handle& given);
+  // `inputs`: the tuple of what the module was given, and `named` the mapping, for a tap that keeps something of it.
+  pybind11::object forward(const pybind11::handle& given, const pybind11::handle& inputs = {},
+                           const pybind11::handle& named = {});
 
   // Where in an output the tensor is that a full backward hook reads, or -1 where that can have no gradient; an error
   // for an output that such hooks can't take.
@@ -49,8 +51,8 @@ class PyTap {
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
   void note_others(const pybind11::handle& given, const pybind11::handle& key);
   Py_ssize_t index_in(const pybind11::handle& given) const;
-  pybind11::object behind(const pybind11::handle& output) const;
-  pybind11::object forward_slowly(const pybind11::handle& given);
+  pybind11::object behind(const pybind11::handle& output, const pybind11::handle& input) const;
+  pybind11::object forward_slowly(const pybind11::handle& given, const pybind11::handle& input);
   pybind11::object forward_cached(const pybind11::handle& given);
 
   bool learning_ = false;

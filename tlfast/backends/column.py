@@ -10,6 +10,7 @@ from .recipe import Given, Read, Recipe, Seen
 from .reference import accumulator, capture
 from .rows import Rows
 from .streams import current_stream
+from .weight import Weight
 
 
 class Column:
@@ -23,6 +24,7 @@ class Column:
     def __init__(
         self, name: str, reduce: str, dims: Sequence[int], dtype: torch.dtype | None, capacity: int, calls: str,
         of: str, heads: tuple[int, int] | None, at: int | Sequence[int] | None,
+        weight: Weight | None,
     ):  # fmt: skip
         self.name, self.calls = name, calls
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
@@ -31,7 +33,7 @@ class Column:
         self.ref: torch.Tensor | None = None  # what the gradient is multiplied with
         self.at: torch.Tensor | None = None  # positions of each example: see `Given`
         at = tuple(at) if isinstance(at, Sequence) else at
-        self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of, heads, at)
+        self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of, heads, at, weight)
         self.memory = Rows(self.recipe.who, capacity)
 
     @property
@@ -57,27 +59,27 @@ class Column:
 
     def check(self, seen: Seen) -> torch.Tensor:
         """Return the rows, allocated at the first call; ValueError when what a later one shows doesn't fit them."""
-        return self._fitting(self.recipe.read(seen, self._given(None)))
+        return self._fitting(self.recipe.read(seen, self._given(None, 1.0)))
 
     def _fitting(self, read: Read) -> torch.Tensor:
         return self.memory.fitting(self.recipe.row_shape(read), self.recipe.row_dtype(read.tensor), read.tensor)
 
     def write(self, base: int, seen: Seen, mask: torch.Tensor | None, scale: float) -> None:
         """Reduce, cast and copy what was seen into the rows from ``base`` on."""
-        read = self.recipe.read(seen, self._given(mask))
+        read = self.recipe.read(seen, self._given(mask, scale))
         rows, tensor = self._fitting(read), read.tensor
         self.memory.used_on(current_stream(rows.device))
         out = rows[base : base + tensor.shape[0]] if self.recipe.keeps_batch(tensor.dim()) else rows[base]
         self.memory.count(self.recipe.write(out, read, scale))
 
-    def _given(self, mask: torch.Tensor | None) -> Given:
+    def _given(self, mask: torch.Tensor | None, scale: float) -> Given:
         """What holds for this column: the mask of a step where it is about its gradients, or one of its own."""
         own = self.own_mask if self.own_mask is not None else mask if self.masked else None
-        return Given(own, self.ref, self.at, self.own_mask is not None)
+        return Given(own, self.ref, self.at, self.own_mask is not None, scale)
 
     def part(self, seen: Seen, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same into rows of its own, for one call. Those that are to be added up aren't rounded, nor counted."""
-        read, added = self.recipe.read(seen, self._given(mask)), self.calls == "sum"
+        read, added = self.recipe.read(seen, self._given(mask, scale)), self.calls == "sum"
         dtype = accumulator(read.tensor.dtype) if added else self.recipe.row_dtype(read.tensor)
         out = self.recipe.empty_for(read, dtype)
         counts = self.recipe.write(out, read, scale)

@@ -5,13 +5,14 @@ A module is a backend if it has all of this. ``NAME`` says which one it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-See = Callable[[torch.Tensor, torch.Tensor | None], Any]  # a gradient, and the output where it is read
+# A gradient, the output where it is read, and what is kept of the input.
+See = Callable[[torch.Tensor, torch.Tensor | None, list[torch.Tensor]], Any]
 
 
 class Column(Protocol):
@@ -89,11 +90,15 @@ class Tap(Protocol):
     @property
     def reads_outputs(self) -> bool: ...
     @property
+    def reads_inputs(self) -> bool: ...
+    @property
     def backwards(self) -> Any: ...
     def set_convert(self, convert: Change | None, see: See | None) -> None: ...
     def set_side(self, side: str) -> None: ...
     def forward_pre(self) -> None: ...
-    def forward(self, inputs: tuple[object, ...], output: object) -> object | None: ...
+    def forward(
+        self, inputs: tuple[object, ...], output: object, named: Mapping[str, object] | None = None
+    ) -> object | None: ...
     def check_full(self, output: object) -> None: ...
     def full(self, grad_output: tuple[torch.Tensor | None, ...]) -> None: ...
 
@@ -104,12 +109,14 @@ class Backend(Protocol):
     @property
     def NAME(self) -> str: ...
     @property
+    def Weight(self) -> Callable[..., Any]: ...
+    @property
     def Column(
         self,
     ) -> Callable[
         [
             str, str, Sequence[int], torch.dtype | None, int, str, str, tuple[int, int] | None,
-            int | Sequence[int] | None,
+            int | Sequence[int] | None, Any,
         ],
         Column,
     ]: ...  # fmt: skip

@@ -22,12 +22,17 @@ class Keeper(ABC):
     """What all keepers are asked for."""
 
     reads_outputs = False  # whether each call is to keep its output for its backward
+    reads_inputs = False  # whether each call is to keep something of its input
     keeps_outputs = False  # whether outputs are kept, and a call without a gradient passes zeros on
     columns: Sequence[Column] = ()  # that make rows of a gradient; without one no backward is a step
 
     @abstractmethod
     def gradient(self, call: Call, seen: Seen) -> None:
         """What was seen of one call: plain memory, without a history."""
+
+    def keep_of_input(self, who: str, given: torch.Tensor) -> list[torch.Tensor]:
+        """What each call is to keep of its input."""
+        return []
 
     def output(self, kept: torch.Tensor | None) -> None:  # noqa: B027 (most keep none)
         """What a call put out, as an alias without a history; None stands for what is no tensor."""
@@ -39,10 +44,16 @@ class ColumnsKeeper(Keeper):
     def __init__(self, columns: list[Column]):
         self.columns = columns
         self.reads_outputs = any(column.recipe.reads_act for column in columns)
+        self.reads_inputs = any(column.recipe.weight is not None for column in columns)
+
+    def keep_of_input(self, who: str, given: torch.Tensor) -> list[torch.Tensor]:
+        weights = [column.recipe.weight for column in self.columns]
+        return [weight.keep(who, given) for weight in weights if weight is not None]
 
     def gradient(self, call: Call, seen: Seen) -> None:
+        everything, grad = seen, seen.grad
         point: Point = call.tap.point
-        grad = seen.grad
+        of_weights = iter(seen.kept)
         run, block = call.tap.backwards.begin(point, grad.shape, grad.device)
         held = run.pending.setdefault(point.index, Pending())
         mask, summed = run.mask_on(grad.device), False
@@ -50,6 +61,7 @@ class ColumnsKeeper(Keeper):
         alone = call.alone and not held.adds
         written = run.fired[point.index] > 1 and not held.adds  # by a call that was taken for the only one
         for number, column in enumerate(self.columns):
+            seen = everything if column.recipe.weight is None else Seen(grad, next(of_weights))
             if column.calls == "stack":
                 held.parts.setdefault(number, []).append(column.part(seen, mask, run.scale))
             elif column.calls == "sum" and column.recipe.of == "act":
@@ -68,8 +80,9 @@ class ColumnsKeeper(Keeper):
                     )
                 )  # fmt: skip
             elif column.calls == "sum" and not alone:
-                column.check(seen)
-                if column.recipe.of == "grad*act":  # of sums it would be another one
+                if column.recipe.weight is None:
+                    column.check(seen)
+                if column.recipe.adds_rows:  # of sums it would be another one
                     part = column.part(seen, mask, run.scale)
                     held.sums[number] = _added(held.sums.get(number), point.who, part)
                 elif not summed:

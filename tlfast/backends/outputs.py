@@ -35,6 +35,16 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def the_input(who: str, inputs: tuple[object, ...], named: Mapping[str, object]) -> torch.Tensor:
+    """The one tensor that a layer with a weight is given, by place or by name; TypeError where that isn't known."""
+    found = inputs[0] if inputs else next(iter(named.values()), None)
+    if not isinstance(found, torch.Tensor) or (not inputs and len(named) > 1):
+        rule = "be given its input as the first argument, or as the only one by name"
+        got = type(found).__name__ if inputs else ", ".join(named) or "nothing"
+        raise TypeError(broken_rule(who, "the module", rule, got, "Leave this point out."))
+    return found
+
+
 def select_output(output: object, which: int | str | None) -> tuple[torch.Tensor | None, int | str | None]:
     """The tensor to capture among a module's outputs, and where it is (None: the output is the tensor)."""
     if isinstance(output, torch.Tensor):

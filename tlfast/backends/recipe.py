@@ -10,6 +10,7 @@ import torch
 from ..errors import broken_rule
 from ..spec import SOURCES, one_of
 from .reference import capture, check_mask, check_of_products, normal_dims, reduce_gradient, reduced_shape
+from .weight import Weight
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Seen:
 
     grad: torch.Tensor
     act: torch.Tensor | None = None
+    kept: Sequence[torch.Tensor] = ()  # of its input, for each column of weight gradients
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Given:
     ref: torch.Tensor | None = None
     at: torch.Tensor | None = None  # int64 on the host: a position of each example [B], or several [B, k]
     own_mask: bool = False  # the mask is the column's own, and may choose positions in place of ``at``
+    scale: float = 1.0  # the factor on gradients
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,32 @@ class Recipe:
     of: str = "grad"
     heads: tuple[int, int] | None = None
     at: int | Sequence[int] | None = None
+    weight: Weight | None = None  # of "weight"
 
     def __post_init__(self) -> None:
         one_of("capture", "of", self.of, SOURCES)
         if self.of in ("grad*act", "grad*ref"):
             check_of_products(self.who, self.reduce)
+        alone = self.weight is None or (self.reduce == "none" and self.heads is None and self.at is None)
+        if (self.of == "weight") != (self.weight is not None) or not alone:
+            rule, got = 'be "weight" with a weight, alone', "none" if self.weight is None else "one"
+            raise ValueError(broken_rule(self.who, "of", rule, got, "Make the column of one of both."))
 
     @property
     def reads_act(self) -> bool:
         """Whether a call must keep its output, or input, for its backward."""
         return self.of in ("act", "grad*act")
 
+    @property
+    def adds_rows(self) -> bool:
+        """Whether the rows of several calls are what adds up, and not what they are made of."""
+        return self.of in ("grad*act", "weight")
+
     def read(self, seen: Seen, given: Given) -> Read:
         """What is reduced, and what it is multiplied with."""
+        if self.weight is not None:
+            assert seen.act is not None
+            return Read(self.weight.rows(self.who, seen.act, seen.grad, given.mask, given.scale))
         tensor, ref = seen.grad, None
         if self.reads_act:
             assert seen.act is not None
@@ -164,12 +180,15 @@ class Recipe:
 
         ``scale``, the factor on what depends on the loss, is in no activation.
         """
-        scale = 1.0 if self.of == "act" else scale
+        scale = 1.0 if self.of == "act" else scale if self.weight is None else self.weight.scale(scale)
         reduce = "last" if read.one and self.reduce == "none" else self.reduce  # the one position is the last one
         return capture(out, read.tensor, reduce, self._dims_of(read), read.mask, scale, self.who, read.ref)
 
     def size(self, seen: Seen, given: Given) -> torch.Tensor:
         """What is made of the magnitudes of what is read, without a mask, in the accumulator's dtype."""
+        if self.weight is not None:
+            assert seen.act is not None
+            return self.weight.size(self.who, seen.act, seen.grad) * self.weight.scale(1.0)
         read = self.read(seen, given)
         ref = None if read.ref is None else read.ref.abs()
         return reduce_gradient(read.tensor.abs(), self.reduce, self._dims_of(read), None, ref=ref)

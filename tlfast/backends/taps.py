@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from .calls import Call
 from .interface import See
 from .keepers import Keeper
 from .no_graph import no_graph
-from .outputs import alias, no_tensor, other_outputs, replace_output, select_output
+from .outputs import alias, no_tensor, other_outputs, replace_output, select_output, the_input
 from .plain import GRADIENT, OUTPUT, SIDES, check_output, plain
 from .recipe import Seen
 
@@ -27,19 +27,24 @@ class _Identity(torch.autograd.Function):
     """Identity whose backward fires a tap: the gradient through this module alone, for outputs that are inputs."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None, *of_input: torch.Tensor
+    ) -> torch.Tensor:
         ctx.call = Call(tap)
-        if tap.reads_outputs:
-            # Without its history: of an output that is changed in place later, by this one's, our node is a part of it.
-            ctx.save_for_backward(alias(x))
+        # Without its history: of an output that is changed in place later, by this one's, our node is a part of it.
+        output = [alias(x)] if tap.reads_outputs else []
+        if output or of_input:
+            ctx.save_for_backward(*output, *of_input)
         return alias(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tap: Tap = ctx.call.tap
-        reads = tap.reads_outputs and tap.backwards.active  # else nobody asks for what may be changed, or freed
-        tap.fire(grad, ctx.call, ctx.saved_tensors[0] if reads else None)
-        return grad, None, None
+        reads = (tap.reads_outputs or tap.reads_inputs) and tap.backwards.active
+        saved = ctx.saved_tensors if reads else ()  # else nobody asks for what may be changed, or freed
+        n_outputs = int(reads and tap.reads_outputs)
+        tap.fire(grad, ctx.call, saved[0] if n_outputs else None, saved[n_outputs:])
+        return (grad, *[None] * (len(ctx.needs_input_grad) - 1))
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
@@ -56,7 +61,7 @@ class _KeptIdentity(_Identity):
         return _Identity.forward(ctx, x, tap, anchor)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _Identity.backward(ctx, grad) if grad is not None else (ctx.zeros(), None, None)
 
 
@@ -65,15 +70,22 @@ _ALIVE: weakref.WeakValueDictionary[int, Tap] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("tlfast_python::fire", mutates_args={"token"})
-def _fire(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None) -> None:
+def _fire(
+    token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None,
+    input: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Fire a tap from compiled code, where a tap is a number; ``token`` only keeps the call from being dropped."""
     tap = _ALIVE.get(number)
     if tap is not None:
-        tap.fire(grad, Call(tap, "compiled"), output)
+        kept = [] if input is None or not tap.backwards.active else tap.keep_of_input(input)
+        tap.fire(grad, Call(tap, "compiled"), output, kept)
 
 
 @_fire.register_fake
-def _(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None) -> None:
+def _(
+    token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None,
+    input: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     return None
 
 
@@ -111,6 +123,15 @@ class Tap:
         return self.keeper.reads_outputs
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether each call keeps something of its input for its backward."""
+        return self.keeper.reads_inputs
+
+    def keep_of_input(self, given: torch.Tensor) -> list[torch.Tensor]:
+        """What a call is to keep of its input."""
+        return self.keeper.keep_of_input(self.who, plain(self.who, SIDES["input"], given))
+
+    @property
     def others(self) -> str | None:
         """Which other outputs have a graph, as the first call has shown."""
         return self.point.others
@@ -133,19 +154,23 @@ class Tap:
         """Whether the module ran without a graph since the last step."""
         return self._unseen_since == self.backwards.ledger.n_ended
 
-    def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
+    def forward(
+        self, inputs: tuple[object, ...], output: object, named: Mapping[str, object] | None = None
+    ) -> object | None:
         """Attach to the output's autograd edge; return the output to use instead where an identity is needed."""
         if self.keeper.keeps_outputs:
             return self._forward_kept(output)
         if not self.backwards.active or not torch.is_grad_enabled():
             return None
+        given = the_input(self.who, inputs, named or {}) if self.reads_inputs else None
         tensor = self.checked_output(output)
         if tensor is None:
             return None
+        kept = [] if given is None else self.keep_of_input(given)
         # Always a node of our own: whether somebody else uses the output too (a penalty on it inside the module, say)
         # can't be seen from here, and a hook on the output's own node would see that gradient as well.
         key = self._place_of(output)
-        through: object = replace_output(output, key, self.identity(tensor))
+        through: object = replace_output(output, key, self.identity(tensor, *kept))
         return through
 
     def _forward_kept(self, output: object) -> object | None:
@@ -166,13 +191,13 @@ class Tap:
         replaced: object = replace_output(output, 0 if in_tuple else None, self.identity(found))
         return replaced
 
-    def identity(self, tensor: torch.Tensor) -> Any:
+    def identity(self, tensor: torch.Tensor, *of_input: torch.Tensor) -> Any:
         """The tensor behind an identity node that fires this tap."""
         kind = _KeptIdentity if self.keeper.keeps_outputs else _Identity
         # A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more,
         # and the model would take our output for a tensor of its own.
-        with _unheard() if self.reads_outputs and not self._entered else nullcontext():
-            return kind.apply(tensor, self, self.backwards.anchor)  # type: ignore[no-untyped-call]
+        with _unheard() if (self.reads_outputs or of_input) and not self._entered else nullcontext():
+            return kind.apply(tensor, self, self.backwards.anchor, *of_input)  # type: ignore[no-untyped-call]
 
     def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None) -> None:
         """What is to be made of each gradient, and of an output that is kept, before anything else; and what is shown
@@ -242,15 +267,17 @@ class Tap:
             self.fire(grad, Call(self, "full_hook"))
 
     @torch.no_grad()
-    def fire(self, grad: torch.Tensor, call: Call, output: torch.Tensor | None = None) -> None:
+    def fire(
+        self, grad: torch.Tensor, call: Call, output: torch.Tensor | None = None, kept: Sequence[torch.Tensor] = ()
+    ) -> None:
         """Give the keeper the gradient of a call, and its output where the keeper reads that."""
         if not self.backwards.active or call.run != self.backwards.run:
             return
-        seen = Seen(self.taken(grad), None if output is None else self.taken(output, self._side))
+        seen = Seen(self.taken(grad), None if output is None else self.taken(output, self._side), kept)
         if seen.act is not None:
             _check_kept(self.who, self._side, seen.act, seen.grad)
         if self._see is not None:
-            self._see(seen.grad, seen.act)
+            self._see(seen.grad, seen.act, list(kept))
         self.keeper.gradient(call, seen)
 
 

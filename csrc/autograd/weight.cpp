@@ -1,0 +1,287 @@
+// Weight gradients: products of what was kept and what came back. The products are ATen's.
+#include "weight.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/native_layer_norm.h>
+#include <ATen/ops/pad.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "column.h"
+#include "kernel/errors.h"
+
+namespace tlfast {
+namespace {
+
+// What is computed here has no history, and the dtypes that it says: autocast would make other ones of them.
+class Bare {
+ public:
+  Bare() : no_autocast_(c10::autocast_dispatch_keyset) {}
+
+ private:
+  const at::AutoDispatchBelowADInplaceOrView no_autograd_;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+};
+
+at::Tensor wide(const at::Tensor& tensor) { return tensor.to(accumulator(tensor.scalar_type())); }
+
+// Positions [B, T, 1] that count for nothing, whatever lies there.
+using Left = std::optional<at::Tensor>;
+at::Tensor without(const at::Tensor& tensor, const Left& left_out) {
+  return left_out ? tensor.masked_fill(*left_out, 0) : tensor;
+}
+
+// Those that the mask of a gradient [B, ..., D] leaves out.
+Left left_out_by(const std::string& who, const std::optional<at::Tensor>& mask, const at::Tensor& grad) {
+  if (!mask) return {};
+  check_mask(who, *mask, grad);
+  at::Tensor real = *mask;
+  while (real.dim() < std::max<int64_t>(grad.dim() - 1, 2)) real = real.unsqueeze(-1);
+  if (grad.dim() > 2) real = real.expand(grad.sizes().slice(0, grad.dim() - 1)).flatten(1);
+  return real.logical_not().unsqueeze(2);
+}
+
+// [B, ..., D] as [B, T, D], where [B, D] has one position.
+at::Tensor in_positions(const at::Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor.unsqueeze(1) : tensor.flatten(1, -2);
+}
+
+}  // namespace
+
+Layer parse_layer(const std::string& name) {
+  static constexpr std::array kNames{"linear", "conv", "embedding", "layer_norm", "rms_norm"};  // in the order of Layer
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (name == kNames[i]) return Layer(i);
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "layer", rule, "'" + name + "'", "Check the spelling."));
+}
+
+WeightRow parse_weight_row(const std::string& name) {
+  static constexpr std::array kNames{"gradient", "norm", "factors"};  // in the order of WeightRow
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (name == kNames[i]) return WeightRow(i);
+  const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
+  TORCH_CHECK_VALUE(false, broken_rule("capture", "row", rule, "'" + name + "'", "Check the spelling."));
+}
+
+Weight::Weight(Form form)
+    : form_(std::move(form)),
+      early_(form_.right && form_.layer != Layer::layer_norm && form_.layer != Layer::rms_norm &&
+             form_.right->size(0) < form_.right->size(1)) {}
+
+// A matrix where a tensor is, and in its dtype.
+at::Tensor Weight::like(const at::Tensor& matrix, const at::Tensor& tensor) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [of, moved] : moved_)
+    if (of == matrix.unsafeGetTensorImpl() && moved.device() == tensor.device() &&
+        moved.scalar_type() == tensor.scalar_type())
+      return moved;
+  moved_.push_back({matrix.unsafeGetTensorImpl(), matrix.to(tensor.options()).contiguous()});
+  return moved_.back().matrix;
+}
+
+at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {
+  const Bare bare;
+  const at::Tensor given = input.detach();
+  switch (form_.layer) {
+    case Layer::linear:
+      TORCH_CHECK_VALUE(given.dim() >= 2, broken_rule(who, "the input", "have the batch before its last dimension",
+                                                      list_of(given.sizes()), "Give the model a batch."));
+      return early_ ? project_input(in_positions(given)) : given;
+    case Layer::conv:
+      TORCH_CHECK_VALUE(given.dim() == int64_t(form_.window.kernel.size()) + 2,
+                        broken_rule(who, "the input", "have the batch as its first dimension", list_of(given.sizes()),
+                                    "Give the model a batch."));
+      return early_ ? convolved(given) : given;
+    case Layer::embedding:
+      TORCH_CHECK_VALUE(given.dim() >= 2, broken_rule(who, "the input", "be tokens of a batch, [B, P]",
+                                                      list_of(given.sizes()), "Give the model a batch."));
+      return given;
+    case Layer::layer_norm:
+    case Layer::rms_norm:
+      return normal(given);
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+// [B, T, I] to R a, [B, T, p].
+at::Tensor Weight::project_input(const at::Tensor& input) const {
+  const at::Tensor a = wide(input), right = like(*form_.right, a);
+  if (!form_.bias) return at::matmul(a, right.t());
+  const int64_t n = right.size(1) - 1;
+  return at::matmul(a, right.narrow(1, 0, n).t()).add_(right.select(1, n));
+}
+
+// The same of a convolution's windows: one more convolution, whose weights are the matrix.
+at::Tensor Weight::convolved(const at::Tensor& input) const {
+  const Window& window = form_.window;
+  const at::Tensor a = wide(input), right = like(*form_.right, a);
+  const int64_t p = right.size(0), n = right.size(1) - form_.bias, groups = window.groups;
+  std::vector<int64_t> shape{groups * p, a.size(1) / groups};
+  shape.insert(shape.end(), window.kernel.begin(), window.kernel.end());
+  const at::Tensor weights = right.narrow(1, 0, n).unsqueeze(0).expand({groups, p, n}).reshape(shape);
+  const auto bias = form_.bias ? std::optional(right.select(1, n).repeat({groups})) : std::nullopt;
+  const std::vector<int64_t> none(window.kernel.size(), 0);
+  const at::Tensor padded = at::pad(a, window.padding, window.padding_mode);
+  return at::convolution(padded, weights, bias, window.stride, none, window.dilation, false, none, groups);
+}
+
+// The windows of a padded input [B, C, ...] as [B, groups, T, C / groups * kernel].
+at::Tensor Weight::windows(const at::Tensor& padded) const {
+  const Window& window = form_.window;
+  const int64_t n = int64_t(window.kernel.size());
+  at::Tensor seen = padded;
+  for (int64_t d = 0; d < n; ++d) {
+    const int64_t dilation = window.dilation[d], reach = dilation * (window.kernel[d] - 1) + 1;
+    seen = seen.unfold(2 + d, reach, window.stride[d]);
+    if (dilation > 1) seen = seen.slice(-1, 0, reach, dilation);
+  }
+  seen = seen.flatten(2 + n, -1).flatten(2, 1 + n).unflatten(1, {window.groups, -1});  // [B, groups, C', T, kernel]
+  return seen.transpose(2, 3).flatten(3, 4);
+}
+
+at::Tensor Weight::normal(const at::Tensor& input) const {
+  const at::Tensor a = wide(input);
+  if (form_.layer == Layer::layer_norm)
+    return std::get<0>(at::native_layer_norm(a, a.sizes().slice(a.dim() - form_.normalized), {}, {}, form_.eps));
+  std::vector<int64_t> dims;
+  for (int64_t d = a.dim() - form_.normalized; d < a.dim(); ++d) dims.push_back(d);
+  return a.mul(a.square().mean(dims, /*keepdim=*/true).add(form_.eps).rsqrt());
+}
+
+// The gradient as [B, T, O]; of a convolution as [B * groups, T, O / groups], beside the windows of each group.
+at::Tensor Weight::outputs_of(const std::string& who, const at::Tensor& grad) const {
+  TORCH_CHECK_VALUE(grad.dim() >= 2, broken_rule(who, "a gradient", "have the batch before its last dimension",
+                                                 list_of(grad.sizes()), "Give the model a batch."));
+  if (form_.layer != Layer::conv) return in_positions(wide(grad));
+  return wide(grad).flatten(2).unflatten(1, {groups(), -1}).flatten(0, 1).transpose(1, 2);
+}
+
+// [B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]. The groups of a convolution have other columns of L.
+at::Tensor Weight::project_outputs(const at::Tensor& g) const {
+  if (!form_.left) return g;
+  const at::Tensor left = like(*form_.left, g);
+  if (groups() > 1) {
+    const at::Tensor each = left.unflatten(1, {groups(), -1}).transpose(0, 1);  // [groups, p, O / groups]
+    const at::Tensor by_group = g.unflatten(0, {-1, groups()}).transpose(0, 1).flatten(1, 2);  // [groups, B * T, O']
+    return at::bmm(by_group, each.transpose(1, 2))
+        .unflatten(1, {-1, g.size(1)})
+        .transpose(0, 1)
+        .flatten(0, 1);  // [B * groups, T, p]
+  }
+  if (left.dim() == 2) return at::matmul(g, left.t());
+  const int64_t n = left.size(0);
+  const at::Tensor by_head = g.unflatten(2, {n, -1}).flatten(0, 1).transpose(0, 1);  // [n, B * T, O / n]
+  return at::bmm(by_head, left.transpose(1, 2)).transpose(0, 1).reshape({g.size(0), g.size(1), -1});
+}
+
+// The norms of G of examples whose G is larger than what holds the products of each two positions; in parts, so that
+// no more of these are there than of G. `same`: the tokens of one-hot inputs, which have a product where they are equal.
+at::Tensor Weight::norms_by_products(const at::Tensor& outputs, const at::Tensor& inputs, bool one, bool same) const {
+  static constexpr int64_t kPositions = 256;
+  at::Tensor total = outputs.new_zeros({outputs.size(0)});
+  for (int64_t start = 0; start < outputs.size(1); start += kPositions) {
+    const int64_t n = std::min(kPositions, outputs.size(1) - start);
+    at::Tensor products = at::bmm(outputs.narrow(1, start, n), outputs.transpose(1, 2));
+    if (same) {
+      products = products.mul_(inputs.narrow(1, start, n).unsqueeze(2).eq(inputs.unsqueeze(1)));
+    } else {
+      const at::Tensor of_inputs = at::bmm(inputs.narrow(1, start, n), inputs.transpose(1, 2));
+      products = products.mul_(one ? of_inputs.add(1) : of_inputs);
+    }
+    total.add_(products.sum({1, 2}));
+  }
+  return total.clamp_min_(0).sqrt_();
+}
+
+at::Tensor Weight::of_norm(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,
+                           const std::optional<at::Tensor>& mask) const {
+  TORCH_CHECK_VALUE(kept.sizes() == grad.sizes(),
+                    broken_rule(who, "the gradient of a norm", "have its input's shape " + list_of(kept.sizes()),
+                                list_of(grad.sizes()), "Leave this point out."));
+  const int64_t n = form_.normalized;
+  const auto flat = [&](const at::Tensor& tensor) { return in_positions(n > 1 ? tensor.flatten(-n, -1) : tensor); };
+  const Left left_out = left_out_by(who, mask, n > 1 ? grad.flatten(-n, -1) : grad);
+  const at::Tensor g = without(flat(wide(grad)), left_out);
+  at::Tensor each = g.mul(without(flat(kept), left_out));
+  if (form_.bias) each = at::cat({each, g}, -1);
+  if (form_.row != WeightRow::factors) each = each.sum(1);
+  if (form_.right) each = at::matmul(each, like(*form_.right, each).t());
+  return form_.row == WeightRow::norm ? at::linalg_vector_norm(each, 2, at::IntArrayRef{1}) : each;
+}
+
+// The input as it was kept, [B, T, Q], or of a convolution [B * groups, T, Q].
+at::Tensor Weight::inputs_of(const at::Tensor& kept, const at::Tensor& given) const {
+  const Window& window = form_.window;
+  switch (form_.layer) {
+    case Layer::linear: {
+      if (early_) return kept;
+      const at::Tensor a = wide(in_positions(kept));
+      return form_.right ? project_input(a) : a;
+    }
+    case Layer::conv: {
+      if (early_) return kept.flatten(2).unflatten(1, {window.groups, -1}).flatten(0, 1).transpose(1, 2);
+      const at::Tensor a = windows(at::pad(wide(kept), window.padding, window.padding_mode)).flatten(0, 1);
+      return form_.right ? project_input(a) : a;
+    }
+    case Layer::embedding: {
+      const at::Tensor tokens = kept.flatten(1);
+      if (!form_.right) return tokens;
+      return like(*form_.right, given).t().index_select(0, tokens.flatten()).unflatten(0, tokens.sizes());
+    }
+    case Layer::layer_norm:
+    case Layer::rms_norm:
+      break;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor Weight::rows(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,
+                        const std::optional<at::Tensor>& mask, double scale) const {
+  const Bare bare;
+  if (form_.layer == Layer::layer_norm || form_.layer == Layer::rms_norm) return of_norm(who, kept, grad, mask);
+  const bool conv = form_.layer == Layer::conv;
+  TORCH_CHECK_VALUE(!conv || !mask, broken_rule(who, "mask", "be left out at a convolution", "one",
+                                                "Its windows are no tokens: capture it on its own."));
+  const at::Tensor given = outputs_of(who, grad);
+  at::Tensor inputs = inputs_of(kept, given);
+  TORCH_CHECK_VALUE(inputs.size(0) == given.size(0) && inputs.size(1) == given.size(1),
+                    broken_rule(who, "the input that was kept", "have the positions of the gradient",
+                                list_of(inputs.sizes()), "Leave this point out."));
+  Left left_out = left_out_by(who, mask, grad);
+  if (form_.padding_idx >= 0) {  // torch gives this token no gradient
+    const at::Tensor padding = kept.flatten(1).eq(form_.padding_idx).unsqueeze(2);
+    left_out = left_out ? left_out->logical_or(padding) : padding;
+  }
+  const at::Tensor outputs = without(project_outputs(given), left_out);
+  const bool one = form_.bias && !form_.right, same = form_.layer == Layer::embedding && !form_.right;
+  const int64_t n_positions = outputs.size(1), size = outputs.size(2) * (same ? n_positions : inputs.size(2));
+  if (!same) inputs = without(inputs, left_out);
+  if (form_.row == WeightRow::norm && groups() == 1 && (same || 2 * n_positions * n_positions < size))
+    return norms_by_products(outputs, inputs, one, same);
+  const auto dtype = at::promoteTypes(outputs.scalar_type(), inputs.scalar_type());
+  if (form_.row == WeightRow::factors) {
+    TORCH_CHECK_VALUE(grad.dim() > 2, broken_rule(who, "a gradient", "have positions as dimension 1",
+                                                  list_of(grad.sizes()), "Use per=\"example\" there."));
+    std::vector<at::Tensor> pair{outputs.mul(scale).to(dtype), inputs.to(dtype)};
+    if (one) pair.push_back(outputs.new_ones({outputs.size(0), n_positions, 1}).to(dtype));
+    return at::cat(pair, -1);
+  }
+  at::Tensor sums = at::bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype));
+  if (one) sums = at::cat({sums, outputs.sum(1).to(dtype).unsqueeze(2)}, 2);
+  if (groups() > 1) {
+    sums = sums.unflatten(0, {-1, groups()});
+    sums = form_.left ? sums.sum(1) : sums.flatten(1, 2);
+  }
+  if (form_.row == WeightRow::norm) return at::linalg_vector_norm(sums, 2, at::IntArrayRef{1, 2});
+  return form_.heads ? sums.unflatten(1, {form_.heads, -1}) : sums;
+}
+
+}  // namespace tlfast

@@ -1,0 +1,302 @@
+"""The gradient of a module's weight, for each example: of what its forward keeps and its backward brings.
+
+Does what csrc/autograd/weight.cpp does, in plain Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import broken_rule
+from ..spec import one_of
+from .reference import accumulator, check_mask
+
+LAYERS = ("linear", "conv", "embedding", "layer_norm", "rms_norm")
+ROWS = ("gradient", "norm", "factors")
+# (kernel, stride, dilation, padding as F.pad takes it, padding mode, groups)
+Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int]
+_POSITIONS = 256  # whose products with all others are there at once, for norms
+
+
+class Weight:
+    """Takes an input a [B, T, I] and a gradient g [B, T, O] to G = sum_t g a^T [B, O, I], or to L G R^T.
+
+    With a bias, a has a last 1. A convolution has its windows in place of positions, an embedding one-hot inputs. The
+    weight of a norm is a vector: G = sum_t g x, where x is the normalized input; the right matrix alone projects it.
+
+    Args:
+        layer: what the module does with its weight: linear, conv, embedding, layer_norm or rms_norm.
+        row: what a row is: the gradient, its norm, or the two factors of each position's, side by side.
+        bias: whether the bias belongs to the weight.
+        left: L [p, O], or of each head [n, p, O / n].
+        right: R [p, I].
+        scale: of the rows, beside that of the loss.
+        heads: as which the outputs are taken; 0: as one.
+        padding_idx: the token that has no gradient, of an embedding; -1: none.
+        normalized: how many dimensions a norm has.
+        eps: of a norm.
+        window: of a convolution.
+    """
+
+    def __init__(
+        self, layer: str, row: str, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None, scale: float,
+        heads: int, padding_idx: int, normalized: int, eps: float, window: Window | None,
+    ):  # fmt: skip
+        self.layer, self.row = one_of("capture", "layer", layer, LAYERS), one_of("capture", "row", row, ROWS)
+        self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, scale, heads
+        self.padding_idx, self.normalized, self.eps, self.window = padding_idx, normalized, eps, window
+        self.of_norm = layer in ("layer_norm", "rms_norm")
+        self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
+        self._moved: dict[Any, torch.Tensor] = {}
+
+    @property
+    def groups(self) -> int:
+        return self.window[5] if self.window is not None else 1
+
+    def scale(self, of_loss: float) -> float:
+        """The factor on the rows."""
+        return self._scale if self.row == "factors" and not self.of_norm else self._scale * of_loss
+
+    def keep(self, who: str, given: torch.Tensor) -> torch.Tensor:
+        """What a forward keeps of its input: projected, where that is smaller."""
+        with _bare(given):
+            given = given.detach()
+            if self.layer == "linear":
+                if given.dim() < 2:
+                    raise _no_batch(who, "the input", "have the batch before its last dimension", given)
+                return self._project_input(_in_positions(given)) if self._early else given
+            if self.window is not None:
+                if given.dim() != len(self.window[0]) + 2:
+                    raise _no_batch(who, "the input", "have the batch as its first dimension", given)
+                return self._convolved(given) if self._early else given
+            if self.layer == "embedding":
+                if given.dim() < 2:
+                    raise _no_batch(who, "the input", "be tokens of a batch, [B, P]", given)
+                return given
+            return self._normal(given)
+
+    def rows(
+        self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float = 1.0
+    ) -> torch.Tensor:
+        """The rows of one call [B, ...], float32 or float64.
+
+        ``scale``: the factor on the gradient, which is on the rows, too, but where these are pairs of factors.
+        """
+        with _bare(grad):
+            return self._of_norm(who, kept, grad, mask) if self.of_norm else self._of_map(who, kept, grad, mask, scale)
+
+    def size(self, who: str, kept: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """What is made of the magnitudes of what is multiplied and added up."""
+        with _bare(grad):
+            if self.of_norm:
+                return self._of_norm(who, kept.abs(), grad.abs(), None)
+            return self._of_map(who, kept, grad, None, 1.0, sizes=True)
+
+    def _of_map(
+        self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float,
+        sizes: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        if self.window is not None and mask is not None:
+            remedy = "Its windows are no tokens: capture it on its own."
+            raise ValueError(broken_rule(who, "mask", "be left out at a convolution", "one", remedy))
+        given = self._outputs(who, grad)
+        inputs = self._inputs(kept, given)
+        if inputs.shape[:2] != given.shape[:2]:
+            rule = "have the positions of the gradient"
+            got, remedy = list(inputs.shape), "Leave this point out."
+            raise ValueError(broken_rule(who, "the input that was kept", rule, got, remedy))
+        out = _left_out(who, mask, grad)
+        if self.padding_idx >= 0:  # torch gives this token no gradient
+            padding = kept.flatten(1).eq(self.padding_idx).unsqueeze(2)
+            out = padding if out is None else out | padding
+        outputs = _without(self._project_outputs(given), out)
+        one, same = self.bias and self.right is None, self.layer == "embedding" and self.right is None
+        if not same:
+            inputs = _without(inputs, out)
+        if sizes:
+            outputs, inputs = outputs.abs(), inputs if same else inputs.abs()
+        n_positions = outputs.shape[1]
+        size = outputs.shape[2] * (n_positions if same else inputs.shape[2])
+        if self.row == "norm" and self.groups == 1 and (same or 2 * n_positions**2 < size):
+            return _norms_by_products(outputs, inputs, one, same)
+        dtype = torch.promote_types(outputs.dtype, inputs.dtype)
+        if self.row == "factors":
+            if grad.dim() < 3:
+                rule, remedy = "have positions as dimension 1", 'Use per="example" there.'
+                raise ValueError(broken_rule(who, "a gradient", rule, list(grad.shape), remedy))
+            pair = [(outputs * scale).to(dtype), inputs.to(dtype)]
+            if one:
+                pair.append(outputs.new_ones(*outputs.shape[:2], 1).to(dtype))
+            return torch.cat(pair, -1)
+        sums = torch.bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype))
+        if one:
+            sums = torch.cat([sums, outputs.sum(1).to(dtype).unsqueeze(2)], 2)
+        if self.groups > 1:
+            sums = sums.unflatten(0, (-1, self.groups))
+            sums = sums.flatten(1, 2) if self.left is None else sums.sum(1)
+        if self.row == "norm":
+            return torch.linalg.vector_norm(sums, 2, (1, 2))
+        return sums.unflatten(1, (self.heads, -1)) if self.heads else sums
+
+    def _of_norm(self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if kept.shape != grad.shape:
+            rule = f"have its input's shape {list(kept.shape)}"
+            raise ValueError(
+                broken_rule(who, "the gradient of a norm", rule, list(grad.shape), "Leave this point out.")
+            )
+        n = self.normalized
+
+        def last(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.flatten(-n, -1) if n > 1 else tensor
+
+        out = _left_out(who, mask, last(grad))
+        g = _without(_in_positions(last(_wide(grad))), out)
+        each = g * _without(_in_positions(last(kept)), out)
+        if self.bias:
+            each = torch.cat([each, g], -1)
+        if self.row != "factors":
+            each = each.sum(1)
+        if self.right is not None:
+            each = each @ self._like(self.right, each).T
+        return torch.linalg.vector_norm(each, 2, 1) if self.row == "norm" else each
+
+    # The input.
+
+    def _inputs(self, kept: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The input as it was kept, [B, T, Q], or of a convolution [B * groups, T, Q]."""
+        if self.layer == "embedding":
+            tokens = kept.flatten(1)
+            return tokens if self.right is None else self._like(self.right, given).T[tokens]
+        if self._early:
+            if self.window is None:
+                return kept
+            return kept.flatten(2).unflatten(1, (self.groups, -1)).flatten(0, 1).transpose(1, 2)
+        a = _in_positions(_wide(kept)) if self.window is None else self._windows(_wide(kept)).flatten(0, 1)
+        return a if self.right is None else self._project_input(a)
+
+    def _project_input(self, given: torch.Tensor) -> torch.Tensor:
+        """[B, T, I] to R a, [B, T, p]."""
+        assert self.right is not None
+        a = _wide(given)
+        right = self._like(self.right, a)
+        return a @ right[:, :-1].T + right[:, -1] if self.bias else a @ right.T
+
+    def _convolved(self, given: torch.Tensor) -> torch.Tensor:
+        """The same of a convolution's windows: one more convolution, whose weights are the matrix."""
+        assert self.window is not None and self.right is not None
+        kernel, stride, dilation, padding, mode, groups = self.window
+        a = _wide(given)
+        right = self._like(self.right, a)
+        p, n = right.shape[0], right.shape[1] - self.bias
+        weights = right[:, :n].expand(groups, p, n).reshape(groups * p, a.shape[1] // groups, *kernel)
+        bias = right[:, n].repeat(groups) if self.bias else None
+        none = [0] * len(kernel)
+        padded = F.pad(a, list(padding), mode)
+        return torch.convolution(padded, weights, bias, stride, none, dilation, False, none, groups)
+
+    def _windows(self, a: torch.Tensor) -> torch.Tensor:
+        """The windows of an input [B, C, ...] as [B, groups, T, C / groups * kernel]."""
+        assert self.window is not None
+        kernel, stride, dilation, padding, mode, groups = self.window
+        seen, n = F.pad(a, list(padding), mode), len(kernel)
+        for d in range(n):
+            seen = seen.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+        seen = seen.flatten(2 + n, -1).flatten(2, 1 + n).unflatten(1, (groups, -1))  # [B, groups, C', T, kernel]
+        return seen.transpose(2, 3).flatten(3, 4)
+
+    def _normal(self, given: torch.Tensor) -> torch.Tensor:
+        a = _wide(given)
+        if self.layer == "layer_norm":
+            return F.layer_norm(a, a.shape[a.dim() - self.normalized :], None, None, self.eps)
+        mean = a.square().mean(list(range(a.dim() - self.normalized, a.dim())), keepdim=True)
+        return a * (mean + self.eps).rsqrt()
+
+    # The gradient.
+
+    def _outputs(self, who: str, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient as [B, T, O]; of a convolution as [B * groups, T, O / groups]."""
+        if grad.dim() < 2:
+            raise _no_batch(who, "a gradient", "have the batch before its last dimension", grad)
+        if self.window is None:
+            return _in_positions(_wide(grad))
+        return _wide(grad).flatten(2).unflatten(1, (self.groups, -1)).flatten(0, 1).transpose(1, 2)
+
+    def _project_outputs(self, g: torch.Tensor) -> torch.Tensor:
+        """[B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]."""
+        if self.left is None:
+            return g
+        left = self._like(self.left, g)
+        if self.groups > 1:
+            each = left.unflatten(1, (self.groups, -1)).transpose(0, 1)
+            by_group = g.unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(1, 2)
+            made = torch.bmm(by_group, each.transpose(1, 2))
+            return made.unflatten(1, (-1, g.shape[1])).transpose(0, 1).flatten(0, 1)
+        if left.dim() == 2:
+            return g @ left.T
+        by_head = g.unflatten(2, (left.shape[0], -1)).flatten(0, 1).transpose(0, 1)
+        return torch.bmm(by_head, left.transpose(1, 2)).transpose(0, 1).reshape(*g.shape[:2], -1)
+
+    def _like(self, matrix: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        key = id(matrix), tensor.device, tensor.dtype
+        if key not in self._moved:
+            self._moved[key] = matrix.to(tensor).contiguous()
+        return self._moved[key]
+
+
+@contextmanager
+def _bare(tensor: torch.Tensor) -> Iterator[None]:
+    """What is computed has no history, and the dtypes that it says: autocast would make other ones of them."""
+    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(accumulator(tensor.dtype))
+
+
+def _in_positions(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, ..., D] as [B, T, D], where [B, D] has one position."""
+    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
+
+
+def _left_out(who: str, mask: torch.Tensor | None, grad: torch.Tensor) -> torch.Tensor | None:
+    """The positions [B, T, 1] of a gradient [B, ..., D] that a mask leaves out."""
+    if mask is None:
+        return None
+    check_mask(who, mask, grad)
+    real = mask
+    while real.dim() < max(grad.dim() - 1, 2):
+        real = real.unsqueeze(-1)
+    if grad.dim() > 2:
+        real = real.expand(grad.shape[:-1]).flatten(1)
+    return ~real.unsqueeze(2)
+
+
+def _without(tensor: torch.Tensor, left_out: torch.Tensor | None) -> torch.Tensor:
+    """Positions that are left out count for nothing, whatever lies there."""
+    return tensor if left_out is None else tensor.masked_fill(left_out, 0)
+
+
+def _norms_by_products(outputs: torch.Tensor, inputs: torch.Tensor, one: bool, same: bool) -> torch.Tensor:
+    """The norms of G of examples whose G is larger than what holds the products of each two positions; in parts.
+
+    ``same``: the inputs are tokens of one-hot inputs, which have a product where they are equal.
+    """
+    total = outputs.new_zeros(len(outputs))
+    for g, a in zip(outputs.split(_POSITIONS, 1), inputs.split(_POSITIONS, 1), strict=True):
+        products = torch.bmm(g, outputs.transpose(1, 2))
+        if same:
+            products *= a.unsqueeze(2) == inputs.unsqueeze(1)
+        else:
+            products *= torch.bmm(a, inputs.transpose(1, 2)) + int(one)
+        total += products.sum((1, 2))
+    return total.clamp_min_(0).sqrt_()
+
+
+def _no_batch(who: str, argument: str, rule: str, given: torch.Tensor) -> ValueError:
+    return ValueError(broken_rule(who, argument, rule, list(given.shape), "Give the model a batch."))
