@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     )
     from .hooks.graph_step import graph_step
     from .hooks.running import RunningSums
+    from .projections.projection import Projection
     from .spec import Spec
 
 # What is imported when it is first asked for: `tlfast --help` needs no torch, a capture no dataset.
 _HOMES = {
     "Capture": "hooks.captured",
+    "Projection": "projections.projection",
     "RunningSums": "hooks.running",
     "Spec": "spec",
     "accelerate_hooks": "hooks.full_hooks",
@@ -51,7 +53,7 @@ _HOMES = {
     "uninstall_hooks": "hooks.full_hooks",
 }
 _ROOMS = (
-    "backends", "batches", "collecting", "dataset", "hooks", "loss", "recipes", "report", "stopping",
+    "backends", "batches", "collecting", "dataset", "hooks", "loss", "projections", "recipes", "report", "stopping",
     "transformer_lens",
 )  # fmt: skip
 
@@ -91,6 +93,7 @@ _markup.makers["report"] = _report_page
 __version__ = "0.1.0"
 __all__ = [
     "Capture",
+    "Projection",
     "RunningSums",
     "Spec",
     "accelerate_hooks",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import broken_rule
+from .errors import one_of as one_of  # a name of this module, too
 
 Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
 Of = Literal["grad", "act", "grad*act", "grad*ref"]
@@ -37,15 +38,6 @@ OF_PRODUCTS: tuple[str, ...] = ("none", "sum", "mean", "last")  # the reductions
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES}
 NAMED_DIMS = {"batch": 0, "pos": 1}
-
-
-def one_of(who: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``allowed``; ValueError otherwise."""
-    if value not in allowed:
-        raise ValueError(
-            broken_rule(who, argument, f"be one of {', '.join(allowed)}", repr(value), "Check the spelling.")
-        )
-    return str(value)
 
 
 def parse_over(who: str, over: Over) -> tuple[int, ...]:

@@ -22,7 +22,9 @@ MANY = {
 # From the ground up. A room's modules import from rooms above its own in this list, and in their own from rows above
 # theirs. A new module needs a place here.
 ROOMS = (
-    ("", (("_C", "_build_info", "_disk", "errors", "markup"), ("spec",))),
+    ("", (("_C", "_build_info", "_disk", "errors", "markup"),)),
+    ("projections", (("philox",), ("entries",), ("projection",))),
+    ("", (("spec",),)),
     (
         "backends",
         (
@@ -38,6 +40,7 @@ ROOMS = (
             ("choice",),
         ),
     ),
+    ("projections", (("__init__",),)),
     (
         "hooks",
         (
