@@ -34,7 +34,7 @@ class Weight:
         bias: bool,
         left: torch.Tensor | None,
         right: torch.Tensor | None,
-        scale: float,
+        row_scale: float,
         heads: int,
         padding_idx: int,
         normalized: int,
@@ -137,10 +137,13 @@ class Tap:
     def set_convert(
         self,
         convert: Callable[[torch.Tensor], torch.Tensor] | None,
-        see: Callable[[torch.Tensor, torch.Tensor | None], Any] | None,
+        see: Callable[[torch.Tensor, torch.Tensor | None, list[torch.Tensor]], Any] | None,
     ) -> None: ...
     def set_side(self, side: str) -> None: ...
     def forward_pre(self) -> None: ...
     def forward(self, inputs: tuple[object, ...], output: object) -> object | None: ...
+    def forward_of_layer(
+        self, inputs: tuple[object, ...], named: dict[str, object], output: object
+    ) -> object | None: ...
     def check_full(self, output: object) -> None: ...
     def full(self, grad_output: tuple[torch.Tensor | None, ...]) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal, cast, get_args
@@ -12,9 +12,10 @@ from torch import nn
 
 from .errors import broken_rule
 from .errors import one_of as one_of  # a name of this module, too
+from .projections.projection import Projection, as_projection
 
 Reduction = Literal["none", "sum", "mean", "last", "norm", "absmax"]
-Of = Literal["grad", "act", "grad*act", "grad*ref"]
+Of = Literal["grad", "act", "grad*act", "grad*ref", "weight"]
 Side = Literal["output", "input"]
 Per = Literal["example", "token"]
 Encoding = Literal["int8", "int8:64", "float8_e4m3fn", "int4:64"]
@@ -28,6 +29,7 @@ Over = str | int | Sequence[str | int]
 Ref = torch.Tensor | Callable[[Any], Any]
 Heads = tuple[int, int]
 At = int | str | Sequence[int]
+Project = int | Projection
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SOURCES: tuple[str, ...] = get_args(Of)
@@ -94,10 +96,12 @@ class Spec:
         name: the second part of the column's name where several specs cover one point; default: the reduction. What is
             not of the gradient at the output always has one; default: "act", "grad*act", "input", "input:act", ...
         of: "grad", the gradient with respect to the output; "act", the output itself; "grad*act", their product
-            element by element; or "grad*ref", that of the gradient with a tensor. Products are reduced (none, sum, mean
-            or last) where they are made. Summed over all but the batch, the first is the first-order estimate of what
-            setting the output to zero takes off the metric, sum(g * a); the second, with ref = patched - a, of what
-            patching adds to it (attribution patching: Nanda, 2023).
+            element by element; "grad*ref", that of the gradient with a tensor; or "weight", the gradient of the
+            module's weight for each example, G = sum over positions of g a^T [O, I], where a is the input; of which
+            reduce="norm" keeps the norm alone, never negative, and per="token" the two factors (g, a) side by side.
+            Products are reduced (none, sum, mean or last) where they are made. Summed over all but the batch, the first
+            is the first-order estimate of what setting the output to zero takes off the metric, sum(g * a); the second,
+            with ref = patched - a, of what patching adds to it (attribution patching: Nanda, 2023).
         side: "output", or "input": what a module is given. The gradient there is that through this module alone.
             The input of an attention's output projection is the heads' result, that of an MLP's second matrix its
             hidden layer.
@@ -114,11 +118,15 @@ class Spec:
             positions can be reduced then.
         encoding: how rows are stored in a dataset: None, as they are; "int8", "int8:64", "float8_e4m3fn" or "int4:64",
             as `tlfast.dataset.Column` has them. What is encoded are the rows as ``dtype`` has them, not float64.
+        project: of "weight": how many numbers each side is projected to, or a `Projection`: rows are L G R^T
+            [dim, dim] then, the dot product of two of which is that of the gradients, on average (Johnson and
+            Lindenstrauss). None: rows are G itself. A norm has a vector for its weight, an embedding must be projected.
+        bias: of "weight": with the gradient of the bias as the last column of G, where the module has one.
 
     Raises:
         ValueError, TypeError: for an unknown reduction, dimension, dtype, source, side or encoding, for a norm or
-            maximum of products, for a ref that isn't one or isn't read, for heads and at that are none, and for
-            ``per="token"`` with chosen positions or a reduction over them.
+            maximum of products, for a ref that isn't one or isn't read, for heads and at that are none, for
+            ``per="token"`` with chosen positions or a reduction over them, and for what weight gradients don't have.
 
     Example:
         >>> import tlfast
@@ -143,6 +151,8 @@ class Spec:
     at: At | None = None
     per: Per = "example"
     encoding: Encoding | None = None
+    project: Project | None = None
+    bias: bool = False
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
@@ -153,6 +163,10 @@ class Spec:
         object.__setattr__(self, "heads", as_heads("Spec", self.heads))
         object.__setattr__(self, "at", as_positions("Spec", self.at))
         object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
+        check_weight("Spec", [self.of], self.project, self.bias)
+        if self.of == "weight":
+            given = {"over": self.over, "output": self.output, "side": self.side, "at": self.at}
+            check_of_weight("Spec", self.reduce, self.per, given)
         check_rows_kept("Spec", self.per, self.dims, self.encoding, self.dtype)
         if self.per == "token" and self.at is not None:
             rule, remedy = 'be left out with per="token"', 'Keep chosen positions by reduce="none", or all tokens.'
@@ -161,14 +175,20 @@ class Spec:
     @property
     def dims(self) -> tuple[int, ...]:
         """The dimensions that are reduced; () for ``none``."""
-        return () if self.reduce == "none" else parse_over("Spec", self.over)
+        return () if self.reduce == "none" or self.of == "weight" else parse_over("Spec", self.over)
 
     @property
     def label(self) -> str:
         """What tells this spec's columns from another spec's at the same point."""
         if self.name or self.is_plain:
             return self.name or self.reduce
-        return ":".join(["input"] * (self.side == "input") + [self.of] * (self.of != "grad"))
+        norm = ["norm"] * (self.of == "weight" and self.reduce == "norm")
+        return ":".join(["input"] * (self.side == "input") + [self.of] * (self.of != "grad") + norm)
+
+    @property
+    def projection(self) -> Projection | None:
+        """What projects the weight gradients."""
+        return None if self.project is None else as_projection("Spec", self.project)
 
     @property
     def is_plain(self) -> bool:
@@ -206,6 +226,32 @@ def check_ref(who: str, of: Sequence[str], ref: object) -> None:
     elif not callable(ref):
         remedy = "Pass a tensor, or a function of the step's batch."
         raise TypeError(broken_rule(who, "ref", "be a tensor or a function", type(ref).__name__, remedy))
+
+
+def check_weight(who: str, of: Sequence[str], project: object, bias: object) -> None:
+    """An error for settings of weight gradients that are none, or where none of the sources is one."""
+    if not isinstance(bias, bool):
+        raise TypeError(broken_rule(who, "bias", "be True or False", repr(bias), "Say bias=True."))
+    for argument, given in (("project", project), ("bias", bias or None)):
+        if given is not None and "weight" not in of:
+            rule, remedy = 'be left out unless of="weight"', 'Say of="weight", or leave it out.'
+            raise ValueError(broken_rule(who, argument, rule, f"one with of={', '.join(of)!r}", remedy))
+    if project is not None:
+        as_projection(who, cast(Any, project))
+
+
+def check_of_weight(who: str, reduce: str, per: str, given: Mapping[str, object]) -> None:
+    """ValueError for what weight gradients don't have; each argument is None or its default where it isn't given."""
+    if reduce not in ("none", "norm"):
+        remedy = "A row is the gradient of one example's loss, summed over positions already."
+        raise ValueError(broken_rule(who, "reduce", "be none or norm of weight gradients", repr(reduce), remedy))
+    if per == "token" and reduce == "norm":
+        remedy = "The norm of a token's is that of both its factors: keep these."
+        raise ValueError(broken_rule(who, "reduce", 'be "none" with per="token" of weight gradients', "'norm'", remedy))
+    for argument, value in given.items():
+        if value not in (None, "pos", "output"):
+            rule, remedy = "be left out of weight gradients", "They have no positions and one side: leave it out."
+            raise ValueError(broken_rule(who, argument, rule, repr(value), remedy))
 
 
 def as_heads(who: str, heads: object) -> Heads | None:
@@ -271,6 +317,11 @@ def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
     return cast(list[Of], list(dict.fromkeys(words)))
 
 
+def _of_weight(reduce: Reduction) -> tuple[Reduction, Over]:
+    """The reduction of weight gradients where others are kept beside them."""
+    return ("norm" if reduce == "norm" else "none"), "pos"
+
+
 def _check_nothing_beside(who: str, **given: tuple[object, object]) -> None:
     """ValueError for what is said beside Specs, and so of none of them; each value is given with its default."""
     for argument, (value, default) in given.items():
@@ -294,6 +345,8 @@ def as_specs(
     at: At | None = None,
     per: Per = "example",
     encoding: Encoding | None = None,
+    project: Project | None = None,
+    bias: bool = False,
     default: Reduction = "none",
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source.
@@ -312,7 +365,7 @@ def as_specs(
             _check_nothing_beside(
                 who, reduce=(reduce, default), over=(over, "pos"), dtype=(dtype, None), output=(output, None),
                 of=(of, "grad"), side=(side, "output"), ref=(ref, None), heads=(heads, None), at=(at, None),
-                per=(per, "example"), encoding=(encoding, None),
+                per=(per, "example"), encoding=(encoding, None), project=(project, None), bias=(bias, False),
             )  # fmt: skip
             return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
@@ -321,6 +374,11 @@ def as_specs(
     stored_dtype(who, dtype)
     sources = sources_of(who, of, reduce)
     check_ref(who, sources, ref)
+    check_weight(who, sources, project, bias)
+    if "weight" in sources:
+        alone = {"over": over} if sources == ["weight"] else {}
+        kept = "none" if reduce == default or not alone else reduce  # the default is of others
+        check_of_weight(who, kept, per, {"output": output, "side": side, "at": at, **alone})
     as_heads(who, heads)
     as_positions(who, at)
     if per == "token" and reduce in ("sum", "mean", "last") and parse_over(who, over) == (1,):
@@ -328,8 +386,10 @@ def as_specs(
     check_rows_kept(who, per, () if reduce == "none" else parse_over(who, over), encoding, dtype)
     return [
         Spec(
-            cast(Points, points), reduce, over, dtype, output, of=source, side=side,
+            cast(Points, points), *(_of_weight(reduce) if source == "weight" else (reduce, over)), dtype, output,
+            of=source, side=side,
             ref=ref if source == "grad*ref" else None, heads=heads, at=at, per=per, encoding=encoding,
+            project=project if source == "weight" else None, bias=bias and source == "weight",
         )
         for source in sources
     ]  # fmt: skip

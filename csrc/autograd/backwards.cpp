@@ -70,7 +70,7 @@ void finish(const Point& point, Backward& run) {
   if (held.sum.defined()) here(held.sum);
   for (size_t number = 0; number < point.columns.size(); ++number) {
     Column& column = *point.columns[number];
-    if (column.calls == Calls::sum && !column.recipe.reads_act() && !column.recipe.adds_rows() && held.sum.defined())
+    if (column.calls == Calls::sum && column.recipe.adds_gradients() && held.sum.defined())
       column.write(run.block->place(), {.grad = held.sum, .act = {}}, run.mask_on(held.sum.device()), run.scale);
     if (number < held.sums.size() && held.sums[number].defined()) {
       here(held.sums[number]);

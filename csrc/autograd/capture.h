@@ -11,6 +11,9 @@
 
 namespace tlfast {
 
+// The dtype in which gradients of this dtype are added up.
+inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
 Reduction parse_reduction(const std::string& name);
 
 // `dims` as sorted, non-negative numbers; an error where one is out of range or named twice.

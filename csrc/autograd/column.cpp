@@ -94,7 +94,13 @@ std::shared_ptr<const Column::Known> Column::learn(const Read& read, const Place
 // What holds for this column: the mask of a step where it is about its gradients, or the one that it has for itself.
 Given Column::given(const std::optional<at::Tensor>& mask, double scale) const {
   static const std::optional<at::Tensor> none;
-  return {.mask = own_mask ? own_mask : masked ? mask : none, .ref = ref, .at = at, .own_mask = own_mask.has_value(), .scale = scale};
+  return {.mask = own_mask ? own_mask
+                  : masked ? mask
+                           : none,
+          .ref = ref,
+          .at = at,
+          .own_mask = own_mask.has_value(),
+          .scale = scale};
 }
 
 void Column::write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale) {

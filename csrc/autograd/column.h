@@ -13,9 +13,6 @@ namespace tlfast {
 enum class Calls { raise, sum, last, stack };
 Calls parse_calls(const std::string& name);
 
-// The dtype in which gradients of this dtype are added up.
-inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
 class Column {
  public:
   Column(std::string name, Reduction reduction, std::vector<int64_t> dims, std::optional<at::ScalarType> dtype,

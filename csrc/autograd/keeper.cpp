@@ -31,8 +31,8 @@ ColumnsKeeper::ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns)
     : columns_(std::move(columns)),
       sums_(std::any_of(columns_.begin(), columns_.end(),
                         [](const auto& column) { return column->calls == Calls::sum; })),
-      reads_outputs_(std::any_of(columns_.begin(), columns_.end(),
-                                 [](const auto& column) { return column->recipe.reads_act(); })),
+      reads_outputs_(
+          std::any_of(columns_.begin(), columns_.end(), [](const auto& column) { return column->recipe.reads_act(); })),
       reads_inputs_(std::any_of(columns_.begin(), columns_.end(),
                                 [](const auto& column) { return bool(column->recipe.weight); })) {}
 

@@ -57,15 +57,16 @@ class Recipe {
 
   // What is reduced, what it is multiplied with, and the factor on the rows: that of a loss is in no activation.
   Read read(const Seen& seen, const Given& given) const;
-  double scale(double of_loss) const {
-    return of == Of::act ? 1.0 : weight ? weight->scale(of_loss) : of_loss;
-  }
+  double scale(double of_loss) const { return of == Of::act ? 1.0 : weight ? weight->scale(of_loss) : of_loss; }
 
   // Whether a call must keep its output, or input, for its backward.
   bool reads_act() const { return of == Of::act || of == Of::with_act; }
 
   // Whether the rows of several calls are what adds up, and not what they are made of.
   bool adds_rows() const { return of == Of::with_act || of == Of::weight; }
+
+  // Whether the gradients of several calls are.
+  bool adds_gradients() const { return of == Of::grad || of == Of::with_ref; }
 
   // How many rows a gradient of this shape makes: one an example, or one where the batch is reduced.
   int64_t n_rows(at::IntArrayRef shape) const {

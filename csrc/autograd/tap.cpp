@@ -240,8 +240,7 @@ void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through, con
   }
   if (!kept.empty()) {
     const Unheard unheard(!entered_);
-    for (const at::Tensor& tensor : kept)
-      made->call.of_input.emplace_back(alias_of(tensor), /*is_output=*/false);
+    for (const at::Tensor& tensor : kept) made->call.of_input.emplace_back(alias_of(tensor), /*is_output=*/false);
   }
   const at::Tensor& anchor = backwards->anchor;
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)

@@ -12,10 +12,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <utility>
 
-#include "column.h"
+#include "capture.h"
 #include "kernel/errors.h"
+#include "plain.h"
 
 namespace tlfast {
 namespace {
@@ -73,8 +75,36 @@ WeightRow parse_weight_row(const std::string& name) {
 
 Weight::Weight(Form form)
     : form_(std::move(form)),
-      early_(form_.right && form_.layer != Layer::layer_norm && form_.layer != Layer::rms_norm &&
-             form_.right->size(0) < form_.right->size(1)) {}
+      early_(form_.right && form_.right->dim() == 2 && form_.layer != Layer::layer_norm &&
+             form_.layer != Layer::rms_norm && form_.right->size(0) < form_.right->size(1)) {
+  const auto require = [](bool holds, const char* argument, const std::string& rule, const auto& got) {
+    TORCH_CHECK_VALUE(holds, broken_rule("capture", argument, rule, c10::str(got), "Make it by Spec(of=\"weight\")."));
+  };
+  const Window& window = form_.window;
+  const size_t n = window.kernel.size();
+  const bool conv = form_.layer == Layer::conv;
+  const auto positive = [](const std::vector<int64_t>& sizes) {
+    return std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; });
+  };
+  require(conv == (n > 0), "window", "be that of a convolution", n);
+  require(window.stride.size() == n && window.dilation.size() == n && window.padding.size() == 2 * n &&
+              window.groups > 0 && positive(window.kernel) && positive(window.stride) && positive(window.dilation),
+          "window", "have sizes for each of its dimensions", n);
+  const auto is_matrix = [](const std::optional<at::Tensor>& matrix, int64_t most) {
+    return !matrix || (at::isFloatingType(matrix->scalar_type()) && is_plain(*matrix) && matrix->dim() >= 2 &&
+                       matrix->dim() <= most && matrix->numel() > 0);
+  };
+  const auto sizes = [](const std::optional<at::Tensor>& matrix) { return matrix ? list_of(matrix->sizes()) : "none"; };
+  require(is_matrix(form_.left, 3), "left", "be a matrix, or one of each head", sizes(form_.left));
+  require(is_matrix(form_.right, 2), "right", "be a matrix", sizes(form_.right));
+  require(form_.right || form_.layer != Layer::embedding || form_.row == WeightRow::norm, "right",
+          "be there for an embedding", "none");
+  require(form_.heads >= 0, "heads", "be a number, 0 for none", form_.heads);
+  require(form_.padding_idx >= -1, "padding_idx", "be a token, or -1", form_.padding_idx);
+  require(form_.normalized >= 1, "normalized", "be a positive number", form_.normalized);
+  require(form_.eps >= 0, "eps", "not be negative", form_.eps);
+  require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
+}
 
 // A matrix where a tensor is, and in its dtype.
 at::Tensor Weight::like(const at::Tensor& matrix, const at::Tensor& tensor) const {
@@ -183,7 +213,8 @@ at::Tensor Weight::project_outputs(const at::Tensor& g) const {
 }
 
 // The norms of G of examples whose G is larger than what holds the products of each two positions; in parts, so that
-// no more of these are there than of G. `same`: the tokens of one-hot inputs, which have a product where they are equal.
+// no more of these are there than of G. `same`: the tokens of one-hot inputs, which have a product where they are
+// equal.
 at::Tensor Weight::norms_by_products(const at::Tensor& outputs, const at::Tensor& inputs, bool one, bool same) const {
   static constexpr int64_t kPositions = 256;
   at::Tensor total = outputs.new_zeros({outputs.size(0)});

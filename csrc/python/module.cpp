@@ -189,12 +189,9 @@ PYBIND11_MODULE(_C, m) {
       .def("set_side", &PyTap::set_side)
       .def("learn_references", &PyTap::learn_references)
       .def("forward_pre", [](const PyTap& tap) { tap.tap->forward_pre(); })
-      .def(
-          "forward",
-          [](PyTap& tap, const py::object& inputs, const py::object& output, const py::object& named) {
-            return tap.forward(output, inputs, named);
-          },
-          py::arg("inputs"), py::arg("output"), py::arg("named") = py::none())
+      .def("forward", [](PyTap& tap, const py::object&, const py::object& output) { return tap.forward(output); })
+      .def("forward_of_layer", [](PyTap& tap, const py::tuple& inputs, const py::dict& named,
+                                  const py::object& output) { return tap.forward(output, inputs, named); })
       .def("check_full", &PyTap::check_full)
       .def("full", &PyTap::full)
       .def_readonly("output", &PyTap::output)

@@ -198,7 +198,8 @@ py::object PyTap::forward(const py::handle& given, const py::handle& inputs, con
     }
     const References* const most = unshared.most();
     // A node that the output brought keeps nothing of ours.
-    const bool own = most && !tap->keeper->reads_outputs() && !input && tensor.requires_grad() && references.within(*most);
+    const bool own =
+        most && !tap->keeper->reads_outputs() && !input && tensor.requires_grad() && references.within(*most);
     const at::Tensor checked_tensor = checked(given, given);
     if (!checked_tensor.defined() || (own && tap->attach_to_node(tensor))) return py::none();
     return behind(given, input);

@@ -22,7 +22,18 @@ STUBS = [ast.parse((Path(tlfast.__file__).parent / f"{name}.pyi").read_text()) f
 BY_NAME = {
     "reduce": ["average", "", None, 1],
     "calls": ["stop", "", None, 1],
-    "of": ["weight", "", None, 1],
+    "of": ["weights", "", None, 1],
+    "layer": ["dense", "", None, 1],
+    "row": ["sum", "", None, 1],
+    "heads": [-1, "1", (1,), (1, 2, 3), ("n", "d"), object()],
+    "padding_idx": [-2, None, "1"],
+    "normalized": [0, None, "1"],
+    "eps": [-1.0, None, "1"],
+    "left": [1, "mask", torch.ones(2), torch.ones(2, 2, dtype=torch.int64), torch.ones(0, 2)],
+    "right": [1, "mask", torch.ones(2), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, 2)],
+    "row_scale": [None, "1", float("nan")],
+    "window": [1, "3", (), ([3], [1], [1], [1, 1], "constant", 1), ([3], [1], [1], [1], "constant", 1)],
+    "weight": [1, "0", object()],
     "side": ["inside", "", None, 1],
     "missing": ["zero", "", None, 1],
     "rows": [0, -1, None, "1", 2**70],
@@ -77,7 +88,9 @@ BY_ANNOTATION = {
     "int | Sequence[int] | None": ["name", 1.5, [None], object()],
     "torch.Tensor | None": [1, "mask", [True], object()],
     "Callable[[torch.Tensor], torch.Tensor] | None": [1, "f", object()],
-    "Callable[[torch.Tensor, torch.Tensor | None], Any] | None": [1, "f", object()],
+    "Callable[[torch.Tensor, torch.Tensor | None, list[torch.Tensor]], Any] | None": [1, "f", object()],
+    "tuple[object, ...]": [None, 1, "1"],
+    "dict[str, object]": [None, 1, ()],
     "object": [None, 1, object(), {}],
     "tuple[torch.Tensor | None, ...]": [None, 1, [torch.ones(2)]],
 }
@@ -105,7 +118,7 @@ class Made:
         self.module, self.ledger = module, module.Ledger(4)
         self.backwards = module.Backwards(self.ledger, "raise")
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        self.column = module.Column("0", "sum", [1], None, 4, "raise", "grad", None, None)
+        self.column = module.Column("0", "sum", [1], None, 4, "raise", "grad", None, None, None)
         self.keeper = module.ColumnsKeeper([self.column])
         self.hooks = [type("Hook", (), {"__call__": lambda *_: None}) for _ in range(2)]
 
@@ -115,7 +128,8 @@ class Made:
             "position": 0, "piece_bytes": 4096, "sink": torch.ones(2), "data": b"abc", "blocks": [],
             "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
-            "checked": self.hooks[0], "ids": {}, "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
+            "checked": self.hooks[0], "ids": {}, "layer": "linear", "row": "gradient", "padding_idx": -1,
+            "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
         }  # fmt: skip
         if name in by_name:
             return by_name[name]
@@ -126,7 +140,7 @@ class Made:
             "Backwards": self.backwards, "Keeper": self.keeper,
             "Sequence[int]": [1], "torch.device": torch.device("cpu"), "TensorCache": self.module.TensorCache(),
             "object": torch.ones(2, requires_grad=True) * 1, "torch.Tensor": torch.ones((), requires_grad=True) * 1,
-            "tuple[object, ...]": (),
+            "tuple[object, ...]": (), "dict[str, object]": {},
         }  # fmt: skip
         return kinds.get(annotation)
 
@@ -191,7 +205,7 @@ def test_nothing_is_left_out_of_the_stubs(made):
 
 WORDS = {
     "calls": (
-        lambda m: m.Column("0", "sum", [1], None, 4, "stop", "grad", None, None),
+        lambda m: m.Column("0", "sum", [1], None, 4, "stop", "grad", None, None, None),
         "capture: calls must be one of raise, sum, last, stack, got 'stop'. Check the spelling.",
     ),
     "missing": (
@@ -199,7 +213,7 @@ WORDS = {
         "capture: missing must be one of raise, nan, got 'zero'. Check the spelling.",
     ),
     "reduce": (
-        lambda m: m.Column("0", "average", [1], None, 4, "raise", "grad", None, None),
+        lambda m: m.Column("0", "average", [1], None, 4, "raise", "grad", None, None, None),
         "capture: reduce must be one of none, sum, mean, last, norm, absmax, got 'average'. Check the spelling.",
     ),
     "rows": (lambda m: m.Ledger(0), "capture: rows must be a positive number, got 0. Give the rows to hold."),

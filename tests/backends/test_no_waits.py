@@ -66,7 +66,7 @@ def test_the_reference_asks_for_no_value(reduce, masked, dtype):
 
 
 def test_counts_are_kept_where_the_rows_are():
-    column = tlfast.backends.column.Column("point", "none", (), torch.float16, 2, "raise", "grad", None, None)
+    column = tlfast.backends.column.Column("point", "none", (), torch.float16, 2, "raise", "grad", None, None, None)
     assert column.counted == (0, 0)
     grad = torch.tensor([[1e6, float("nan"), 1.0], [float("inf"), -1e6, 2.0]])
     with NoQuestions():

@@ -379,9 +379,11 @@ def test_products_have_no_norm(reduce):
 
 
 def test_sources_that_are_none():
-    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, got 'weight'"):
-        tlfast.capture(nn.Linear(2, 2), "", of="weight", rows=1)
-    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, got ''"):
+    with pytest.raises(
+        ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, weight, got 'loss'"
+    ):
+        tlfast.capture(nn.Linear(2, 2), "", of="loss", rows=1)
+    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, weight, got ''"):
         tlfast.capture(nn.Linear(2, 2), "", of=(), rows=1)
     with pytest.raises(
         TypeError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, or a list of them, got None"

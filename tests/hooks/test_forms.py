@@ -592,6 +592,7 @@ def test_settings_beside_specs():
     beside = {
         "reduce": "mean", "over": -1, "dtype": torch.float16, "output": 0, "of": ["grad"], "side": "input", "ref": X,
         "heads": (1, 2), "at": 0, "per": "token", "encoding": "int8",
+        "project": 4, "bias": True,
     }  # fmt: skip
     assert {"points", *beside} == {field.name for field in fields(Spec)} - {"name"}
     for argument, value in beside.items():

@@ -30,7 +30,8 @@ ROOMS = (
         (
             ("__init__", "interface", "plain", "streams"),
             ("cuda_status", "outputs", "reference"),
-            ("calls", "no_graph", "recipe", "rows", "tensor_cache"),
+            ("calls", "no_graph", "rows", "tensor_cache", "weight"),
+            ("recipe",),
             ("column",),
             ("ledger",),
             ("backwards",),
@@ -44,7 +45,7 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "patches", "points", "positions", "running", "tokens"),
+            ("__init__", "dimensions", "inert", "layers", "patches", "points", "positions", "running", "tokens"),
             ("freeze", "full_hooks", "into", "options", "step_inputs"),
             ("attachment",),
             ("diagnosis",),
@@ -200,7 +201,8 @@ NATIVE_ROOMS = (
             ("plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
             ("capture",),
-            ("recipe", "rows"),
+            ("rows", "weight"),
+            ("recipe",),
             ("column",),
             ("ledger", "tensor_cache"),
             ("backward",),

@@ -420,7 +420,7 @@ def _finish(point: Point, held: Pending, run: Backward) -> None:
     for number, column in enumerate(point.columns):
         if number in held.sums:
             column.put_sum(run.block.base, held.sums[number])
-        elif column.calls == "sum" and not column.recipe.reads_act and not column.recipe.adds_rows and held.sum is not None:
+        elif column.calls == "sum" and column.recipe.adds_gradients and held.sum is not None:
             column.write(run.block.base, Seen(held.sum), run.mask_on(held.sum.device), run.scale)
         elif number in held.parts:
             # The last call of the forward fires first: turned around, index k is call k.

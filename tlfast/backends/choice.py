@@ -85,7 +85,13 @@ def _register_fakes() -> None:
         reference.check_ref("capture", ref, grad, reduce)
 
     @torch.library.register_fake("tlfast::fire")  # type: ignore[untyped-decorator]
-    def fire(token: torch.Tensor, grad: torch.Tensor, number: int, output: torch.Tensor | None = None) -> None:
+    def fire(
+        token: torch.Tensor,
+        grad: torch.Tensor,
+        number: int,
+        output: torch.Tensor | None = None,
+        input: torch.Tensor | None = None,
+    ) -> None:
         return None
 
 

@@ -6,9 +6,10 @@ from .keepers import CacheKeeper, ColumnsKeeper, Keeper, SinkKeeper
 from .ledger import Ledger
 from .taps import Tap
 from .tensor_cache import TensorCache, waiting
+from .weight import Weight
 
 NAME = "python"
 __all__ = [
     "NAME", "Backwards", "CacheKeeper", "Column", "ColumnsKeeper", "Keeper", "Ledger", "SinkKeeper", "Tap",
-    "TensorCache", "waiting",
+    "TensorCache", "Weight", "waiting",
 ]  # fmt: skip

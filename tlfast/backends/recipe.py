@@ -80,6 +80,11 @@ class Recipe:
         """Whether the rows of several calls are what adds up, and not what they are made of."""
         return self.of in ("grad*act", "weight")
 
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether the gradients of several calls are."""
+        return self.of in ("grad", "grad*ref")
+
     def read(self, seen: Seen, given: Given) -> Read:
         """What is reduced, and what it is multiplied with."""
         if self.weight is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -41,7 +41,9 @@ class _Identity(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tap: Tap = ctx.call.tap
         reads = (tap.reads_outputs or tap.reads_inputs) and tap.backwards.active
-        saved = ctx.saved_tensors if reads else ()  # else nobody asks for what may be changed, or freed
+        saved: tuple[torch.Tensor, ...] = (
+            ctx.saved_tensors if reads else ()
+        )  # else nobody asks for what may be changed, or freed
         n_outputs = int(reads and tap.reads_outputs)
         tap.fire(grad, ctx.call, saved[0] if n_outputs else None, saved[n_outputs:])
         return (grad, *[None] * (len(ctx.needs_input_grad) - 1))
@@ -55,14 +57,18 @@ class _KeptIdentity(_Identity):
     """For a keeper of outputs: where no gradient comes it fires no tap and passes zeros on, as a full backward hook."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, tap: Tap, anchor: torch.Tensor | None, *of_input: torch.Tensor
+    ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.zeros = partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
-        return _Identity.forward(ctx, x, tap, anchor)
+        return _Identity.forward(ctx, x, tap, anchor, *of_input)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return _Identity.backward(ctx, grad) if grad is not None else (ctx.zeros(), None, None)
+        if grad is None:
+            return ctx.zeros(), *[None] * (len(ctx.needs_input_grad) - 1)
+        return _Identity.backward(ctx, grad)
 
 
 _NUMBERS = itertools.count()
@@ -154,15 +160,17 @@ class Tap:
         """Whether the module ran without a graph since the last step."""
         return self._unseen_since == self.backwards.ledger.n_ended
 
-    def forward(
-        self, inputs: tuple[object, ...], output: object, named: Mapping[str, object] | None = None
-    ) -> object | None:
+    def forward(self, inputs: tuple[object, ...], output: object) -> object | None:
         """Attach to the output's autograd edge; return the output to use instead where an identity is needed."""
+        return self.forward_of_layer((), {}, output)
+
+    def forward_of_layer(self, inputs: tuple[object, ...], named: dict[str, object], output: object) -> object | None:
+        """The same, with what the module was given, of which a call may keep something."""
         if self.keeper.keeps_outputs:
             return self._forward_kept(output)
         if not self.backwards.active or not torch.is_grad_enabled():
             return None
-        given = the_input(self.who, inputs, named or {}) if self.reads_inputs else None
+        given = the_input(self.who, inputs, named) if self.reads_inputs else None
         tensor = self.checked_output(output)
         if tensor is None:
             return None

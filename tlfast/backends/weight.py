@@ -5,9 +5,9 @@ Does what csrc/autograd/weight.cpp does, in plain Python.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class Weight:
         bias: whether the bias belongs to the weight.
         left: L [p, O], or of each head [n, p, O / n].
         right: R [p, I].
-        scale: of the rows, beside that of the loss.
+        row_scale: the factor on the rows, beside that of the loss.
         heads: as which the outputs are taken; 0: as one.
         padding_idx: the token that has no gradient, of an embedding; -1: none.
         normalized: how many dimensions a norm has.
@@ -44,11 +44,11 @@ class Weight:
     """
 
     def __init__(
-        self, layer: str, row: str, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None, scale: float,
+        self, layer: str, row: str, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None, row_scale: float,
         heads: int, padding_idx: int, normalized: int, eps: float, window: Window | None,
     ):  # fmt: skip
         self.layer, self.row = one_of("capture", "layer", layer, LAYERS), one_of("capture", "row", row, ROWS)
-        self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, scale, heads
+        self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, row_scale, heads
         self.padding_idx, self.normalized, self.eps, self.window = padding_idx, normalized, eps, window
         self.of_norm = layer in ("layer_norm", "rms_norm")
         self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
@@ -137,11 +137,12 @@ class Weight:
         if one:
             sums = torch.cat([sums, outputs.sum(1).to(dtype).unsqueeze(2)], 2)
         if self.groups > 1:
-            sums = sums.unflatten(0, (-1, self.groups))
+            sums = _split(sums, 0, -1, self.groups)
             sums = sums.flatten(1, 2) if self.left is None else sums.sum(1)
         if self.row == "norm":
-            return torch.linalg.vector_norm(sums, 2, (1, 2))
-        return sums.unflatten(1, (self.heads, -1)) if self.heads else sums
+            norms: torch.Tensor = torch.linalg.vector_norm(sums, 2, (1, 2))
+            return norms
+        return _split(sums, 1, self.heads, -1) if self.heads else sums
 
     def _of_norm(self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if kept.shape != grad.shape:
@@ -175,7 +176,7 @@ class Weight:
         if self._early:
             if self.window is None:
                 return kept
-            return kept.flatten(2).unflatten(1, (self.groups, -1)).flatten(0, 1).transpose(1, 2)
+            return _split(kept.flatten(2), 1, self.groups, -1).flatten(0, 1).transpose(1, 2)
         a = _in_positions(_wide(kept)) if self.window is None else self._windows(_wide(kept)).flatten(0, 1)
         return a if self.right is None else self._project_input(a)
 
@@ -188,7 +189,8 @@ class Weight:
 
     def _convolved(self, given: torch.Tensor) -> torch.Tensor:
         """The same of a convolution's windows: one more convolution, whose weights are the matrix."""
-        assert self.window is not None and self.right is not None
+        assert self.window is not None
+        assert self.right is not None
         kernel, stride, dilation, padding, mode, groups = self.window
         a = _wide(given)
         right = self._like(self.right, a)
@@ -206,7 +208,7 @@ class Weight:
         seen, n = F.pad(a, list(padding), mode), len(kernel)
         for d in range(n):
             seen = seen.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-        seen = seen.flatten(2 + n, -1).flatten(2, 1 + n).unflatten(1, (groups, -1))  # [B, groups, C', T, kernel]
+        seen = _split(seen.flatten(2 + n, -1).flatten(2, 1 + n), 1, groups, -1)  # [B, groups, C', T, kernel]
         return seen.transpose(2, 3).flatten(3, 4)
 
     def _normal(self, given: torch.Tensor) -> torch.Tensor:
@@ -224,7 +226,7 @@ class Weight:
             raise _no_batch(who, "a gradient", "have the batch before its last dimension", grad)
         if self.window is None:
             return _in_positions(_wide(grad))
-        return _wide(grad).flatten(2).unflatten(1, (self.groups, -1)).flatten(0, 1).transpose(1, 2)
+        return _split(_wide(grad).flatten(2), 1, self.groups, -1).flatten(0, 1).transpose(1, 2)
 
     def _project_outputs(self, g: torch.Tensor) -> torch.Tensor:
         """[B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]."""
@@ -232,13 +234,13 @@ class Weight:
             return g
         left = self._like(self.left, g)
         if self.groups > 1:
-            each = left.unflatten(1, (self.groups, -1)).transpose(0, 1)
-            by_group = g.unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(1, 2)
+            each = _split(left, 1, self.groups, -1).transpose(0, 1)
+            by_group = _split(g, 0, -1, self.groups).transpose(0, 1).flatten(1, 2)
             made = torch.bmm(by_group, each.transpose(1, 2))
-            return made.unflatten(1, (-1, g.shape[1])).transpose(0, 1).flatten(0, 1)
+            return _split(made, 1, -1, g.shape[1]).transpose(0, 1).flatten(0, 1)
         if left.dim() == 2:
             return g @ left.T
-        by_head = g.unflatten(2, (left.shape[0], -1)).flatten(0, 1).transpose(0, 1)
+        by_head = _split(g, 2, left.shape[0], -1).flatten(0, 1).transpose(0, 1)
         return torch.bmm(by_head, left.transpose(1, 2)).transpose(0, 1).reshape(*g.shape[:2], -1)
 
     def _like(self, matrix: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -257,6 +259,12 @@ def _bare(tensor: torch.Tensor) -> Iterator[None]:
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(accumulator(tensor.dtype))
+
+
+def _split(tensor: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
+    """One dimension as several."""
+    made: torch.Tensor = tensor.unflatten(dim, sizes)
+    return made
 
 
 def _in_positions(tensor: torch.Tensor) -> torch.Tensor:

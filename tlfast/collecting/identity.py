@@ -26,7 +26,7 @@ ALWAYS = ("grad_scale", "calls", "missing")  # by their own names, their default
 IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
     "points": "specs", "reduce": "specs", "over": "specs", "dtype": "specs", "output": "specs", "lens": "specs",
     "of": "specs", "side": "specs", "ref": "specs", "heads": "specs",
-    "at": "specs", "per": "specs", "encoding": "specs",
+    "at": "specs", "per": "specs", "encoding": "specs", "project": "specs", "bias": "specs",
     "loss": "loss", "identity": "loss_identity", "batch_tokens": "batching", "padding_side": "batching",
     "pad_id": "batching", "seq_len": "batching", "cuda_graph": "batching", "bad_examples": "examples",
     "skipped": "examples", "rows_per_unit": "plan", "header": "header", "fields": "examples",
@@ -111,6 +111,8 @@ def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
         **({} if spec.at is None else {"at": list(spec.at) if isinstance(spec.at, tuple) else spec.at}),
         **({} if spec.per == "example" else {"per": spec.per}),
         **({} if spec.encoding is None else {"encoding": spec.encoding}),
+        **({} if spec.projection is None else {"project": spec.projection.describe()}),
+        **({"bias": True} if spec.bias else {}),
     }
 
 

@@ -14,7 +14,7 @@ from ..dataset.format.kept_fields import TAKEN, TAKEN_BEGINNINGS
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.options import TapOptions, check_words
-from ..spec import At, Encoding, Heads, Over, Per, Points, Reduction, Ref, Side, Spec
+from ..spec import At, Encoding, Heads, Over, Per, Points, Project, Reduction, Ref, Side, Spec
 from .batches import Collate, PaddingSide
 from .determinism import Deterministic
 from .graph_cache import CudaGraph
@@ -85,6 +85,8 @@ class CollectOptions(SharedOptions):
     dtype: torch.dtype | str | None = None
     output: int | str | None = None
     encoding: Encoding | None = None
+    project: Project | None = None
+    bias: bool = False
     embedding: Embedding | None = None
     loss: Loss | str = next_token_loss
     identity: str = ""

@@ -14,6 +14,7 @@ from torch import nn
 from ..backends.recipe import Recipe
 from ..backends.recipe import Seen as Shown
 from ..backends.reference import accumulator
+from ..backends.weight import Weight
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
@@ -214,15 +215,22 @@ class Probe:
         for column, (point, spec) in self.wanted.items():
             columns_at.setdefault(spec.place(point), []).append(column)
 
-        def see(place: str, grad: torch.Tensor, act: torch.Tensor | None) -> None:
+        def see(place: str, grad: torch.Tensor, act: torch.Tensor | None, kept: list[torch.Tensor]) -> None:
+            of_input = iter(kept)
             done.seen[place] = Seen(len(examples), done.n_positions, tuple(grad.shape))
             done.n_terms[place] = grad.numel() // max(1, len(examples))
             done.by_mask |= {column for column in columns_at[place] if cap.given(column).own_mask}
             for column in columns_at[place] if len(examples) == 1 and grad.dim() else ():
                 point, spec = self.wanted[column]
                 at = () if isinstance(spec.at, str) else spec.at
-                recipe = Recipe(f"collect at {point}", spec.reduce, spec.dims, None, spec.of, spec.heads, at)
-                size = recipe.size(Shown(grad, act), cap.given(column)).double().norm().item()
+                if spec.of == "weight":
+                    weight = Weight(*cap.weights[column])
+                    recipe = Recipe(f"collect at {point}", "none", (), None, "weight", weight=weight)
+                    shown = Shown(grad, next(of_input))
+                else:
+                    recipe = Recipe(f"collect at {point}", spec.reduce, spec.dims, None, spec.of, spec.heads, at)
+                    shown = Shown(grad, act)
+                size = recipe.size(shown, cap.given(column)).double().norm().item()
                 scale = 1.0 if spec.of == "act" else 1 / (self.grad_scale * factor)
                 done.sizes[column] = done.sizes.get(column, 0.0) + size * scale
 

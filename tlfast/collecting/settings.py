@@ -16,7 +16,21 @@ from ..dataset.places.store import as_store
 from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from ..hooks.options import check_words, taken
-from ..spec import DTYPE_NAMES, ENCODINGS, At, Encoding, Heads, Over, as_heads, one_of, parse_over, sources_of
+from ..projections.projection import Projection
+from ..spec import (
+    DTYPE_NAMES,
+    ENCODINGS,
+    At,
+    Encoding,
+    Heads,
+    Over,
+    Project,
+    as_heads,
+    check_weight,
+    one_of,
+    parse_over,
+    sources_of,
+)
 from .huggingface import as_device_map
 from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
@@ -88,7 +102,7 @@ class TextOptions(DataOptions):
     over: str = "pos"
     """dimensions to reduce: pos, or numbers (-1 is the last), separated by commas"""
     of: str = "grad"
-    """what the rows are of: grad, act (the activation), grad*act (their product) or grad*ref, separated by commas"""
+    """what the rows are of: grad, act (the activation), grad*act (their product), grad*ref or weight, by commas"""
     ref: str = ""
     """module:function, of the batch: gives the tensor, or one for each point, that grad*ref multiplies with"""
     heads: str = ""
@@ -97,6 +111,10 @@ class TextOptions(DataOptions):
     """positions to keep: numbers (-1 is the last token), separated by commas, or the field of the examples with them"""
     dtype: str = "bfloat16"
     """how rows are stored: float32, bfloat16, float16, float64, or auto for the gradient's own"""
+    project: str = ""
+    """of --of weight: the size of each side of a projected gradient, 16, or settings, dim=16,kind=normal,seed=1"""
+    bias: bool = False
+    """of --of weight: with the gradient of the bias, where a module has one"""
     encoding: str = ""
     """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64 (see docs/format.md); empty: by --dtype"""
     output: str = ""
@@ -163,6 +181,15 @@ class CollectSettings(SharedOptions, TextOptions):
         return [int(part) for part in parts] if len(parts) > 1 else int(parts[0])
 
     @property
+    def projection(self) -> Project | None:
+        """``project`` as `Spec` takes it: a number, or the settings of a `Projection`."""
+        parts = [part.strip().partition("=") for part in self.project.split(",") if part.strip()]
+        if not parts:
+            return None
+        said = {"dim" if not mark else name.strip(): value.strip() if mark else name for name, mark, value in parts}
+        return Projection.from_json({name: int(v) if v.lstrip("-").isdigit() else v for name, v in said.items()})
+
+    @property
     def stored_encoding(self) -> Encoding | None:
         """``encoding`` as `Spec` takes it."""
         return cast(Encoding, self.encoding) if self.encoding else None
@@ -187,6 +214,8 @@ class CollectSettings(SharedOptions, TextOptions):
             heads=self.n_heads,
             at=self.positions,
             encoding=self.stored_encoding,
+            project=self.projection,
+            bias=self.bias,
             embedding=self.embedding or None,
             seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
@@ -218,6 +247,7 @@ class CollectSettings(SharedOptions, TextOptions):
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))
         _ = self.n_heads  # which looks at it
+        check_weight(who, sources_of(who, self.of, self.reduce), self.projection, self.bias)
         one_of(who, "dtype", self.dtype, (*DTYPE_NAMES, "auto"))
         one_of(who, "model_dtype", self.model_dtype, (*DTYPE_NAMES, "auto"))
         for argument, least in (

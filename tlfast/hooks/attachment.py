@@ -14,7 +14,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from ..backends.interface import Backend
-from ..backends.outputs import replace_output, select_output
+from ..backends.outputs import replace_output, select_output, the_input
 from ..backends.plain import check_full_hook
 from ..backends.taps import fire_op
 from ..errors import broken_rule
@@ -51,20 +51,23 @@ class _Traced(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, reads: bool, *firing: Any) -> torch.Tensor:
-        ctx.firing, ctx.reads = firing, reads
-        if reads:
-            ctx.save_for_backward(tensor)
+    def forward(ctx: Any, tensor: torch.Tensor, given: torch.Tensor | None, reads: bool, *firing: Any) -> torch.Tensor:
+        ctx.firing, ctx.reads, ctx.reads_input = firing, reads, given is not None
+        kept = ([tensor] if reads else []) + ([] if given is None else [given])
+        if kept:
+            ctx.save_for_backward(*kept)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         fire_op, token, number = ctx.firing
-        if ctx.reads:
+        if ctx.reads_input:
+            fire_op(token, grad, number, ctx.saved_tensors[0] if ctx.reads else None, ctx.saved_tensors[-1])
+        elif ctx.reads:
             fire_op(token, grad, number, ctx.saved_tensors[0])
         else:
             fire_op(token, grad, number)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 class _ForwardHook(Hook):
@@ -80,13 +83,24 @@ class _ForwardHook(Hook):
             return self._trace(output)
         return self.tap.forward(args, output)
 
-    def _trace(self, output: Any) -> Any:
+    def _trace(self, output: Any, given: torch.Tensor | None = None) -> Any:
         """The compiled path: an identity whose backward calls a registered op."""
         tensor, key = select_output(output, self.output)
         if tensor is None or not tensor.requires_grad:
             return None
-        traced = _Traced.apply(tensor, self.reads, self.fire_op, self.token, self.number)  # type: ignore[no-untyped-call]
+        firing = self.fire_op, self.token, self.number
+        traced = _Traced.apply(tensor, given, self.reads, *firing)  # type: ignore[no-untyped-call]
         return replace_output(output, key, traced)
+
+
+class _LayerHook(_ForwardHook):
+    """Of a tap that keeps something of what its layer is given, by place or by name."""
+
+    def __call__(self, module: nn.Module, args: Any, *more: Any) -> Any:
+        kwargs, output = more
+        if torch.compiler.is_compiling():
+            return self._trace(output, the_input("capture", args, kwargs))
+        return self.tap.forward_of_layer(args, kwargs, output)
 
 
 class InputHook(_ForwardHook):
@@ -110,6 +124,10 @@ class _NativePreHook(ForwardPreHook):
 
 
 class _NativeForwardHook(_ForwardHook):
+    """The same."""
+
+
+class _NativeLayerHook(_LayerHook):
     """The same."""
 
 
@@ -184,7 +202,7 @@ class _CheckHook(Hook):
 # Dynamo traces these where they lie inside a graph, and is kept from compiling them as frames of their own: a hook that
 # runs outside of all graphs, on the output of the whole compiled module, has to attach as in eager code. (A graph of
 # its own would return a view of its input, for which AOTAutograd drops the tensor hook.)
-for _hook in (ForwardPreHook, _ForwardHook, InputHook, CacheHook, _CheckInputsHook, _CheckHook, FullHook):
+for _hook in (ForwardPreHook, _ForwardHook, _LayerHook, InputHook, CacheHook, _CheckInputsHook, _CheckHook, FullHook):
     set_code_exec_strategy(_hook.__call__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
@@ -211,6 +229,7 @@ def _learn_references(native: Any) -> None:
 def _prepare(native: Any) -> None:
     """Make the native hooks native; without what is learnt here, every output gets an identity node."""
     native.call_natively(_NativePreHook, _NativeForwardHook)
+    native.call_natively(_NativePreHook, _NativeLayerHook)
     if not _global_forward_hooks:  # one that keeps what it sees would be taken for nobody
         _learn_references(native)
 
@@ -232,6 +251,9 @@ def hook_module(module: nn.Module, tap: Any, attach: str, backend: Backend) -> l
         handles.append(module.register_forward_hook(_CheckHook(tap)))
         handles.append(module.register_forward_pre_hook(_CheckInputsHook(tap)))
         handles.append(module.register_full_backward_hook(FullHook(tap)))
+    elif tap.reads_inputs:
+        hook = _NativeLayerHook(tap) if native else _LayerHook(tap)
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
     else:
         handles.append(module.register_forward_hook(_NativeForwardHook(tap) if native else _ForwardHook(tap)))
     pre.hook_id = handles[1].id

@@ -24,6 +24,7 @@ from ..spec import (
     Over,
     Per,
     Points,
+    Project,
     Reduction,
     Ref,
     Side,
@@ -55,6 +56,8 @@ def capture(
     at: At | None = None,
     per: Per = "example",
     encoding: Encoding | None = None,
+    project: Project | None = None,
+    bias: bool = False,
     attach: Attach = "auto",
     backend: Backend = "auto",
     calls: Calls = "raise",
@@ -66,15 +69,17 @@ def capture(
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
             list of these, a predicate on names, a `Spec` or a list of them. Then ``reduce``, ``over``, ``dtype``,
-            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per`` and ``encoding`` are theirs, and an error
-            here.
+            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per``, ``encoding``, ``project`` and ``bias``
+            are theirs, and an error here.
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
         dtype: the stored dtype, or its name ("bfloat16"); None keeps the gradient's.
         output: index or key of the output to take; None is the first tensor.
         of: "grad"; "act", the output itself, in columns named ``point:act``; "grad*act", their product; "grad*ref",
-            that of the gradient with ``ref``; or several of them. "act" and "grad*act" not with attach="full".
+            that of the gradient with ``ref``; "weight", the gradient of the module's weight for each example (a glob
+            means modules with parameters of their own then); or several of them. "act", "grad*act" and "weight" not
+            with attach="full".
         side: "output", or "input" for what the modules are given, in columns named ``point:input``. Neither that.
         ref: of "grad*ref": a tensor, or a function of what ``cap.batch(batch=)`` is given; None: each step says it by
             ``cap.batch(refs=)``. See `Spec`.
@@ -83,6 +88,8 @@ def capture(
         per: "example", or "token": ``cap[name]`` is Tensor[tokens, ...], of the real tokens that the mask of
             `Capture.batch` keeps, and ``cap.where(name)`` says whose they are.
         encoding: how `Capture.into` stores rows in a dataset: "int8", "int8:64", "float8_e4m3fn" or "int4:64".
+        project: of "weight": the size of each side of a projected gradient, or a `Projection`. See `Spec`.
+        bias: of "weight": with the gradient of the bias, where a module has one.
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
@@ -106,7 +113,9 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs("capture", points, reduce, over, dtype, output, of, side, ref, heads, at, per, encoding)
+    specs = as_specs(
+        "capture", points, reduce, over, dtype, output, of, side, ref, heads, at, per, encoding, project, bias
+    )
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 

@@ -23,14 +23,15 @@ from ..spec import SIDES, Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_input, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .into import Into, check_ids, openers
+from .layers import find_weighted, weight_arguments
 from .options import CaptureOptions
-from .points import find_points
+from .points import as_list, find_points, is_glob
 from .running import RunningSums
 from .step_inputs import StepInputs, as_mask, constant_ref, has_functions
 from .tokens import Tokens, positions_within, token_rows, tokens_of
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-See = Callable[[str, torch.Tensor, torch.Tensor | None], None]
+See = Callable[[str, torch.Tensor, torch.Tensor | None, list[torch.Tensor]], None]
 
 
 _entered: weakref.WeakSet[Capture] = weakref.WeakSet()
@@ -84,7 +85,8 @@ class Capture:
         self._taps: list[tuple[nn.Module, Tap]] = []
         self._places: list[str] = []  # of each tap
         self._columns_of: list[list[str]] = []  # of each tap
-        found = [self._find(spec.points) for spec in specs]
+        self.weights: dict[str, tuple[Any, ...]] = {}  # column -> what its Weight is made of
+        found = [self._find_for(spec) for spec in specs]
         modules = {name: module for points in found for name, module in points.items()}
         for name in dict.fromkeys(name for points in found for name in points):
             here = [spec for spec, points in zip(specs, found, strict=True) if name in points]
@@ -123,9 +125,13 @@ class Capture:
                     broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
                 )
             dtype, rows = stored_dtype(who, spec.dtype), self.capacity
-            self._columns[column] = made = engine.Column(
-                column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of, spec.heads,
-                () if isinstance(spec.at, str) else cast("int | tuple[int, ...] | None", spec.at),
+            self._columns[column] = made = (
+                self._of_weight(column, name, module, spec, options.calls)
+                if spec.of == "weight"
+                else engine.Column(
+                    column, spec.reduce, spec.dims, dtype, rows, options.calls, spec.of, spec.heads,
+                    () if isinstance(spec.at, str) else cast("int | tuple[int, ...] | None", spec.at), None,
+                )
             )  # fmt: skip
             made.ref = constant_ref(column, spec)
             columns.append(column)
@@ -136,6 +142,13 @@ class Capture:
         self._taps.append((module, tap))
         self._places.append(specs[0].place(name))
         self._columns_of.append(columns)
+
+    def _of_weight(self, column: str, name: str, module: nn.Module, spec: Spec, calls: str) -> Column:
+        """The column of a module's weight gradients."""
+        made_of = weight_arguments("capture", self._model, name, module, spec)
+        self.weights[column] = made_of
+        dtype, weight = stored_dtype("capture", spec.dtype), self._engine.Weight(*made_of)
+        return self._engine.Column(column, "none", (), dtype, self.capacity, calls, "weight", None, None, weight)
 
     # The context.
 
@@ -176,7 +189,8 @@ class Capture:
 
     def watched(self, see: See) -> Capture:
         """Show the name of each point that fires, its gradient, and its output where a spec reads that (else None) to
-        ``see``, before anything is checked; say so before entering."""
+        ``see``, and what was kept of its input for each column of weight gradients, before anything is checked; say so
+        before entering."""
         self._see = see
         return self
 
@@ -199,6 +213,13 @@ class Capture:
     def _conversion(self, module: nn.Module) -> Change | None:
         """What `_hook` lets be made of each gradient at a module."""
         return None
+
+    def _find_for(self, spec: Spec) -> dict[str, Any]:
+        found = self._find(spec.points)
+        if spec.of != "weight":
+            return found
+        globbed = callable(spec.points) or any(isinstance(p, str) and is_glob(p) for p in as_list(spec.points))
+        return find_weighted("capture", self._model, found.items(), globbed)
 
     def _find(self, points: Points) -> dict[str, Any]:
         return find_points("capture", self._model, points)

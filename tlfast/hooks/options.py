@@ -50,8 +50,13 @@ class CaptureOptions(TapOptions):
         if self.calls == "stack" and any(spec.per == "token" for spec in self.specs):
             rule, remedy = 'not be "stack" with per="token"', 'A stack has the calls before the positions: use "sum".'
             raise ValueError(broken_rule("capture", "calls", rule, "'stack'", remedy))
+        for spec in self.specs if self.calls in ("sum", "stack") else ():
+            if spec.of == "weight" and (spec.reduce == "norm" or (spec.per == "token" and self.calls == "sum")):
+                rule = 'be "raise" or "last" for norms of weight gradients, and for their factors'
+                remedy = "The norm of a sum isn't a sum of norms: keep the gradients themselves."
+                raise ValueError(broken_rule("capture", "calls", rule, repr(self.calls), remedy))
         for spec in self.specs if self.attach == "full" else ():  # at whose nodes nothing is kept
-            if spec.reads_act or spec.side != "output":
+            if spec.reads_act or spec.side != "output" or spec.of == "weight":
                 rule = 'be "auto" or "tensor" where activations or inputs are read'
                 got = f"'full' with of={spec.of!r}, side={spec.side!r}"
                 raise ValueError(broken_rule("capture", "attach", rule, got, "Leave attach= out."))

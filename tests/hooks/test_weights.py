@@ -1,0 +1,477 @@
+"""Weight gradients of each example: every kind of layer against autograd's of the example alone, in float64."""
+
+import functools
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import tlfast
+from tlfast import Projection, Spec
+
+B, P, D = 4, 6, 8
+
+
+class RMSNorm(nn.Module):
+    """As Llama has it, or with 1 + weight, as Gemma has it."""
+
+    def __init__(self, size, one=0.0):
+        super().__init__()
+        self.weight, self.eps, self.one = nn.Parameter(torch.rand(size) + 0.5), 1e-5, one
+
+    def forward(self, x):
+        normal = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return normal * (self.one + self.weight)
+
+
+class Turned(nn.Module):
+    """Positions for channels, and back."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+
+def of_tokens():
+    return nn.Sequential(
+        nn.Embedding(11, D, padding_idx=3), nn.Linear(D, 10), nn.GELU(), nn.LayerNorm(10), nn.Linear(10, D, bias=False),
+        nn.RMSNorm(D), Turned(nn.Conv1d(D, 6, 3, padding="same", groups=2)), RMSNorm(6, one=1.0), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def of_images():
+    return nn.Sequential(
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), padding_mode="reflect"), nn.GELU(),
+        nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6, bias=False), nn.Unflatten(1, (2, 3)),
+        nn.Conv3d(2, 4, 2, groups=1), nn.Flatten(), nn.LazyLinear(5),
+    )  # fmt: skip
+
+
+MODELS = {
+    "tokens": (of_tokens, lambda: torch.randint(0, 11, (B, P))),
+    "images": (of_images, lambda: torch.randn(B, 4, 7, 6)),
+}
+LAYERS = {"tokens": ["0", "1", "3", "4", "5", "6.inner", "7", "8"], "images": ["0", "2", "4", "6"]}
+
+
+def score(made):
+    return made.flatten(1).square().mul(torch.linspace(-1, 1, made.flatten(1).shape[1]).to(made)).sum()
+
+
+@functools.cache
+def made(kind):
+    torch.manual_seed(5)
+    build, draw = MODELS[kind]
+    model, x = build(), draw()
+    with torch.no_grad():
+        model(x)
+    return model, x
+
+
+@functools.cache
+def truths(kind, bias):
+    """By layer: G of each example alone, [B, O, I], or [B, D] of a norm; in float64."""
+    model, x = made(kind)
+    wide = build_like(kind, model).double()
+    found = {name: [] for name in LAYERS[kind]}
+    for one in x.split(1):
+        wide.zero_grad()
+        score(wide(one if one.dtype == torch.int64 else one.double())).backward()
+        for name, rows in found.items():
+            layer = wide.get_submodule(name)
+            grad = layer.weight.grad
+            if isinstance(layer, nn.Embedding):
+                grad = grad.T
+            grad = grad.flatten(1) if grad.dim() > 1 else grad
+            if bias and getattr(layer, "bias", None) is not None:
+                grad = torch.cat([grad, layer.bias.grad[:, None] if grad.dim() > 1 else layer.bias.grad], -1)
+            rows.append(grad.clone())
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def build_like(kind, model):
+    other = MODELS[kind][0]()
+    with torch.no_grad():
+        other(made(kind)[1])
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def projected(name, full, projection):
+    right = projection.matrix(name, "right", full.shape[-1]).double()
+    if full.dim() == 2:
+        return full @ right.T * projection.scale
+    left = projection.matrix(name, "left", full.shape[1]).double()
+    return left @ full @ right.T * projection.row_scale
+
+
+def assert_near(found, wanted, n=1):
+    """Within the rounding of sums of n products in float32, measured against the largest row."""
+    assert found.shape == wanted.shape
+    bound = 2**-22 * max(1, n) ** 0.5 * wanted.flatten(1 if wanted.dim() > 1 else 0).norm(dim=-1).max().clamp_min(1e-6)
+    assert (found.double() - wanted).abs().max() <= bound
+
+
+def captured(model, specs, run, backend, **options):
+    options = {"rows": B, "backend": backend, **options}
+    with tlfast.capture(model, specs, **options) as cap:
+        run()
+    return cap
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_layer_against_each_example_alone(kind, bias, backend):
+    model, x = made(kind)
+    wanted, small, large = truths(kind, bias), Projection(4), Projection(64, "normal", seed=2)
+    whole = [name for name in LAYERS[kind] if not isinstance(model.get_submodule(name), nn.Embedding)]
+    specs = [
+        Spec(whole, of="weight", bias=bias),
+        Spec(LAYERS[kind], "norm", of="weight", bias=bias),
+        Spec(LAYERS[kind], of="weight", bias=bias, project=small, name="small"),
+        Spec(LAYERS[kind], of="weight", bias=bias, project=large, name="large"),  # more than the layer has inputs
+        Spec(LAYERS[kind], "norm", of="weight", bias=bias, project=small, name="norm of small"),
+    ]
+    cap = captured(model, specs, lambda: score(model(x)).backward(), backend)
+    for name in LAYERS[kind]:
+        full = wanted[name]
+        if name in whole:
+            assert_near(cap[f"{name}:weight"], full, 64)
+        assert_near(cap[f"{name}:weight:norm"], full.flatten(1).norm(dim=1), 64)
+        assert (cap[f"{name}:weight:norm"] >= 0).all()
+        assert_near(cap[f"{name}:small"], projected(name, full, small), 256)
+        assert_near(cap[f"{name}:large"], projected(name, full, large), 256)
+        assert_near(cap[f"{name}:norm of small"], projected(name, full, small).flatten(1).norm(dim=1), 256)
+
+
+def test_both_backends_give_the_same_rows(native):
+    for kind in MODELS:
+        model, x = made(kind)
+        spec = Spec(LAYERS[kind], of="weight", project=5, bias=True)
+        ours, other = (
+            captured(model, spec, lambda: score(model(x)).backward(), name)  # noqa: B023
+            for name in (native, "python")
+        )
+        for name in ours.names:
+            assert_near(ours[name], other[name].double(), 64)
+
+
+def test_factors_of_each_token_multiply_to_its_gradient(backend):
+    model, x = made("tokens")
+    mask = torch.arange(P) < torch.tensor([6, 3, 4, 1])[:, None]
+    names = ["0", "1", "4", "8"]
+    projection = Projection(4)
+    specs = [
+        Spec(names[1:], of="weight", per="token", bias=True, name="tokens"),
+        Spec(names, of="weight", per="token", bias=True, project=projection, name="small"),
+        Spec(names, of="weight", bias=True, project=projection),
+        Spec("3", of="weight", per="token", name="norm"),
+        Spec("3", of="weight"),
+    ]
+    with tlfast.capture(model, specs, rows=B, backend=backend) as cap, cap.batch(mask=mask, grad_scale=0.5):
+        (0.5 * score(model(x))).backward()
+    example, _ = cap.where("1:tokens")
+    assert len(example) == mask.sum()
+    for name in names:
+        rows, whole = cap[f"{name}:small"], cap[f"{name}:weight"]
+        products = rows[:, :4, None] * rows[:, None, 4:]
+        summed = torch.zeros(B, 4, 4).index_add(0, example, products)
+        assert_near(summed, whole.double(), 64)
+    for name in names[1:]:
+        n = model.get_submodule(name).weight.shape[0]
+        rows = cap[f"{name}:tokens"].double()
+        full = torch.zeros(B, n, rows.shape[1] - n, dtype=torch.float64)
+        full.index_add_(0, example, rows[:, :n, None] * rows[:, None, n:])
+        assert_near(cap[f"{name}:weight"], projected(name, full, projection), 256)
+    assert_near(torch.zeros(B, 10).index_add(0, example, cap["3:norm"]), cap["3:weight"].double(), 64)
+
+
+def test_padding_batch_order_and_split_change_nothing(backend):
+    model, x = made("tokens")
+    spec = Spec(["0", "1", "3", "4", "8"], of="weight", project=4, bias=True)
+    lengths = [6, 3, 4, 1]
+    alone = {}
+    for row, n in zip(x, lengths, strict=True):
+        run = functools.partial(lambda given: score_of_tokens(model, given).backward(), row[None, :n])
+        cap = captured(model, spec, run, backend, rows=1)
+        for name in cap.names:
+            alone.setdefault(name, []).append(cap[name][0].clone())
+    for side, order in (("right", [0, 1, 2, 3]), ("left", [2, 0, 3, 1])):
+        padded, mask = torch.full((B, P), 3), torch.zeros(B, P, dtype=torch.bool)
+        for place, example in enumerate(order):
+            n = lengths[example]
+            span = slice(0, n) if side == "right" else slice(P - n, P)
+            padded[place, span], mask[place, span] = x[example, :n], True
+        with tlfast.capture(model, spec, rows=B, backend=backend) as cap, cap.batch(mask=mask):
+            score_of_tokens(model, padded).backward()
+        for name in cap.names:
+            assert_near(cap[name], torch.stack(alone[name])[order].double(), 64)
+
+
+def score_of_tokens(model, x):
+    """Of each token by itself, also of padding, whose gradients the mask leaves out."""
+    made = x
+    for number in (0, 1, 2, 3, 4, 5):
+        made = model[number](made)
+    return (model[8](made[..., :6]).square() * torch.tensor([1.0, -2.0, 0.5])).sum()
+
+
+def test_what_lies_at_padding_counts_for_nothing(backend):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3, 3)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    wrong = x.masked_fill(~mask[..., None], torch.nan)
+    specs = [Spec("0", of="weight", project=2), Spec("0", of="weight", name="whole"), Spec("0", "norm", of="weight")]
+
+    def run(given):
+        return torch.where(mask[..., None], model(given), 0).square().sum().backward()
+
+    with tlfast.capture(model, specs, rows=4, backend=backend) as cap:
+        for given in (x, wrong):
+            with cap.batch(mask=mask):
+                run(given)
+    for name in cap.names:
+        assert cap[name].isfinite().all()
+        assert torch.equal(cap[name][:2], cap[name][2:])
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.inner(self.inner(x).tanh())
+
+
+def test_a_module_called_twice_adds_up_or_raises(backend):
+    torch.manual_seed(1)
+    model, x = Twice(), torch.randn(B, P, D)
+    wanted = []
+    for one in x.split(1):
+        (grad,) = torch.autograd.grad(score(model(one)), model.inner.weight)
+        wanted.append(grad.double())
+    spec = Spec("inner", of="weight")
+    cap = captured(model, spec, lambda: score(model(x)).backward(), backend, calls="sum")
+    assert_near(cap["inner:weight"], torch.stack(wanted), 64)
+    with pytest.raises(
+        RuntimeError, match=r'a point must fire once in a backward, got a second time\. Choose calls="sum"'
+    ):
+        captured(model, spec, lambda: score(model(x)).backward(), backend)
+    stacked = captured(model, spec, lambda: score(model(x)).backward(), backend, calls="stack")["inner:weight"]
+    assert_near(stacked.sum(1), torch.stack(wanted), 64)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_and_several_backwards(reentrant, backend):
+    torch.manual_seed(2)
+    inner, x = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)), torch.randn(B, P, D, requires_grad=True)
+    plain = captured(inner, Spec(["0", "2"], of="weight", project=4), lambda: score(inner(x)).backward(), backend)
+    with tlfast.capture(inner, Spec(["0", "2"], of="weight", project=4), rows=3 * B, backend=backend) as cap:
+        score(checkpoint(inner, x, use_reentrant=reentrant)).backward()
+        kept = score(inner(x))
+        kept.backward(retain_graph=True)
+        kept.backward()
+    for name in cap.names:
+        for rows in cap[name].split(B):
+            assert_near(rows, plain[name].double(), 64)
+
+
+def test_autocast_and_a_scaler(backend):
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)), torch.randn(B, P, D)
+    spec = Spec(["0", "2"], of="weight", project=4)
+    plain = captured(model, spec, lambda: score(model(x)).backward(), backend)
+    with tlfast.capture(model, spec, rows=B, backend=backend) as cap, cap.batch(grad_scale=1024.0):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = score(model(x).float())
+        (1024 * loss).backward()
+    for name in cap.names:
+        assert cap[name].dtype == torch.float32
+        near = plain[name].double()
+        assert (cap[name] - near).norm() < 0.03 * near.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_low_precision_models_are_summed_in_float32(dtype, backend):
+    torch.manual_seed(4)
+    model, x = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)).to(dtype), torch.randn(B, P, D).to(dtype)
+    inputs, grads = {}, {}
+    for name in ("0", "2"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: (
+                inputs.__setitem__(name, args[0].detach().double()),
+                out.register_hook(lambda grad: grads.__setitem__(name, grad.double())),
+            )[0]
+        )
+    cap = captured(model, Spec(["0", "2"], of="weight"), lambda: score(model(x)).backward(), backend)
+    for name in ("0", "2"):
+        assert cap[f"{name}:weight"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_near(cap[f"{name}:weight"], grads[name].transpose(1, 2) @ inputs[name], 64)
+
+
+def test_heads_have_matrices_of_their_own(backend):
+    torch.manual_seed(6)
+    model, x = nn.Sequential(nn.Linear(D, 6)), torch.randn(B, P, D)
+    projection = Projection(2)
+    specs = [Spec("0", of="weight", heads=(3, 2), project=projection), Spec("0", of="weight", heads=(3, 2), name="w")]
+    cap = captured(model, specs, lambda: score(model(x)).backward(), backend)
+    whole = cap["0:w"]
+    assert whole.shape == (B, 3, 2, D)
+    right = projection.matrix("0", "right", D)
+    for head in range(3):
+        left = projection.matrix(f"0.head_{head}", "left", 2)
+        assert_near(cap["0:weight"][:, head], (left @ whole[:, head] @ right.T / 2).double(), 64)
+
+
+def test_inputs_by_name_and_hooks_that_change_outputs(backend):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(D, 3)
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    torch.manual_seed(7)
+    model, x = ByName(), torch.randn(B, P, D)
+    spec = Spec("inner", of="weight")
+    cap = captured(model, spec, lambda: score(model(x)).backward(), backend)
+    model.inner.register_forward_hook(lambda module, args, out: out * 2)
+    twice = captured(model, spec, lambda: score(model(x)).backward(), backend)
+    # The gradient at the output as the model goes on from it: a hook that doubles it is behind the layer.
+    assert_near(twice["inner:weight"], 2 * cap["inner:weight"].double(), 64)
+
+
+@pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
+def test_an_input_changed_in_place_is_torchs_error(backend):
+    model, x = nn.Linear(D, 3), torch.randn(B, P, D)
+    with tlfast.capture(model, Spec("", of="weight"), rows=B, backend=backend):
+        given = x.clone()
+        loss = score(model(given))
+        given.add_(1)
+        model.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, in torch's own imports
+def test_compiled_models(backend):
+    torch.manual_seed(8)
+    model, x = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)), torch.randn(B, P, D)
+    specs = [Spec(["0", "2"], of="weight", project=4), Spec("0", of="weight", name="whole")]
+    plain = captured(model, specs, lambda: score(model(x)).backward(), backend)
+    with tlfast.capture(model, specs, rows=B, backend=backend) as cap:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        score(compiled(x)).backward()
+    torch._dynamo.reset()
+    for name in cap.names:
+        assert_near(cap[name], plain[name].double(), 64)
+
+
+def test_a_glob_means_modules_with_parameters_of_their_own():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.LayerNorm(3)), "b": nn.Linear(3, 2)})
+    cap = tlfast.capture(model, "**", rows=1, of="weight")
+    assert cap.names == ["a.0:weight", "a.2:weight", "b:weight"]
+    with pytest.raises(TypeError, match=r"points must be Linear, .*, got a\.1, a GELU"):
+        tlfast.capture(model, ["a.1"], rows=1, of="weight")
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
+class OddNorm(Odd):
+    eps = 1e-5
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def tied():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+OddLayerNorm = type("OddLayerNorm", (OddNorm,), {})
+
+
+def of(points="0", **settings):
+    return lambda: Spec(points, of="weight", **settings)
+
+
+def at(model, points="0", **settings):
+    return lambda: tlfast.capture(model(), points, rows=1, of="weight", **settings)
+
+
+def linear():
+    return nn.Sequential(nn.Linear(2, 6))
+
+
+def weight_normed():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+
+
+REFUSED = {
+    "Spec: reduce must be none or norm of weight gradients, got 'mean'.": of(reduce="mean"),
+    "Spec: over must be left out of weight gradients, got -1.": of(over=-1),
+    "Spec: at must be left out of weight gradients, got 1.": of(at=1),
+    "Spec: side must be left out of weight gradients, got 'input'.": of(side="input"),
+    "Spec: output must be left out of weight gradients, got 1.": of(output=1),
+    "Spec: bias must be True or False, got 1.": of(bias=1),
+    'Spec: reduce must be "none" with per="token" of weight gradients, got \'norm\'.': of(reduce="norm", per="token"),
+    "Spec: project must be left out unless of=\"weight\", got one with of='grad'.": lambda: Spec("0", project=4),
+    "Spec: bias must be left out unless of=\"weight\", got one with of='grad'.": lambda: Spec("0", bias=True),
+    'RMSNorm with of="weight", got 0, a ConvTranspose1d.': at(lambda: nn.Sequential(nn.ConvTranspose1d(2, 2, 2))),
+    'capture: points must match a module with a weight of its own with of="weight", got none.': at(
+        lambda: nn.Sequential(nn.GELU()), "*"
+    ),
+    "capture: the point 1 must have a weight of its own, got one that is shared by 0 and 1.": at(tied, "1"),
+    "must have a weight that is a parameter, got the model, whose weight is made of others.": at(weight_normed, ""),
+    "points must multiply its normalized input by its weight, got 0, a OddLayerNorm that does another.": at(
+        lambda: nn.Sequential(OddLayerNorm())
+    ),
+    "capture at 0: the weight gradient of an embedding must be projected, got one of [5, 3] for each example.": at(
+        lambda: nn.Sequential(nn.Embedding(5, 3))
+    ),
+    "the point 0 must be an embedding whose gradient is that of each token by itself, got max_norm.": at(
+        lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)), project=2
+    ),
+    "capture at 0: project must be two-sided in a capture, got 'one-sided'.": at(
+        linear, project=Projection(4, form="one-sided")
+    ),
+    "capture at 0: heads must be (n, d) of a linear layer with n * d outputs, 6 here, got (2, 2).": at(
+        linear, heads=(2, 2)
+    ),
+    "where activations or inputs are read, got 'full' with of='weight', side='output'.": at(linear, attach="full"),
+    'calls must be "raise" or "last" for norms of weight gradients, and for their factors, got \'sum\'.': at(
+        linear, reduce="norm", calls="sum"
+    ),
+}
+
+
+@pytest.mark.parametrize("text, make", REFUSED.items())
+def test_refusals(make, text):
+    with pytest.raises((ValueError, TypeError), match=re.escape(text)):
+        make()
+
+
+@pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
+def test_refusals_while_running(backend):
+    model = nn.Sequential(nn.Conv1d(3, 3, 1))
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with tlfast.capture(model, "0", rows=2, of="weight", backend=backend) as cap:  # noqa: SIM117
+        with pytest.raises(ValueError, match="mask must be left out at a convolution, got one"), cap.batch(mask=mask):
+            model(torch.randn(2, 3, 3)).sum().backward()
+    layer = nn.Linear(3, 2)
+    with tlfast.capture(layer, "", rows=2, of="weight", backend=backend):  # noqa: SIM117
+        with pytest.raises(ValueError, match="the input must have the batch before its last dimension, got \\[3\\]"):
+            layer(torch.randn(3)).sum().backward()

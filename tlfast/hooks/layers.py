@@ -1,0 +1,200 @@
+"""Layers whose weight gradients can be captured: what each does with its weight, and the matrices that project it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import broken_rule
+from ..projections.projection import Projection
+from ..spec import Spec
+
+_KINDS = "Linear, Conv1D of transformers, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm and RMSNorm"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a module does with its weight [n_outputs, n_inputs]; a norm's is a vector of ``n_inputs``.
+
+    ``kind``: linear, conv, embedding, layer_norm or rms_norm. ``window``: of a convolution, (kernel, stride, dilation,
+    padding as `torch.nn.functional.pad` takes it, its mode, groups).
+    """
+
+    kind: str
+    n_outputs: int
+    n_inputs: int
+    has_bias: bool = False
+    padding_idx: int = -1
+    normalized: int = 1
+    eps: float = 0.0
+    window: tuple[Any, ...] | None = None
+
+    @property
+    def is_norm(self) -> bool:
+        return self.kind in ("layer_norm", "rms_norm")
+
+
+def owns_weight(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, which a glob for weights means."""
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def find_layer(who: str, name: str, module: nn.Module) -> Layer:
+    """What a module does with its weight; TypeError or ValueError where that isn't known."""
+    if getattr(module, "parametrizations", None):
+        rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
+        raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
+    found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(who, name, module)
+    if found is None:
+        got = f"{name}, a {type(module).__name__}"
+        remedy = "Name such layers; a glob means all modules with parameters of their own."
+        raise TypeError(broken_rule(who, "points", f'be {_KINDS} with of="weight"', got, remedy))
+    return found
+
+
+def _linear(module: Any) -> Layer | None:
+    if isinstance(module, nn.Linear):
+        return Layer("linear", module.out_features, module.in_features, module.bias is not None)
+    theirs = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if theirs is not None and isinstance(module, theirs):  # the weight lies there as [inputs, outputs]
+        return Layer("linear", module.weight.shape[1], module.weight.shape[0], module.bias is not None)
+    return None
+
+
+def _convolution(module: Any) -> Layer | None:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return None
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padding = tuple(module._reversed_padding_repeated_twice)
+    window = (module.kernel_size, module.stride, module.dilation, padding, mode, module.groups)
+    n_inputs = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
+    return Layer("conv", module.out_channels, n_inputs, module.bias is not None, window=window)
+
+
+def _embedding(who: str, name: str, module: nn.Module) -> Layer | None:
+    if not isinstance(module, nn.Embedding):
+        return None
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        got = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
+        rule = "be an embedding whose gradient is that of each token by itself"
+        raise ValueError(broken_rule(who, f"the point {name}", rule, got, "Leave this point out."))
+    padding_idx = -1 if module.padding_idx is None else module.padding_idx
+    return Layer("embedding", module.embedding_dim, module.num_embeddings, padding_idx=padding_idx)
+
+
+def _norm(who: str, name: str, module: nn.Module) -> Layer | None:
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not type(module).__name__.endswith("Norm"):
+        return None
+    rms = not isinstance(module, nn.LayerNorm) and "RMS" in type(module).__name__.upper()
+    if not rms and "LayerNorm" not in type(module).__name__:
+        return None
+    eps: Any = next((getattr(module, a) for a in ("variance_epsilon", "eps", "epsilon") if hasattr(module, a)), None)
+    eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
+    bias: Any = getattr(module, "bias", None)
+    layer = Layer(
+        "rms_norm" if rms else "layer_norm", weight.numel(), weight.numel(), isinstance(bias, torch.Tensor),
+        normalized=weight.dim(), eps=eps,
+    )  # fmt: skip
+    if type(module) not in (nn.LayerNorm, nn.RMSNorm):
+        _try_norm(who, name, module, layer)
+    return layer
+
+
+def _try_norm(who: str, name: str, module: Any, layer: Layer) -> None:
+    """ValueError unless the module does what its name says: the normalized input times its weight, or 1 + that."""
+    weight = module.weight.detach()
+    draw = torch.Generator().manual_seed(0)
+    given = torch.randn(3, *weight.shape, generator=draw).to(weight)
+    with torch.no_grad():
+        made = type(module).forward(module, given)
+        wide = given.double()
+        dims = list(range(1, given.dim()))
+        if layer.kind == "layer_norm":
+            wide = wide - wide.mean(dims, keepdim=True)
+        normal = wide * (wide.square().mean(dims, keepdim=True) + layer.eps).rsqrt()
+        bias = module.bias.double() if layer.has_bias else 0.0
+        tolerance = 64 * torch.finfo(weight.dtype).eps
+        for factor in (weight.double(), 1 + weight.double()):
+            wanted = normal * factor + bias
+            if isinstance(made, torch.Tensor) and torch.allclose(made.double(), wanted, tolerance, tolerance):
+                return
+    rule, got = "multiply its normalized input by its weight", f"{name}, a {type(module).__name__} that does another"
+    raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
+
+
+def find_weighted(who: str, model: nn.Module, found: Iterable[tuple[str, nn.Module]], globbed: bool) -> dict[str, Any]:
+    """Of modules that points mean those whose weight is meant: of a glob those with parameters of their own.
+
+    Raises:
+        ValueError: where there is none, and for a weight that several modules share: its gradient is a sum over these.
+    """
+    kept = {name: module for name, module in found if not globbed or owns_weight(module)}
+    if not kept:
+        rule = 'match a module with a weight of its own with of="weight"'
+        raise ValueError(broken_rule(who, "points", rule, "none", "Name layers."))
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    for name, module in kept.items():
+        shared = owners.get(id(module._parameters.get("weight")), [])
+        if len(shared) > 1:
+            rule, got = "have a weight of its own", f"one that is shared by {' and '.join(shared)}"
+            remedy = "Leave it out: the gradient of a shared weight is a sum over the modules that use it."
+            raise ValueError(broken_rule(who, f"the point {name}", rule, got, remedy))
+    return kept
+
+
+def projected_name(model: nn.Module, name: str, projection: Projection) -> str:
+    """By which name a module's matrices are made: bergson's is that inside the model without its head."""
+    base = getattr(model, "base_model", None)
+    if projection.scheme != "bergson-2" or not isinstance(base, nn.Module) or base is model:
+        return name
+    prefix = next((inner for inner, module in model.named_modules() if module is base), None)
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def weight_arguments(who: str, model: nn.Module, name: str, module: nn.Module, spec: Spec) -> tuple[Any, ...]:
+    """What a backend's Weight is made of, for a spec at a module; TypeError or ValueError where nothing can be."""
+    layer, projection = find_layer(who, name, module), spec.projection
+    has_bias, per_token = spec.bias and layer.has_bias, spec.per == "token"
+    at_point = f"{who} at {name}"
+    n_heads = 0 if spec.heads is None else spec.heads[0]
+    if spec.heads is not None and (layer.kind != "linear" or n_heads * spec.heads[1] != layer.n_outputs):
+        rule, remedy = f"be (n, d) of a linear layer with n * d outputs, {layer.n_outputs} here", "Check the point."
+        raise ValueError(broken_rule(at_point, "heads", rule, spec.heads, remedy))
+    if layer.kind == "embedding" and projection is None and spec.reduce != "norm":
+        rule, got = "be projected", f"one of [{layer.n_inputs}, {layer.n_outputs}] for each example"
+        remedy = 'Say project=. Of each token it is the gradient itself: of="grad", per="token".'
+        raise ValueError(broken_rule(at_point, "the weight gradient of an embedding", rule, got, remedy))
+    if per_token and layer.kind == "conv":
+        rule, remedy = "be left out at a convolution", "Its windows are no tokens."
+        raise ValueError(broken_rule(at_point, 'per="token"', rule, "one", remedy))
+    row = "norm" if spec.reduce == "norm" else "factors" if per_token else "gradient"
+    left = right = None
+    scale = 1.0
+    if projection is not None:
+        if projection.form != "two-sided":
+            rule, remedy = "be two-sided in a capture", "A one-sided one needs the whole gradient: project rows of it."
+            raise ValueError(broken_rule(at_point, "project", rule, repr(projection.form), remedy))
+        known = projected_name(model, name, projection)
+        n_biases = layer.n_outputs if layer.is_norm else 1
+        right = projection.matrix(known, "right", layer.n_inputs + n_biases * has_bias)
+        if layer.is_norm:
+            scale = projection.scale
+        else:
+            scale = projection.scale if row == "factors" else projection.row_scale
+            names = [f"{known}.head_{head}" for head in range(n_heads)] or [known]
+            sides = [projection.matrix(one, "left", layer.n_outputs // max(1, n_heads)) for one in names]
+            left = torch.stack(sides) if n_heads else sides[0]
+    return (
+        layer.kind, row, has_bias, left, right, scale, n_heads, layer.padding_idx, layer.normalized, layer.eps,
+        layer.window,
+    )  # fmt: skip
