@@ -91,7 +91,9 @@ def test_by_words_of_the_function(tmp_path):
     assert tlfast.open_dataset(tmp_path / "inputs").points[0] == "transformer.h.0:input:act"
     with pytest.raises(ValueError, match=r"^collect: of must be left out where points are Specs, got 'act' beside"):
         collect(tiny_model(), tmp_path / "other", EXAMPLES, points=specs("gpt2"), of="act")
-    with pytest.raises(ValueError, match=r"^collect: of must be one of grad, act, grad\*act, grad\*ref, got 'weight'"):
+    with pytest.raises(
+        ValueError, match=r"^collect: of must be one of grad, act, grad\*act, grad\*ref, weight, got 'loss'"
+    ):
         collect(tiny_model(), tmp_path / "other", EXAMPLES, of="grad,weight", **settings)
     assert not (tmp_path / "other").exists()
 

@@ -383,7 +383,9 @@ def test_sources_that_are_none():
         ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, weight, got 'loss'"
     ):
         tlfast.capture(nn.Linear(2, 2), "", of="loss", rows=1)
-    with pytest.raises(ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, weight, got ''"):
+    with pytest.raises(
+        ValueError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, weight, got ''"
+    ):
         tlfast.capture(nn.Linear(2, 2), "", of=(), rows=1)
     with pytest.raises(
         TypeError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, or a list of them, got None"

@@ -45,8 +45,8 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "layers", "patches", "points", "positions", "running", "tokens"),
-            ("freeze", "full_hooks", "into", "options", "step_inputs"),
+            ("__init__", "dimensions", "inert", "patches", "points", "positions", "running", "tokens"),
+            ("freeze", "full_hooks", "into", "layers", "options", "step_inputs"),
             ("attachment",),
             ("diagnosis",),
             ("captured",),

@@ -23,9 +23,9 @@ from ..spec import SIDES, Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_input, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .into import Into, check_ids, openers
-from .layers import find_weighted, weight_arguments
+from .layers import weight_arguments, weighted_modules
 from .options import CaptureOptions
-from .points import as_list, find_points, is_glob
+from .points import find_points
 from .running import RunningSums
 from .step_inputs import StepInputs, as_mask, constant_ref, has_functions
 from .tokens import Tokens, positions_within, token_rows, tokens_of
@@ -216,10 +216,7 @@ class Capture:
 
     def _find_for(self, spec: Spec) -> dict[str, Any]:
         found = self._find(spec.points)
-        if spec.of != "weight":
-            return found
-        globbed = callable(spec.points) or any(isinstance(p, str) and is_glob(p) for p in as_list(spec.points))
-        return find_weighted("capture", self._model, found.items(), globbed)
+        return weighted_modules("capture", self._model, spec, found) if spec.of == "weight" else found
 
     def _find(self, points: Points) -> dict[str, Any]:
         return find_points("capture", self._model, points)

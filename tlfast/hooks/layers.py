@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import broken_rule
 from ..projections.projection import Projection
 from ..spec import Spec
+from .points import as_list, is_glob
 
 _KINDS = "Linear, Conv1D of transformers, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm and RMSNorm"
 
@@ -128,7 +129,9 @@ def _try_norm(who: str, name: str, module: Any, layer: Layer) -> None:
     raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
 
 
-def find_weighted(who: str, model: nn.Module, found: Iterable[tuple[str, nn.Module]], globbed: bool) -> dict[str, Any]:
+def find_weighted(
+    who: str, model: nn.Module, found: Iterable[tuple[str, nn.Module]], globbed: bool
+) -> dict[str, nn.Module]:
     """Of modules that points mean those whose weight is meant: of a glob those with parameters of their own.
 
     Raises:
@@ -150,6 +153,13 @@ def find_weighted(who: str, model: nn.Module, found: Iterable[tuple[str, nn.Modu
             remedy = "Leave it out: the gradient of a shared weight is a sum over the modules that use it."
             raise ValueError(broken_rule(who, f"the point {name}", rule, got, remedy))
     return kept
+
+
+def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of the modules that the points of a spec for weights name those that it means; errors of `find_weighted`."""
+    points = spec.points
+    globbed = callable(points) or any(isinstance(p, str) and is_glob(p) for p in as_list(points))
+    return find_weighted(who, model, found.items(), globbed)
 
 
 def projected_name(model: nn.Module, name: str, projection: Projection) -> str:
