@@ -23,7 +23,7 @@ MANY = {
 # theirs. A new module needs a place here.
 ROOMS = (
     ("", (("_C", "_build_info", "_disk", "errors", "markup"),)),
-    ("projections", (("philox",), ("entries",), ("projection",))),
+    ("projections", (("philox",), ("entries",), ("sketches",), ("projection",))),
     ("", (("spec",),)),
     (
         "backends",
@@ -40,7 +40,7 @@ ROOMS = (
             ("choice",),
         ),
     ),
-    ("projections", (("__init__",),)),
+    ("projections", (("applying",), ("__init__",))),
     (
         "hooks",
         (
