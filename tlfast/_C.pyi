@@ -26,6 +26,19 @@ def choose_for(all: bool, ids: dict[int, int]) -> None: ...
 def learn_outputs(learning: bool) -> None: ...
 def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]: ...
 
+class Sketcher:
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        scale: float,
+        input_signs: torch.Tensor,
+        shifts: torch.Tensor | None,
+        output_signs: torch.Tensor | None,
+        samples: torch.Tensor | None,
+    ) -> None: ...
+    def rows(self, x: torch.Tensor) -> torch.Tensor | None: ...
+
 class Column:
     name: str
     masked: bool

@@ -11,6 +11,9 @@
 
 namespace tlfast {
 
+// As the kernels call it, if they have it.
+std::optional<Dtype> dtype_of(at::ScalarType dtype);
+
 Reduction parse_reduction(const std::string& name);
 
 // `dims` as sorted, non-negative numbers; an error where one is out of range or named twice.

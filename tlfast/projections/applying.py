@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from types import ModuleType
+from typing import cast, get_args
 
 import numpy as np
 import torch
 
+from ..backends.choice import pick_native
 from ..errors import broken_rule
+from ..spec import Backend, one_of
 from .projection import Projection, Role, check_side
-from .sketches import CountSketch
+from .sketches import CountSketch, HadamardSketch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_KEPT = 2**26  # entries of a matrix that is kept, 256 MB of float32; a larger one is made again at each call
@@ -59,16 +63,32 @@ def projector(
     columns: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> Projector:
     """Make what `apply` applies: a function of tensors [..., columns] of one dtype on one device.
 
+    Args:
+        backend: what runs a sketch: "native" code, on the CPU, or "python", torch's operations, with the same bits.
+
     Raises:
         ValueError, TypeError: for a role that the projection hasn't, and for a dtype that isn't a float's.
+        RuntimeError: for native code that can't be used.
+
+    Example:
+        >>> import torch
+        >>> from tlfast import Projection
+        >>> from tlfast.projections import projector
+        >>> of_inputs = projector(Projection(64, "count-sketch"), "h.0.mlp.c_fc", "right", 768)
+        >>> of_inputs(torch.ones(2, 5, 768)).shape
+        torch.Size([2, 5, 64])
     """
+    one_of("projector", "backend", backend, get_args(Backend))
     if dtype not in DTYPES:
         raise TypeError(broken_rule("projector", "dtype", "be that of floats", dtype, "Cast the tensor."))
     kinds = {"count-sketch": CountSketcher, "hadamard": HadamardSketcher}
-    return kinds.get(projection.kind, MatrixProjector)(projection, module, role, columns, dtype, torch.device(device))
+    return kinds.get(projection.kind, MatrixProjector)(
+        projection, module, role, columns, dtype, torch.device(device), backend
+    )
 
 
 @dataclass(eq=False)
@@ -81,6 +101,7 @@ class Projector:
     columns: int
     dtype: torch.dtype
     device: torch.device
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         check_side("projector", self.projection, self.module, self.role)
@@ -131,7 +152,37 @@ class MatrixProjector(Projector):
 class Sketcher(Projector):
     """A sketch: signs, what the kind does to each block of columns, and the sum of the blocks."""
 
+    def prepare(self) -> None:
+        signs, others = self.tables()
+        self.input_signs = self.number_table(signs)
+        self.native = None
+        if (module := self._native_module()) is not None:
+            shape = self.projection.block_width, self.projection.dim, self.projection.scale
+            self.native = module.Sketcher(*shape, self.input_signs, *others)
+
+    def tables(self) -> tuple[np.ndarray, tuple[torch.Tensor | None, ...]]:
+        """Signs of the columns, and what native code takes beside them: shifts, signs of outputs, samples."""
+        raise NotImplementedError
+
+    def _native_module(self) -> ModuleType | None:
+        if self.device.type == "cpu":
+            return pick_native("projector", self.backend, {"cpu"})
+        if self.backend == "native":
+            got, remedy = f"native on {self.device.type}", 'Pass backend="auto".'
+            raise RuntimeError(
+                broken_rule("projector", "backend", "be usable: sketches are native on the CPU", got, remedy)
+            )
+        return None
+
+    def number_table(self, made: np.ndarray) -> torch.Tensor:
+        """Numbers in the dtype in which is added, where the tensors are."""
+        return torch.from_numpy(made).to(self.device, _accumulator(self.dtype))
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
+        if self.native is not None and not torch.compiler.is_compiling():
+            made = self.native.rows(x if x.stride(1) == 1 else x.contiguous())
+            if made is not None:
+                return cast(torch.Tensor, made)
         at_a_time = max(1, PIECE // max(1, self.columns))
         return torch.cat([self._sketched(part) for part in x.split(at_a_time)])
 
@@ -155,14 +206,13 @@ class Sketcher(Projector):
 class CountSketcher(Sketcher):
     """Each block of columns is turned by its shift."""
 
-    def prepare(self) -> None:
-        made = self.projection.sketch(self.module, self.role, self.columns)
-        assert isinstance(made, CountSketch)
-        self.signs = _on(self.device, made.signs, self.dtype)
+    def tables(self) -> tuple[np.ndarray, tuple[torch.Tensor | None, ...]]:
+        made = cast(CountSketch, self.projection.sketch(self.module, self.role, self.columns))
         self.sources = torch.from_numpy(made.sources()).flatten(1).to(self.device)
+        return made.signs, (torch.from_numpy(made.shifts), None, None)
 
     def in_blocks(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        for signs, sources in zip(self.signs, self.sources, strict=True):
+        for signs, sources in zip(self.input_signs, self.sources, strict=True):
             blocks = self._cut(x * signs)
             yield blocks.flatten(1).index_select(1, sources).view_as(blocks)
 
@@ -170,12 +220,11 @@ class CountSketcher(Sketcher):
 class HadamardSketcher(Sketcher):
     """Each block of columns goes through a Hadamard matrix and gets signs again."""
 
-    def prepare(self) -> None:
-        made = self.projection.sketch(self.module, self.role, self.columns)
-        assert not isinstance(made, CountSketch)
-        self.input_signs = _on(self.device, made.input_signs, self.dtype)
-        self.output_signs = _on(self.device, made.output_signs, self.dtype)
+    def tables(self) -> tuple[np.ndarray, tuple[torch.Tensor | None, ...]]:
+        made = cast(HadamardSketch, self.projection.sketch(self.module, self.role, self.columns))
+        self.output_signs = self.number_table(made.output_signs)
         self.samples = torch.from_numpy(made.samples).to(self.device)
+        return made.input_signs[None], (None, self.output_signs, self.samples)
 
     def in_blocks(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         made = hadamard(self._cut(x * self.input_signs)) * self.output_signs
@@ -200,10 +249,6 @@ def add_up(blocks: torch.Tensor) -> torch.Tensor:
         sums = pairs[:, 0::2] + pairs[:, 1::2]
         blocks = torch.cat((sums, blocks[:, -1:]), dim=1) if blocks.shape[1] % 2 else sums
     return blocks[:, 0]
-
-
-def _on(device: torch.device, made: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(made).to(device, _accumulator(dtype))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
