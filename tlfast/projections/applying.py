@@ -15,7 +15,7 @@ import torch
 from ..backends.choice import pick_native
 from ..errors import broken_rule
 from ..spec import Backend, one_of
-from .projection import Projection, Role, check_side
+from .projection import MOST_COLUMNS, Projection, Role, check_side, whole_number
 from .sketches import CountSketch, HadamardSketch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -82,6 +82,7 @@ def projector(
         >>> of_inputs(torch.ones(2, 5, 768)).shape
         torch.Size([2, 5, 64])
     """
+    columns = whole_number("projector", "columns", columns, 0, MOST_COLUMNS)
     one_of("projector", "backend", backend, get_args(Backend))
     if dtype not in DTYPES:
         raise TypeError(broken_rule("projector", "dtype", "be that of floats", dtype, "Cast the tensor."))
@@ -111,6 +112,12 @@ class Projector:
         """Make what each call needs."""
         raise NotImplementedError
 
+    def refuse_native(self, where: str) -> None:
+        """RuntimeError where native code must be used, and there is none for this."""
+        if self.backend == "native":
+            rule = f"be auto or python {where}"
+            raise RuntimeError(broken_rule("projector", "backend", rule, "native", 'Pass backend="auto".'))
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., columns] -> [..., dim], as `apply` says."""
         _check_tensor("projector", x)
@@ -130,22 +137,24 @@ class MatrixProjector(Projector):
     """A dense kind, with its scale in the matrix: kept, or in column blocks where it would be too large."""
 
     def prepare(self) -> None:
+        self.refuse_native("of a dense kind")
         few = self.projection.dim * self.columns <= MOST_KEPT
-        self.kept = self._matrix(0, self.columns) if few else None
+        self.kept = self._matrix(0, self.columns, self.dtype) if few else None
 
-    def _matrix(self, start: int, columns: int) -> torch.Tensor:
+    def _matrix(self, start: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         made = self.projection.matrix(self.module, self.role, columns, start)
-        wide = made.double() if self.dtype == torch.float64 else made
-        return wide.mul_(self.projection.scale).to(self.device, self.dtype)
+        wide = made.double() if dtype == torch.float64 else made
+        return wide.mul_(self.projection.scale).to(self.device, dtype)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         if self.kept is not None:
             return x @ self.kept.T
-        total = x.new_zeros(len(x), self.projection.dim, dtype=_accumulator(self.dtype))
+        accumulator = _accumulator(self.dtype)
+        total = x.new_zeros(len(x), self.projection.dim, dtype=accumulator)
         wide = max(1, PIECE // self.projection.dim)
         for start in range(0, self.columns, wide):
-            block = self._matrix(start, min(wide, self.columns - start))
-            total += x[:, start : start + wide] @ block.T
+            block = self._matrix(start, min(wide, self.columns - start), accumulator)
+            total += x[:, start : start + wide].to(accumulator) @ block.T
         return total.to(self.dtype)
 
 
@@ -167,11 +176,7 @@ class Sketcher(Projector):
     def _native_module(self) -> ModuleType | None:
         if self.device.type == "cpu":
             return pick_native("projector", self.backend, {"cpu"})
-        if self.backend == "native":
-            got, remedy = f"native on {self.device.type}", 'Pass backend="auto".'
-            raise RuntimeError(
-                broken_rule("projector", "backend", "be usable: sketches are native on the CPU", got, remedy)
-            )
+        self.refuse_native(f"on {self.device.type}")
         return None
 
     def number_table(self, made: np.ndarray) -> torch.Tensor:

@@ -46,7 +46,8 @@ class Projection:
             their size, so that its stores and ours can be compared row by row.
         form: "two-sided", a left matrix for outputs and a right one for inputs; or "one-sided", a single one for the
             whole gradient. One-sided rows of several modules may be added up, which is one projection of them all.
-        nonzeros: of each column of a count sketch; dim is a multiple of it. More make it better and cost as much more.
+        nonzeros: of each column of a count sketch; dim is a multiple of it. More make large errors rarer
+            and cost as much more.
 
     Raises:
         ValueError, TypeError: for settings that make no matrix.
@@ -69,13 +70,13 @@ class Projection:
 
     def __post_init__(self) -> None:
         who = "Projection"
-        object.__setattr__(self, "dim", _whole(who, "dim", self.dim, 1, MOST_ROWS))
+        object.__setattr__(self, "dim", whole_number(who, "dim", self.dim, 1, MOST_ROWS))
         if self.seed is not None:
-            object.__setattr__(self, "seed", _whole(who, "seed", self.seed))
+            object.__setattr__(self, "seed", whole_number(who, "seed", self.seed))
         one_of(who, "kind", self.kind, get_args(Kind))
         one_of(who, "scheme", self.scheme, get_args(Scheme))
         one_of(who, "form", self.form, get_args(Form))
-        object.__setattr__(self, "nonzeros", _whole(who, "nonzeros", self.nonzeros, 1, MOST_ROWS))
+        object.__setattr__(self, "nonzeros", whole_number(who, "nonzeros", self.nonzeros, 1, MOST_ROWS))
         self._check_together(who)
 
     def _check_together(self, who: str) -> None:
@@ -135,8 +136,8 @@ class Projection:
         """
         who = "Projection.matrix"
         check_side(who, self, module, role)
-        start = _whole(who, "start", start, 0, MOST_COLUMNS)
-        columns = _whole(who, "columns", columns, 0, MOST_COLUMNS - start)
+        start = whole_number(who, "start", start, 0, MOST_COLUMNS)
+        columns = whole_number(who, "columns", columns, 0, MOST_COLUMNS - start)
         if self.is_sketch:
             extra = start % self.block_width  # a sketch is made of whole blocks
             return torch.from_numpy(self.sketch(module, role, columns + extra, start - extra).matrix()[:, extra:])
@@ -206,7 +207,7 @@ def as_projection(who: str, given: Projection | int) -> Projection:
     """The projection meant by ``project=16`` or by itself; TypeError or ValueError for anything else."""
     if isinstance(given, Projection):
         return given
-    return Projection(_whole(who, "project", given, 1, MOST_ROWS, "a Projection, or "))
+    return Projection(whole_number(who, "project", given, 1, MOST_ROWS, "a Projection, or "))
 
 
 def check_side(who: str, projection: Projection, module: object, role: object) -> None:
@@ -219,7 +220,7 @@ def check_side(who: str, projection: Projection, module: object, role: object) -
         raise ValueError(broken_rule(who, "role", rule, repr(role), "Pass one of these, or make another Projection."))
 
 
-def _whole(
+def whole_number(
     who: str, argument: str, given: object, least: int | None = None, most: int | None = None, otherwise: str = ""
 ) -> int:
     """A whole number in a range; TypeError or ValueError for anything else."""
