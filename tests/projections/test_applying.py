@@ -219,6 +219,16 @@ def test_what_native_code_cannot_read_goes_another_way():
         assert torch.equal(each, made(x))
 
 
+@pytest.mark.long
+def test_compiled_code_projects_without_a_break():
+    x = drawn(4, 40)
+    for projection in (DENSE[0], SKETCHES[0], SKETCHES[3]):
+        made = projector(projection, NAME, projection.roles[0], 40)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, made=made: made(x) + 1, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), made(x) + 1)
+
+
 def test_not_a_number_spreads():
     x = drawn(2, 40)
     x[0, 3] = torch.nan

@@ -11,6 +11,8 @@ from checkout import ROOT
 from page_examples import code_blocks
 
 from tlfast import Projection
+from tlfast.projections import apply
+from tlfast.projections import projection as projection_file
 
 NAME = "model.layers.0.mlp"
 USE, *DEFINITIONS = [code for _, code in code_blocks((ROOT / "docs" / "projections.md").read_text("utf-8"), "python")]
@@ -144,3 +146,14 @@ def test_bergson_makes_the_same():
             wanted = theirs.random_matrix(identifier, *shape, "cpu", kind)
             made = Projection(shape[0], kind, seed, "bergson-2").matrix(NAME, role, shape[1])
             torch.testing.assert_close(made, wanted, rtol=0, atol=off)
+
+
+def test_bergson_projects_whole_gradients_to_the_same(monkeypatch):
+    theirs = pytest.importorskip("bergson.collector.collector")
+    monkeypatch.setattr(theirs, "CHUNKED_PROJECTION_INSTANTIATION_NUMEL", 16 * 100)
+    monkeypatch.setattr(projection_file, "BERGSON_BLOCK", 16 * 100)
+    x = torch.randn(5, 777, generator=torch.Generator().manual_seed(0))
+    for kind in ("rademacher", "normal"):
+        made = apply(Projection(16, kind, 3, "bergson-2", "one-sided"), NAME, "single", x)
+        wanted = theirs.project_global(f"{NAME}/single/seed3", x, 16, kind)
+        torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6 * float(x.norm(dim=1).max()))
