@@ -58,6 +58,7 @@ TOGETHER = {
         "ledger",
         "recipe",
         "rows",
+        "sketcher",
         "streams",
         "tap",
         "tensor_cache",

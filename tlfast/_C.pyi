@@ -42,6 +42,19 @@ class Weight:
         window: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int] | None,
     ) -> None: ...
 
+class Sketcher:
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        scale: float,
+        input_signs: torch.Tensor,
+        shifts: torch.Tensor | None,
+        output_signs: torch.Tensor | None,
+        samples: torch.Tensor | None,
+    ) -> None: ...
+    def rows(self, x: torch.Tensor) -> torch.Tensor | None: ...
+
 class Column:
     name: str
     masked: bool

@@ -12,6 +12,22 @@
 #include "plain.h"
 
 namespace tlfast {
+
+std::optional<Dtype> dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kDouble:
+      return Dtype::f64;
+    default:  // of torch's many others
+      return std::nullopt;
+  }
+}
+
 namespace {
 
 std::string name_of(at::ScalarType dtype) {
@@ -43,21 +59,6 @@ std::string name_of(at::ScalarType dtype) {
       std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
       return "torch." + name;
     }
-  }
-}
-
-std::optional<Dtype> dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    case at::kDouble:
-      return Dtype::f64;
-    default:  // of torch's many others
-      return std::nullopt;
   }
 }
 

@@ -14,6 +14,9 @@ namespace tlfast {
 // The dtype in which gradients of this dtype are added up.
 inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
+// As the kernels call it, if they have it.
+std::optional<Dtype> dtype_of(at::ScalarType dtype);
+
 Reduction parse_reduction(const std::string& name);
 
 // `dims` as sorted, non-negative numbers; an error where one is out of range or named twice.

@@ -6,6 +6,7 @@
 #include <variant>
 
 #include "autograd/plain.h"
+#include "autograd/sketcher.h"
 #include "cuda_status.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
@@ -174,6 +175,13 @@ PYBIND11_MODULE(_C, m) {
       .def("gradients", &TensorCache::gradients)
       .def("clashes", &TensorCache::clashes)
       .def_property_readonly("n_outputs", &TensorCache::n_outputs);
+
+  py::class_<Sketcher>(m, "Sketcher")
+      .def(py::init<int64_t, int64_t, double, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>,
+                    std::optional<at::Tensor>>(),
+           py::arg("width"), py::arg("dim"), py::arg("scale"), needed("input_signs"), py::arg("shifts"),
+           py::arg("output_signs"), py::arg("samples"))
+      .def("rows", &Sketcher::rows, needed("x"), py::call_guard<py::gil_scoped_release>());
 
   m.def("waiting", &waiting);
   py::class_<Keeper, std::shared_ptr<Keeper>>(m, "Keeper");

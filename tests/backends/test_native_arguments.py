@@ -61,6 +61,12 @@ BY_NAME = {
     ],
     "lengths": [[1], [-1], [-1, 1], None, ["1"]],
     "norms": [0, -1, None, "1"],
+    "width": [0, -1, 3, None, "1", 2**70],
+    "dim": [0, 3, 5, None, "1", 2**70],
+    "input_signs": [None, 1, torch.ones(8), torch.ones(1, 8).half(), torch.ones(1, 8).T, torch.ones(1, 8)._neg_view()],
+    "shifts": [None, 1, torch.zeros(1, 3).long(), torch.zeros(1, 2), torch.tensor([[0, 4]]), torch.tensor([[-1, 0]])],
+    "output_signs": [1, torch.ones(2, 4)],
+    "samples": [1, torch.arange(4)],
 }  # fmt: skip
 BY_ANNOTATION = {
     "tuple[int, int, int, str, int, int]": [
@@ -110,6 +116,12 @@ def functions():
                 yield (node.name if isinstance(node, ast.ClassDef) else None), function.name, static, arguments
 
 
+def hadamard_sketcher(module, *samples, width=4):
+    return module.Sketcher(
+        width, 1, 1.0, torch.ones(1, 2 * width), None, torch.ones(2, width), torch.tensor(samples)
+    )  # fmt: skip
+
+
 class Made:
     """The native modules, and what is right at each argument."""
 
@@ -130,6 +142,7 @@ class Made:
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {}, "layer": "linear", "row": "gradient", "padding_idx": -1,
             "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
+            "input_signs": torch.ones(1, 8), "shifts": torch.zeros(1, 2).long(),
         }  # fmt: skip
         if name in by_name:
             return by_name[name]
@@ -150,6 +163,7 @@ class Made:
         if name == "Tap":
             return self.module.Tap(self.backwards, "0", self.keeper, None)
         made = {"Ledger": self.ledger, "Backwards": self.backwards, "Column": self.column}
+        made["Sketcher"] = hadamard_sketcher(self.module, 3)
         return {**made, "TensorCache": self.module.TensorCache()}[name]
 
     def named(self, name):
@@ -243,6 +257,33 @@ WORDS = {
     "lengths": (
         lambda m: native_writer.loaded().decoded_norms(("int8", 0, 1, 1, 0, 0), [1], 4),
         "decoded_norms: lengths must be those of all 0 rows, got [1]. Count the rows of each example.",
+    ),
+    "signs of blocks": (
+        lambda m: hadamard_sketcher(m, 0, width=0),
+        (
+            "Sketcher: input_signs must be floats [n_parts, columns] in blocks of a width, got [1, 0]. "
+            "Make it by tlfast.projections."
+        ),
+    ),
+    "a table of another shape": (
+        lambda m: hadamard_sketcher(m, 0, 1),
+        "Sketcher: samples must be contiguous on the CPU with shape [1], got [2]. Make it by tlfast.projections.",
+    ),
+    "neither sketch": (
+        lambda m: hadamard_sketcher(m, 0, width=3),
+        "Sketcher: dim must be that of a count sketch or of a Hadamard sketch, got 1. Make it by tlfast.projections.",
+    ),
+    "outside of a block": (
+        lambda m: hadamard_sketcher(m, 4),
+        "Sketcher: samples must be from 0 to 3, got 4. Make it by tlfast.projections.",
+    ),
+    "columns": (
+        lambda m: hadamard_sketcher(m, 3).rows(torch.ones(2, 7)),
+        "Sketcher: x must be floats [n, 8] on the CPU, got [2, 7]. Call tlfast.projections.apply.",
+    ),
+    "double rows of float signs": (
+        lambda m: hadamard_sketcher(m, 3).rows(torch.ones(2, 8).double()),
+        "Sketcher: x must be floats [n, 8] on the CPU, got [2, 8]. Call tlfast.projections.apply.",
     ),
     "norms": (
         lambda m: native_writer.loaded().decoded_norms(("int8", 0, 1, 1, 0, 0), [], 0),

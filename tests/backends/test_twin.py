@@ -11,10 +11,11 @@ from tlfast.backends import python
 
 STUB = {node.name: node for node in ast.parse((Path(tlfast.__file__).parent / "_C.pyi").read_text()).body
         if isinstance(node, ast.ClassDef | ast.FunctionDef)}  # fmt: skip
-# What only native code needs: about the module itself, hooks that are called natively, recorded steps.
+# What only native code needs: about the module itself, hooks that are called natively, recorded steps. The twin of a
+# sketch is in tlfast/projections/applying.py.
 NATIVE_ONLY = {
     "describe", "cuda_status", "cuda_capability", "call_natively", "choose_natively", "choose_for",
-    "learn_outputs", "reduce_at_once", "Recording", "Ledger.cursor",
+    "learn_outputs", "reduce_at_once", "Sketcher", "Recording", "Ledger.cursor",
     "Ledger.start_trial", "Ledger.stop_trial", "Ledger.start_recording", "Ledger.stop_recording", "Ledger.replay",
     "Ledger.take_back", "Tap.learn_references",
 }  # fmt: skip

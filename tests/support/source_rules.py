@@ -23,7 +23,7 @@ MANY = {
 # theirs. A new module needs a place here.
 ROOMS = (
     ("", (("_C", "_build_info", "_disk", "errors", "markup"),)),
-    ("projections", (("philox",), ("entries",), ("projection",))),
+    ("projections", (("philox",), ("entries",), ("sketches",), ("projection",))),
     ("", (("spec",),)),
     (
         "backends",
@@ -41,7 +41,7 @@ ROOMS = (
             ("choice",),
         ),
     ),
-    ("projections", (("__init__",),)),
+    ("projections", (("applying",), ("__init__",))),
     (
         "hooks",
         (
@@ -190,7 +190,7 @@ NATIVE_ROOMS = (
             ("errors", "isa", "reduce"),
             ("choose", "loops", "view"),
             ("capture_cuda.h", "operands"),
-            ("capture_cpu", "cuda_results", "no_cuda"),
+            ("capture_cpu", "cuda_results", "no_cuda", "sketch"),
             ("capture_cuda",),
         ),
     ),
@@ -201,7 +201,7 @@ NATIVE_ROOMS = (
             ("plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
             ("capture",),
-            ("rows", "weight"),
+            ("rows", "sketcher", "weight"),
             ("recipe",),
             ("column",),
             ("ledger", "tensor_cache"),

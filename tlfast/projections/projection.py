@@ -13,14 +13,16 @@ import torch
 from ..errors import broken_rule, one_of
 from . import entries
 from .philox import Key, key_of
+from .sketches import CountSketch, HadamardSketch
 
-Kind = Literal["rademacher", "normal"]
+Kind = Literal["rademacher", "normal", "count-sketch", "hadamard"]
 Scheme = Literal["tlfast-1", "bergson-2"]
 Form = Literal["two-sided", "one-sided"]
 Role = Literal["left", "right", "single"]
 ROLES = {"two-sided": ("left", "right"), "one-sided": ("single",)}
 
-MOST_ROWS, MOST_COLUMNS = 2**31 - 1, 2**34  # a counter has 32 bits for the row and 32 for four normal numbers or more
+MOST_SKETCHED = 2**20  # rows of a sketch: a block of columns has as many, and lies in a cache where that is to be fast
+MOST_ROWS, MOST_COLUMNS = 2**31 - 1, 2**32  # a counter has 32 bits for the row, and for the block of a sketch
 # Entries of a column block of bergson's one-sided matrix, which has an identifier of its own.
 BERGSON_BLOCK = 2**27
 
@@ -35,13 +37,17 @@ class Projection:
 
     Args:
         dim: rows of each matrix. A row of a dataset then has dim * dim numbers per module, or dim if one-sided.
-        kind: "rademacher", entries +1 and -1; "normal", standard normal entries.
+        kind: dense matrices, "rademacher", entries +1 and -1, or "normal", standard normal entries; or sketches, which
+            cost additions alone and a few for each number: "count-sketch", or "hadamard", which is as good as dense
+            signs.
         seed: another number gives other matrices. None is 0; by the scheme "bergson-2" it is bergson's own default,
             which has no seed in its identifiers.
         scheme: "tlfast-1", or "bergson-2": the matrices of bergson 2.5, signs to the bit and normal entries to 1e-6 of
             their size, so that its stores and ours can be compared row by row.
         form: "two-sided", a left matrix for outputs and a right one for inputs; or "one-sided", a single one for the
             whole gradient. One-sided rows of several modules may be added up, which is one projection of them all.
+        nonzeros: of each column of a count sketch; dim is a multiple of it. More make large errors rarer
+            and cost as much more.
 
     Raises:
         ValueError, TypeError: for settings that make no matrix.
@@ -60,15 +66,38 @@ class Projection:
     seed: int | None = None
     scheme: Scheme = "tlfast-1"
     form: Form = "two-sided"
+    nonzeros: int = 1
 
     def __post_init__(self) -> None:
         who = "Projection"
-        object.__setattr__(self, "dim", _whole(who, "dim", self.dim, 1, MOST_ROWS))
+        object.__setattr__(self, "dim", whole_number(who, "dim", self.dim, 1, MOST_ROWS))
         if self.seed is not None:
-            object.__setattr__(self, "seed", _whole(who, "seed", self.seed))
+            object.__setattr__(self, "seed", whole_number(who, "seed", self.seed))
         one_of(who, "kind", self.kind, get_args(Kind))
         one_of(who, "scheme", self.scheme, get_args(Scheme))
         one_of(who, "form", self.form, get_args(Form))
+        object.__setattr__(self, "nonzeros", whole_number(who, "nonzeros", self.nonzeros, 1, MOST_ROWS))
+        self._check_together(who)
+
+    def _check_together(self, who: str) -> None:
+        """ValueError for settings of which one doesn't go with the other."""
+        if self.scheme == "bergson-2" and self.is_sketch:
+            rule, remedy = 'be rademacher or normal with scheme="bergson-2"', 'Leave scheme= out: "tlfast-1" has all.'
+            raise ValueError(broken_rule(who, "kind", rule, repr(self.kind), remedy))
+        if self.nonzeros != 1 and self.kind != "count-sketch":
+            rule, remedy = 'be left out unless kind="count-sketch"', "Leave it out: other matrices are full."
+            raise ValueError(broken_rule(who, "nonzeros", rule, self.nonzeros, remedy))
+        if self.dim % self.nonzeros:
+            rule, remedy = f"divide dim={self.dim}", "Pass a divisor: each part has as many rows."
+            raise ValueError(broken_rule(who, "nonzeros", rule, self.nonzeros, remedy))
+        if self.is_sketch and self.dim > MOST_SKETCHED:
+            rule, remedy = f"be at most {MOST_SKETCHED} in a sketch", "Take fewer, or a dense kind."
+            raise ValueError(broken_rule(who, "dim", rule, self.dim, remedy))
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether it is applied without its matrix."""
+        return self.kind in ("count-sketch", "hadamard")
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -77,13 +106,17 @@ class Projection:
 
     @property
     def scale(self) -> float:
-        """What one matrix is multiplied with, so that it keeps squared lengths on average: 1 / sqrt(dim)."""
-        return 1 / math.sqrt(self.dim)
+        """What one matrix is multiplied with, so that it keeps squared lengths on average.
+
+        1 / sqrt(dim); 1 / sqrt(nonzeros) of a count sketch.
+        """
+        return 1 / math.sqrt(self.nonzeros if self.kind == "count-sketch" else self.dim)
 
     @property
     def row_scale(self) -> float:
-        """What the numbers of a row are multiplied with in all: 1 / dim, exactly, where both sides are projected."""
-        return 1 / self.dim if self.form == "two-sided" else self.scale
+        """What the numbers of a row are multiplied with in all: the square of ``scale`` where both are projected."""
+        squared = self.nonzeros if self.kind == "count-sketch" else self.dim
+        return 1 / squared if self.form == "two-sided" else self.scale
 
     def matrix(self, module: str, role: Role, columns: int, start: int = 0) -> torch.Tensor:
         """The matrix of one side of a module, before it is scaled.
@@ -95,16 +128,19 @@ class Projection:
             start: the first of these. Any range has the same numbers as in the whole matrix.
 
         Returns:
-            float32 [dim, columns] on the CPU: +1 and -1, or standard normal numbers. Multiplied with ``scale`` it is
-            the projection.
+            float32 [dim, columns] on the CPU: +1 and -1 (and 0 in a count sketch), or standard normal numbers.
+            Multiplied with ``scale`` it is the projection.
 
         Raises:
             ValueError, TypeError: for a role that this form hasn't, and for columns that can't be.
         """
         who = "Projection.matrix"
         check_side(who, self, module, role)
-        start = _whole(who, "start", start, 0, MOST_COLUMNS)
-        columns = _whole(who, "columns", columns, 0, MOST_COLUMNS - start)
+        start = whole_number(who, "start", start, 0, MOST_COLUMNS)
+        columns = whole_number(who, "columns", columns, 0, MOST_COLUMNS - start)
+        if self.is_sketch:
+            extra = start % self.block_width  # a sketch is made of whole blocks
+            return torch.from_numpy(self.sketch(module, role, columns + extra, start - extra).matrix()[:, extra:])
         made = torch.empty(self.dim, columns)
         for key, first, last, shift in self._blocks(module, role, start, start + columns):
             if self.kind == "normal":
@@ -113,6 +149,18 @@ class Projection:
                 block = entries.signs(key, self.dim, first - shift, last - shift)
             made[:, first - start : last - start] = torch.from_numpy(block)
         return made
+
+    @property
+    def block_width(self) -> int:
+        """Columns of one block of a sketch."""
+        return self.dim // self.nonzeros if self.kind == "count-sketch" else 1 << (self.dim - 1).bit_length()
+
+    def sketch(self, module: str, role: Role, columns: int, start: int = 0) -> CountSketch | HadamardSketch:
+        """What applies a sketch without its matrix, from the first column of a block on."""
+        ((key, first, last, _),) = self._blocks(module, role, start, start + columns)
+        if self.kind == "count-sketch":
+            return CountSketch.make(key, self.dim, self.nonzeros, first, last)
+        return HadamardSketch.make(key, self.dim, first, last)
 
     def _blocks(self, module: str, role: Role, start: int, stop: int) -> Iterator[tuple[Key, int, int, int]]:
         """(key, first column, the one after the last, column that counts as 0) of each block of a range of columns."""
@@ -159,7 +207,7 @@ def as_projection(who: str, given: Projection | int) -> Projection:
     """The projection meant by ``project=16`` or by itself; TypeError or ValueError for anything else."""
     if isinstance(given, Projection):
         return given
-    return Projection(_whole(who, "project", given, 1, MOST_ROWS, "a Projection, or "))
+    return Projection(whole_number(who, "project", given, 1, MOST_ROWS, "a Projection, or "))
 
 
 def check_side(who: str, projection: Projection, module: object, role: object) -> None:
@@ -172,7 +220,7 @@ def check_side(who: str, projection: Projection, module: object, role: object) -
         raise ValueError(broken_rule(who, "role", rule, repr(role), "Pass one of these, or make another Projection."))
 
 
-def _whole(
+def whole_number(
     who: str, argument: str, given: object, least: int | None = None, most: int | None = None, otherwise: str = ""
 ) -> int:
     """A whole number in a range; TypeError or ValueError for anything else."""
