@@ -94,7 +94,7 @@ def test_by_words_of_the_function(tmp_path):
     with pytest.raises(
         ValueError, match=r"^collect: of must be one of grad, act, grad\*act, grad\*ref, weight, got 'loss'"
     ):
-        collect(tiny_model(), tmp_path / "other", EXAMPLES, of="grad,weight", **settings)
+        collect(tiny_model(), tmp_path / "other", EXAMPLES, of="grad,loss", **settings)
     assert not (tmp_path / "other").exists()
 
 
