@@ -155,6 +155,17 @@ ROOMS = (
             ("ray_cluster",),
         ),
     ),
+    (
+        "attribution",
+        (
+            ("queries",),
+            ("every_score", "moments"),
+            ("methods",),
+            ("joined", "result"),
+            ("faiss_index", "scores"),
+            ("__init__",),
+        ),
+    ),
     # The last four keep names by which modules were known before.
     ("", (("__init__", "attachment", "batches", "loss", "stopping"),)),
     (
