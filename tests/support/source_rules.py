@@ -162,7 +162,7 @@ ROOMS = (
             ("every_score", "moments"),
             ("methods",),
             ("joined", "result"),
-            ("faiss_index", "scores"),
+            ("faiss_index", "scores", "text_query"),
             ("__init__",),
         ),
     ),
@@ -182,7 +182,7 @@ ROOMS = (
     ),
     (
         "commands",
-        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "sharing")),
+        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "scoring", "sharing")),
     ),
     ("", (("cli",), ("__main__",))),
 )

@@ -82,9 +82,8 @@ def score(
         >>> found.indices, found.scores
         (tensor([[0]]), tensor([[3.]]))
     """
-    one_of(WHO, "method", method, tuple(METHODS))
     one_of(WHO, "non_finite", non_finite, ("skip", "stop"))
-    _check_numbers(method, k, {"moments": moments, "damping": damping, "mix": mix})
+    check_arguments(method, k, {"moments": moments, "damping": damping, "mix": mix})
     path = None if out is None else check_out(out)
     ds = opened("dataset", dataset)
     ds = ds if where is None else ds.filter(where)
@@ -127,7 +126,9 @@ def _scored(
     return best, scoring.n_skipped
 
 
-def _check_numbers(method: str, k: int | None, given: Mapping[str, Any]) -> None:
+def check_arguments(method: str, k: int | None, given: Mapping[str, Any]) -> None:
+    """ValueError for a method or numbers that `score` refuses."""
+    one_of(WHO, "method", method, tuple(METHODS))
     if k is not None and (type(k) is not int or k < 1):
         raise ValueError(broken_rule(WHO, "k", "be an int of at least 1, or None", repr(k), "None gives all scores."))
     plain = {"moments": None, "damping": DAMPING, "mix": 0.0}
