@@ -8,7 +8,7 @@ from dataset_cases import HEADER, make_dataset, make_writer, truth, write_units
 from dataset_cases import examples as examples_of
 
 import tlfast
-from tlfast.attribution import METHODS, Scores
+from tlfast.attribution import METHODS, Scores, pieces, sums
 from tlfast.dataset import Column, Plan, concat_datasets, merge_datasets, open_dataset
 from tlfast.dataset.read import search as searching
 
@@ -38,8 +38,9 @@ def others(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Many blocks, many parts of queries."""
-    monkeypatch.setattr(searching, "BLOCK_BYTES", 7000)
-    monkeypatch.setattr(searching, "_SCORE_BYTES", 200)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(sums, "_CACHED_BYTES", 900)
+    monkeypatch.setattr(searching, "_SCORE_BYTES", 1 << 10)
 
 
 def joined(rows, points=tuple(COLUMNS)):
@@ -129,9 +130,9 @@ def test_symmetric(ds, others, method):
 
 
 def test_moments_that_are_given_and_mixed(ds, others, tmp_path):
-    sums = tlfast.RunningSums("moment2_full")
-    sums.add({point: others[point][:].float() for point in COLUMNS})
-    sums.save(tmp_path / "moments.npz")
+    moments = tlfast.RunningSums("moment2_full")
+    moments.add({point: others[point][:].float() for point in COLUMNS})
+    moments.save(tmp_path / "moments.npz")
     of_others = [part.T @ part / len(part) for part in joined(others).split(WIDTHS, 1)]
     for changes, more in (
         ({"moments": tmp_path / "moments.npz", "damping": 0.5}, {"moments": of_others, "damping": 0.5}),
@@ -146,8 +147,9 @@ def test_moments_that_are_given_and_mixed(ds, others, tmp_path):
 def test_blocks_change_scores_by_rounding_alone(ds, others, monkeypatch):
     for method in METHODS:
         found = []
-        for block_bytes in (200, 7000, 1 << 20):
-            monkeypatch.setattr(searching, "BLOCK_BYTES", block_bytes)
+        for piece_bytes, sums_bytes in ((200, 100), (3000, 1000), (1 << 14, 1 << 20), (1 << 20, 1 << 20)):
+            monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+            monkeypatch.setattr(sums, "SUMS_BYTES", sums_bytes)
             found.append(tlfast.score(ds, others, method, k=None).scores)
         bound = reference(joined(ds), joined(others), method, WIDTHS)[1]
         assert all(bool(((scores - found[0]).abs() <= 2 * bound).all()) for scores in found)
@@ -156,8 +158,8 @@ def test_blocks_change_scores_by_rounding_alone(ds, others, monkeypatch):
 
 
 def test_copies_are_found_first_among_ten_thousand(tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr(searching, "_SCORE_BYTES", 8 << 20)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(sums, "_CACHED_BYTES", 1 << 14)
     plan, columns = Plan(10_000, 5_000), {"a": (torch.bfloat16, (8,)), "b": (torch.bfloat16, (4,))}
     rows = truth(columns, plan)
     places = [3, 4_999, 5_000, 9_999]
@@ -288,7 +290,7 @@ def test_all_scores_go_to_a_file(ds, others, tmp_path, monkeypatch):
     def broken(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tlfast.attribution.joined.JoinedScoring.scores", broken)
+    monkeypatch.setattr("tlfast.attribution.sums.Sums.scores", broken)
     with pytest.raises(KeyboardInterrupt):
         tlfast.score(ds, others, out=tmp_path / "none.npy")
     monkeypatch.setattr("tlfast.attribution.every_score.MOST_BYTES", 100)
@@ -359,8 +361,8 @@ def test_wrong_questions_are_refused_before_anything_is_read(ds, others, call, m
     def read(*given):
         raise AssertionError("rows were read")
 
-    monkeypatch.setattr("tlfast.attribution.scores.row_blocks", read)
-    monkeypatch.setattr("tlfast.attribution.moments.row_blocks", read)
+    monkeypatch.setattr("tlfast.attribution.sums.read_pieces", read)
+    monkeypatch.setattr("tlfast.attribution.moments.read_pieces", read)
     with pytest.raises((ValueError, TypeError, KeyError), match=message):
         call(ds, others)
 
@@ -395,16 +397,16 @@ def test_moments_that_can_not_be_used(ds, tmp_path):
         ("moment2_full", torch.ones(2, 3), r"score: moments must be of rows of 24 values at 'bf16', got \[3\]. They"),
         ("moment2_full", torch.zeros(2, 24), "score: points must have a second moment that isn't zero, got 'bf16'."),
     ):
-        sums = tlfast.RunningSums(stats)
-        sums.add({"bf16": rows})
+        moments = tlfast.RunningSums(stats)
+        moments.add({"bf16": rows})
         with pytest.raises(ValueError, match=message):
-            tlfast.score(ds, ONE, "trackstar", moments=sums)
-    sums = tlfast.RunningSums("moment2_full")
-    sums.add({"bf16": torch.eye(24)[:1]})
+            tlfast.score(ds, ONE, "trackstar", moments=moments)
+    moments = tlfast.RunningSums("moment2_full")
+    moments.add({"bf16": torch.eye(24)[:1]})
     with pytest.raises(
         ValueError, match=r"score: damping must make the second moments at 'bf16' invertible, got 1e-300."
     ):
-        tlfast.score(ds, ONE, "trackstar", moments=sums, damping=1e-300)
+        tlfast.score(ds, ONE, "trackstar", moments=moments, damping=1e-300)
 
 
 def test_queries_of_another_model_are_refused(ds, tmp_path):

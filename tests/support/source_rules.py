@@ -158,10 +158,10 @@ ROOMS = (
     (
         "attribution",
         (
-            ("queries",),
+            ("pieces", "queries"),
             ("every_score", "moments"),
             ("methods",),
-            ("joined", "result"),
+            ("result", "sums"),
             ("faiss_index", "scores", "text_query"),
             ("__init__",),
         ),

@@ -16,7 +16,6 @@ class Asked(NamedTuple):
 
     ds: Any
     queries: Queries
-    step: int  # rows that are read at once
     moments: Any
     damping: float
     mix: float
@@ -51,7 +50,7 @@ def _trackstar(asked: Asked) -> Prepared:
     """Rows and queries by the inverse root of the second moments, column by column; then their cosine."""
     rows, points = asked.queries.rows, asked.queries.points
     if asked.moments is None:
-        moments = moments_of(asked.ds, points, asked.step, asked.progress)
+        moments = moments_of(asked.ds, points, asked.progress)
     else:
         moments = given_moments(asked.ds, points, asked.moments)
     if asked.mix:

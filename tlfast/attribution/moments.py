@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..dataset.read.search import row_blocks
 from ..errors import broken_rule
 from ..hooks.running import RunningSums
+from .pieces import read_pieces
 from .queries import WHO
 
 _SMALLEST = 2.0**-60  # of the root's diagonal: its inverse is used in float32
@@ -49,15 +49,13 @@ def given_moments(ds: Any, points: Sequence[str], moments: Any) -> dict[str, tor
     return found
 
 
-def moments_of(
-    ds: Any, points: Sequence[str], step: int, progress: Callable[[int], None] | None
-) -> dict[str, torch.Tensor]:
+def moments_of(ds: Any, points: Sequence[str], progress: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
     """Return the second moments of a dataset's own rows, which are read once: float64 [D, D] by point."""
     sums = RunningSums("moment2_full", non_finite="skip")
-    for block in row_blocks([ds[point] for point in points], len(ds), step):
-        sums.add(block.values)
-        if progress is not None:
-            progress(block.n_rows)
+    for piece, rows in read_pieces(ds, points, len(ds)):
+        sums.add(rows)
+        if progress is not None and piece.is_last:
+            progress(piece.end - piece.first)
     for point in points:
         if point not in sums or not sums[point].n:
             rule, got = "hold a finite row at each point", f"none at {point!r}"

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from ..dataset.read.search import Best, Taker, row_blocks, take_scores
+from ..dataset.read.search import Best, Taker, take_scores
 from ..dataset.read.views import Readable
 from ..errors import broken_rule
 from ..hooks.running import RunningSums
 from ..spec import one_of
 from .every_score import InFile, InMemory, check_out, check_room
-from .joined import JoinedScoring, dtype_of, rows_at_once
 from .methods import METHODS, Asked, Method
 from .queries import WHO, chosen_queries, opened
 from .result import Scores
+from .sums import Sums, dtype_of
 
 DAMPING = 0.1
 
@@ -43,7 +43,7 @@ def score(
     A score is of the whole row, its columns laid behind each other: "dot" is the sum of the columns' dot products,
     "cosine" that sum divided by the norms of row and query over all these columns, and "trackstar" the cosine once each
     column of both was multiplied with the inverse root of its second moments, ``(M + damping m I)^-1/2``, m the mean of
-    M's eigenvalues. Rows are read in order, in blocks of 8 MiB, while the block before is multiplied: memory holds some
+    M's eigenvalues. Rows are read in order, 8 MiB at a time, while what was read is multiplied: memory holds some such
     blocks, the queries and the results, whatever the number of rows. The arithmetic is float32 (float64 where a column
     is), on the device of the queries.
 
@@ -91,10 +91,10 @@ def score(
     check = METHODS[method].check
     if check is not None:
         check(ds, chosen.points)
-    dtype, step = dtype_of(ds, chosen.points), rows_at_once(ds, chosen.points)
+    dtype = dtype_of(ds, chosen.points)
     if k is None and path is None:
         check_room(len(chosen), len(ds), dtype)
-    asked = Asked(ds, chosen, step, moments, damping, mix, progress)
+    asked = Asked(ds, chosen, moments, damping, mix, progress)
     every: InFile | InMemory | None = None
     with ExitStack() as files:
         if path is not None:
@@ -117,13 +117,12 @@ def _scored(
     ds, points = asked.ds, asked.queries.points
     device = asked.queries.rows[points[0]].device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        scoring = JoinedScoring(method.prepare(asked), dtype, asked.step, stops)
+        sums = Sums(ds, method.prepare(asked), dtype, stops)
         like = torch.empty(0, dtype=dtype, device=device)
         best = None if k is None else Best(len(asked.queries), min(k, len(ds)), like)
         takers = [taker for taker in (best, every) if taker is not None]
-        blocks = row_blocks([ds[point] for point in points], len(ds), asked.step)
-        take_scores(blocks, asked.step, scoring, takers, asked.progress)
-    return best, scoring.n_skipped
+        take_scores(sums.blocks(), sums.most_rows, sums, takers, asked.progress)
+    return best, sums.n_skipped
 
 
 def check_arguments(method: str, k: int | None, given: Mapping[str, Any]) -> None:
