@@ -24,9 +24,9 @@ from .reading import forget, sequential
 from .report import Cell, Claim, Result, Table
 
 PREDICTION = (
-    "16 queries: rows are converted into one block behind each other and multiplied at once, while two threads read the"
-    " next ones: 0.85-0.95 of the rate of reading on two cores; the plain loop waits for the disk, then computes: 0.5;"
-    " memory: torch and five blocks of 8 MiB: half a GiB"
+    "16 queries: a unit's columns are read in the order of the disk, and converted and multiplied within a cache, while"
+    " two threads read the next ones: 0.85-0.95 of the rate of reading on two cores; the plain loop waits for the disk,"
+    " then computes: 0.6; memory: torch and five pieces of 8 MiB: a third of a GiB"
 )
 MODULES, SIDE, UNIT, K, QUERIES = 16, 16, 8192, 10, 16  # 4,096 values: 16 x 16 of each of 16 modules
 FLOOR, DIRECT = "reading the bytes", "reading the bytes, O_DIRECT"
