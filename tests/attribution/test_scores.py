@@ -147,7 +147,7 @@ def test_moments_that_are_given_and_mixed(ds, others, tmp_path):
 def test_blocks_change_scores_by_rounding_alone(ds, others, monkeypatch):
     for method in METHODS:
         found = []
-        for piece_bytes, sums_bytes in ((200, 100), (3000, 1000), (1 << 14, 1 << 20), (1 << 20, 1 << 20)):
+        for piece_bytes, sums_bytes in ((400, 200), (3000, 1000), (1 << 20, 1 << 20)):
             monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
             monkeypatch.setattr(sums, "SUMS_BYTES", sums_bytes)
             found.append(tlfast.score(ds, others, method, k=None).scores)
@@ -240,6 +240,9 @@ def test_merged_and_filtered_datasets_and_kept_order(ds, others, tmp_path):
         assert [hit["length"] > 3 for hit in found[0]] == [True] * 4
     both = concat_datasets([view, ds.select([5, 5])])
     check(tlfast.score(both, others, k=4), *reference(joined(both), joined(others), "dot", WIDTHS))
+    assert found.dataset.ids.tolist() == view.ids.tolist()
+    for k in (3, None):
+        assert tlfast.score(ds, others, k=k, where="length > 99").scores.shape == (7, 0)
     some = tlfast.score(ds, others, points=["f*", "one"], k=3)
     assert some.points == ["f32", "f16", "one"]
     check(some, *reference(joined(ds, some.points), joined(others, some.points), "dot", [24, 5, 1]))
@@ -344,6 +347,7 @@ WRONG = [
     (lambda ds, q: tlfast.score(ds, {"bf16": torch.ones(0, 24)}), "score: queries must hold a row at least, got none."),
     (lambda ds, q: tlfast.score(ds, {"bf16": torch.full((1, 24), torch.nan)}), "queries must be finite, got NaN or i"),
     (lambda ds, q: tlfast.score(ds, {"bf16": torch.zeros(2, 24)}, "cosine"), "queries must have a direction, got zero"),
+    (lambda ds, q: tlfast.score(ds, {"bf16": torch.zeros(1, 24)}, "trackstar"), "in query 0. Leave"),
     (lambda ds, q: tlfast.score(ds, {"bf16": torch.full((1, 24), 1e99, dtype=torch.float64)}), "queries must be withi"),
     (lambda ds, q: tlfast.score(ds, ONE | {"one": torch.ones(2)}), "queries must be equally many for all points, got"),
     (lambda ds, q: tlfast.score(ds, q, points="nope"), "score: points must match a module, got 'nope'"),

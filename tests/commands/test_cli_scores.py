@@ -47,7 +47,7 @@ def test_scores_are_printed_and_written(folder, tmp_path, capsys):
     example = right[0][0]
     text = tokenizer.decode(example["input_ids"])
     assert shown[0] == f"query 0: {text}"
-    assert shown[1].split() == [f"{example['score']:.6g}", "row", "0", f"{example['source']}:0", *text.split()]
+    assert shown[1].split() == [f"{example['score']:.6g}", "example", "0", f"{example['source']}:0", *text.split()]
     assert [line.split()[2] for line in shown if line.startswith("  ")] == [
         str(r) for r in right.indices.flatten().tolist()
     ]
@@ -86,7 +86,7 @@ def test_a_text_finds_itself(folder, tmp_path, capsys, merged):
     assert main(["search", str(place), text, "--top", "3"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"query 0: {text}"
-    assert [line.split()[1:3] for line in shown[1:2]] == [["row", "7"]]
+    assert [line.split()[1:3] for line in shown[1:2]] == [["example", "7"]]
     assert float(shown[1].split()[0]) == pytest.approx(1, abs=0.01)  # of bfloat16 rows
     assert len(shown) == 5
     assert sorted(os.listdir(folder)) == ["model", "out", "queries", "text"]
@@ -104,7 +104,7 @@ def test_a_dataset_of_a_program_is_searched_with_the_model(folder, tmp_path, cap
         "Give the model's folder or name by --model."
     )
     assert main([*words, "--model", str(folder / "model"), "--top", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["1", "row", "5"]
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["1", "example", "5"]
     save_model(tmp_path / "other", "llama")
     text = complaint_of(capsys, [*words, "--model", str(tmp_path / "other")])
     assert "points must match a module" in text or "score: queries must be of the model" in text

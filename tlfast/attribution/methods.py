@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .moments import check_sizes, given_moments, moments_of, whitening
-from .queries import Queries
+from .queries import Queries, check_directions
 
 
 class Asked(NamedTuple):
@@ -35,7 +35,7 @@ class Method(NamedTuple):
 
     prepare: Callable[[Asked], Prepared]
     takes: tuple[str, ...] = ()  # which of the arguments moments, damping and mix it reads
-    check: Callable[[Any, list[str]], None] | None = None  # of dataset and columns, before anything is read
+    check: Callable[[Any, Queries], None] = lambda ds, queries: None  # before any row is read
 
 
 def _dot(asked: Asked) -> Prepared:
@@ -44,6 +44,15 @@ def _dot(asked: Asked) -> Prepared:
 
 def _cosine(asked: Asked) -> Prepared:
     return Prepared(asked.queries.rows, {}, True)
+
+
+def _check_cosine(ds: Any, queries: Queries) -> None:
+    check_directions(queries)
+
+
+def _check_trackstar(ds: Any, queries: Queries) -> None:
+    check_sizes(ds, queries.points)
+    check_directions(queries)
 
 
 def _trackstar(asked: Asked) -> Prepared:
@@ -63,6 +72,6 @@ def _trackstar(asked: Asked) -> Prepared:
 # A method is a line here: `docs/attribution.md` says what each computes.
 METHODS = {
     "dot": Method(_dot),
-    "cosine": Method(_cosine),
-    "trackstar": Method(_trackstar, ("moments", "damping", "mix"), check_sizes),
+    "cosine": Method(_cosine, check=_check_cosine),
+    "trackstar": Method(_trackstar, ("moments", "damping", "mix"), _check_trackstar),
 }

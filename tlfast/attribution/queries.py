@@ -35,6 +35,14 @@ class Queries(NamedTuple):
         return len(next(iter(self.rows.values())))
 
 
+def check_directions(queries: Queries) -> None:
+    """ValueError for a query of zeros, which points nowhere."""
+    there = torch.stack([(rows != 0).any(1) for rows in queries.rows.values()]).any(0)
+    if not bool(there.all()):
+        got = f"zeros alone in query {int((~there).nonzero()[0])}"
+        raise ValueError(broken_rule(WHO, "queries", "have a direction", got, "Leave it out."))
+
+
 def opened(argument: str, given: Any) -> Any:
     """Return a dataset or view, opened where its path was given."""
     if isinstance(given, Readable):

@@ -23,6 +23,7 @@ class Scores(SearchResult):
     """Made by `tlfast.score`: ``found[q]`` is a list of dicts, best first; it prints as a table.
 
     Attributes:
+        dataset: what was scored; with ``where=`` the view of those rows.
         indices: int64 [Q, k]: the rows, best first, -1 where there are no more; with ``k=None`` all rows in order.
         scores: [Q, k]; NaN where there are no more, and of rows that aren't finite.
         metric: the method.
@@ -45,6 +46,7 @@ class Scores(SearchResult):
         is_all: bool = False,
     ) -> None:
         super().__init__(ds, indices, scores, None, method, points)
+        self.dataset = ds
         self.n_skipped, self.queries, self.is_all = n_skipped, queries, is_all
 
     def best(self, k: int) -> Scores:

@@ -53,7 +53,8 @@ def score(
         method: "dot", "cosine" or "trackstar".
         points: which columns, names or globs; all that both have by default.
         k: how many rows for each query; None: the scores of all rows, in order.
-        where: take the rows alone for which it holds, as ``ds.filter``: ``"length > 10"``.
+        where: take the rows alone for which it holds, as ``ds.filter``: ``"length > 10"``. The rows found are then
+            those of ``found.dataset``, the view; ``found.ids`` are the examples'.
         moments: of trackstar: RunningSums of ``moment2_full``, or their file. None: those of the rows that are
             scored, which are read once more.
         damping: of trackstar, above 0.
@@ -88,9 +89,7 @@ def score(
     ds = opened("dataset", dataset)
     ds = ds if where is None else ds.filter(where)
     chosen = chosen_queries(ds, queries, points)
-    check = METHODS[method].check
-    if check is not None:
-        check(ds, chosen.points)
+    METHODS[method].check(ds, chosen)
     dtype = dtype_of(ds, chosen.points)
     if k is None and path is None:
         check_room(len(chosen), len(ds), dtype)

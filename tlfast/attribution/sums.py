@@ -46,7 +46,7 @@ class Sums:
         points = list(prepared.queries)
         joined = torch.cat(list(prepared.queries.values()), 1)
         if prepared.is_cosine:
-            joined = _with_directions(joined)
+            joined = directions(joined / joined.abs().amax(1, keepdim=True))
         exact = torch.get_float32_matmul_precision() != "highest"  # the user's choice is of his model's products
         self._work = torch.float64 if exact else dtype
         self.n_queries, self.itemsize, self.n_skipped = len(joined), dtype.itemsize, 0
@@ -145,11 +145,3 @@ class Sums:
         """Return the scores of some queries: [queries, rows]."""
         found = rows.scores[:, which].T
         return (found / rows.norms if rows.norms is not None else found).to(self._dtype).contiguous()
-
-
-def _with_directions(queries: torch.Tensor) -> torch.Tensor:
-    largest = queries.abs().amax(1, keepdim=True)
-    if not bool((largest > 0).all()):
-        got = f"zeros alone in query {int((largest[:, 0] == 0).nonzero()[0])}"
-        raise ValueError(broken_rule(WHO, "queries", "have a direction", got, "Leave it out."))
-    return directions(queries / largest)

@@ -22,7 +22,7 @@ from ..dataset import open_dataset
 from ..dataset.format.description import CONFIG
 from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
-from ..spec import Spec
+from ..spec import DTYPE_NAMES, Spec
 
 _WHO = "tlfast search"
 _OF_OTHER_DATA: dict[str, Any] = {
@@ -125,10 +125,17 @@ def _collect_alike(ds: Any, text: str, model: str, trust: bool, out: str) -> Non
     wanted = header.get("tokenizer")
     if isinstance(wanted, Mapping) and wanted.get("fingerprint") not in (None, tokenizer_fingerprint(tokenizer)):
         raise _refused("--model", "have the tokenizer of the dataset", "another", "Give the same model.")
-    loaded = load_model(name, None, torch.device("cpu"), "", Loading("auto", adapter, trust))
+    loaded = load_model(name, _dtype(header), torch.device("cpu"), "", Loading("auto", adapter, trust))
     tokens = tokenizer(text, verbose=False)["input_ids"]
     kept = {key: header[key] for key in ("grad_scale", "calls", "missing") if key in header}
     collect(loaded, [list(tokens)], out, points=specs, loss=loss, progress=False, non_finite="stop", **kept)
+
+
+def _dtype(header: Mapping[str, Any]) -> torch.dtype | None:
+    """What all parameters of the model were in; None where they differed, as the checkpoint has it then."""
+    said = header.get("model")
+    dtypes = said.get("dtypes") if isinstance(said, Mapping) else None
+    return DTYPE_NAMES.get(str(dtypes[0])) if isinstance(dtypes, list) and len(dtypes) == 1 else None
 
 
 def _specs(header: Mapping[str, Any]) -> list[Spec]:

@@ -107,15 +107,15 @@ def _scored(wanted: Any, ds: Any, queries: Any) -> Scores:
 def _show(found: Scores, text: str = "") -> None:
     """Print the rows of each query, a line each, with their text."""
     columns = found.to_dict(texts=True)
-    lines = list(zip(*(columns[name] for name in ("query", "score", "row", "source", "start", "text")), strict=True))
+    lines = list(zip(*(columns[name] for name in ("query", "score", "id", "source", "start", "text")), strict=True))
     tokenizer = None if found.queries is None else found.queries.tokenizer()
     width = max((len(str(line[2])) for line in lines), default=1)
     for query in range(min(len(found), _SHOWN_QUERIES)):
         asked = text if found.queries is None else _text_of(found.queries, query, tokenizer)
         print(f"query {query}: {shortened(asked, _TEXT_WIDTH)}")
-        for _, value, row, source, start, hit in (line for line in lines if line[0] == query):
+        for _, value, number, source, start, hit in (line for line in lines if line[0] == query):
             place = shortened(f"{source}:{start}", 40)
-            print(f"  {value:<12.6g} row {row:<{width}}  {place}  {shortened(hit, _TEXT_WIDTH)}")
+            print(f"  {value:<12.6g} example {number:<{width}}  {place}  {shortened(hit, _TEXT_WIDTH)}")
     if len(found) > _SHOWN_QUERIES:
         print(f"and {len(found) - _SHOWN_QUERIES} more queries: --out FILE.parquet has all")
     skipped = f", {found.n_skipped} rows left out, which aren't finite" if found.n_skipped else ""
