@@ -1,5 +1,6 @@
 """A FAISS index of several columns answers as a scoring does."""
 
+import doctest
 import sys
 
 import pytest
@@ -34,6 +35,12 @@ def test_an_index_answers_as_a_scoring(both, metric, points, monkeypatch):
     right = tlfast.score(ds, queries, metric, points=points, k=4)
     assert rows.tolist() == right.indices.tolist()
     assert torch.allclose(torch.from_numpy(scores), right.scores, rtol=0, atol=2e-5)
+
+
+def test_the_example_runs():
+    pytest.importorskip("faiss", reason="the extra faiss isn't installed")
+    found = doctest.testmod(sys.modules[faiss_index.__module__])
+    assert (found.failed, found.attempted > 5) == (0, True)
 
 
 def test_what_an_index_can_not_be_made_of(both, monkeypatch):
