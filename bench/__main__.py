@@ -22,6 +22,7 @@ ON_REQUEST = (
     "recipes",
     "recipes_lens",
     "search",
+    "scores",
     "data",
     "dataset_read",
     "dataset_resume",
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, help="JSON file for all results, or a folder for one each (default: bench/results)"
     )
     parser.add_argument("--rehearse", action="store_true", help="gpu: run its code on the CPU, to see that it does")
-    parser.add_argument("--rows", type=int, metavar="N", help="search: of how many rows (default: 1,000,000)")
+    parser.add_argument("--rows", type=int, metavar="N", help="search, scores: of how many rows (default: 1,000,000)")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.benches if name not in BENCHES + ON_REQUEST]
     if unknown:
@@ -56,10 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"bench: the name must be one of {known}, got {unknown[0]!r}. Check the spelling.")
     if options.rehearse and not options.quick:
         parser.error("bench: --rehearse must come with --quick, got none. Its figures say nothing of a GPU.")
-    if options.rows is not None and (options.benches != ["search"] or options.rows < 1):
-        parser.error(
-            f"bench: --rows must be a number of rows, with search alone, got {options.rows}. See bench/README.md."
-        )
+    if options.rows is not None and (options.benches not in (["search"], ["scores"]) or options.rows < 1):
+        rule = "be a number of rows, with search or scores alone"
+        parser.error(f"bench: --rows must {rule}, got {options.rows}. See bench/README.md.")
     lacks = "" if options.rehearse else lacks_gpu()
     asked = next((name for name in options.benches if name.startswith("gpu")), "")
     if asked and lacks:

@@ -58,6 +58,13 @@ def peak_above(call: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+def peak_of(call: Callable[[], object]) -> int:
+    """The peak of the resident bytes of this process while ``call`` runs, all that was there before included."""
+    _forget_peak()
+    call()
+    return _status("VmHWM")
+
+
 def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5)
 

@@ -9,6 +9,7 @@ from . import markup as _markup
 from .hooks import into as _into
 
 if TYPE_CHECKING:
+    from .attribution.scores import score
     from .backends.choice import backend, reduce_into, reduce_product_into
     from .collecting.run import collect
     from .collecting.running import running
@@ -49,11 +50,13 @@ _HOMES = {
     "register_full_backward_hook": "hooks.full_hooks",
     "register_full_backward_pre_hook": "hooks.full_hooks",
     "running": "collecting.running",
+    "score": "attribution.scores",
     "stream": "collecting.stream",
     "uninstall_hooks": "hooks.full_hooks",
 }
 _ROOMS = (
     "backends", "batches", "collecting", "dataset", "hooks", "loss", "projections", "recipes", "report", "stopping",
+    "attribution", "backends", "batches", "collecting", "dataset", "hooks", "loss", "recipes", "report", "stopping",
     "transformer_lens",
 )  # fmt: skip
 
@@ -110,6 +113,7 @@ __all__ = [
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
     "running",
+    "score",
     "stream",
     "uninstall_hooks",
 ]

@@ -29,6 +29,8 @@ USAGE = """usage: tlfast COMMAND ...
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
   report DIR [--out PAGE]                                      a page of figures and charts, for a browser
+  score DIR --queries DIR [--method NAME] [--out FILE]         the rows nearest to those of another dataset
+  search DIR TEXT [--method NAME] [--top K]                    the examples nearest to a text
   push DIR USER/NAME [--private]                               to the Hugging Face hub
   pull USER/NAME DIR                                           from the Hugging Face hub
   doctor                                                       what runs here, and what is missing
@@ -43,6 +45,8 @@ COMMANDS = {
     "verify": "inspecting",
     "export": "sharing",
     "report": "sharing",
+    "score": "scoring",
+    "search": "scoring",
     "push": "sharing",
     "pull": "sharing",
     "doctor": "inspecting",

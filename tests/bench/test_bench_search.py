@@ -44,4 +44,4 @@ def test_wrong_scores_are_not_timed(tmp_path):
 def test_a_size_of_nothing(words, capsys):
     with pytest.raises(SystemExit):
         main(words)
-    assert "bench: --rows must be a number of rows, with search alone, got" in capsys.readouterr().err
+    assert "bench: --rows must be a number of rows, with search or scores alone, got" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_a_missing_config_is_refused(tmp_path, capsys):
     [
         (
             ["train"],
-            "command must be one of collect, points, info, verify, export, report, push, pull, doctor, got 'train'",
+            "verify, export, report, score, search, push, pull, doctor, got 'train'",
         ),
         (["info"], "tlfast info: the argument must be one dataset folder, got nothing"),
         (["verify", "a", "b"], "tlfast verify: the argument must be one dataset folder, got a b"),
@@ -170,7 +170,8 @@ def test_wrong_commands_are_refused(capsys, arguments, text):
     assert text in complaint_of(capsys, arguments)
 
 
-COMMAND = "tlfast: command must be one of collect, points, info, verify, export, report, push, pull, doctor, got"
+KNOWN = "collect, points, info, verify, export, report, score, search, push, pull, doctor"
+COMMAND = f"tlfast: command must be one of {KNOWN}, got"
 ALL = ["--model", "m", "--text", "t", "--points", "p", "--out", "o"]
 WORDS = {
     "a command": (

@@ -89,7 +89,9 @@ def test_the_versions_of_the_readme_are_those_that_ci_runs():
     assert list(lens) == list(quoted.LENS)
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("remote.md", "datasets.md", "hosts.md")]
+LONG = [
+    pytest.param(name, marks=pytest.mark.long) for name in ("attribution.md", "remote.md", "datasets.md", "hosts.md")
+]
 
 
 @pytest.mark.parametrize("name", ["collecting.md", "recipes.md", *LONG])

@@ -159,6 +159,17 @@ ROOMS = (
             ("ray_cluster",),
         ),
     ),
+    (
+        "attribution",
+        (
+            ("pieces", "queries"),
+            ("every_score", "moments"),
+            ("methods",),
+            ("result", "sums"),
+            ("faiss_index", "scores", "text_query"),
+            ("__init__",),
+        ),
+    ),
     # The last four keep names by which modules were known before.
     ("", (("__init__", "attachment", "batches", "loss", "stopping"),)),
     (
@@ -175,7 +186,7 @@ ROOMS = (
     ),
     (
         "commands",
-        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "sharing")),
+        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "scoring", "sharing")),
     ),
     ("", (("cli",), ("__main__",))),
 )

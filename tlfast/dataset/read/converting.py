@@ -57,8 +57,8 @@ def to_hf(ds: Any, points: Iterable[str] | None) -> Any:
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def to_faiss(ds: Any, index: Any, point: str | None, metric: str) -> Any:
-    """Add all rows of a point to a FAISS index; see Readable.to_faiss."""
+def to_faiss(ds: Any, index: Any, point: str | Iterable[str] | None, metric: str) -> Any:
+    """Add all rows of a point, or of several behind each other, to a FAISS index; see Readable.to_faiss."""
     who = "to_faiss"
     faiss = extra("faiss", who, "faiss")
     if metric not in METRICS:
@@ -66,19 +66,23 @@ def to_faiss(ds: Any, index: Any, point: str | None, metric: str) -> Any:
     if point is None and len(ds.points) != 1:
         known = ", ".join(map(repr, ds.points[:5])) + ", ..." * (len(ds.points) > 5)
         raise ValueError(broken_rule(who, "point", f"be one of {known}", "none", "Say whose rows the index gets."))
-    rows = Rows(ds, [ds.points[0] if point is None else point], who=who, verify=False)
-    name, column = next(iter(rows.columns.items()))
-    width = int(np.prod(column.row_shape, dtype=np.int64))
+    columns = Rows(ds, named_points(ds, ds.points if point is None else point), who=who, verify=False).columns
+    if not columns:
+        raise ValueError(broken_rule(who, "point", "name one at least", "none", "Leave it out where there is one."))
+    widths = {name: int(np.prod(column.row_shape, dtype=np.int64)) for name, column in columns.items()}
+    width = sum(widths.values())
     made = faiss.IndexFlatIP(width) if index is None else index
     _check_index(who, made, width)
     step = max(1, PART_BYTES // (4 * width))
     for start in range(0, len(ds), step):
-        block = ds[name][start : start + step].reshape(-1, width).to(torch.float32)
-        bad = (~block.isfinite()).any(1)
-        if bool(bad.any()):
-            got = f"NaN or infinity in row {start + int(bad.nonzero()[0])}, after {start} rows were added"
-            remedy = 'Make a new index of ds.filter("not non_finite").'
-            raise ValueError(broken_rule(who, f"point {name!r}", "hold finite float32 values", got, remedy))
+        parts = [ds[name][start : start + step].reshape(-1, n).to(torch.float32) for name, n in widths.items()]
+        for name, part in zip(widths, parts, strict=True):
+            bad = (~part.isfinite()).any(1)
+            if bool(bad.any()):
+                got = f"NaN or infinity in row {start + int(bad.nonzero()[0])}, after {start} rows were added"
+                remedy = 'Make a new index of ds.filter("not non_finite").'
+                raise ValueError(broken_rule(who, f"point {name!r}", "hold finite float32 values", got, remedy))
+        block = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         made.add((directions(block) if metric == "cosine" else block).contiguous().numpy())
     return made
 

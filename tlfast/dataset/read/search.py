@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -53,20 +53,55 @@ def search(
     columns = [ds[q.point] for q in given]
     n_queries, n_rows = len(given[0].values), int(columns[0].lengths().sum()) if per_token else len(ds)
     step = max(1, min(_MOST_ROWS, BLOCK_BYTES // max(1, *(ds.column(q.point).row_bytes for q in given))))
-    blocks = _token_blocks(columns[0], ds, step) if per_token else _blocks(columns, len(ds), step)
-    scorer = Scorer(given, metric, step)
+    blocks = _token_blocks(columns[0], ds, step) if per_token else row_blocks(columns, len(ds), step)
     best = Best(n_queries, min(k, n_rows), given[0].values)
-    some = max(1, _SCORE_BYTES // (step * given[0].values.element_size()))
-    for block in blocks:
-        for part in _parts(block, step):
-            rows = scorer.take(part)
-            for at in range(0, n_queries, some):
-                which = slice(at, min(n_queries, at + some))
-                best.add(which, scorer.scores(rows, which), part)
-        if progress is not None:
-            progress(block.n_rows)
+    take_scores(blocks, step, Scorer(given, metric, step), [best], progress)
     positions = best.positions.cpu() if per_token else None
     return SearchResult(ds, best.rows.cpu(), best.scores.cpu(), positions, metric, [q.point for q in given])
+
+
+class Scoring(Protocol):
+    """What makes scores of the rows of a block."""
+
+    n_queries: int
+    itemsize: int  # bytes of a score
+
+    def take(self, block: Block) -> Any:
+        """Return the rows as they are multiplied with queries."""
+        ...
+
+    def scores(self, rows: Any, which: slice) -> torch.Tensor:
+        """Return the scores of some queries: [queries, rows]."""
+        ...
+
+
+class Taker(Protocol):
+    """What keeps scores."""
+
+    def add(self, which: slice, scores: torch.Tensor, block: Block) -> None:
+        """Take ``scores``, [queries of ``which``, rows of the block], the next rows in order."""
+        ...
+
+
+def take_scores(
+    blocks: Iterator[Block],
+    step: int,
+    scoring: Scoring,
+    takers: Sequence[Taker],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Give all takers the scores of all blocks, at most ``step`` rows, and 8 MiB of scores, at a time."""
+    some = max(1, _SCORE_BYTES // (step * scoring.itemsize))
+    for block in blocks:
+        for part in _parts(block, step):
+            rows = scoring.take(part)
+            for at in range(0, scoring.n_queries, some):
+                which = slice(at, min(scoring.n_queries, at + some))
+                scores = scoring.scores(rows, which)
+                for taker in takers:
+                    taker.add(which, scores, part)
+        if progress is not None:
+            progress(block.n_rows)
 
 
 def _checked(ds: Any, queries: Any, point: str | None, metric: str) -> tuple[bool, list[Queries]]:
@@ -83,15 +118,20 @@ def _checked(ds: Any, queries: Any, point: str | None, metric: str) -> tuple[boo
     if len(kinds) > 1 or (kinds == {"token"} and len(named) > 1):
         rule, remedy = "have a row for each example", "Search a point per token alone."
         raise ValueError(broken_rule(_WHO, "points", rule, f"{', '.join(map(repr, named))}, per token", remedy))
-    sizes = {name: len(q) for name, q in named.items() if isinstance(q, torch.Tensor) and q.dim()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(broken_rule(_WHO, "queries", "be equally many for all points", sizes, "Give one row each."))
+    check_alike(_WHO, named)
     wide = any(ds.column(name).dtype == torch.float64 for name in named)
     dtype = torch.float64 if wide else torch.float32
+    return kinds == {"token"}, [Queries(name, _prepared(ds, name, q, dtype, metric)) for name, q in named.items()]
+
+
+def check_alike(who: str, named: Mapping[str, Any]) -> None:
+    """ValueError unless the queries of all points are equally many, on one device."""
+    sizes = {name: len(q) for name, q in named.items() if isinstance(q, torch.Tensor) and q.dim()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(broken_rule(who, "queries", "be equally many for all points", sizes, "Give one row each."))
     device = {q.device for q in named.values() if isinstance(q, torch.Tensor)}
     if len(device) > 1:
-        raise ValueError(broken_rule(_WHO, "queries", "be on one device", sorted(map(str, device)), "Move them."))
-    return kinds == {"token"}, [Queries(name, _prepared(ds, name, q, dtype, metric)) for name, q in named.items()]
+        raise ValueError(broken_rule(who, "queries", "be on one device", sorted(map(str, device)), "Move them."))
 
 
 def _only(ds: Any) -> str:
@@ -102,33 +142,43 @@ def _only(ds: Any) -> str:
 
 
 def _prepared(ds: Any, name: str, queries: Any, dtype: torch.dtype, metric: str) -> torch.Tensor:
-    shape = ds.column(name).row_shape
-    width = prod(shape)
-    if not isinstance(queries, torch.Tensor) or not queries.is_floating_point():
-        got = str(queries.dtype) if isinstance(queries, torch.Tensor) else type(queries).__name__
-        raise TypeError(broken_rule(_WHO, "queries", "be a tensor of floats", got, "Convert it: torch.as_tensor(x)."))
-    if queries.dim() < 1 or tuple(queries.shape[1:]) not in {(width,), tuple(shape)}:
-        wanted = " or ".join(dict.fromkeys(str(["Q", *s]).replace("'", "") for s in (tuple(shape), (width,))))
-        remedy = f"A row of {name!r} has the shape {list(shape)}; give one query as queries[None]."
-        raise ValueError(broken_rule(_WHO, "queries", f"have the shape {wanted}", list(queries.shape), remedy))
-    flat = queries.detach().reshape(len(queries), width).to(torch.float64)
-    finite = flat.isfinite().all(1)
-    if not bool(finite.all()):
-        got = f"NaN or infinity in query {int((~finite).nonzero()[0])}"
-        raise ValueError(broken_rule(_WHO, "queries", "be finite", got, "Leave it out."))
+    flat = flat_queries(_WHO, name, ds.column(name).row_shape, queries)
     if metric == "cosine":
         norms = flat.norm(dim=1)
         if not bool((norms > 0).all()):
             got = f"zeros alone in query {int((norms == 0).nonzero()[0])}"
             raise ValueError(broken_rule(_WHO, "queries", "have a direction", got, "Leave it out."))
         flat = flat / norms[:, None]
-    made = flat.to(dtype)
+    return narrowed(_WHO, flat, dtype)
+
+
+def flat_queries(who: str, name: str, shape: Sequence[int], queries: Any) -> torch.Tensor:
+    """Return queries of a point as float64 [Q, values of a row]; an error for what they can't be."""
+    width = prod(shape)
+    if not isinstance(queries, torch.Tensor) or not queries.is_floating_point():
+        got = str(queries.dtype) if isinstance(queries, torch.Tensor) else type(queries).__name__
+        raise TypeError(broken_rule(who, "queries", "be a tensor of floats", got, "Convert it: torch.as_tensor(x)."))
+    if queries.dim() < 1 or tuple(queries.shape[1:]) not in {(width,), tuple(shape)}:
+        wanted = " or ".join(dict.fromkeys(str(["Q", *s]).replace("'", "") for s in (tuple(shape), (width,))))
+        remedy = f"A row of {name!r} has the shape {list(shape)}; give one query as queries[None]."
+        raise ValueError(broken_rule(who, "queries", f"have the shape {wanted}", list(queries.shape), remedy))
+    flat = queries.detach().reshape(len(queries), width).to(torch.float64)
+    finite = flat.isfinite().all(1)
+    if not bool(finite.all()):
+        got = f"NaN or infinity in query {int((~finite).nonzero()[0])}"
+        raise ValueError(broken_rule(who, "queries", "be finite", got, "Leave it out."))
+    return flat
+
+
+def narrowed(who: str, queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return finite queries in the dtype of the arithmetic; ValueError where that can't hold them."""
+    made = queries.to(dtype)
     if not bool(made.isfinite().all()):
-        raise ValueError(broken_rule(_WHO, "queries", "be within the range of float32", "larger ones", "Scale them."))
+        raise ValueError(broken_rule(who, "queries", "be within the range of float32", "larger ones", "Scale them."))
     return made
 
 
-def _blocks(columns: Sequence[Any], n_rows: int, step: int) -> Iterator[Block]:
+def row_blocks(columns: Sequence[Any], n_rows: int, step: int) -> Iterator[Block]:
     """Yield the rows of some points in order; a block's memory is read into again once the next is asked for."""
     free = SimpleQueue[dict[str, torch.Tensor]]()
 
@@ -183,6 +233,7 @@ class Scorer:
 
     def __init__(self, given: Sequence[Queries], metric: str, step: int) -> None:
         self._given, self._metric = given, metric
+        self.n_queries, self.itemsize = len(given[0].values), given[0].values.element_size()
         widest = max((q.values.shape[1] for q in given), default=0)
         self._memory = torch.empty((step * widest,), dtype=given[0].values.dtype, device=given[0].values.device)
 

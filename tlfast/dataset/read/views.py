@@ -284,15 +284,17 @@ class Readable(ABC):
         """
         return to_hf(self, points)
 
-    def to_faiss(self, index: Any = None, *, point: str | None = None, metric: str = "dot") -> Any:
+    def to_faiss(self, index: Any = None, *, point: str | Iterable[str] | None = None, metric: str = "dot") -> Any:
         """Add all rows of a point to a FAISS index, as float32, in blocks of 32 MiB; return it.
 
-        Number i in the index is row i. ``point`` is by default the only one. Needs the extra ``faiss``.
+        Number i in the index is row i. ``point`` is by default the only one; of several the values are laid behind each
+        other. Needs the extra ``faiss``.
 
         Args:
             index: an empty, trained one; by default an IndexFlatIP, which holds all rows in memory.
-            point: whose rows.
-            metric: "dot": the rows as they are; "cosine": divided by their norms. Divide the queries too.
+            point: whose rows: a point, or a list of some.
+            metric: "dot": the rows as they are; "cosine": divided by their norms, of all these points together. Divide
+                the queries too.
 
         Raises:
             ValueError: for an index that isn't empty or trained, or is of another size; for a row that isn't finite.

@@ -1,0 +1,77 @@
+"""How rows are scored, by name: what becomes of queries and of rows before they are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .moments import check_sizes, given_moments, moments_of, whitening
+from .queries import Queries, check_directions
+
+
+class Asked(NamedTuple):
+    """What a method may look at."""
+
+    ds: Any
+    queries: Queries
+    moments: Any
+    damping: float
+    mix: float
+    progress: Callable[[int], None] | None
+
+
+class Prepared(NamedTuple):
+    """What is scored: the dot product of a query with a row, each column's own matrix applied to the row first."""
+
+    queries: dict[str, torch.Tensor]  # float64 [Q, values] by column
+    maps: dict[str, torch.Tensor]  # float64 [values, values]: row @ map; {} leaves rows as they are
+    is_cosine: bool  # whether it is divided by both norms, those over all columns
+
+
+class Method(NamedTuple):
+    """A way of scoring."""
+
+    prepare: Callable[[Asked], Prepared]
+    takes: tuple[str, ...] = ()  # which of the arguments moments, damping and mix it reads
+    check: Callable[[Any, Queries], None] = lambda ds, queries: None  # before any row is read
+
+
+def _dot(asked: Asked) -> Prepared:
+    return Prepared(asked.queries.rows, {}, False)
+
+
+def _cosine(asked: Asked) -> Prepared:
+    return Prepared(asked.queries.rows, {}, True)
+
+
+def _check_cosine(ds: Any, queries: Queries) -> None:
+    check_directions(queries)
+
+
+def _check_trackstar(ds: Any, queries: Queries) -> None:
+    check_sizes(ds, queries.points)
+    check_directions(queries)
+
+
+def _trackstar(asked: Asked) -> Prepared:
+    """Rows and queries by the inverse root of the second moments, column by column; then their cosine."""
+    rows, points = asked.queries.rows, asked.queries.points
+    if asked.moments is None:
+        moments = moments_of(asked.ds, points, asked.progress)
+    else:
+        moments = given_moments(asked.ds, points, asked.moments)
+    if asked.mix:
+        of_queries = {point: query.cpu().T @ query.cpu() / len(query) for point, query in rows.items()}
+        moments = {point: (1 - asked.mix) * m + asked.mix * of_queries[point] for point, m in moments.items()}
+    maps = whitening(moments, asked.damping)
+    return Prepared({point: query @ maps[point].to(query.device) for point, query in rows.items()}, maps, True)
+
+
+# A method is a line here: `docs/attribution.md` says what each computes.
+METHODS = {
+    "dot": Method(_dot),
+    "cosine": Method(_cosine, check=_check_cosine),
+    "trackstar": Method(_trackstar, ("moments", "damping", "mix"), _check_trackstar),
+}

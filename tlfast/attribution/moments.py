@@ -1,0 +1,88 @@
+"""Second moments of rows, and what makes rows of them that weigh each direction by how rare it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from ..errors import broken_rule
+from ..hooks.running import RunningSums
+from .pieces import read_pieces
+from .queries import WHO
+
+_SMALLEST = 2.0**-60  # of the root's diagonal: its inverse is used in float32
+MOST_VALUES = 8192  # of a row, whose second moment is a matrix of 512 MiB in float64
+
+
+def check_sizes(ds: Any, points: Sequence[str]) -> None:
+    """ValueError for a column whose second moment would fill the memory."""
+    for point in points:
+        width = prod(ds.column(point).row_shape)
+        if width > MOST_VALUES:
+            rule, got = f"have at most {MOST_VALUES} values a row for their second moments", f"{point!r} with {width}"
+            raise ValueError(broken_rule(WHO, "points", rule, got, "Project rows when they are collected."))
+
+
+def given_moments(ds: Any, points: Sequence[str], moments: Any) -> dict[str, torch.Tensor]:
+    """Return the second moments that the user gives, sums or their file: float64 [D, D] by point."""
+    sums = RunningSums.load(moments) if isinstance(moments, (str, os.PathLike)) else moments
+    if not isinstance(sums, RunningSums):
+        got, remedy = type(moments).__name__, 'Make them by tlfast.running(..., stats="moment2_full").'
+        raise TypeError(broken_rule(WHO, "moments", "be RunningSums or their file", got, remedy))
+    found = {}
+    for point in points:
+        if point not in sums or not sums[point].n:
+            remedy = "Name by points= those that they have; see moments.names."
+            raise ValueError(broken_rule(WHO, "moments", "have rows of each point", f"none of {point!r}", remedy))
+        if "moment2_full" not in sums.stats:
+            got, remedy = ", ".join(sums.stats), 'Make them with stats="moment2_full".'
+            raise ValueError(broken_rule(WHO, "moments", "have moment2_full", got, remedy))
+        width = prod(ds.column(point).row_shape)
+        if prod(sums[point].shape) != width:
+            rule, remedy = f"be of rows of {width} values at {point!r}", "They are of other columns."
+            raise ValueError(broken_rule(WHO, "moments", rule, list(sums[point].shape), remedy))
+        found[point] = sums[point].moment2_full.cpu()
+    return found
+
+
+def moments_of(ds: Any, points: Sequence[str], progress: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
+    """Return the second moments of a dataset's own rows, which are read once: float64 [D, D] by point."""
+    sums = RunningSums("moment2_full", non_finite="skip")
+    for piece, rows in read_pieces(ds, points, len(ds)):
+        sums.add(rows)
+        if progress is not None and piece.is_last:
+            progress(piece.end - piece.first)
+    for point in points:
+        if point not in sums or not sums[point].n:
+            rule, got = "hold a finite row at each point", f"none at {point!r}"
+            raise ValueError(broken_rule(WHO, "dataset", rule, got, "Name other points by points=."))
+    return {point: sums[point].moment2_full for point in points}
+
+
+def whitening(moments: dict[str, torch.Tensor], damping: float) -> dict[str, torch.Tensor]:
+    """Return W of each column, [D, D] float64, so that ``(x @ W) . (y @ W)`` is ``x^T (M + damping m I)^-1 y``.
+
+    M is the second moment and m the mean of its eigenvalues. All of them are scaled by one number, which no direction
+    of a row depends on.
+    """
+    means = {point: float(moment.trace()) / len(moment) for point, moment in moments.items()}
+    for point, mean in means.items():
+        if not mean > 0:
+            rule, got = "have a second moment that isn't zero", repr(point)
+            raise ValueError(broken_rule(WHO, "points", rule, got, "Leave it out: all its rows are zeros."))
+    scale = sum(means.values()) / len(means)
+    found = {}
+    for point, moment in moments.items():
+        damped = moment / scale
+        damped.diagonal().add_(damping * means[point] / scale)
+        lower, failed = torch.linalg.cholesky_ex(damped)  # the inverse is L^-T L^-1: no eigenvalues are needed
+        if int(failed) or float(lower.diagonal().min()) < _SMALLEST:
+            rule = f"make the second moments at {point!r} invertible"
+            raise ValueError(broken_rule(WHO, "damping", rule, damping, "Give a larger one."))
+        identity = torch.eye(len(lower), dtype=lower.dtype)
+        found[point] = torch.linalg.solve_triangular(lower, identity, upper=False).T.contiguous()
+    return found

@@ -1,0 +1,163 @@
+"""Queries of a scoring: rows of another dataset or tensors by column, checked against the dataset that is scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from math import prod
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+
+from ..dataset import open_dataset
+from ..dataset.read.search import check_alike, flat_queries
+from ..dataset.read.views import Readable
+from ..errors import broken_rule
+from ..hooks.points import match_names
+
+WHO = "score"
+_STORED = ("points", "name", "dtype", "encoding")  # of a spec: what makes no other numbers of a row
+
+
+class Queries(NamedTuple):
+    """The queries of all points that are scored."""
+
+    rows: dict[str, torch.Tensor]  # by point, in the order of the dataset: float64 [Q, values of a row]
+    source: Any  # the dataset or view that they are of, or None
+
+    @property
+    def points(self) -> list[str]:
+        """The columns whose scores are added up."""
+        return list(self.rows)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+
+def check_directions(queries: Queries) -> None:
+    """ValueError for a query of zeros, which points nowhere."""
+    there = torch.stack([(rows != 0).any(1) for rows in queries.rows.values()]).any(0)
+    if not bool(there.all()):
+        got = f"zeros alone in query {int((~there).nonzero()[0])}"
+        raise ValueError(broken_rule(WHO, "queries", "have a direction", got, "Leave it out."))
+
+
+def opened(argument: str, given: Any) -> Any:
+    """Return a dataset or view, opened where its path was given."""
+    if isinstance(given, Readable):
+        return given
+    if isinstance(given, (str, PathLike)):
+        return open_dataset(given)
+    got, remedy = type(given).__name__, "Give the path of one, or open it."
+    raise TypeError(broken_rule(WHO, argument, "be a dataset", got, remedy))
+
+
+def chosen_queries(ds: Any, queries: Any, points: str | Iterable[str] | None) -> Queries:
+    """Return the queries of each point that both sides have, or of those that are named; an error for bad ones."""
+    named: list[Any] | None = None if points is None else [points] if isinstance(points, str) else list(points)
+    wanted = None if named is None else match_names(WHO, ds.points, named)
+    if isinstance(queries, Mapping):
+        return _of_tensors(ds, dict(queries), wanted)
+    source = opened("queries", queries)
+    names = _shared(ds, source, wanted)
+    _check_same_kind(ds, source)
+    if not len(source):
+        raise ValueError(broken_rule(WHO, "queries", "hold a row at least", "none", "Select some rows."))
+    for name in names:
+        ours, theirs = (list(side.column(name).row_shape) for side in (ds, source))
+        if ours != theirs:
+            rule, remedy = f"have rows of shape {ours} at {name!r}, as the dataset", "Name other points by points=."
+            raise ValueError(broken_rule(WHO, "queries", rule, theirs, remedy))
+        if source.column(name).per != "example":
+            rule, remedy = f"have a row for each example at {name!r}", "Give tensors by column."
+            raise ValueError(broken_rule(WHO, "queries", rule, "one per token", remedy))
+    rows = {}
+    for name in names:
+        found = source[name][:]
+        good = found.reshape(len(found), -1).isfinite().all(1)
+        if not bool(good.all()):
+            got = f"NaN or infinity at {name!r} in row {int((~good).nonzero()[0])} of the queries"
+            remedy = 'Leave it out: queries.filter("not non_finite").'
+            raise ValueError(broken_rule(WHO, "queries", "be finite", got, remedy))
+        rows[name] = _flat(ds, name, found)
+    return Queries(rows, source)
+
+
+def _of_tensors(ds: Any, named: dict[str, Any], wanted: list[str] | None) -> Queries:
+    if not named:
+        raise ValueError(broken_rule(WHO, "queries", "name a column at least", "an empty dict", "Give its rows."))
+    for name in named:
+        ds.column(name)  # KeyError for one that there isn't
+    unused = [name for name in named if wanted is not None and name not in wanted]
+    absent = [name for name in wanted or () if name not in named]
+    if unused or absent:
+        got = f"queries at {unused[0]!r}" if unused else f"no queries at {absent[0]!r}"
+        remedy = "Leave points out: the dict names them."
+        raise ValueError(broken_rule(WHO, "points", "name what the queries are of", got, remedy))
+    names = [name for name in ds.points if name in named]
+    _check_columns(ds, names, by_name=True)
+    check_alike(WHO, named)
+    rows = {name: _flat(ds, name, named[name]) for name in names}
+    if not len(next(iter(rows.values()))):
+        raise ValueError(broken_rule(WHO, "queries", "hold a row at least", "none", "Give one as queries[None]."))
+    return Queries(rows, None)
+
+
+def _flat(ds: Any, name: str, rows: Any) -> torch.Tensor:
+    return flat_queries(WHO, name, ds.column(name).row_shape, rows)
+
+
+def _shared(ds: Any, source: Any, wanted: list[str] | None) -> list[str]:
+    names = [name for name in ds.points if name in source] if wanted is None else wanted
+    absent = [name for name in names if name not in source]
+    if absent:
+        remedy = "Name points that both have."
+        raise ValueError(broken_rule(WHO, "points", "be of the queries too", repr(absent[0]), remedy))
+    if not names:
+        got = f"{', '.join(map(repr, source.points[:3]))}, where the dataset has {', '.join(map(repr, ds.points[:3]))}"
+        rule, remedy = "share a column with the dataset", "Collect them with the same points."
+        raise ValueError(broken_rule(WHO, "queries", rule, got, remedy))
+    _check_columns(ds, names, by_name=wanted is not None)
+    return names
+
+
+def _check_columns(ds: Any, names: list[str], by_name: bool) -> None:
+    for name in names:
+        column = ds.column(name)
+        if column.per != "example":
+            rule, remedy = "have a row for each example", "Leave it out; ds.search finds tokens."
+            raise ValueError(broken_rule(WHO, "points", rule, f"{name!r}, per token", remedy))
+        if not prod(column.row_shape):
+            rule, got = "have a value in each row", f"{name!r} of shape {list(column.row_shape)}"
+            raise ValueError(broken_rule(WHO, "points", rule, got, "Leave it out."))
+    kinds = dict.fromkeys(ds.column(name).of for name in names)
+    if len(kinds) > 1 and not by_name:
+        rule, got = "be named where columns are of several kinds", f"none with {', '.join(kinds)}"
+        raise ValueError(broken_rule(WHO, "points", rule, got, 'Say which are added up: points=["..."].'))
+
+
+def _check_same_kind(ds: Any, source: Any) -> None:
+    """ValueError where two datasets say that they are of different weights, or keep other things of them."""
+    for what, said in (("the model", _weights), ("the specs", _specs)):
+        ours, theirs = said(ds), said(source)
+        if ours and theirs and ours.isdisjoint(theirs):
+            rule, got = f"be of {what} of the dataset", "another" if what == "the model" else "others"
+            remedy = "Collect them alike; or give tensors, {point: queries[point][:]}, to score them all the same."
+            raise ValueError(broken_rule(WHO, "queries", rule, got, remedy))
+
+
+def _weights(ds: Any) -> set[str]:
+    models = [source.header.get("model") for source in ds.sources]
+    return {str(model["fingerprint"]) for model in models if isinstance(model, dict) and "fingerprint" in model}
+
+
+def _specs(ds: Any) -> set[str]:
+    specs = [source.header.get("specs") for source in ds.sources]
+    return {
+        json.dumps({key: value for key, value in spec.items() if key not in _STORED}, sort_keys=True)
+        for some in specs
+        if isinstance(some, list)
+        for spec in some
+        if isinstance(spec, dict)
+    }
