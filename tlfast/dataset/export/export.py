@@ -75,7 +75,7 @@ def export_dataset(
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
     if out is None and not hasattr(dataset, "path"):
         raise dataset_error(_WHO, "out", "be given for a view", "none", "Name the new file or folder.")
-    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO)
+    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO, tokens=form.takes_tokens)
     target = beside(dataset, form.ending) if out is None else Path(out)
     if os.path.lexists(target):
         raise _exists(target)
@@ -83,7 +83,7 @@ def export_dataset(
         raise dataset_error(_WHO, "out", "lie in a folder that exists", target, "Make the folder first.")
     check_disk_space(target, _estimate(rows), _WHO)
     with _made_whole(target, form) as folder:
-        form.write(rows, folder)
+        form.write(rows, folder, target.absolute())
     return target
 
 
@@ -115,7 +115,8 @@ def _estimate(rows: Rows) -> int:
     tokens = info["header"].get("examples", {}).get("tokens")
     per_example = tokens / info["planned_rows"] if isinstance(tokens, int) else _EXAMPLE_TOKENS
     norms_and_numbers = 4 * len(rows.dataset.points) + 64
-    return int(len(rows) * (rows.row_bytes + 4 * per_example + norms_and_numbers))
+    n_rows = per_example if rows.per_token else 1
+    return int(len(rows) * (n_rows * rows.row_bytes + 4 * per_example + norms_and_numbers))
 
 
 @contextmanager
