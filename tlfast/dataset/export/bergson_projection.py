@@ -38,7 +38,7 @@ _HARMLESS = {"points", "reduce", "over", "dtype", "output", "name", "of", "per",
 
 
 def as_said(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a spec says of rows that bergson projected so: "project" and "bias", each where there is any."""
+    """Return what a spec says of rows that bergson projected so: "project", "bias", "summed", where there is any."""
     bias = {"bias": True} if processor["include_bias"] else {}
     if not processor["projection_dim"]:
         return bias
@@ -46,9 +46,9 @@ def as_said(processor: Mapping[str, Any]) -> dict[str, Any]:
     for name, key in _SAID.items():
         if name != "dim" and processor[key] != PROCESSOR[key]:
             project[name] = processor[key]
-    if processor["projection_target"] != "per_module":  # one row of all modules together
-        project["form"] = processor["projection_target"]
-    return {"project": project} | bias
+    if processor["projection_target"] == "per_module":
+        return {"project": project} | bias
+    return {"project": project | {"form": "one-sided"}, "summed": True} | bias  # a row of all modules together
 
 
 def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -63,16 +63,15 @@ def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         raise dataset_error(_WHO, "the dataset", rule, "nothing of it", "Export it to npy.")
     said = [(spec.get("project"), bool(spec.get("bias"))) for spec in found]
     if any(other != said[0] for other in said):
-        rule, got = (
-            "be the same for all rows of weights",
-            f"{said[0][0]} and {next(o for o in said if o != said[0])[0]}",
-        )
-        raise dataset_error(_WHO, "the projection", rule, got, "Collect them into a dataset each.")
+        rule = "be the same for all rows of weights"
+        got = f"{said[0]} and {next(other for other in said if other != said[0])}"
+        raise dataset_error(_WHO, "projection and bias", rule, got, "Collect them into a dataset each.")
+    settings = PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0])
     odd = sorted({f"{key}={spec[key]!r}" for spec in found for key in spec.keys() - _HARMLESS})
     if odd:
-        rule, remedy = "be one that bergson's own queries get, too", "Export it to npy."
+        rule, remedy = "say nothing that bergson's own queries don't do, too", "Export it to npy."
         raise dataset_error(_WHO, "the spec of rows of weights", rule, ", ".join(odd), remedy)
-    return PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0])
+    return settings
 
 
 def _settings(project: Any) -> dict[str, Any]:
