@@ -40,8 +40,9 @@ def export_dataset(
             it must be given.
         to: "parquet" or "arrow" (one file: the columns of the row tables and ``grad:<point>``, flat lists of fixed
             size), "npy" (a folder: an array per point, ids.npy and points.json), "hf" (a folder for
-            `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder
-            with gradients.bin and info.json). bfloat16 becomes float32, which holds it exactly.
+            `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder,
+            its index: rows of weights as its own are, per token too, other rows to search among). bfloat16 becomes
+            float32, which holds it exactly.
         points: the points to export, in this order; None: all.
         partial: export the committed units although others are missing.
         progress: called with the number of rows just written.
@@ -50,7 +51,8 @@ def export_dataset(
         The path of what was made. It appears under this name when it is whole and on the disk.
 
     Raises:
-        DatasetError: where the dataset is incomplete or damaged, ``out`` exists, or the disk is too full.
+        DatasetError: where the dataset is incomplete or damaged, ``out`` exists, the disk is too full, or bergson would
+            misread the rows.
         ImportError: naming the extra that the format needs.
 
     Example:
