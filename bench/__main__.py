@@ -23,6 +23,7 @@ ON_REQUEST = (
     "recipes_lens",
     "search",
     "data",
+    "weights",
     "dataset_read",
     "dataset_resume",
     "dataset_tokens",
