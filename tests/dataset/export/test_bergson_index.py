@@ -120,6 +120,37 @@ def test_rows_per_token(tmp_path):
     assert not list(tmp_path.glob(".tlfast*"))
 
 
+def test_factors_per_token_are_multiplied(tmp_path):
+    lengths = [3, 0, 1, 4, 2]
+    rows, last = some_rows(shape=(2 * DIM,), n=10), np.cumsum([n for n in lengths if n]) - 1
+    for values in rows.values():
+        values[last, :DIM] = 0  # the gradient: the last token has an input all the same
+    write(tmp_path / "ds", rows, per="token", lengths=lengths)
+    made = export_dataset(tmp_path / "ds", to="bergson")
+    product = {name: values[:, :DIM, None] * values[:, None, DIM:] for name, values in rows.items()}
+    kept = np.delete(np.concatenate([values.reshape(10, -1) for values in product.values()], axis=1), last, axis=0)
+    assert np.array_equal(np.fromfile(made / "gradients.bin", np.float32).reshape(6, -1), kept)
+    ds = open_dataset(import_bergson(made, tmp_path / "again"))
+    assert all(torch.equal(ds[point].flat[:], values.reshape(10, DIM, DIM)) for point, values in product.items())
+    rows["h.0:weight"][last[0], 1] = 1
+    write(tmp_path / "other", rows, per="token", lengths=lengths)
+    with pytest.raises(DatasetError, match=r"point 'h\.0:weight' must be zero at the last token"):
+        export_dataset(tmp_path / "other", to="bergson")
+
+
+def test_heads_are_modules(tmp_path):
+    rows = some_rows(shape=(2, DIM, DIM)) | some_rows(columns=("x",))
+    specs = [SPEC | {"points": "h.*", "project": PROJECT, "heads": [2, 8]}, SPEC | {"points": "x", "project": PROJECT}]
+    made = export_dataset(write(tmp_path / "ds", rows, specs=specs), to="bergson")
+    info = json.loads((made / "info.json").read_text())
+    assert list(info["grad_sizes"]) == ["h.0.head_0", "h.0.head_1", "h.1.head_0", "h.1.head_1", "x"]
+    index = yaml.safe_load((made / "config.yaml").read_text())["steps"][0]["build"]["index_cfg"]
+    assert index["split_attention_modules"] == ["h.0", "h.1"]
+    assert index["attention"] == {"num_heads": 2, "head_size": 8, "head_dim": 2}
+    ds = open_dataset(import_bergson(made, tmp_path / "again"))
+    assert torch.equal(ds["h.1.head_1:weight"][:], rows["h.1:weight"][:, 1])
+
+
 def odd(project, **more):
     return [SPEC | {"project": PROJECT | project} | more]
 
@@ -131,6 +162,8 @@ REFUSED = {
     "one-sided": ({"specs": odd({"form": "one-sided"})}, "projection must be two-sided for each module, got one-s"),
     "sketch": ({"specs": odd({"nonzeros": 2})}, "must have no other settings than dim, .*, got nonzeros"),
     "normalized": ({"specs": odd({}, normalize="adam")}, "spec of rows of weights must say nothing .*'adam'"),
+    "norms": ({"specs": [SPEC | {"reduce": "norm"}]}, "rows of weights must say nothing .* got reduce='norm'"),
+    "per token": ({"specs": [SPEC], "per": "token"}, r"point 'h\.0:weight' must be projected to have rows per token"),
     "nothing said": ({"specs": []}, "dataset must say in its header, under specs, how rows of weights were"),
     "two": ({"specs": [SPEC, *odd({})]}, r"projection and bias must be the same .*, got \(None, False\) and \({'dim'"),
     "shape": ({"specs": odd({"dim": 5})}, r"point 'h\.0:weight' must have rows of \[5, 5\], got \[4, 4\]\. Leave it"),
@@ -146,7 +179,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_bergson_would_misread_is_refused(tmp_path, case):
     settings, text = REFUSED[case]
-    write(tmp_path / "ds", **{"rows": OWN} | settings)
+    lengths = {"lengths": [1] * 5} if "per" in settings else {}
+    write(tmp_path / "ds", **{"rows": OWN} | lengths | settings)
     with pytest.raises(DatasetError, match=f"^export_dataset: .*{text}"):
         export_dataset(tmp_path / "ds", to="bergson")
     assert os.listdir(tmp_path) == ["ds"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
+from math import prod
 from typing import Any
 
 from ..errors import dataset_error
@@ -34,7 +35,9 @@ _SAID = {
     "square": "reshape_to_square",
 }
 # What a spec may say of its rows and bergson's queries still be the same: whatever else it says made other rows.
-_HARMLESS = {"points", "reduce", "over", "dtype", "output", "name", "of", "per", "encoding", "project", "bias"}
+_HARMLESS = {
+    "points", "reduce", "over", "dtype", "output", "name", "of", "per", "encoding", "project", "bias", "heads",
+}  # fmt: skip
 
 
 def as_said(processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         raise dataset_error(_WHO, "projection and bias", rule, got, "Collect them into a dataset each.")
     settings = PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0])
     odd = sorted({f"{key}={spec[key]!r}" for spec in found for key in spec.keys() - _HARMLESS})
+    odd += ["reduce='norm'"] if any(spec.get("reduce") == "norm" for spec in found) else []
     if odd:
         rule, remedy = "say nothing that bergson's own queries don't do, too", "Export it to npy."
         raise dataset_error(_WHO, "the spec of rows of weights", rule, ", ".join(odd), remedy)
@@ -95,8 +99,8 @@ def _settings(project: Any) -> dict[str, Any]:
     return {key: project[name] for name, key in _SAID.items() if name in project}
 
 
-def module_names(columns: Mapping[str, Column], models: Iterable[Any]) -> dict[str, str]:
-    """Return the name that bergson has for the module of each column: that inside of ``model.base_model``.
+def inside_base(columns: Iterable[str], models: Iterable[Any]) -> dict[str, str]:
+    """Return the names of columns as bergson has those of their modules: inside of ``model.base_model``.
 
     ``models`` is what headers say of their models.
 
@@ -130,12 +134,37 @@ def _base_of(kind: Any) -> str:
         return ""
 
 
-def check_shapes(columns: Mapping[str, Column], dim: int | None) -> None:
-    """DatasetError for a column that isn't of weights, or whose rows aren't [dim, dim] where they are projected."""
-    for name, column in columns.items():
-        if column.of != WEIGHT:
-            rule = "be of weights as others are"
-            raise dataset_error(_WHO, f"point {name!r}", rule, f"one of {column.of}", "Leave it out with points=.")
-        if dim is not None and tuple(column.row_shape) != (dim, dim):
-            rule, got = f"have rows of [{dim}, {dim}]", list(column.row_shape)
-            raise dataset_error(_WHO, f"point {name!r}", rule, got, "Leave it out with points=.")
+def modules_of(name: str, column: Column, dim: int | None, heads: Collection[int]) -> dict[str, int]:
+    """Return the modules of bergson that a column has the rows of, each with its values in a row of the file.
+
+    They are the module's own, or, where the column has ``heads``, those of each one. A row per token may be the two
+    factors of bergson's, [2 * dim]: of outputs, then of inputs.
+
+    Raises:
+        DatasetError: for a column that isn't of weights, or whose rows have another shape.
+    """
+    remedy = "Leave it out with points=."
+    if column.of != WEIGHT:
+        raise dataset_error(_WHO, f"point {name!r}", "be of weights as others are", f"one of {column.of}", remedy)
+    shape, module = tuple(column.row_shape), name.removesuffix(ENDING)
+    n_heads = shape[0] if len(shape) == 3 and shape[0] in heads else 0
+    one = shape[1:] if n_heads else shape
+    if dim is not None and one != (dim, dim) and not is_pair(column, dim):
+        rule = f"have rows of [{dim}, {dim}]"
+        raise dataset_error(_WHO, f"point {name!r}", rule, list(shape), remedy)
+    if dim is None and column.per == "token":
+        rule = "be projected to have rows per token here"
+        raise dataset_error(_WHO, f"point {name!r}", rule, f"rows of {list(shape)}", remedy)
+    size = prod(one) if dim is None else dim * dim
+    return {f"{module}.head_{head}": size for head in range(n_heads)} or {module: size}
+
+
+def is_pair(column: Column, dim: int) -> bool:
+    """Whether rows are the two factors of a token's, side by side."""
+    return column.per == "token" and tuple(column.row_shape) == (2 * dim,)
+
+
+def heads_of(headers: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
+    """Return the heads, (how many, how wide), as which specs take the outputs of modules."""
+    specs = [spec for header in headers for spec in header.get("specs", ()) if spec.get("of") == WEIGHT]
+    return {(spec["heads"][0], spec["heads"][1]) for spec in specs if spec.get("heads")}
