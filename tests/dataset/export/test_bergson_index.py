@@ -16,12 +16,21 @@ from tiny_models import complaint_of, save_model
 
 from tlfast.cli import main
 from tlfast.dataset import DatasetError, export_dataset, import_bergson, open_dataset
+from tlfast.dataset.export import bergson_index
+from tlfast.dataset.read import arrow_rows
 
 KEYS = [
     "projection_dim", "reshape_to_square", "projection_type", "projection_target", "projection_scale", "include_bias",
     "projection_seed", "projection_version",
 ]  # fmt: skip
 SPEC = {"points": "h.*", "of": "weight"}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Parts smaller than a unit: two rows of two modules, in float32."""
+    for module in (arrow_rows, bergson_index):
+        monkeypatch.setattr(module, "PART_BYTES", 2 * 2 * 4 * DIM * DIM)
 
 
 def test_the_definitions_of_the_cases():
