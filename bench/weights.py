@@ -41,7 +41,7 @@ class Model:
 
 
 MODELS = (
-    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 256, "rows_per_unit": 64}, 7,
+    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 512, "rows_per_unit": 128}, 5,
           {16: 9.0, 64: 36.0}),
     Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 96, "rows_per_unit": 48}, 3,
           {16: 3.0, 64: 6.0}),

@@ -133,7 +133,7 @@ def _without_last(
     is_last = np.zeros(len(values), bool)
     is_last[np.cumsum(lengths)[lengths > 0] - 1] = True
     half = values.shape[1] // 2 if found.is_pair(point) else 0
-    last = values[is_last].reshape(int(is_last.sum()), -1)
+    last = values[is_last].reshape(int(is_last.sum()), prod(values.shape[1:]))
     if ((last[:, :half].any(1) & last[:, half:].any(1)) if half else last).any():  # a product with zero is zero
         rule = "be zero at the last token of each example, which predicts nothing"
         got = f"another row in examples {examples[0]} to {examples[-1]}"
