@@ -95,7 +95,7 @@ def _write_gradients(found: _Rows, folder: Path) -> int:
     ends = [np.zeros(1, np.int64)]
     with (folder / "gradients.bin").open("xb") as file:
         for arrays, counts in _token_parts(found) if per_token else ((p.arrays, None) for p in found.rows.parts()):
-            flat = [array.reshape(len(array), -1) for array in arrays.values()]
+            flat = [array.reshape(len(array), prod(array.shape[1:])) for array in arrays.values()]
             file.write(np.ascontiguousarray(np.concatenate(flat, axis=1, dtype=found.base)).data)
             n_rows += len(flat[0])
             if counts is not None:
