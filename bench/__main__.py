@@ -24,6 +24,7 @@ ON_REQUEST = (
     "search",
     "scores",
     "data",
+    "weights",
     "dataset_read",
     "dataset_resume",
     "dataset_tokens",

@@ -55,9 +55,8 @@ _HOMES = {
     "uninstall_hooks": "hooks.full_hooks",
 }
 _ROOMS = (
-    "backends", "batches", "collecting", "dataset", "hooks", "loss", "projections", "recipes", "report", "stopping",
-    "attribution", "backends", "batches", "collecting", "dataset", "hooks", "loss", "recipes", "report", "stopping",
-    "transformer_lens",
+    "attribution", "backends", "batches", "collecting", "dataset", "hooks", "loss", "projections", "recipes", "report",
+    "stopping", "transformer_lens",
 )  # fmt: skip
 
 

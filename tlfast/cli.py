@@ -28,6 +28,7 @@ USAGE = """usage: tlfast COMMAND ...
   info DIR [--json]                                            what is inside a dataset
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
+  import-bergson INDEX DIR                                     an index that bergson built, as a dataset
   report DIR [--out PAGE]                                      a page of figures and charts, for a browser
   score DIR --queries DIR [--method NAME] [--out FILE]         the rows nearest to those of another dataset
   search DIR TEXT [--method NAME] [--top K]                    the examples nearest to a text
@@ -44,6 +45,7 @@ COMMANDS = {
     "info": "inspecting",
     "verify": "inspecting",
     "export": "sharing",
+    "import-bergson": "sharing",
     "report": "sharing",
     "score": "scoring",
     "search": "scoring",
@@ -82,7 +84,9 @@ def _run(args: list[str]) -> int:
         remedy = nearest(args[0], [*COMMANDS, "--help", "--version"], "See tlfast --help.")
         return complain(broken_rule("tlfast", "command", rule, repr(args[0]), remedy), BAD_INPUT)
     try:
-        command: Callable[[list[str]], int] = getattr(import_module(f"tlfast.commands.{COMMANDS[args[0]]}"), args[0])
+        command: Callable[[list[str]], int] = getattr(
+            import_module(f"tlfast.commands.{COMMANDS[args[0]]}"), args[0].replace("-", "_")
+        )
         return command(args[1:])
     except (ValueError, TypeError, ImportError) as error:
         return complain(str(error), BAD_INPUT)

@@ -12,6 +12,11 @@ from tiny_models import collect_words, complaint_of, save_model, save_text
 from tlfast.collecting import huggingface
 from tlfast.collecting.settings import load_settings
 
+COMMAND = (
+    "tlfast: command must be one of collect, points, info, verify, export, import-bergson, report, score, search, push, pull, doctor, "
+    "got"
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -157,10 +162,7 @@ def test_a_missing_config_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (
-            ["train"],
-            "verify, export, report, score, search, push, pull, doctor, got 'train'",
-        ),
+        (["train"], f"{COMMAND} 'train'"),
         (["info"], "tlfast info: the argument must be one dataset folder, got nothing"),
         (["verify", "a", "b"], "tlfast verify: the argument must be one dataset folder, got a b"),
         (["info", "/nowhere"], "got /nowhere, no such folder. Check the path."),
@@ -170,8 +172,6 @@ def test_wrong_commands_are_refused(capsys, arguments, text):
     assert text in complaint_of(capsys, arguments)
 
 
-KNOWN = "collect, points, info, verify, export, report, score, search, push, pull, doctor"
-COMMAND = f"tlfast: command must be one of {KNOWN}, got"
 ALL = ["--model", "m", "--text", "t", "--points", "p", "--out", "o"]
 WORDS = {
     "a command": (

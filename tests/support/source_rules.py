@@ -128,7 +128,15 @@ ROOMS = (
             ("writer",),
         ),
     ),
-    ("dataset.export", (("__init__", "formats"), ("export",))),
+    (
+        "dataset.export",
+        (
+            ("__init__", "bergson_projection", "hf_folder"),
+            ("bergson_index", "bergson_store"),
+            ("bergson_examples", "formats"),
+            ("bergson_import", "export"),
+        ),
+    ),
     ("dataset", (("__init__",),)),
     (
         "collecting",

@@ -1,4 +1,4 @@
-"""`tlfast export`, `push`, `pull` and `report`: a dataset in the form, or at the place, where others read it."""
+"""`tlfast export`, `import-bergson`, `push`, `pull`, `report`: a dataset in the form, or at the place, of others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from ..dataset import export_dataset, open_dataset
+from ..dataset import import_bergson as bring
+from ..dataset.export.bergson_store import read_index
 from ..dataset.export.formats import FORMATS
 from ..dataset.read.hub import download
 from ..hooks.points import match_names
@@ -36,6 +38,21 @@ def export(args: list[str]) -> int:
         options = {"to": wanted.to, "points": points, "partial": wanted.partial}
         made = export_dataset(wanted.dir, wanted.out, **options, progress=progress)
     print(f"{n_rows} rows: {made}")
+    return OK
+
+
+def import_bergson(args: list[str]) -> int:
+    """Make a dataset of an index of bergson."""
+    arguments = Arguments(
+        "import-bergson", "Make a dataset of an index that bergson built.", "an index and a new folder"
+    )
+    arguments.add_argument("index", metavar="INDEX", help="the folder of a build of bergson")
+    arguments.add_argument("dir", metavar="DIR", help="the dataset; one that was cut short is continued")
+    arguments.add_argument("--rows-per-unit", type=int, metavar="N", help="examples of a unit; without it, of 64 MiB")
+    wanted = arguments.read(args)
+    with bar("import", read_index(wanted.index).n_items, "rows") as progress:
+        made = bring(wanted.index, wanted.dir, rows_per_unit=wanted.rows_per_unit, progress=progress)
+    print(f"{len(open_dataset(made))} rows: {made}")
     return OK
 
 

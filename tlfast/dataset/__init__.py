@@ -3,6 +3,7 @@
 from .check.repair import Repair, repair_dataset
 from .check.verify import Problem, Report, verify_dataset
 from .errors import DatasetError
+from .export.bergson_import import import_bergson
 from .export.export import export_dataset
 from .format.encodings import Encoded
 from .format.layout import Column
@@ -59,6 +60,7 @@ __all__ = [
     "concat_datasets",
     "estimate_bytes",
     "export_dataset",
+    "import_bergson",
     "join_datasets",
     "merge_datasets",
     "open_dataset",

@@ -1,1 +1,1 @@
-"""A dataset in other formats."""
+"""A dataset in other formats, and from them."""

@@ -40,8 +40,9 @@ def export_dataset(
             it must be given.
         to: "parquet" or "arrow" (one file: the columns of the row tables and ``grad:<point>``, flat lists of fixed
             size), "npy" (a folder: an array per point, ids.npy and points.json), "hf" (a folder for
-            `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder
-            with gradients.bin and info.json). bfloat16 becomes float32, which holds it exactly.
+            `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder,
+            its index: rows of weights as its own are, per token too, other rows to search among). bfloat16 becomes
+            float32, which holds it exactly.
         points: the points to export, in this order; None: all.
         partial: export the committed units although others are missing.
         progress: called with the number of rows just written.
@@ -50,7 +51,8 @@ def export_dataset(
         The path of what was made. It appears under this name when it is whole and on the disk.
 
     Raises:
-        DatasetError: where the dataset is incomplete or damaged, ``out`` exists, or the disk is too full.
+        DatasetError: where the dataset is incomplete or damaged, ``out`` exists, the disk is too full, or bergson would
+            misread the rows.
         ImportError: naming the extra that the format needs.
 
     Example:
@@ -75,7 +77,7 @@ def export_dataset(
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
     if out is None and not hasattr(dataset, "path"):
         raise dataset_error(_WHO, "out", "be given for a view", "none", "Name the new file or folder.")
-    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO)
+    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO, tokens=form.takes_tokens)
     target = beside(dataset, form.ending) if out is None else Path(out)
     if os.path.lexists(target):
         raise _exists(target)
@@ -83,7 +85,7 @@ def export_dataset(
         raise dataset_error(_WHO, "out", "lie in a folder that exists", target, "Make the folder first.")
     check_disk_space(target, _estimate(rows), _WHO)
     with _made_whole(target, form) as folder:
-        form.write(rows, folder)
+        form.write(rows, folder, target.absolute())
     return target
 
 
@@ -115,7 +117,8 @@ def _estimate(rows: Rows) -> int:
     tokens = info["header"].get("examples", {}).get("tokens")
     per_example = tokens / info["planned_rows"] if isinstance(tokens, int) else _EXAMPLE_TOKENS
     norms_and_numbers = 4 * len(rows.dataset.points) + 64
-    return int(len(rows) * (rows.row_bytes + 4 * per_example + norms_and_numbers))
+    n_rows = per_example if rows.per_token else 1
+    return int(len(rows) * (n_rows * rows.row_bytes + 4 * per_example + norms_and_numbers))
 
 
 @contextmanager

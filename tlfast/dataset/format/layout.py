@@ -26,6 +26,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FIELD_DTYPE_NAMES = DTYPE_NAMES | {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}  # of codes too
 CODES, SCALES = ":codes", ":scales"  # the fields of an encoded column are called by its name and these
 MOST_OF = 64  # characters of what a column says it is of
+WEIGHT = "weight"  # what a column is of whose rows are gradients of a module's weight, projected or not
 
 Per = Literal["example", "token"]
 
@@ -57,7 +58,7 @@ class Column(NamedTuple):
     Attributes:
         dtype: of the values that are read; of an encoded column float32.
         row_shape: shape of one row.
-        of: what the values are: "grad", "act", or another short text.
+        of: what the values are: "grad", "act", "weight" (the gradient of a module's weight), or another short text.
         per: whether each example has a row, or each of its tokens.
         encoding: None, or how rows are stored: "int8" or "float8_e4m3fn" (a scale for each row), "int8:64" or "int4:64"
             (a scale for each 64 values).

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import dataset_error, extra
-from ..format.layout import DTYPE_NAMES, Column
+from ..format.layout import DTYPE_NAMES, WEIGHT, Column
 from ..format.row_table import row_schema
 
 PART_BYTES = 32 << 20  # of gradients in memory at a time: large enough for the disk, far below a unit
@@ -41,6 +41,10 @@ class Rows:
         progress: called with the number of rows just written.
         who: who speaks in an error.
         verify: whether rows are compared with their checksums first.
+        tokens: points of weights may have rows per token, if all of them do.
+
+    Attributes:
+        per_token: whether the points have rows per token; there are no `parts` of these.
     """
 
     def __init__(
@@ -51,13 +55,15 @@ class Rows:
         *,
         who: str,
         verify: bool = True,
+        tokens: bool = False,
     ) -> None:
         self.dataset = dataset
         self._who, self._verify = who, verify
         self.columns: dict[str, Column] = {}
+        self.per_token = tokens and {dataset.column(point)[2:4] for point in points} == {(WEIGHT, "token")}
         for point in points:
             dtype, row_shape, _, per, _ = dataset.column(point)
-            if per != "example":
+            if per != "example" and not self.per_token:
                 remedy = f"Leave it out, and read ds[{point!r}].{_others(dataset)}"
                 raise dataset_error(who, f"point {point!r}", "have a row for each example", "one per token", remedy)
             if not prod(row_shape):
@@ -87,8 +93,12 @@ class Rows:
                     for point, column in self.columns.items()
                 }
                 yield Part(self.dataset.examples.arrow(np.arange(start, stop)), arrays)
-                if self._progress is not None:
-                    self._progress(stop - start)
+                self.written(stop - start)
+
+    def written(self, n_rows: int) -> None:
+        """Tell who wants to know that so many rows more were written."""
+        if self._progress is not None:
+            self._progress(n_rows)
 
     def provenance(self) -> dict[str, Any]:
         """What the file says of itself: how the data were made, and each point as it was stored."""

@@ -1,0 +1,178 @@
+"""Projected weight gradients for each example, to disk and durable, beside the frozen step and bergson's collection."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tlfast
+from tlfast.collecting.loss import next_token_loss
+
+from .collect import SCRATCH, file_system, make_work
+from .measure import Measured, Sections, check_close, interleave
+from .report import Cell, Claim, Result, Table
+from .rivals import first_tensor
+from .weight_ways import BERGSON, COLLECT, FLOOR, PRODUCTS, PYTHON, WAYS, Way, Work
+
+PREDICTION = (
+    "the products of p=16 are 7 % of the frozen step at d=128 and 0.8 % at d=768, those of p=64 30 % and 3.2 %; tlfast "
+    "adds a call a layer and the bytes of the rows: +9 %, +3 %, +36 %, +6 %; Python hooks +14 % and +31 % at d=128, "
+    "theirs being one write without a checksum; bergson +40 % and +56 %: full hooks, a copy a layer, a cat a batch"
+)
+LENGTH = 64  # tokens of an example
+PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GPT-2 and how many examples of it; ``most`` is by how much of the floor collecting may cost more, by p."""
+
+    name: str
+    shape: dict[str, int]
+    rounds: int
+    most: dict[int, float]
+
+
+MODELS = (
+    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 512, "rows_per_unit": 128}, 5,
+          {16: 9.0, 64: 36.0}),
+    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 96, "rows_per_unit": 48}, 3,
+          {16: 3.0, 64: 6.0}),
+)  # fmt: skip
+QUICK = Model(
+    "d 32", {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_examples": 8, "rows_per_unit": 4}, 2, {4: 9.0}
+)
+
+
+def works(model: Model) -> list[Work]:
+    """What is done with a model, for each p."""
+    base = make_work("mean", **{"length": LENGTH} | model.shape)
+    n_layers = model.shape["n_layers"]
+    points = tuple(f"transformer.h.{layer}.{part}" for layer in range(n_layers) for part in PARTS)
+    return [Work(base.model, base.batches, points, dim, base.rows_per_unit) for dim in model.most]
+
+
+def factors(work: Work) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The gradient at the output of each layer [B, S, O], and its input [B, S, I], of the first batch."""
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+
+    def watch(module: object, args: Any, output: Any) -> None:
+        inputs.append(args[0].detach())
+        outputs.append(first_tensor(output))
+
+    handles = [work.model.get_submodule(point).register_forward_hook(watch) for point in work.points]
+    with tlfast.freeze(work.model):
+        loss = next_token_loss(work.model, work.batches[0])
+        for handle in handles:
+            handle.remove()
+        grads = torch.autograd.grad(loss, outputs)
+    return {point: both for point, *both in zip(work.points, grads, inputs, strict=True)}  # type: ignore[misc]
+
+
+def check_ways(work: Work, ways: dict[str, Way]) -> None:
+    """Let each way do the first batch, and compare its rows with L G R^T in float64."""
+    first, true = replace(work, batches=work.batches[:1]), factors(work)
+    for name, way in ways.items():
+        if way.read is None or way.matrices is None:
+            continue
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as out:
+            found = way.run(first, Path(out))
+            for point, (grad, given) in true.items():
+                left, right = (matrix.double() for matrix in way.matrices(work, point))
+                grad, given = grad.double(), given.double()
+                # Each number is a sum of so many products, in float32 and in any order.
+                terms = grad.shape[1] + grad.shape[2] + given.shape[2]
+                rows = (grad @ left.T).mT @ (given @ right.T)
+                sizes = (grad.abs() @ left.abs().T).mT @ (given.abs() @ right.abs().T)
+                bound = terms * torch.finfo(torch.float32).eps * sizes
+                check_close(f"{name} at {point}", way.read(found, first, point), rows, bound)
+
+
+def sampler(work: Work, way: Way) -> Callable[[], Sections]:
+    """What does the whole work once, into a new folder; the folder's making and removal aren't timed."""
+
+    def sample() -> Sections:
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as out:
+            cpu, start = time.process_time(), time.perf_counter()
+            found = way.run(work, Path(out))
+            stop, cpu_stop = time.perf_counter(), time.process_time()
+            del found
+        return {"total": stop - start, "cpu": cpu_stop - cpu}
+
+    return sample
+
+
+def installed(library: str) -> str:
+    """The version of a library; "" where it isn't here."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def run(quick: bool = False, ways: dict[str, Way] | None = None) -> Result:
+    """Measure every way of each model and p."""
+    theirs = installed("bergson")
+    if ways is None:
+        ways = {name: way for name, way in WAYS.items() if theirs or name != BERGSON}
+    models = (QUICK,) if quick else MODELS
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    result = Result(
+        "weights", PREDICTION,
+        {"models": {model.name: model.shape for model in models}, "length": LENGTH,
+         "layers": "4 a block", "stored": "float32",
+         "rounds": {model.name: model.rounds for model in models}, "bergson": theirs or "not installed",
+         "disk": file_system(SCRATCH), "quick": quick},
+    )  # fmt: skip
+    for model in models:
+        for work in works(model):
+            check_ways(work, ways)
+            measured = interleave({name: sampler(work, way) for name, way in ways.items()}, model.rounds)
+            result.tables.append(_table(model, work, measured))
+            result.claims += _claims(model, work, measured)
+    return result
+
+
+def _percent(measured: Measured, name: str) -> float:
+    """What a way costs above the floor, in percent of the floor's CPU time."""
+    return (measured[name]["cpu"].ratio(measured[FLOOR]["cpu"]) - 1) * 100
+
+
+def _claims(model: Model, work: Work, measured: Measured) -> list[Claim]:
+    if COLLECT not in measured:
+        return []
+    what = f"{model.name}, p={work.dim}"
+    most, above = model.most[work.dim], _percent(measured, COLLECT)
+    claims = [Claim(f"{what}: {COLLECT} above the floor", "at most", most, above, " %")]
+    for name in (PYTHON, BERGSON):
+        if name in measured:
+            ratio = measured[name]["cpu"].ratio(measured[COLLECT]["cpu"])
+            claims.append(Claim(f"{what}: CPU time, {name} / {COLLECT}", "at least", 1.0, ratio))
+    return claims
+
+
+def _table(model: Model, work: Work, measured: Measured) -> Table:
+    rows: list[dict[str, Cell]] = []
+    base, bound = measured[FLOOR], measured[PRODUCTS]["cpu"].median
+    for name, times in measured.items():
+        above = None if name in (FLOOR, PRODUCTS) else times["cpu"].above(base["cpu"])
+        rows.append(
+            {"variant": name, "examples/s": work.n_examples / times["total"].median,
+             "examples/s_cpu": work.n_examples / times["cpu"].median,
+             "percent_of_floor_cpu": times["cpu"].ratio(base["cpu"]) * 100,
+             "overhead_percent_cpu": None if above is None else _percent(measured, name),
+             "overhead_percent": None if above is None else (times["total"].ratio(base["total"]) - 1) * 100,
+             "times_the_products": None if above is None else above / bound}
+        )  # fmt: skip
+    n_bytes = 4 * work.n_examples * len(work.points) * work.dim**2
+    of_rows = f"{work.n_examples} examples, {len(work.points)} layers, {n_bytes / 1e6:.1f} MB of rows"
+    note = "overhead: above the floor; times_the_products: that, beside the arithmetic alone"
+    return Table(f"{model.name}, p={work.dim}: {of_rows}", FLOOR, list(rows[0]), rows, note)

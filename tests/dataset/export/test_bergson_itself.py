@@ -1,0 +1,184 @@
+"""bergson reads what is exported to it as its own, and what it builds is imported: both as float64 says."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from bergson_cases import DIM, MODULES, PROJECT, TEXTS, collected, gradients, projected, true_rows
+from tiny_models import WIDTH, byte_tokenizer, collect, save_model, tiny_model
+
+import tlfast
+from tlfast.dataset import export_dataset, import_bergson, open_dataset
+
+bergson = pytest.importorskip("bergson", reason="bergson is not installed")
+pytestmark = pytest.mark.filterwarnings("default")  # theirs
+
+QUERY = "a step of a unit"
+# Of float32 sums over at most 2^12 products, in another order, of a model that runs in float32 itself.
+CLOSE = {"rtol": 2**-13, "atol": 2**-16}
+LONG = [text for text in TEXTS if len(text) > 1]  # what has a next token
+HEADS = {"n": 3, "size": WIDTH}  # of [3 * WIDTH] outputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its true rows in float64, and an index that is exported of them."""
+    folder = tmp_path_factory.mktemp("bergson")
+    save_model(folder / "model")
+    rows = {name: values.float() for name, values in true_rows(tiny_model(dtype=torch.float64).eval()).items()}
+    export_dataset(collected(folder / "ds", folder / "model", rows), folder / "index", to="bergson")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What float64 says of the texts, and of the query: by module [texts, p * p] and [1, p * p]."""
+    model = tiny_model(dtype=torch.float64).eval()
+    queries = true_rows(model, (QUERY,))
+    return {name: (row.flatten(1), queries[name].flatten(1)) for name, row in true_rows(model).items()}
+
+
+def tokens(text):
+    return byte_tokenizer()(text)["input_ids"]
+
+
+def summed_loss(model, text):
+    ids = torch.tensor([tokens(text)])
+    return model(ids, labels=ids).loss * (ids.shape[1] - 1)
+
+
+def test_its_attributor_traces_a_query(folder, rows):
+    model, attributor = tiny_model().eval(), bergson.Attributor(folder / "index")
+    with attributor.trace(model.base_model, None) as result:
+        summed_loss(model, QUERY).backward()
+    scores = torch.stack([query @ row.T for row, query in rows.values()]).sum(0)[0]
+    expected = scores.sort(descending=True)
+    assert result.indices[0].tolist() == expected.indices.tolist()
+    torch.testing.assert_close(result.scores[0].double(), expected.values, **CLOSE)
+    assert scores.abs().max() > 1000 * CLOSE["atol"]
+
+
+def test_its_query_command_prints_the_nearest_texts(folder, rows, tmp_path, monkeypatch, capsys):
+    from bergson.config.config import QueryConfig
+    from bergson.query.query_index import query
+
+    asked = iter([QUERY, "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    query(QueryConfig(index=str(folder / "index"), record=str(tmp_path / "found.csv"), top_k=len(TEXTS)))
+    with open(tmp_path / "found.csv", newline="") as file:
+        found = [line for line in csv.DictReader(file) if line["direction"] == "Top"]
+    texts, wanted = (torch.cat([both[k] for both in rows.values()], dim=1) for k in (0, 1))
+    cosines = torch.nn.functional.cosine_similarity(texts, wanted)
+    assert TEXTS.index("a") == 1
+    cosines[1] = 0  # an example of one token has a row of zeros
+    expected = cosines.sort(descending=True)
+    assert [line["result"] for line in found] == [TEXTS[k] for k in expected.indices]
+    torch.testing.assert_close(
+        torch.tensor([float(line["score"]) for line in found]).double(), expected.values, **CLOSE
+    )
+    assert f"results for '{QUERY}'" in capsys.readouterr().out
+
+
+def build(folder, texts=tuple(TEXTS), modules=tuple(MODULES), **settings):
+    """An index of bergson's own of the texts."""
+    from bergson.collection import collect_gradients
+    from bergson.config.config import AttentionConfig, IndexConfig
+    from bergson.data import allocate_batches
+    from datasets import Dataset
+
+    ids = [tokens(text) for text in texts]
+    data = Dataset.from_dict({"input_ids": ids, "length": [len(tokens) for tokens in ids], "text": list(texts)})
+    processor = {key: value for key, value in settings.items() if key.startswith(("proj", "include"))}
+    config = IndexConfig(run_path=str(folder), **settings)
+    batches = allocate_batches(data["length"][:], 256)
+    heads = AttentionConfig(num_heads=HEADS["n"], head_size=HEADS["size"], head_dim=2)
+    collect_gradients(
+        tiny_model().eval(), data, bergson.GradientProcessor(**processor), config, batches=batches,
+        target_modules=set(modules), attention_cfgs=dict.fromkeys(config.split_attention_modules, heads),
+    )  # fmt: skip
+    folder.with_name(folder.name + ".part").rename(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"projection_dim": DIM}, {"projection_dim": 16}, {}, {"projection_dim": DIM, "attribute_tokens": True}],
+    ids=["4", "16", "unprojected", "per token"],
+)
+def test_its_builds_are_imported_and_exported_again(tmp_path, settings):
+    made = build(tmp_path / "index", **settings)
+    ds = open_dataset(import_bergson(made, tmp_path / "ds", rows_per_unit=2))
+    assert ds.points == [f"{name}:weight" for name in MODULES]
+    model, dim = tiny_model(dtype=torch.float64).eval(), settings.get("projection_dim")
+    for k, text in enumerate(TEXTS):
+        truth = gradients(model, tokens(text))
+        for name, grad in truth.items():
+            row = ds[f"{name}:weight"][k]
+            row = row.sum(0) if "attribute_tokens" in settings else row
+            wanted = grad.flatten() if dim is None else projected(grad, name, dim)
+            torch.testing.assert_close(row.double(), wanted, rtol=CLOSE["rtol"], atol=float(grad.abs().sum()) * 2**-18)
+    assert [(e["text"], e["length"]) for e in ds.examples] == [(text, len(text.encode())) for text in TEXTS]
+    again = export_dataset(ds.path, to="bergson")
+    for name in (
+        "gradients.bin",
+        "processor_config.yaml",
+        *(["offsets.npy"] if "attribute_tokens" in settings else []),
+    ):
+        assert (again / name).read_bytes() == (made / name).read_bytes()
+    ours, theirs = (bergson.GradientProcessor.load(path) for path in (again, made))
+    theirs.check_projection_matches(ours, "what was exported")
+    assert ds.header["specs"][0].get("project") == (None if dim is None else PROJECT | {"dim": dim})
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ({"projection_dim": 4}, {"project": {"dim": 4}}),
+        ({"projection_dim": 16}, {"project": {"dim": 16}}),
+        ({"projection_dim": 64}, {"project": {"dim": 64}}),
+        ({"projection_dim": 16, "include_bias": True}, {"project": {"dim": 16}, "bias": True}),
+        ({"projection_dim": 16, "projection_type": "normal", "projection_seed": 3},
+         {"project": {"dim": 16, "kind": "normal", "seed": 3}}),
+        ({}, {}),
+        ({"include_bias": True}, {"bias": True}),
+        ({"projection_dim": 4, "attribute_tokens": True}, {"project": {"dim": 4}, "per": "token"}),
+        ({"projection_dim": 4, "split_attention_modules": ["h.0.attn.c_attn"]}, {"project": {"dim": 4}, "heads": True}),
+    ],
+    ids=["4", "16", "64", "bias", "normal", "unprojected", "unprojected, bias", "per token", "heads"],
+)  # fmt: skip
+def test_what_is_collected_is_what_it_builds(tmp_path, theirs, ours):
+    """To 1e-6 of the largest number of a module, which is what float32 sums in another order differ by."""
+    modules = ["h.0.attn.c_attn"] if "heads" in ours else MODULES
+    made = build(tmp_path / "index", LONG, modules, **theirs)
+    settings = {"of": "weight", "per": ours.get("per", "example"), "bias": ours.get("bias", False)}
+    if "project" in ours:
+        settings["project"] = tlfast.Projection(scheme="bergson-2", **ours["project"])
+    if "heads" in ours:
+        settings["heads"] = (HEADS["n"], HEADS["size"])
+    points = [f"transformer.{name}" for name in modules]
+    collect(tiny_model().eval(), tmp_path / "ds", [tokens(text) for text in LONG], points=points, **settings)
+    index = export_dataset(tmp_path / "ds", to="bergson")
+    assert (index / "processor_config.yaml").read_bytes() == (made / "processor_config.yaml").read_bytes()
+    found, true = (bergson.data.load_module_gradients(path) for path in (index, made))
+    assert list(found) == list(true)
+    for name in true:
+        error = np.abs(found[name].astype(np.float64) - true[name]).max()
+        assert error <= 1e-6 * np.abs(true[name]).max(), name
+    if "per" in ours:
+        assert np.array_equal(np.load(index / "offsets.npy"), np.load(made / "offsets.npy"))
+
+
+def test_its_faiss_index(folder, rows, monkeypatch):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    from bergson.query.faiss_index import FaissConfig
+
+    monkeypatch.setattr(faiss, "GpuIndex", type("GpuIndex", (), {}), raising=False)  # which it asks for on a CPU, too
+    attributor = bergson.Attributor(folder / "index", faiss_cfg=FaissConfig())
+    scores, indices = attributor.search({name: query.float() for name, (_, query) in rows.items()}, 3)
+    expected = torch.stack([query @ row.T for row, query in rows.values()]).sum(0)[0].topk(3)
+    assert indices[0].tolist() == expected.indices.tolist()
+    torch.testing.assert_close(scores[0].double(), expected.values, **CLOSE)
