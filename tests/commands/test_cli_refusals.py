@@ -13,8 +13,8 @@ from tlfast.collecting import huggingface
 from tlfast.collecting.settings import load_settings
 
 COMMAND = (
-    "tlfast: command must be one of collect, points, info, verify, export, import-bergson, report, score, search, push, pull, doctor, "
-    "got"
+    "tlfast: command must be one of collect, points, info, verify, export, import-bergson, report, score, search, "
+    "push, pull, doctor, got"
 )
 
 
