@@ -37,9 +37,9 @@ class Weight:
         row_scale: float,
         heads: int,
         padding_idx: int,
-        normalized: int,
-        eps: float,
+        norm: tuple[int, float],
         window: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int] | None,
+        sketches: tuple[Sketcher | None, Sketcher | None],
     ) -> None: ...
 
 class Sketcher:

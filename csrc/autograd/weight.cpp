@@ -106,14 +106,14 @@ Weight::Weight(Form form)
   require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
 }
 
-// A matrix where a tensor is, and in its dtype.
+// A matrix where a tensor is, in its dtype, and turned: products are faster with its columns side by side.
 at::Tensor Weight::like(const at::Tensor& matrix, const at::Tensor& tensor) const {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [of, moved] : moved_)
     if (of == matrix.unsafeGetTensorImpl() && moved.device() == tensor.device() &&
         moved.scalar_type() == tensor.scalar_type())
       return moved;
-  moved_.push_back({matrix.unsafeGetTensorImpl(), matrix.to(tensor.options()).contiguous()});
+  moved_.push_back({matrix.unsafeGetTensorImpl(), matrix.to(tensor.options()).transpose(-2, -1).contiguous()});
   return moved_.back().matrix;
 }
 
@@ -144,15 +144,25 @@ at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {
 // [B, T, I] to R a, [B, T, p].
 at::Tensor Weight::project_input(const at::Tensor& input) const {
   const at::Tensor a = wide(input), right = like(*form_.right, a);
-  if (!form_.bias) return at::matmul(a, right.t());
-  const int64_t n = right.size(1) - 1;
-  return at::matmul(a, right.narrow(1, 0, n).t()).add_(right.select(1, n));
+  if (!form_.bias) return applied(right, form_.right_sketch, a);
+  const int64_t n = right.size(0) - 1;
+  return applied(right.narrow(0, 0, n), form_.right_sketch, a).add_(right.select(0, n));
+}
+
+// [..., I] times a turned matrix [I, p], or what does the same.
+at::Tensor Weight::applied(const at::Tensor& turned, const std::shared_ptr<const Sketcher>& sketch,
+                           const at::Tensor& x) const {
+  if (!sketch || !x.is_cpu() || x.scalar_type() != at::kFloat) return at::matmul(x, turned);
+  auto shape = x.sizes().vec();
+  const at::Tensor rows = x.reshape({-1, shape.back()}).contiguous();
+  shape.back() = turned.size(1);
+  return sketch->rows(rows)->view(shape);
 }
 
 // The same of a convolution's windows: one more convolution, whose weights are the matrix.
 at::Tensor Weight::convolved(const at::Tensor& input) const {
   const Window& window = form_.window;
-  const at::Tensor a = wide(input), right = like(*form_.right, a);
+  const at::Tensor a = wide(input), right = like(*form_.right, a).t();
   const int64_t p = right.size(0), n = right.size(1) - form_.bias, groups = window.groups;
   std::vector<int64_t> shape{groups * p, a.size(1) / groups};
   shape.insert(shape.end(), window.kernel.begin(), window.kernel.end());
@@ -199,17 +209,14 @@ at::Tensor Weight::project_outputs(const at::Tensor& g) const {
   if (!form_.left) return g;
   const at::Tensor left = like(*form_.left, g);
   if (groups() > 1) {
-    const at::Tensor each = left.unflatten(1, {groups(), -1}).transpose(0, 1);  // [groups, p, O / groups]
-    const at::Tensor by_group = g.unflatten(0, {-1, groups()}).transpose(0, 1).flatten(1, 2);  // [groups, B * T, O']
-    return at::bmm(by_group, each.transpose(1, 2))
-        .unflatten(1, {-1, g.size(1)})
-        .transpose(0, 1)
-        .flatten(0, 1);  // [B * groups, T, p]
+    const at::Tensor each = left.unflatten(0, {groups(), -1});  // [groups, O / groups, p]
+    const at::Tensor by_group = g.unflatten(0, {-1, groups()}).transpose(0, 1).flatten(1, 2);    // [groups, B * T, O']
+    return at::bmm(by_group, each).unflatten(1, {-1, g.size(1)}).transpose(0, 1).flatten(0, 1);  // [B * groups, T, p]
   }
-  if (left.dim() == 2) return at::matmul(g, left.t());
+  if (left.dim() == 2) return applied(left, form_.left_sketch, g);
   const int64_t n = left.size(0);
   const at::Tensor by_head = g.unflatten(2, {n, -1}).flatten(0, 1).transpose(0, 1);  // [n, B * T, O / n]
-  return at::bmm(by_head, left.transpose(1, 2)).transpose(0, 1).reshape({g.size(0), g.size(1), -1});
+  return at::bmm(by_head, left).transpose(0, 1).reshape({g.size(0), g.size(1), -1});
 }
 
 // The norms of G of examples whose G is larger than what holds the products of each two positions; in parts, so that
@@ -244,7 +251,7 @@ at::Tensor Weight::of_norm(const std::string& who, const at::Tensor& kept, const
   at::Tensor each = g.mul(without(flat(kept), left_out));
   if (form_.bias) each = at::cat({each, g}, -1);
   if (form_.row != WeightRow::factors) each = each.sum(1);
-  if (form_.right) each = at::matmul(each, like(*form_.right, each).t());
+  if (form_.right) each = at::matmul(each, like(*form_.right, each));
   return form_.row == WeightRow::norm ? at::linalg_vector_norm(each, 2, at::IntArrayRef{1}) : each;
 }
 
@@ -265,7 +272,7 @@ at::Tensor Weight::inputs_of(const at::Tensor& kept, const at::Tensor& given) co
     case Layer::embedding: {
       const at::Tensor tokens = kept.flatten(1);
       if (!form_.right) return tokens;
-      return like(*form_.right, given).t().index_select(0, tokens.flatten()).unflatten(0, tokens.sizes());
+      return like(*form_.right, given).index_select(0, tokens.flatten()).unflatten(0, tokens.sizes());
     }
     case Layer::layer_norm:
     case Layer::rms_norm:

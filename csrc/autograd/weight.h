@@ -3,10 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "sketcher.h"
 
 namespace tlfast {
 
@@ -41,6 +44,7 @@ class Weight {
     int64_t padding_idx;  // of an embedding; -1: none
     int64_t normalized;   // how many dimensions a norm has
     double eps;
+    std::shared_ptr<const Sketcher> left_sketch, right_sketch;  // do what L, and R without its bias, do on the CPU
   };
   explicit Weight(Form form);
 
@@ -61,6 +65,8 @@ class Weight {
   }
   int64_t groups() const { return form_.layer == Layer::conv ? form_.window.groups : 1; }
   at::Tensor like(const at::Tensor& matrix, const at::Tensor& tensor) const;
+  at::Tensor applied(const at::Tensor& turned, const std::shared_ptr<const Sketcher>& sketch,
+                     const at::Tensor& x) const;
   at::Tensor project_input(const at::Tensor& input) const;
   at::Tensor convolved(const at::Tensor& input) const;
   at::Tensor windows(const at::Tensor& padded) const;

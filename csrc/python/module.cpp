@@ -46,8 +46,9 @@ std::shared_ptr<Column> make_column(const std::string& name, const std::string& 
 
 std::shared_ptr<Weight> make_weight(const std::string& layer, const std::string& row, bool bias,
                                     const std::optional<at::Tensor>& left, const std::optional<at::Tensor>& right,
-                                    double scale, int64_t heads, int64_t padding_idx, int64_t normalized, double eps,
-                                    const std::optional<WindowGiven>& window) {
+                                    double scale, int64_t heads, int64_t padding_idx, std::pair<int64_t, double> norm,
+                                    const std::optional<WindowGiven>& window,
+                                    std::pair<std::shared_ptr<Sketcher>, std::shared_ptr<Sketcher>> sketches) {
   Window made;
   if (window) std::tie(made.kernel, made.stride, made.dilation, made.padding, made.padding_mode, made.groups) = *window;
   return std::make_shared<Weight>(Weight::Form{.layer = parse_layer(layer),
@@ -59,8 +60,10 @@ std::shared_ptr<Weight> make_weight(const std::string& layer, const std::string&
                                                .heads = heads,
                                                .window = std::move(made),
                                                .padding_idx = padding_idx,
-                                               .normalized = normalized,
-                                               .eps = eps});
+                                               .normalized = norm.first,
+                                               .eps = norm.second,
+                                               .left_sketch = std::move(sketches.first),
+                                               .right_sketch = std::move(sketches.second)});
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {
@@ -176,7 +179,7 @@ PYBIND11_MODULE(_C, m) {
       .def("clashes", &TensorCache::clashes)
       .def_property_readonly("n_outputs", &TensorCache::n_outputs);
 
-  py::class_<Sketcher>(m, "Sketcher")
+  py::class_<Sketcher, std::shared_ptr<Sketcher>>(m, "Sketcher")
       .def(py::init<int64_t, int64_t, double, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>,
                     std::optional<at::Tensor>>(),
            py::arg("width"), py::arg("dim"), py::arg("scale"), needed("input_signs"), py::arg("shifts"),

@@ -12,6 +12,7 @@ import tlfast
 from tlfast import Projection, Spec
 
 B, P, D = 4, 6, 8
+COUNTED, HADAMARD = Projection(4, "count-sketch", nonzeros=2), Projection(3, "hadamard", seed=1)
 
 
 class RMSNorm(nn.Module):
@@ -136,6 +137,8 @@ def test_every_layer_against_each_example_alone(kind, bias, backend):
         Spec(LAYERS[kind], of="weight", bias=bias, project=small, name="small"),
         Spec(LAYERS[kind], of="weight", bias=bias, project=large, name="large"),  # more than the layer has inputs
         Spec(LAYERS[kind], "norm", of="weight", bias=bias, project=small, name="norm of small"),
+        Spec(LAYERS[kind], of="weight", bias=bias, project=COUNTED, name="counted"),
+        Spec(LAYERS[kind], of="weight", bias=bias, project=HADAMARD, name="hadamard"),
     ]
     cap = captured(model, specs, lambda: score(model(x)).backward(), backend)
     for name in LAYERS[kind]:
@@ -145,6 +148,8 @@ def test_every_layer_against_each_example_alone(kind, bias, backend):
         assert_near(cap[f"{name}:weight:norm"], full.flatten(1).norm(dim=1), 64)
         assert (cap[f"{name}:weight:norm"] >= 0).all()
         assert_near(cap[f"{name}:small"], projected(name, full, small), 256)
+        assert_near(cap[f"{name}:counted"], projected(name, full, COUNTED), 256)
+        assert_near(cap[f"{name}:hadamard"], projected(name, full, HADAMARD), 256)
         assert_near(cap[f"{name}:large"], projected(name, full, large), 256)
         assert_near(cap[f"{name}:norm of small"], projected(name, full, small).flatten(1).norm(dim=1), 256)
 

@@ -38,18 +38,19 @@ class Weight:
         row_scale: the factor on the rows, beside that of the loss.
         heads: as which the outputs are taken; 0: as one.
         padding_idx: the token that has no gradient, of an embedding; -1: none.
-        normalized: how many dimensions a norm has.
-        eps: of a norm.
+        norm: how many dimensions a norm has, and its epsilon.
         window: of a convolution.
+        sketches: native code that does what L does, and R without its bias; not used here.
     """
 
     def __init__(
         self, layer: str, row: str, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None, row_scale: float,
-        heads: int, padding_idx: int, normalized: int, eps: float, window: Window | None,
+        heads: int, padding_idx: int, norm: tuple[int, float], window: Window | None, sketches: tuple[Any, Any],
     ):  # fmt: skip
         self.layer, self.row = one_of("capture", "layer", layer, LAYERS), one_of("capture", "row", row, ROWS)
         self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, row_scale, heads
-        self.padding_idx, self.normalized, self.eps, self.window = padding_idx, normalized, eps, window
+        self.padding_idx, self.window = padding_idx, window
+        self.normalized, self.eps = norm
         self.of_norm = layer in ("layer_norm", "rms_norm")
         self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
         self._moved: dict[Any, torch.Tensor] = {}

@@ -145,7 +145,7 @@ class Capture:
 
     def _of_weight(self, column: str, name: str, module: nn.Module, spec: Spec, calls: str) -> Column:
         """The column of a module's weight gradients."""
-        made_of = weight_arguments("capture", self._model, name, module, spec)
+        made_of = weight_arguments("capture", self._model, name, module, spec, self.backend)
         self.weights[column] = made_of
         dtype, weight = stored_dtype("capture", spec.dtype), self._engine.Weight(*made_of)
         return self._engine.Column(column, "none", (), dtype, self.capacity, calls, "weight", None, None, weight)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import broken_rule
-from ..projections.projection import Projection
+from ..projections.applying import SKETCHES, native_sketch
+from ..projections.projection import Projection, Role
 from ..spec import Spec
 from .points import as_list, is_glob
 
@@ -171,7 +172,9 @@ def projected_name(model: nn.Module, name: str, projection: Projection) -> str:
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 
-def weight_arguments(who: str, model: nn.Module, name: str, module: nn.Module, spec: Spec) -> tuple[Any, ...]:
+def weight_arguments(
+    who: str, model: nn.Module, name: str, module: nn.Module, spec: Spec, backend: str
+) -> tuple[Any, ...]:
     """What a backend's Weight is made of, for a spec at a module; TypeError or ValueError where nothing can be."""
     layer, projection = find_layer(who, name, module), spec.projection
     has_bias, per_token = spec.bias and layer.has_bias, spec.per == "token"
@@ -189,6 +192,7 @@ def weight_arguments(who: str, model: nn.Module, name: str, module: nn.Module, s
         raise ValueError(broken_rule(at_point, 'per="token"', rule, "one", remedy))
     row = "norm" if spec.reduce == "norm" else "factors" if per_token else "gradient"
     left = right = None
+    sketches: tuple[Any, ...] = (None, None)
     scale = 1.0
     if projection is not None:
         if projection.form != "two-sided":
@@ -204,7 +208,15 @@ def weight_arguments(who: str, model: nn.Module, name: str, module: nn.Module, s
             names = [f"{known}.head_{head}" for head in range(n_heads)] or [known]
             sides = [projection.matrix(one, "left", layer.n_outputs // max(1, n_heads)) for one in names]
             left = torch.stack(sides) if n_heads else sides[0]
+            if projection.kind in SKETCHES and layer.kind == "linear" and not n_heads:
+                # What applies them has their scale in it, and so must the matrices, for other devices and dtypes.
+                left, right = projection.scale * left.double(), projection.scale * right.double()
+                scale = 1.0
+                columns_of: tuple[tuple[Role, int], ...] = (("left", layer.n_outputs), ("right", layer.n_inputs))
+                sketches = tuple(
+                    native_sketch(projection, known, role, columns, backend) for role, columns in columns_of
+                )
     return (
-        layer.kind, row, has_bias, left, right, scale, n_heads, layer.padding_idx, layer.normalized, layer.eps,
-        layer.window,
+        layer.kind, row, has_bias, left, right, scale, n_heads, layer.padding_idx,
+        (layer.normalized, layer.eps), layer.window, sketches,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..spec import Backend, one_of
 from .projection import MOST_COLUMNS, Projection, Role, check_side, whole_number
 from .sketches import CountSketch, HadamardSketch
 
+SKETCHES = ("count-sketch", "hadamard")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_KEPT = 2**26  # entries of a matrix that is kept, 256 MB of float32; a larger one is made again at each call
 PIECE = 2**24  # entries of a matrix, or numbers of a tensor, that are worked on at a time
@@ -90,6 +91,12 @@ def projector(
     return kinds.get(projection.kind, MatrixProjector)(
         projection, module, role, columns, dtype, torch.device(device), backend
     )
+
+
+def native_sketch(projection: Projection, module: str, role: Role, columns: int, backend: str) -> Any:
+    """What applies a sketch to float32 on the CPU without the GIL; None where Python does it."""
+    made = projector(projection, module, role, columns, backend="native" if backend == "native" else "python")
+    return made.native if isinstance(made, Sketcher) else None
 
 
 @dataclass(eq=False)
