@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -13,9 +14,12 @@ from record_files import save_chat_model, save_records
 from tiny_models import POINTS, collect_words, complaint_of, save_model, save_text
 
 import tlfast
+from tlfast.attribution import text_query
 from tlfast.cli import main
 from tlfast.collecting import huggingface
+from tlfast.collecting.identity import describe_spec
 from tlfast.dataset import merge_datasets, open_dataset
+from tlfast.projections.projection import Projection
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,38 @@ def test_a_dataset_of_a_program_is_searched_with_the_model(folder, tmp_path, cap
     save_model(tmp_path / "other", "llama")
     text = complaint_of(capsys, [*words, "--model", str(tmp_path / "other")])
     assert "points must match a module" in text or "score: queries must be of the model" in text
+
+
+def test_specs_are_read_out_of_a_header(folder):
+    model = huggingface.load_model(str(folder / "model"), None, torch.device("cpu"))
+    made = [
+        tlfast.Spec("transformer.h.0", reduce="sum", over=[1, 2], dtype=torch.float16, output=0, name="x"),
+        tlfast.Spec(["transformer.h.0.mlp"], reduce="none", at=[0, -1], side="input", of="act", encoding="int8"),
+        tlfast.Spec("transformer.h.1", of="act", heads=(2, 8), per="token", reduce="none"),
+        tlfast.Spec("transformer.h.*.mlp.c_fc", of="weight", project=Projection(4, kind="normal", seed=3), bias=True),
+    ]
+    described = [describe_spec(model, spec) for spec in made]
+    read = text_query._specs({"specs": json.loads(json.dumps(described))})
+    assert [describe_spec(model, spec) for spec in read] == described
+    for wrong in ([{**described[0], "later": 1}], None):
+        with pytest.raises(
+            ValueError, match=r"tlfast search: the specs must be in dataset.json, as tlfast.collect says"
+        ):
+            text_query._specs({"specs": wrong})
+
+
+def test_weight_gradients_find_their_text(folder, tmp_path, capsys):
+    model = huggingface.load_model(str(folder / "model"), None, torch.device("cpu"))
+    examples = [example["input_ids"] for example in open_dataset(folder / "out").examples]
+    settings = {"points": "**.mlp.*", "of": "weight", "project": 4, "dtype": torch.float32, "progress": False}
+    tlfast.collect(model, examples, tmp_path / "out", **settings)
+    for method in ("cosine", "trackstar"):
+        words = ["--model", str(folder / "model"), "--top", "1", "--method", method]
+        assert main(["search", str(tmp_path / "out"), text_of(folder, 5), *words]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[1].split()[1:3] == ["example", "5"]
+        assert float(shown[1].split()[0]) == pytest.approx(1, abs=1e-4)
+        assert shown[2].startswith(f"{method} over 4 columns (transformer.h.0.mlp.c_fc:weight, ")
 
 
 def test_a_model_that_lies_elsewhere(folder, tmp_path, capsys):

@@ -22,6 +22,7 @@ from ..dataset import open_dataset
 from ..dataset.format.description import CONFIG
 from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
+from ..projections.projection import Projection
 from ..spec import DTYPE_NAMES, Spec
 
 _WHO = "tlfast search"
@@ -148,7 +149,17 @@ def _specs(header: Mapping[str, Any]) -> list[Spec]:
     if any("ref" in said for said in found):
         remedy = "Collect queries with it, and use `tlfast score`."
         raise _refused("the specs", "name no function", "a ref", remedy)
-    return [Spec(**{**said, "dtype": said["dtype"] and getattr(torch, said["dtype"])}) for said in found]
+    return [_spec(dict(said)) for said in found]
+
+
+def _spec(said: dict[str, Any]) -> Spec:
+    """The spec that `describe_spec` has described."""
+    said["dtype"] = DTYPE_NAMES.get(str(said.get("dtype")))
+    if not said.get("over"):  # nothing is reduced
+        said.pop("over", None)
+    if "project" in said:
+        said["project"] = Projection.from_json(said["project"])
+    return Spec(**said)
 
 
 def _refused(argument: str, rule: str, got: str, remedy: str = "Leave it out.") -> ValueError:
