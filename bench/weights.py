@@ -19,7 +19,7 @@ from .collect import SCRATCH, file_system, make_work
 from .measure import Measured, Sections, check_close, interleave
 from .report import Cell, Claim, Result, Table
 from .rivals import first_tensor
-from .weight_ways import BERGSON, COLLECT, FLOOR, PRODUCTS, PYTHON, WAYS, Way, Work
+from .weight_ways import BERGSON, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, Way, Work
 
 PREDICTION = (
     "the products of p=16 are 7 % of the frozen step at d=128 and 0.8 % at d=768, those of p=64 30 % and 3.2 %; tlfast "
@@ -32,7 +32,7 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 @dataclass(frozen=True)
 class Model:
-    """A GPT-2 and how many examples of it; ``most`` is by how much of the floor collecting may cost more, by p."""
+    """A GPT-2 and how many examples of it; ``most`` is what rows on disk may cost above the floor, in percent, by p."""
 
     name: str
     shape: dict[str, int]
@@ -41,9 +41,9 @@ class Model:
 
 
 MODELS = (
-    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 512, "rows_per_unit": 128}, 5,
+    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 256, "rows_per_unit": 64}, 7,
           {16: 9.0, 64: 36.0}),
-    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 96, "rows_per_unit": 48}, 3,
+    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 48, "rows_per_unit": 16}, 7,
           {16: 3.0, 64: 6.0}),
 )  # fmt: skip
 QUICK = Model(
@@ -147,15 +147,15 @@ def _percent(measured: Measured, name: str) -> float:
 
 
 def _claims(model: Model, work: Work, measured: Measured) -> list[Claim]:
-    if COLLECT not in measured:
+    if INTO not in measured:
         return []
     what = f"{model.name}, p={work.dim}"
-    most, above = model.most[work.dim], _percent(measured, COLLECT)
-    claims = [Claim(f"{what}: {COLLECT} above the floor", "at most", most, above, " %")]
+    most, above = model.most[work.dim], _percent(measured, INTO)
+    claims = [Claim(f"{what}: {INTO} above the floor", "at most", most, above, " %")]
     for name in (PYTHON, BERGSON):
         if name in measured:
-            ratio = measured[name]["cpu"].ratio(measured[COLLECT]["cpu"])
-            claims.append(Claim(f"{what}: CPU time, {name} / {COLLECT}", "at least", 1.0, ratio))
+            ratio = measured[name]["cpu"].ratio(measured[INTO]["cpu"])
+            claims.append(Claim(f"{what}: CPU time, {name} / {INTO}", "at least", 1.0, ratio))
     return claims
 
 
