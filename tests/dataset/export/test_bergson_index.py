@@ -75,9 +75,14 @@ def test_a_collection_by_the_command_line_as_an_index(tmp_path):
     assert datasets.load_from_disk(str(made / "data.hf"))["text"] == texts
     files = ["config.yaml", "data.hf", "gradients.bin", "info.json", "processor_config.yaml"]
     assert sorted(os.listdir(made)) == sorted([*files, "hessians.pth", "hessians_eigen.pth", "normalizers.pth"])
-    header = open_dataset(import_bergson(made, tmp_path / "again")).header
+    assert main(["import-bergson", str(made), f"{tmp_path}/again", "--base", "transformer"]) == 0
+    header = open_dataset(tmp_path / "again").header
     assert tlfast.Projection.from_json(header["specs"][0]["project"]) == tlfast.Projection(DIM, scheme="bergson-2")
     assert header["model"]["name"] == str(tmp_path / "model")
+    # What was imported has the columns that were collected: one is scored against the other.
+    scores = tlfast.score(tmp_path / "again", tmp_path / "ds", "cosine", k=1)
+    assert scores.indices[:, 0].tolist() == [0, 1, 2, 3]
+    assert list(load(export_dataset(tmp_path / "again", to="bergson"))) == MODULES
 
 
 def load(made):
@@ -102,10 +107,9 @@ def test_the_settings_of_a_projection(tmp_path, project, bias):
         expected |= {"projection_type": "normal", "projection_seed": 3}
     assert settings.items() >= expected.items()
     again = import_bergson(made, tmp_path / "again")
-    assert open_dataset(again).header["specs"] == [
-        {"points": ["h.0", "h.1"], "of": "weight", "dtype": "float32"}
-        | {k: v for k, v in spec.items() if k not in SPEC}
-    ]
+    (said,) = open_dataset(again).header["specs"]
+    as_collected = {"reduce": "none", "over": [], "dtype": "float32", "output": None, "name": None}
+    assert said == spec | as_collected | {"points": ["h.0", "h.1"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bfloat16])
@@ -333,6 +337,13 @@ def test_examples_that_dont_fit_the_rows_are_refused(tmp_path):
     assert not (tmp_path / "ds").exists()
     ds = open_dataset(import_bergson(made, tmp_path / "ds"))  # without data.hf, by the rows alone
     assert [e["length"] for e in ds.examples] == [2, 0, 3]
+
+
+def test_a_base_with_a_dot_at_its_end_is_refused(tmp_path):
+    text = r"import_bergson: base must be the name of a module, got 'transformer\.'\. Say"
+    with pytest.raises(DatasetError, match=text):
+        import_bergson(index(tmp_path / "index"), tmp_path / "ds", base="transformer.")
+    assert not (tmp_path / "ds").exists()
 
 
 def test_columns_of_every_kind(tmp_path):

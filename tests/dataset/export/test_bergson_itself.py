@@ -195,6 +195,16 @@ def test_what_is_collected_is_what_it_builds(tmp_path, theirs, ours):
         assert np.array_equal(np.load(index / "offsets.npy"), np.load(made / "offsets.npy"))
 
 
+def test_its_builds_are_scored_against_what_is_collected(tmp_path, rows):
+    import_bergson(build(tmp_path / "index", projection_dim=DIM), tmp_path / "ds", base="transformer")
+    points, project = [f"transformer.{name}" for name in MODULES], tlfast.Projection(DIM, scheme="bergson-2")
+    collect(tiny_model().eval(), tmp_path / "asked", [tokens(QUERY)], points=points, of="weight", project=project)
+    found = tlfast.score(tmp_path / "ds", tmp_path / "asked", "dot", k=len(TEXTS))
+    expected = torch.stack([query @ row.T for row, query in rows.values()]).sum(0)[0].sort(descending=True)
+    assert found.indices[0].tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.scores[0].double(), expected.values, **CLOSE)
+
+
 def test_its_faiss_index(folder, rows, monkeypatch):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed")
     from bergson.query.faiss_index import FaissConfig
