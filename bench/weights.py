@@ -15,16 +15,18 @@ import torch
 import tlfast
 from tlfast.collecting.loss import next_token_loss
 
+from . import weight_norms
 from .collect import SCRATCH, file_system, make_work
 from .measure import Measured, Sections, check_close, interleave
-from .report import Cell, Claim, Result, Table
+from .report import Cell, Claim, Findings, Result, Table
 from .rivals import first_tensor
 from .weight_ways import BERGSON, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, Way, Work
 
 PREDICTION = (
     "the products of p=16 are 7 % of the frozen step at d=128 and 0.8 % at d=768, those of p=64 30 % and 3.2 %; tlfast "
     "adds a call a layer and the bytes of the rows: +9 %, +3 %, +36 %, +6 %; Python hooks +14 % and +31 % at d=128, "
-    "theirs being one write without a checksum; bergson +40 % and +56 %: full hooks, a copy a layer, a cat a batch"
+    "theirs being one write without a checksum; bergson +40 % and +56 %: full hooks, a copy a layer, a cat a batch. "
+    "Norms: opacus 2 of ours, for it makes the weight gradients of the batch, too; Python hooks as much as ours"
 )
 LENGTH = 64  # tokens of an example
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -120,7 +122,7 @@ def installed(library: str) -> str:
 
 def run(quick: bool = False, ways: dict[str, Way] | None = None) -> Result:
     """Measure every way of each model and p."""
-    theirs = installed("bergson")
+    theirs, found = installed("bergson"), Findings() if ways else weight_norms.findings(quick)
     if ways is None:
         ways = {name: way for name, way in WAYS.items() if theirs or name != BERGSON}
     models = (QUICK,) if quick else MODELS
@@ -130,6 +132,7 @@ def run(quick: bool = False, ways: dict[str, Way] | None = None) -> Result:
         {"models": {model.name: model.shape for model in models}, "length": LENGTH,
          "layers": "4 a block", "stored": "float32",
          "rounds": {model.name: model.rounds for model in models}, "bergson": theirs or "not installed",
+         "opacus": installed("opacus") or "not installed",
          "disk": file_system(SCRATCH), "quick": quick},
     )  # fmt: skip
     for model in models:
@@ -138,6 +141,8 @@ def run(quick: bool = False, ways: dict[str, Way] | None = None) -> Result:
             measured = interleave({name: sampler(work, way) for name, way in ways.items()}, model.rounds)
             result.tables.append(_table(model, work, measured))
             result.claims += _claims(model, work, measured)
+    result.tables += found.tables
+    result.claims += found.claims
     return result
 
 
