@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import tlfast
+import tlfast.dataset
 from tlfast.collecting.batches import Batch
 from tlfast.collecting.loss import next_token_loss
 
@@ -232,12 +233,28 @@ def capture(work: Work, out: Path) -> dict[str, torch.Tensor]:
     return {point: cap[f"{point}:weight"] for point in work.points}
 
 
+def into(work: Work, out: Path) -> Path:
+    """A loop of one's own, whose rows go to disk unit by unit, each synced and committed; no set-up of a collection."""
+    settings: Any = {"of": "weight", "project": work.dim}
+    plan = tlfast.dataset.Plan(work.n_examples, work.rows_per_unit)
+    with (
+        tlfast.freeze(work.model),
+        tlfast.capture(work.model, list(work.points), rows=work.rows_per_unit, dtype=torch.float32, **settings) as cap,
+        cap.into(out / "dataset", plan=plan) as rows,
+    ):
+        for batch, ids in zip(work.batches, rows.batches(len(work.batches[0].input_ids)), strict=True):
+            with cap.batch(ids=ids):
+                work.backward(batch)
+    return out / "dataset"
+
+
 FLOOR = "forward and backward (floor)"
 PRODUCTS = "the matrix products alone"
 PYTHON = "tensor hooks, bmm, one file"
 BERGSON = "bergson"
 CAPTURE = "tlfast.capture, in memory"
-COLLECT = "tlfast.collect"
+INTO = "tlfast.capture, into a dataset"
+COLLECT = "tlfast.collect, with its set-up"
 
 WAYS: dict[str, Way] = {
     FLOOR: Way(floor),
@@ -245,5 +262,6 @@ WAYS: dict[str, Way] = {
     PYTHON: Way(python_hooks, read_blocks, _signs),
     BERGSON: Way(bergson_collector, read_index, _of_scheme("bergson-2")),
     CAPTURE: Way(capture, lambda found, work, point: found[point], _of_scheme("tlfast-1")),
+    INTO: Way(into, read_dataset, _of_scheme("tlfast-1")),
     COLLECT: Way(collect, read_dataset, _of_scheme("tlfast-1")),
 }

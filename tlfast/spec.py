@@ -249,7 +249,7 @@ def check_of_weight(who: str, reduce: str, per: str, given: Mapping[str, object]
         remedy = "The norm of a token's is that of both its factors: keep these."
         raise ValueError(broken_rule(who, "reduce", 'be "none" with per="token" of weight gradients', "'norm'", remedy))
     for argument, value in given.items():
-        if value not in (None, "pos", "output"):
+        if value not in (None, "pos", ["pos"], "output"):  # a list is what the command makes of its default
             rule, remedy = "be left out of weight gradients", "They have no positions and one side: leave it out."
             raise ValueError(broken_rule(who, argument, rule, repr(value), remedy))
 

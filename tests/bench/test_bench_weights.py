@@ -10,7 +10,7 @@ from checkout import ROOT
 
 sys.path.append(str(ROOT))
 
-from bench import weights
+from bench import weight_norms, weights
 from bench.measure import WrongResult
 from bench.weight_ways import FLOOR, PRODUCTS, PYTHON, WAYS, bergson_collector, read_index
 
@@ -53,3 +53,19 @@ def test_bergsons_collection_is_checked_like_ours():
     wrong = replace(way, read=lambda *given: read_index(*given) * 1.001)
     with pytest.raises(WrongResult, match="bergson at"):
         weights.check_ways(work, {"bergson": wrong})
+
+
+def test_norms_are_checked_and_timed():
+    ways = {name: way for name, way in weight_norms.WAYS.items() if name != weight_norms.OPACUS}
+    found = weight_norms.findings(quick=True, ways=ways)
+    assert [row["variant"] for row in found.tables[0].rows] == list(ways)
+    assert len(found.claims) == 1
+    wrong = {weight_norms.FLOOR: ways[weight_norms.FLOOR], "wrong": lambda work: ways[weight_norms.GRAM](work) * 1.01}
+    with pytest.raises(WrongResult, match="wrong: values must be within the computed bound"):
+        weight_norms.findings(quick=True, ways=wrong)
+
+
+def test_norms_of_opacus_are_checked_like_ours():
+    pytest.importorskip("opacus", reason="opacus is not installed")
+    work = weight_norms.make_work(**weight_norms.QUICK)
+    weight_norms.check_ways(work, {"opacus": weight_norms.opacus_ghost})

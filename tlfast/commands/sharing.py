@@ -48,10 +48,12 @@ def import_bergson(args: list[str]) -> int:
     )
     arguments.add_argument("index", metavar="INDEX", help="the folder of a build of bergson")
     arguments.add_argument("dir", metavar="DIR", help="the dataset; one that was cut short is continued")
+    arguments.add_argument("--base", default="", metavar="NAME", help="of the base model, before the names of modules")
     arguments.add_argument("--rows-per-unit", type=int, metavar="N", help="examples of a unit; without it, of 64 MiB")
     wanted = arguments.read(args)
     with bar("import", read_index(wanted.index).n_items, "rows") as progress:
-        made = bring(wanted.index, wanted.dir, rows_per_unit=wanted.rows_per_unit, progress=progress)
+        settings = {"base": wanted.base, "rows_per_unit": wanted.rows_per_unit}
+        made = bring(wanted.index, wanted.dir, **settings, progress=progress)
     print(f"{len(open_dataset(made))} rows: {made}")
     return OK
 

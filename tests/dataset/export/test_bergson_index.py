@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from bergson_cases import DIM, MODULES, PROJECT, TEXTS, collected, philox, signs, some_rows, write
+from bergson_cases import DIM, MODULES, PROJECT, TEXTS, philox, signs, some_rows, true_rows, write
 from dataset_cases import content, same_bits
-from tiny_models import complaint_of, save_model
+from tiny_models import complaint_of, save_model, tiny_model
 
+import tlfast
 from tlfast.cli import main
 from tlfast.dataset import DatasetError, export_dataset, import_bergson, open_dataset
 from tlfast.dataset.export import bergson_index
@@ -40,20 +41,28 @@ def test_the_definitions_of_the_cases():
     assert torch.equal(signs("h.0/left", 4, 300)[:2, :200], signs("h.0/left", 2, 200))
 
 
-def test_what_is_in_an_index(tmp_path):
+def test_a_collection_by_the_command_line_as_an_index(tmp_path):
+    """Its rows are those of each example alone in float64, by matrices that are made here, up to float32."""
+    texts, folder = [text for text in TEXTS if len(text) > 1], tmp_path / "texts"
     save_model(tmp_path / "model")
-    rows = {name: values.view(5, DIM, DIM) for name, values in zip(MODULES, torch.randn(8, 5, 16), strict=True)}
-    made = export_dataset(collected(tmp_path / "ds", tmp_path / "model", rows), tmp_path / "out", to="bergson")
-    info = json.loads((made / "info.json").read_text())
+    folder.mkdir()
+    for k, text in enumerate(texts):
+        (folder / f"{k}.txt").write_text(text)
+    words = f"--model {tmp_path}/model --text {folder} --out {tmp_path}/ds --of weight --dtype float32 --seq-len 64"
+    words += f" --project dim={DIM},scheme=bergson-2 --points transformer.h.*.attn.c_* transformer.h.*.mlp.c_*"
+    assert main(["collect", *words.split()]) == 0
+    assert main(["export", f"{tmp_path}/ds", "--to", "bergson"]) == 0
+    made = tmp_path / "ds-bergson"
+    info, found = json.loads((made / "info.json").read_text()), load(made)
     assert list(info["grad_sizes"].items()) == [(name, DIM * DIM) for name in MODULES]  # inside of the base model
     assert (info["attribute_tokens"], info["num_items"], info["num_grads"], info["base_dtype"]) == (
         False,
-        5,
-        5,
+        4,
+        4,
         "float32",
     )
-    stored = np.fromfile(made / "gradients.bin", np.float32).reshape(5, -1)
-    assert np.array_equal(stored, np.concatenate([values.reshape(5, -1) for values in rows.values()], axis=1))
+    for name, true in true_rows(tiny_model(dtype=torch.float64).eval(), texts).items():
+        assert np.abs(found[name] - true.flatten(1).numpy()).max() <= 2e-6 * float(true.abs().max())
     settings = yaml.safe_load((made / "processor_config.yaml").read_text())
     assert list(settings) == KEYS
     assert list(settings.values()) == [DIM, False, "rademacher", "per_module", "jl", False, None, 2]
@@ -63,9 +72,26 @@ def test_what_is_in_an_index(tmp_path):
     assert index["data"]["dataset"] == str(made / "data.hf")
     import datasets
 
-    assert datasets.load_from_disk(str(made / "data.hf"))["text"] == TEXTS
+    assert datasets.load_from_disk(str(made / "data.hf"))["text"] == texts
     files = ["config.yaml", "data.hf", "gradients.bin", "info.json", "processor_config.yaml"]
     assert sorted(os.listdir(made)) == sorted([*files, "hessians.pth", "hessians_eigen.pth", "normalizers.pth"])
+    assert main(["import-bergson", str(made), f"{tmp_path}/again", "--base", "transformer"]) == 0
+    header = open_dataset(tmp_path / "again").header
+    assert tlfast.Projection.from_json(header["specs"][0]["project"]) == tlfast.Projection(DIM, scheme="bergson-2")
+    assert header["model"]["name"] == str(tmp_path / "model")
+    # What was imported has the columns that were collected: one is scored against the other.
+    scores = tlfast.score(tmp_path / "again", tmp_path / "ds", "cosine", k=1)
+    assert scores.indices[:, 0].tolist() == [0, 1, 2, 3]
+    assert list(load(export_dataset(tmp_path / "again", to="bergson"))) == MODULES
+
+
+def load(made):
+    """The rows of an index by module, as bergson maps them."""
+    info = json.loads((made / "info.json").read_text())
+    flat = np.fromfile(made / "gradients.bin", info["base_dtype"]).reshape(info["num_grads"], -1)
+    return dict(
+        zip(info["grad_sizes"], np.split(flat, np.cumsum(list(info["grad_sizes"].values()))[:-1], 1), strict=True)
+    )
 
 
 @pytest.mark.parametrize("project, bias", [({"kind": "normal", "seed": 3}, False), ({}, True), (None, False)])
@@ -81,10 +107,9 @@ def test_the_settings_of_a_projection(tmp_path, project, bias):
         expected |= {"projection_type": "normal", "projection_seed": 3}
     assert settings.items() >= expected.items()
     again = import_bergson(made, tmp_path / "again")
-    assert open_dataset(again).header["specs"] == [
-        {"points": ["h.0", "h.1"], "of": "weight", "dtype": "float32"}
-        | {k: v for k, v in spec.items() if k not in SPEC}
-    ]
+    (said,) = open_dataset(again).header["specs"]
+    as_collected = {"reduce": "none", "over": [], "dtype": "float32", "output": None, "name": None}
+    assert said == spec | as_collected | {"points": ["h.0", "h.1"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bfloat16])
@@ -312,6 +337,13 @@ def test_examples_that_dont_fit_the_rows_are_refused(tmp_path):
     assert not (tmp_path / "ds").exists()
     ds = open_dataset(import_bergson(made, tmp_path / "ds"))  # without data.hf, by the rows alone
     assert [e["length"] for e in ds.examples] == [2, 0, 3]
+
+
+def test_a_base_with_a_dot_at_its_end_is_refused(tmp_path):
+    text = r"import_bergson: base must be the name of a module, got 'transformer\.'\. Say"
+    with pytest.raises(DatasetError, match=text):
+        import_bergson(index(tmp_path / "index"), tmp_path / "ds", base="transformer.")
+    assert not (tmp_path / "ds").exists()
 
 
 def test_columns_of_every_kind(tmp_path):

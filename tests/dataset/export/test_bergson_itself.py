@@ -11,6 +11,7 @@ from bergson_cases import DIM, MODULES, PROJECT, TEXTS, collected, gradients, pr
 from tiny_models import WIDTH, byte_tokenizer, collect, save_model, tiny_model
 
 import tlfast
+from tlfast.cli import main
 from tlfast.dataset import export_dataset, import_bergson, open_dataset
 
 bergson = pytest.importorskip("bergson", reason="bergson is not installed")
@@ -61,16 +62,21 @@ def test_its_attributor_traces_a_query(folder, rows):
     assert scores.abs().max() > 1000 * CLOSE["atol"]
 
 
-def test_its_query_command_prints_the_nearest_texts(folder, rows, tmp_path, monkeypatch, capsys):
+def ask(index, text, record, monkeypatch, top_k):
+    """What `bergson query` says are the nearest examples."""
     from bergson.config.config import QueryConfig
     from bergson.query.query_index import query
 
-    asked = iter([QUERY, "exit"])
+    asked = iter([text, "exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    query(QueryConfig(index=str(folder / "index"), record=str(tmp_path / "found.csv"), top_k=len(TEXTS)))
-    with open(tmp_path / "found.csv", newline="") as file:
-        found = [line for line in csv.DictReader(file) if line["direction"] == "Top"]
+    query(QueryConfig(index=str(index), record=str(record), top_k=top_k))
+    with open(record, newline="") as file:
+        return [line for line in csv.DictReader(file) if line["direction"] == "Top"]
+
+
+def test_its_query_command_prints_the_nearest_texts(folder, rows, tmp_path, monkeypatch, capsys):
+    found = ask(folder / "index", QUERY, tmp_path / "found.csv", monkeypatch, top_k=len(TEXTS))
     texts, wanted = (torch.cat([both[k] for both in rows.values()], dim=1) for k in (0, 1))
     cosines = torch.nn.functional.cosine_similarity(texts, wanted)
     assert TEXTS.index("a") == 1
@@ -81,6 +87,23 @@ def test_its_query_command_prints_the_nearest_texts(folder, rows, tmp_path, monk
         torch.tensor([float(line["score"]) for line in found]).double(), expected.values, **CLOSE
     )
     assert f"results for '{QUERY}'" in capsys.readouterr().out
+
+
+def test_by_the_command_line_from_a_text_to_the_nearest_one(folder, tmp_path, monkeypatch, capsys):
+    for k, text in enumerate(LONG):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{k}.txt").write_text(text)
+    points = ["transformer.h.*.attn.c_*", "transformer.h.*.mlp.c_*"]
+    words = ["--model", str(folder / "model"), "--text", str(tmp_path / "texts"), "--out", str(tmp_path / "rows")]
+    words += ["--of", "weight", "--project", f"dim={DIM},scheme=bergson-2", "--dtype", "float32", "--seq-len", "64"]
+    assert main(["collect", *words, "--points", *points]) == 0
+    assert main(["export", str(tmp_path / "rows"), "--to", "bergson"]) == 0
+    for k, text in enumerate(LONG):
+        (line, *_) = ask(
+            tmp_path / "rows-bergson", text, tmp_path / f"{k}.csv", monkeypatch, top_k=2
+        )  # of one its own code takes no number
+        assert line["result"] == text
+        assert float(line["score"]) == pytest.approx(1, abs=CLOSE["rtol"])  # a cosine
 
 
 def build(folder, texts=tuple(TEXTS), modules=tuple(MODULES), **settings):
@@ -170,6 +193,16 @@ def test_what_is_collected_is_what_it_builds(tmp_path, theirs, ours):
         assert error <= 1e-6 * np.abs(true[name]).max(), name
     if "per" in ours:
         assert np.array_equal(np.load(index / "offsets.npy"), np.load(made / "offsets.npy"))
+
+
+def test_its_builds_are_scored_against_what_is_collected(tmp_path, rows):
+    import_bergson(build(tmp_path / "index", projection_dim=DIM), tmp_path / "ds", base="transformer")
+    points, project = [f"transformer.{name}" for name in MODULES], tlfast.Projection(DIM, scheme="bergson-2")
+    collect(tiny_model().eval(), tmp_path / "asked", [tokens(QUERY)], points=points, of="weight", project=project)
+    found = tlfast.score(tmp_path / "ds", tmp_path / "asked", "dot", k=len(TEXTS))
+    expected = torch.stack([query @ row.T for row, query in rows.values()]).sum(0)[0].sort(descending=True)
+    assert found.indices[0].tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.scores[0].double(), expected.values, **CLOSE)
 
 
 def test_its_faiss_index(folder, rows, monkeypatch):

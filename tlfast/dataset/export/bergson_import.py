@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import dataset_error
 from ..format.layout import WEIGHT, Column
 from ..format.plan import Plan, Unit
 from ..write.writer import DatasetWriter
 from .bergson_examples import Examples
 from .bergson_projection import ENDING, as_said
-from .bergson_store import Index, read_index
+from .bergson_store import WHO, Index, read_index
 
 _UNIT_BYTES = 64 << 20  # of rows: what is held in memory twice
 _UNIT_ROWS = 2048
@@ -25,6 +26,7 @@ def import_bergson(
     index: str | PathLike[str],
     out: str | PathLike[str],
     *,
+    base: str = "",
     rows_per_unit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path | str:
@@ -40,6 +42,8 @@ def import_bergson(
     Args:
         index: the folder of one build, with its info.json.
         out: the dataset, a path or a URL: new, empty, or begun by the same call.
+        base: the name of the base model in the model, "transformer" in GPT-2, "model" in Llama: bergson's names begin
+            inside of it. With it columns are called as those of `tlfast.collect` are, and scored against these.
         rows_per_unit: examples of a unit; None: those that fill 64 MiB, and 2048 at most.
         progress: called with the number of examples just written.
 
@@ -65,20 +69,25 @@ def import_bergson(
         tensor([[1., 1.],
                 [1., 1.]])
     """
+    if base and not all(base.split(".")):
+        raise dataset_error(WHO, "base", "be the name of a module", repr(base), 'Say "transformer", without a dot.')
     found = read_index(index)
     examples = Examples(found)
     per_item = found.row_bytes * -(-(found.n_rows + found.n_items) // found.n_items)
     most = max(1, min(_UNIT_ROWS, _UNIT_BYTES // per_item))
     plan = Plan(found.n_items, most if rows_per_unit is None else rows_per_unit)
+    inside = f"{base}." if base else ""
     columns = {
-        module + ENDING: Column(found.dtype, found.row_shape(module), WEIGHT, _per(found)) for module in found.sizes
+        inside + module + ENDING: Column(found.dtype, found.row_shape(module), WEIGHT, _per(found))
+        for module in found.sizes
     }
     fields = examples.kept or None
-    with DatasetWriter(out, header=_header(found, examples), columns=columns, plan=plan, fields=fields) as writer:
+    with DatasetWriter(out, header=_header(found, examples, base), columns=columns, plan=plan, fields=fields) as writer:
         for unit in plan.units:
             if unit.name not in writer.done:
                 known = examples.read(unit.start, unit.stop)
-                writer.write_unit(unit, _rows(found, unit, [example.length for example in known]), known)
+                rows = _rows(found, unit, [example.length for example in known])
+                writer.write_unit(unit, {inside + name: values for name, values in rows.items()}, known)
             if progress is not None:
                 progress(len(unit))
         return writer.out
@@ -88,9 +97,11 @@ def _per(index: Index) -> Any:
     return "example" if index.offsets is None else "token"
 
 
-def _header(index: Index, examples: Examples) -> dict[str, Any]:
+def _header(index: Index, examples: Examples, base: str) -> dict[str, Any]:
     """What the dataset says of itself, in the words that a collection has, and what the index was."""
-    spec = {"points": list(index.sizes), "of": WEIGHT, "dtype": str(index.dtype).removeprefix("torch.")}
+    inside, dtype = f"{base}." if base else "", str(index.dtype).removeprefix("torch.")
+    spec: dict[str, Any] = {"points": [inside + name for name in index.sizes], "reduce": "none", "over": []}
+    spec |= {"dtype": dtype, "output": None, "name": None, "of": WEIGHT}
     spec |= as_said(index.processor) | ({} if index.offsets is None else {"per": "token"})
     spec |= {"normalized": list(index.normalized)} if index.normalized else {}
     spec |= {"preprocessed": index.made_by["preprocess"]} if "preprocess" in index.made_by else {}
@@ -102,7 +113,7 @@ def _header(index: Index, examples: Examples) -> dict[str, Any]:
         "examples": examples.describe(),
         "imported": {
             "from": "bergson", "sha256": index.sha256(), "processor": index.processor, "made_by": index.made_by,
-        } | left_out,
+        } | left_out | ({"base": base} if base else {}),
     }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def _named(rows: Rows) -> _Rows:
     headers = [source.header for source in rows.dataset.sources]
     processor, heads = processor_of(headers), heads_of(headers)
     dim, counts = processor["projection_dim"], {n for n, _ in heads}
-    names = inside_base(said, [header.get("model") for header in headers])
+    names = inside_base(said, headers)
     shapes = {point: modules_of(point, column, dim, counts) for point, column in said.items()}
     modules = {
         point: {names[point] + module.removeprefix(point.removesuffix(ENDING)): size for module, size in found.items()}

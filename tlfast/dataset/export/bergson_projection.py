@@ -99,15 +99,13 @@ def _settings(project: Any) -> dict[str, Any]:
     return {key: project[name] for name, key in _SAID.items() if name in project}
 
 
-def inside_base(columns: Iterable[str], models: Iterable[Any]) -> dict[str, str]:
+def inside_base(columns: Iterable[str], headers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Return the names of columns as bergson has those of their modules: inside of ``model.base_model``.
-
-    ``models`` is what headers say of their models.
 
     Raises:
         DatasetError: for a module that lies outside of it, or two columns of one module.
     """
-    prefixes = {_base_of(model.get("class")) for model in models if isinstance(model, Mapping)} - {""}
+    prefixes = {prefix for header in headers for prefix in _bases_of(header)}
     names = {column: column.removesuffix(ENDING) for column in columns}
     for prefix in sorted(prefixes):
         inside = [name for name in names.values() if name.startswith(prefix + ".")]
@@ -122,16 +120,19 @@ def inside_base(columns: Iterable[str], models: Iterable[Any]) -> dict[str, str]
     return names
 
 
-def _base_of(kind: Any) -> str:
-    """Where a model of this class of transformers has its base model; "" where that isn't known."""
-    if not isinstance(kind, str) or not kind.isidentifier():
-        return ""
-    if kind.startswith("PeftModel"):
-        return "base_model"
-    try:
-        return str(getattr(import_module("transformers"), kind, None).base_model_prefix)  # type: ignore[union-attr]
-    except (ImportError, AttributeError):
-        return ""
+def _bases_of(header: Mapping[str, Any]) -> list[str]:
+    """Where a model of transformers has its base model, or an import put it; nothing where that isn't known."""
+    model, imported = (header.get(key) for key in ("model", "imported"))
+    base = imported.get("base") if isinstance(imported, Mapping) else None
+    kind = model.get("class") if isinstance(model, Mapping) else None
+    if base is None and isinstance(kind, str) and kind.isidentifier():
+        if kind.startswith("PeftModel"):
+            return ["base_model"]
+        try:
+            base = getattr(import_module("transformers"), kind, None).base_model_prefix  # type: ignore[union-attr]
+        except (ImportError, AttributeError):
+            return []
+    return [str(base)] if base else []
 
 
 def modules_of(name: str, column: Column, dim: int | None, heads: Collection[int]) -> dict[str, int]:
