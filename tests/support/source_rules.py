@@ -141,7 +141,7 @@ ROOMS = (
     (
         "collecting",
         (
-            ("__init__", "determinism", "fields", "progress", "signals", "skipped", "tasks"),
+            ("__init__", "data_files", "determinism", "fields", "progress", "signals", "skipped", "spool", "tasks"),
             (
                 "chat",
                 "fingerprint",
@@ -150,12 +150,11 @@ ROOMS = (
                 "pack",
                 "point_list",
                 "records",
-                "spool",
                 "text",
                 "unit_queue",
             ),
             ("examples", "tokenizing"),
-            ("batches", "function_identity"),
+            ("batches", "function_identity", "stored_examples"),
             ("drain", "graph_cache", "loss"),
             ("losses", "packing"),
             ("options",),

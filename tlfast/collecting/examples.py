@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import pickle
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, bytes_of, digest_of
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, packed, unpacked
 from .items import Item, Reading, as_tokens
 from .skipped import BadExamples
 from .spool import DIGEST_BYTES, Examples, Spool
@@ -71,31 +69,16 @@ class Refetched(FieldSource):
 class Spooled(FieldSource):
     """Fields that were given but once: in a file without a name, which goes with this process, where they are many."""
 
-    def __init__(self, rules: FieldRules, folder: str | os.PathLike[str] | None) -> None:
+    def __init__(self, rules: FieldRules, spool: Spool) -> None:
         super().__init__(rules)
-        self._spool = Spool(folder)
+        self.spool = spool
 
     def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
         """Write the fields of the next example."""
-        self._spool.add(pickle.dumps(_packed(fields), protocol=5))
+        self.spool.add(packed(fields))
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
-        return [_unpacked(pickle.loads(self._spool[number])) for number in numbers]
-
-
-def _packed(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), bytes_of(value)
-    return {key: _packed(part) for key, part in value.items()} if isinstance(value, dict) else [value]
-
-
-def _unpacked(packed: Any) -> Any:
-    if isinstance(packed, dict):
-        return {key: _unpacked(part) for key, part in packed.items()}
-    if isinstance(packed, list):
-        return packed[0]
-    dtype, shape, data = packed
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+        return [unpacked(self.spool[number]) for number in numbers]
 
 
 def _values(fields: Mapping[str, Any]) -> Fields:
@@ -134,6 +117,7 @@ class ExampleReader:
 
     def __post_init__(self) -> None:
         self.examples = Examples(self.spool_in)
+        self.rules = FieldRules(self.pad_id, self.apart)
 
     def read(self, data: Any) -> Examples:
         """List the examples, numbered from 0; their fields are in ``source`` then, where there are any.
@@ -142,7 +126,6 @@ class ExampleReader:
             ValueError, TypeError: for data that hold no examples, or an item that is none.
         """
         check_data(data)
-        self._rules = FieldRules(self.pad_id, self.apart)
         reading = Reading(self.fields, self.apart, isinstance(data, DataLoader))
         map_style = is_map_style(data)
         number = 0
@@ -155,7 +138,7 @@ class ExampleReader:
             remedy = "Look at these." if len(self.bad) else "Is the iterable used up?"
             raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
         if self.padded:
-            self._rules.check(self.keep)
+            self.rules.check(self.keep)
         return self.examples
 
     def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
@@ -165,7 +148,7 @@ class ExampleReader:
         if wrong is None:
             try:
                 fields = _values(item.fields)
-                reason = self._rules.refusal(fields, None if tokens is None else len(tokens))
+                reason = self.rules.refusal(fields, None if tokens is None else len(tokens))
             except BadField as error:
                 reason = str(error)
             if reason is not None:
@@ -176,9 +159,9 @@ class ExampleReader:
             return
         if fields and self.source is None:
             if data is not None:
-                self.source = Refetched(self._rules, data, reading)
+                self.source = Refetched(self.rules, data, reading)
             else:
-                self.source = Spooled(self._rules, self.spool_in)
+                self.source = Spooled(self.rules, Spool(self.spool_in))
         digest = digest_of(fields) if fields else b""
         if self.source is not None:
             self.source.add(*place, fields, digest)  # type: ignore[attr-defined]

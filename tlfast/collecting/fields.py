@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +92,54 @@ def bytes_of(value: torch.Tensor) -> bytes:
     return found
 
 
+def packed(fields: Fields) -> bytes:
+    """An example's fields as bytes, which `unpacked` makes them of again; nothing in these is ever run."""
+    data: list[bytes] = []
+    layout = json.dumps(_laid_out(fields, data)).encode()
+    return b"".join((len(layout).to_bytes(4, "little"), layout, *data))
+
+
+def unpacked(data: bytes) -> Fields:
+    """The fields of which `packed` made these bytes."""
+    start = 4 + int.from_bytes(data[:4], "little")
+    fields: Fields = _read_back(json.loads(data[4:start]), _Bytes(data, start))
+    return fields
+
+
+def _laid_out(value: Value, data: list[bytes]) -> Any:
+    """What JSON says of a value: of a tensor [dtype, shape], its bytes go to ``data``; of texts [[text, ...]]."""
+    if isinstance(value, torch.Tensor):
+        data.append(bytes_of(value))
+        return [str(value.dtype)[6:], list(value.shape)]
+    if isinstance(value, dict):
+        return {key: _laid_out(part, data) for key, part in value.items()}
+    return value if isinstance(value, str) else [list(value)]
+
+
+@dataclass
+class _Bytes:
+    """Bytes that are read in order."""
+
+    data: bytes
+    at: int
+
+    def take(self, n: int) -> bytearray:
+        self.at += n
+        return bytearray(self.data[self.at - n : self.at])
+
+
+def _read_back(said: Any, data: _Bytes) -> Value:
+    if isinstance(said, str):
+        return said
+    if isinstance(said, dict):
+        return {key: _read_back(part, data) for key, part in said.items()}
+    if len(said) == 1:
+        return tuple(said[0])
+    dtype, shape = getattr(torch, said[0]), said[1]
+    n = prod(shape) * dtype.itemsize
+    return torch.frombuffer(data.take(n), dtype=dtype).view(shape) if n else torch.empty(shape, dtype=dtype)
+
+
 def leaves(fields: Mapping[str, Value], above: str = "") -> Iterator[tuple[str, Value]]:
     """Yield name and value of each field, by rising name; those of a mapping as ``name.key``."""
     for name in sorted(fields):
@@ -141,6 +191,22 @@ class FieldRules:
         self._left_out = set[str]()  # of batches: fields that are kept and can't be put together
         self.names: tuple[str, ...] = ()  # of the fields; those of a mapping count as one
         self.has_tokens = True
+
+    def to_json(self) -> dict[str, Any]:
+        """What all examples have been found to agree on."""
+        seen = {name: asdict(one) | {"dtype": str(one.dtype)[6:]} for name, one in (self._seen or {}).items()}
+        return {"names": list(self.names), "has_tokens": self.has_tokens, "seen": seen}
+
+    def recall(self, said: Mapping[str, Any]) -> None:
+        """Know what `to_json` has said of the same examples."""
+        self.names, self.has_tokens = tuple(said["names"]), said["has_tokens"]
+        self._seen = {
+            name: _Seen(
+                one["kind"], one["n_dims"], getattr(torch, one["dtype"], None),
+                None if one["shape"] is None else tuple(one["shape"]), one["as_tokens"],
+            )
+            for name, one in said["seen"].items()
+        }  # fmt: skip
 
     def refusal(self, fields: Mapping[str, Value], n_tokens: int | None) -> str | None:
         """Why an example doesn't go with those before it; None where it does, which is then remembered.

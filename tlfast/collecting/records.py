@@ -55,7 +55,7 @@ def read_records(
             or that must be said.
     """
     path = Path(place).expanduser()
-    if path.is_dir() and not any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+    if path.is_dir() and not _is_saved(path):
         if name:
             raise _refused("name", "be left out for files", repr(name), "It is one of the hub's.")
         files = _in_folder(path, split)
@@ -68,6 +68,27 @@ def read_records(
                 raise _refused(argument, "be left out for a file", repr(value), "The file is taken whole.")
         return _of_file(path, path.name, bad, texts, wanted)
     return _of_datasets(place, path, name, split, wanted)
+
+
+def files_of(place: str, split: str = "") -> list[tuple[str, Path]] | None:
+    """All files that `read_records` reads, with names that tell them apart; None for a data set of the hub.
+
+    Raises:
+        ValueError: as `read_records`, for a folder.
+    """
+    path = Path(place).expanduser()
+    if _is_saved(path):
+        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    elif path.is_dir():
+        found = _in_folder(path, split)
+    else:
+        return [(path.name, path)] if path.is_file() else None
+    return [(file.relative_to(path).as_posix(), file) for file in found]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether it is a folder that ``save_to_disk`` made."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _refused(argument: str, rule: str, got: str, remedy: str) -> ValueError:

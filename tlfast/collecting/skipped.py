@@ -42,6 +42,12 @@ class BadExamples:
         """Begin anew."""
         self._own.clear()
 
+    def recall(self, skipped: Iterable[Iterable[str | int]]) -> None:
+        """Know what was left out when the same data were read before; nothing else."""
+        if self._before is not None:
+            self._before.forget()
+        self._own = [list(entry) for entry in skipped]
+
     def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
         """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
         if error is not None and self._policy == "stop":

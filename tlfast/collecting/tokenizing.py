@@ -122,7 +122,7 @@ class Tokenizing:
                 got = "a column of that name"
                 raise ValueError(broken_rule(_WHO, "filter", "mean the tokens by length", got, remedy))
             self.condition.check_names([*record.values, "length"])
-        self.unused = [name for name in record.values if name not in self.wanted]
+        self.unused[:] = [name for name in record.values if name not in self.wanted]
 
     def _of(self, records: Sequence[Record], n_before: int) -> Iterator[Any]:
         tokens = {name: self._tokens(records, name) for name in self.columns.texts}
