@@ -143,12 +143,13 @@ class ExampleReader:
 
     def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
         tokens = None if item.input_ids is None else as_tokens(item.input_ids)
-        wrong = None if tokens is None else self._length_refused(len(tokens), number)
+        n = None if tokens is None else len(tokens)
+        wrong = None if n is None or self._fits(n) else self._length_refused(n, number)
         fields: Fields = {}
         if wrong is None:
             try:
                 fields = _values(item.fields)
-                reason = self.rules.refusal(fields, None if tokens is None else len(tokens))
+                reason = self.rules.refusal(fields, n)
             except BadField as error:
                 reason = str(error)
             if reason is not None:
@@ -178,19 +179,20 @@ class ExampleReader:
         ids = as_tokens(()) if tokens is None else tokens
         self.examples.add(ids, item.source, item.start, kept, digest)
 
-    def _length_refused(self, n: int, number: int) -> tuple[str, str] | None:
-        """The reason why an example of ``n`` tokens is left out, and the error that this may be; None: it isn't."""
+    def _fits(self, n: int) -> bool:
+        return self.least <= n and (self.longest is None or n <= self.longest)
+
+    def _length_refused(self, n: int, number: int) -> tuple[str, str]:
+        """The reason why an example of ``n`` tokens is left out, and the error that this may be."""
         got = f"{n} in example {number}"
         if n < self.least:
             remedy = "A single token has no next one; leave it out." if self.least > 1 else "Leave it out."
             s = "s" * (self.least != 1)
             error = broken_rule("collect", "examples", f"have {self.least} token{s} or more", got, remedy)
             return f"{n} token{'s' * (n != 1)}, less than {self.least}", error
-        if self.longest is not None and n > self.longest:
-            remedy = "Cut the examples, or give a larger seq_len."
-            error = broken_rule("collect", "examples", f"have {self.longest} tokens at most", got, remedy)
-            return f"{n} tokens, more than {self.longest}", error
-        return None
+        remedy = "Cut the examples, or give a larger seq_len."
+        error = broken_rule("collect", "examples", f"have {self.longest} tokens at most", got, remedy)
+        return f"{n} tokens, more than {self.longest}", error
 
 
 def _size_of(size: Callable[[Mapping[str, Any]], int], fields: Fields, tokens: Any) -> int:

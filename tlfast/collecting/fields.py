@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ def as_value(given: Any, name: str) -> Value:
 
     Python's floats are float32, its ints int64; arrays and tensors keep their dtype.
     """
+    if type(given) is np.ndarray and given.dtype == np.int64:  # labels, as our own readers make them
+        return torch.from_numpy(given.copy())
     if isinstance(given, torch.Tensor):
         if given.layout is not torch.strided or given.is_nested or given.is_meta:
             raise BadField(f"{name} is no dense tensor")
@@ -72,11 +75,17 @@ def digest_of(fields: Mapping[str, Value]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in leaves(fields):
         if isinstance(value, torch.Tensor):
-            digest.update(f"{name}\0{value.dtype} {list(value.shape)};".encode())
-            digest.update(memoryview(_as_array(value)))
+            digest.update(_begins(name, value.dtype, value.shape))
+            digest.update(_as_array(value))
         else:
             digest.update(f"{name}\0{value!r};".encode(errors="surrogatepass"))
     return digest.digest()
+
+
+@lru_cache(4096)
+def _begins(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """What a digest has of a tensor before its bytes."""
+    return f"{name}\0{dtype} {list(shape)};".encode()
 
 
 def _as_array(value: torch.Tensor) -> Any:
@@ -94,9 +103,18 @@ def bytes_of(value: torch.Tensor) -> bytes:
 
 def packed(fields: Fields) -> bytes:
     """An example's fields as bytes, which `unpacked` makes them of again; nothing in these is ever run."""
+    if all(type(value) is torch.Tensor for value in fields.values()):
+        known = _layout(tuple((name, value.dtype, value.shape) for name, value in fields.items()))
+        return b"".join((known, *map(bytes_of, fields.values())))
     data: list[bytes] = []
     layout = json.dumps(_laid_out(fields, data)).encode()
     return b"".join((len(layout).to_bytes(4, "little"), layout, *data))
+
+
+@lru_cache(4096)  # most examples of a collection have one of a few
+def _layout(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
+    layout = json.dumps({name: [str(dtype)[6:], list(shape)] for name, dtype, shape in tensors}).encode()
+    return len(layout).to_bytes(4, "little") + layout
 
 
 def unpacked(data: bytes) -> Fields:
@@ -142,9 +160,9 @@ def _read_back(said: Any, data: _Bytes) -> Value:
 
 def leaves(fields: Mapping[str, Value], above: str = "") -> Iterator[tuple[str, Value]]:
     """Yield name and value of each field, by rising name; those of a mapping as ``name.key``."""
-    for name in sorted(fields):
+    for name in sorted(fields) if len(fields) > 1 else fields:
         value = fields[name]
-        if isinstance(value, dict):
+        if type(value) is dict:
             yield from leaves(value, f"{above}{name}.")
         else:
             yield above + name, value
@@ -225,7 +243,7 @@ class FieldRules:
             return f"{'no' if odd in self._seen else 'a'} field {odd!r}, other than the first"
         for name, value in found.items():
             seen = self._seen[name]
-            if _kind(value) != seen.kind or (seen.dtype is not None and value.dim() != seen.n_dims):
+            if _kind(value) != seen.kind or (seen.dtype is not None and value.ndim != seen.n_dims):
                 return f"field {name!r} of another kind than that of the first"
         for name, value in found.items():
             self._add(self._seen[name], value, n_tokens)
@@ -243,10 +261,12 @@ class FieldRules:
     def _add(seen: _Seen, value: Value, n_tokens: int | None) -> None:
         if seen.dtype is None:
             return
-        seen.dtype = torch.promote_types(seen.dtype, value.dtype)
-        seen.as_tokens = seen.as_tokens and value.shape[0] == n_tokens
-        if seen.shape is not None and seen.shape != tuple(value.shape):
-            trailing = seen.shape[1:] == tuple(value.shape[1:]) and seen.n_dims > 0
+        if seen.dtype != value.dtype:
+            seen.dtype = torch.promote_types(seen.dtype, value.dtype)
+        shape = value.shape
+        seen.as_tokens = seen.as_tokens and shape[0] == n_tokens
+        if seen.shape is not None and seen.shape != shape:
+            trailing = seen.shape[1:] == shape[1:] and seen.n_dims > 0
             seen.shape = (-1, *seen.shape[1:]) if trailing else None
 
     def kept_type(self, name: str) -> str:

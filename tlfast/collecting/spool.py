@@ -18,6 +18,7 @@ Folder = str | os.PathLike[str] | None
 
 _IN_MEMORY = 4 << 20  # bytes of a spool that need no file
 _AT_ONCE = 1024  # examples read together
+_BUFFER = 1 << 16  # bytes that are written together
 _BLOCK = 4 << 20  # bytes of a spool read together
 DIGEST_BYTES = 16
 
@@ -46,7 +47,7 @@ class Spool:
     def __init__(self, folder: Folder = None) -> None:
         self._file: Any = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=None if folder is None else os.fspath(folder))  # noqa: SIM115 (as long as what it is for)
         weakref.finalize(self, self._file.close)
-        self._at_end = True
+        self._new = bytearray()  # what isn't in the file yet
         self._begin = 0  # where its first byte lies in the file
         self.ends = array("q", [0])  # of each piece; the first begins at 0
 
@@ -54,7 +55,7 @@ class Spool:
     def lying_in(cls, fd: int, begin: int, ends: array[int]) -> Spool:
         """Pieces that lie in an open file from ``begin`` on; nothing can be added."""
         spool = cls.__new__(cls)
-        spool._file, spool._begin, spool._at_end, spool.ends = _Region(fd), begin, False, ends
+        spool._file, spool._begin, spool._new, spool.ends = _Region(fd), begin, bytearray(), ends
         return spool
 
     def __len__(self) -> int:
@@ -62,25 +63,30 @@ class Spool:
 
     def add(self, data: bytes | memoryview) -> None:
         """Append a piece."""
-        if not self._at_end:
-            self._file.seek(self.ends[-1])
-            self._at_end = True
-        self._file.write(data)
+        self._new += data
         self.ends.append(self.ends[-1] + len(data))
+        if len(self._new) > _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._new:
+            self._file.seek(self.ends[-1] - len(self._new))
+            self._file.write(self._new)
+            self._new.clear()
 
     def read(self, start: int, stop: int) -> bytes:
         """The pieces ``start`` to ``stop``, behind each other."""
         first, last = self.ends[start], self.ends[stop]
         if first == last:
             return b""
-        self._at_end = False
+        self._flush()
         self._file.seek(self._begin + first)
         data: bytes = self._file.read(last - first)
         return data
 
     def blocks(self) -> Iterator[bytes]:
         """All of its bytes, in order."""
-        self._at_end = False
+        self._flush()
         for start in range(0, self.ends[-1], _BLOCK):
             self._file.seek(self._begin + start)
             yield self._file.read(min(_BLOCK, self.ends[-1] - start))
