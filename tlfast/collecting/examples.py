@@ -144,7 +144,7 @@ class ExampleReader:
     def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
         tokens = None if item.input_ids is None else as_tokens(item.input_ids)
         n = None if tokens is None else len(tokens)
-        wrong = None if n is None or self._fits(n) else self._length_refused(n, number)
+        wrong = None if n is None or self._fits(n) else self._length_refused(n, _named(item, number))
         fields: Fields = {}
         if wrong is None:
             try:
@@ -153,7 +153,7 @@ class ExampleReader:
             except BadField as error:
                 reason = str(error)
             if reason is not None:
-                got, remedy = f"{reason}, in example {number}", "Correct it, or leave it out."
+                got, remedy = f"{reason}, in {_named(item, number)}", "Correct it, or leave it out."
                 wrong = reason, broken_rule("collect", "examples", "have fields that fit each other", got, remedy)
         if wrong is not None:
             self.bad.leave_out(item.source or f"#{number}", item.start, *wrong)
@@ -166,14 +166,15 @@ class ExampleReader:
         digest = digest_of(fields) if fields else b""
         if self.source is not None:
             self.source.add(*place, fields, digest)  # type: ignore[attr-defined]
-        self._remember(item, tokens, fields, digest)
+        self._remember(item, tokens, fields, digest, number)
 
-    def _remember(self, item: Item, tokens: Any, fields: Fields, digest: bytes) -> None:
+    def _remember(self, item: Item, tokens: Any, fields: Fields, digest: bytes, number: int) -> None:
         for name in self.keep:
             if name not in fields:
                 rule, got = f"name fields of the examples ({', '.join(fields) or 'none'})", repr(name)
                 raise ValueError(broken_rule("collect", "keep_fields", rule, got, "Leave it out, or give the field."))
-        kept = {name: as_kept(name, fields[name]) for name in self.keep}
+        place = _named(item, number) if self.keep else ""
+        kept = {name: as_kept(name, fields[name], place) for name in self.keep}
         if self.size is not None:
             self.sizes.append(_size_of(self.size, fields, tokens))
         ids = as_tokens(()) if tokens is None else tokens
@@ -182,9 +183,9 @@ class ExampleReader:
     def _fits(self, n: int) -> bool:
         return self.least <= n and (self.longest is None or n <= self.longest)
 
-    def _length_refused(self, n: int, number: int) -> tuple[str, str]:
+    def _length_refused(self, n: int, place: str) -> tuple[str, str]:
         """The reason why an example of ``n`` tokens is left out, and the error that this may be."""
-        got = f"{n} in example {number}"
+        got = f"{n} in {place}"
         if n < self.least:
             remedy = "A single token has no next one; leave it out." if self.least > 1 else "Leave it out."
             s = "s" * (self.least != 1)
@@ -193,6 +194,11 @@ class ExampleReader:
         remedy = "Cut the examples, or give a larger seq_len."
         error = broken_rule("collect", "examples", f"have {self.longest} tokens at most", got, remedy)
         return f"{n} tokens, more than {self.longest}", error
+
+
+def _named(item: Item, number: int) -> str:
+    """An example for a message: its number, and where it is from."""
+    return f"example {number}" + (f" ({item.source} at {item.start})" if item.source else "")
 
 
 def _size_of(size: Callable[[Mapping[str, Any]], int], fields: Fields, tokens: Any) -> int:

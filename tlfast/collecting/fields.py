@@ -44,6 +44,8 @@ def as_value(given: Any, name: str) -> Value:
             raise BadField(f"{name} is no dense tensor")
         return given.detach().cpu()
     if isinstance(given, str):
+        if not is_unicode(given):
+            raise BadField(f"{name} has half of a surrogate pair, which is no text")
         return str(given)
     if isinstance(given, Mapping):
         return {str(key): as_value(part, f"{name}.{key}") for key, part in given.items() if part is not None}
@@ -59,6 +61,14 @@ def as_value(given: Any, name: str) -> Value:
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise BadField(f"{name} is no array of numbers ({' '.join(str(error).split())[:80]})") from None
     raise BadField(f"{name} is a {type(given).__name__}, not numbers or text")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is one that UTF-8 can say: Python's may hold halves of surrogate pairs, out of JSON."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _of_list(given: Sequence[Any], name: str) -> Value:
@@ -399,12 +409,13 @@ def _moved(value: Any, move: Any) -> Any:
     return value
 
 
-def as_kept(name: str, value: Value) -> Any:
-    """A field as a row table keeps it: a number, a text, or numbers; ValueError for what isn't small."""
+def as_kept(name: str, value: Value, place: str = "") -> Any:
+    """A field as a row table keeps it: a number, a text, or numbers; ValueError for what isn't small, at ``place``."""
     if isinstance(value, str):
         return value
     if isinstance(value, torch.Tensor) and value.dim() < 2 and value.numel() <= MOST_KEPT and not value.is_complex():
         return value.tolist()
     got = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    got += f" in {place}" if place else ""
     rule = f"be a number, a text or {MOST_KEPT} numbers at most, to be kept"
     raise ValueError(broken_rule("collect", f"field {name!r}", rule, got, "Leave it out of keep_fields=."))

@@ -164,7 +164,9 @@ class Collection:
             "label_ids": labels if isinstance(labels, dict) else None,
         }  # fmt: skip
         task = task_of(self.model)
-        tokenizing = Tokenizing(columns, self.tokenizer, task, self.bad, condition=settings.filter, **how)
+        tokenizing = Tokenizing(
+            columns, self.tokenizer, task, self.bad, condition=settings.filter, place=settings.dataset, **how
+        )
         self._tokenizing = tokenizing
         files = files_of(settings.dataset, settings.split)
         how |= {"columns": asdict(columns), "task": task, "split": settings.split, "name": settings.name}

@@ -14,7 +14,7 @@ from ..dataset.format.plan import Example
 from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from .chat import chat_tokens
-from .fields import NOT_ASKED_FOR
+from .fields import NOT_ASKED_FOR, is_unicode
 from .records import Record
 from .skipped import BadExamples
 from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ
@@ -69,18 +69,20 @@ class Tokenizing:
         condition: a text that a record must fulfil to be taken, on its values and ``length``, its tokens.
         label_ids: numbers of labels that are texts, by name.
         bad: takes what can't be used.
+        place: where the records are from, for messages.
     """
 
     def __init__(
         self, columns: Columns, tokenizer: Any, task: str | None, bad: BadExamples, *,
         first: Sequence[int] = (), last: Sequence[int] = (), longest: int | None = None, truncate: bool = False,
-        condition: str = "", label_ids: dict[str, int] | None = None,
+        condition: str = "", label_ids: dict[str, int] | None = None, place: str = "",
     ) -> None:  # fmt: skip
         self.columns, self.tokenizer, self.task, self.bad = columns, tokenizer, task, bad
         self.first, self.last, self.longest, self.truncate = list(first), list(last), longest, truncate
         self.condition = Condition(condition, _WHO) if condition else None
-        self.label_ids = label_ids or {}
+        self.label_ids, self.place = label_ids or {}, place
         self._quick: dict[str, bool] = {}  # columns whose texts the tokenizer's own backend encodes as it does itself
+        self._kept = False  # whether a record has come that has all columns that are to be kept
         self.unused: list[str] = []  # columns that records have and nobody asks for; known once the first is read
 
     @property
@@ -94,7 +96,7 @@ class Tokenizing:
         Raises:
             ValueError: for a column that the first record lacks, a wrong condition, or no examples at all.
         """
-        waiting = iter(records)
+        waiting, self._kept = iter(records), False
         n_records = n_found = 0
         while chunk := list(islice(waiting, _AT_ONCE)):
             if not n_records:
@@ -107,7 +109,9 @@ class Tokenizing:
             if n_found == most:
                 return
         if not n_found:
-            got = f"{n_records} records without; {self.bad}" if len(self.bad) else f"{n_records} records without"
+            got = f"{n_records} records without" if n_records else "no records"
+            got += f" in {self.place!r}" if self.place else ""
+            got += f"; {self.bad}" if len(self.bad) else ""
             raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
 
     def _check_first(self, record: Record) -> None:
@@ -131,6 +135,7 @@ class Tokenizing:
             try:
                 ids, labels = self._together({name: found[k] for name, found in tokens.items()}, record)
                 ids, labels = self._fitting(ids, labels)
+                self._check_kept(record)
                 wanted = self._wanted(record, len(ids))
             except _Unusable as reason:
                 got, remedy = f"{reason}, in record {record.start} of {record.source}", "Correct it, or leave it out."
@@ -142,18 +147,30 @@ class Tokenizing:
             if labels is None and not self.columns.keep:
                 yield Example(n, ids, record.source, record.start, len(ids))
             else:
-                kept = {name: record.values[name] for name in self.columns.keep}
+                kept = {name: record.values.get(name) for name in self.columns.keep}
                 fields = kept if labels is None else {"labels": labels, **kept}
                 yield {"input_ids": ids, "source": record.source, "start": record.start, **fields}
             n += 1
+
+    def _check_kept(self, record: Record) -> None:
+        """Refuse a record without what is to be kept, up to the first that has it; others are compared with that."""
+        if not self._kept:
+            lacks = next((name for name in self.columns.keep if record.values.get(name) is None), None)
+            if lacks is not None:
+                raise _Unusable(f"no {lacks}, which is to be kept")
+            self._kept = True
 
     # Tokens.
 
     def _tokens(self, records: Sequence[Record], name: str) -> list[Any]:
         """Of each record the tokens of a column, or the reason why there are none."""
-        values = [record.values.get(name) for record in records]
+        values: list[Any] = [record.values.get(name) for record in records]
         is_text = [isinstance(value, str) for value in values]
-        encoded = iter(self._encode([value for value in values if isinstance(value, str)], name))
+        try:
+            encoded = iter(self._encode([value for value in values if isinstance(value, str)], name))
+        except (TypeError, UnicodeError):  # what tokenizers have to say of half a surrogate pair
+            is_text = [isinstance(value, str) and is_unicode(value) for value in values]
+            encoded = iter(self._encode([v for v, text in zip(values, is_text, strict=True) if text], name))
         return [next(encoded) if text else _given(value, name) for text, value in zip(is_text, values, strict=True)]
 
     def _encode(self, texts: list[str], name: str) -> Sequence[Sequence[int]]:
@@ -214,6 +231,8 @@ class Tokenizing:
                 raise _Unusable(f"label {value[:40]!r} is none of the model's ({known})")
             return self.label_ids[value]
         if isinstance(value, list) and value and all(type(part) in (int, float) for part in value):
+            if any(type(part) is int and not -(2**31) <= part < 2**31 for part in value):
+                raise _Unusable(f"a number of more than 32 bits in {self.columns.label}")
             return array("i", value) if all(type(part) is int for part in value) else value
         if isinstance(value, (bool, int, float)):
             return value
@@ -266,4 +285,6 @@ def _given(value: Any, name: str) -> Any:
     """Tokens that a record has already; for whatever else the reason why it can't be used."""
     if isinstance(value, list) and value and all(type(token) is int and 0 <= token < 2**31 for token in value):
         return value
+    if isinstance(value, str):
+        return _Unusable(f"{name} has half of a surrogate pair, which is no text")
     return _Unusable(f"{name} is {'empty' if value is None or value == [] else f'a {type(value).__name__}'}, no text")
