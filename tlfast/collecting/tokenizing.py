@@ -109,8 +109,7 @@ class Tokenizing:
             if n_found == most:
                 return
         if not n_found:
-            got = f"{n_records} records without" if n_records else "no records"
-            got += f" in {self.place!r}" if self.place else ""
+            got = f"{n_records} records without" if n_records else f"no records in {self.place!r}"
             got += f"; {self.bad}" if len(self.bad) else ""
             raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
 
