@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, packed, unpacked
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, is_unicode, packed, unpacked
 from .items import Item, Reading, as_tokens
 from .skipped import BadExamples
 from .spool import DIGEST_BYTES, Examples, Spool
@@ -149,6 +149,7 @@ class ExampleReader:
         if wrong is None:
             try:
                 fields = _values(item.fields)
+                self._check_kept_texts(fields)
                 reason = self.rules.refusal(fields, n)
             except BadField as error:
                 reason = str(error)
@@ -179,6 +180,12 @@ class ExampleReader:
             self.sizes.append(_size_of(self.size, fields, tokens))
         ids = as_tokens(()) if tokens is None else tokens
         self.examples.add(ids, item.source, item.start, kept, digest)
+
+    def _check_kept_texts(self, fields: Fields) -> None:
+        for name in self.keep:
+            text = fields.get(name)
+            if isinstance(text, str) and not is_unicode(text):
+                raise BadField(f"{name} has half of a surrogate pair, which is no text")
 
     def _fits(self, n: int) -> bool:
         return self.least <= n and (self.longest is None or n <= self.longest)

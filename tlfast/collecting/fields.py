@@ -44,8 +44,6 @@ def as_value(given: Any, name: str) -> Value:
             raise BadField(f"{name} is no dense tensor")
         return given.detach().cpu()
     if isinstance(given, str):
-        if not is_unicode(given):
-            raise BadField(f"{name} has half of a surrogate pair, which is no text")
         return str(given)
     if isinstance(given, Mapping):
         return {str(key): as_value(part, f"{name}.{key}") for key, part in given.items() if part is not None}
