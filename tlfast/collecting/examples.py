@@ -135,7 +135,7 @@ class ExampleReader:
                 number += 1
         if not self.examples:
             got = str(self.bad) if len(self.bad) else "none"
-            remedy = "Look at these." if len(self.bad) else "Is the iterable used up?"
+            remedy = "Look at these; fields= says what to take." if len(self.bad) else "Is the iterable used up?"
             raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
         if self.padded:
             self.rules.check(self.keep)

@@ -34,7 +34,7 @@ from .huggingface import (
     pick_device,
     portable_name,
 )
-from .losses import loss_called
+from .losses import loss_called, name_of
 from .packing import check_packs, packs
 from .progress import Report
 from .records import files_of, read_records
@@ -93,6 +93,7 @@ class Collection:
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
+        check_labels(settings, self.loss)
         self._tokenizing: Tokenizing | None = None
         self.examples: MadeAnew = self._records(settings) if settings.dataset else self._texts(settings, files)
         if settings.pack:
@@ -281,6 +282,18 @@ def fitting_loss(settings: CollectSettings, model: nn.Module) -> str:
     if settings.pack:
         return "response"
     return "response" if settings.response_column or settings.messages_column or settings.label_column else "next_token"
+
+
+def check_labels(settings: CollectSettings, loss: Any) -> None:
+    """ValueError for a loss of labels, by its name, where no column makes any."""
+    name = loss if isinstance(loss, str) else name_of(loss)
+    columns = {"classification": "--label-column", "masked_lm": "--label-column", "seq2seq": "--response-column"}
+    made = settings.label_column or settings.response_column or settings.messages_column
+    if name in columns and not made:
+        got = f"--column {settings.column} alone" if settings.dataset else "--text"
+        remedy = "Or say another --loss."
+        rule = f"come from --dataset and {columns[name]} for loss {name}"
+        raise ValueError(broken_rule("collect", "labels", rule, got, remedy))
 
 
 def check_fits(model: nn.Module, settings: CollectSettings) -> None:

@@ -201,7 +201,8 @@ def _check_parts(parts: Sequence[Any], place: str) -> None:
     else:
         _check_examples_first(parts, place)
         return
-    rule, remedy = "name the fields of a batch", "Give mappings with input_ids and attention_mask."
+    rule = "name the fields of a batch"
+    remedy = "Give mappings with input_ids and attention_mask; or name the parts of tuples by fields=."
     raise ValueError(broken_rule("collect", place, rule, got, remedy))
 
 

@@ -115,7 +115,15 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     return splits[split.lower()] if split else found
 
 
+def _is_path(place: str, path: Path) -> bool:
+    """Whether what isn't there was meant to be here: asking the hub for it would take half a minute."""
+    named = path.suffix.lower() in _READERS or place.startswith((".", "~", "/")) or place.count("/") > 1
+    return named or (len(path.parts) > 1 and path.parent.is_dir())
+
+
 def _of_datasets(place: str, path: Path, name: str, split: str, wanted: Collection[str] | None) -> Iterator[Record]:
+    if not path.is_dir() and _is_path(place, path):
+        raise _refused("dataset", "be a file, a folder or a name on the hub", f"{place!r}, no such file", _NOT_HERE)
     datasets = extra("datasets", _WHO, "hub")
     try:
         if path.is_dir():
