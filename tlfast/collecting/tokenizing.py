@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +57,15 @@ class _Unusable(Exception):
     """A record that is no example; the text says why."""
 
 
+class _Chunk(NamedTuple):
+    """Records that are read together, what was bad there, and what ended the reading."""
+
+    records: list[Record]
+    bad: list[list[str | int]]
+    error: Exception | None
+    tokens: Future[dict[str, list[Any]]]
+
+
 class Tokenizing:
     """Makes examples of records.
 
@@ -98,20 +108,44 @@ class Tokenizing:
         """
         waiting, self._kept = iter(records), False
         n_records = n_found = 0
-        while chunk := list(islice(waiting, _AT_ONCE)):
-            if not n_records:
-                self._check_first(chunk[0])
-            n_records += len(chunk)
-            # All of the chunk: so what is bad among them is told, too.
-            found = list(self._of(chunk, n_found))[: None if most is None else most - n_found]
-            n_found += len(found)
-            yield from found
-            if n_found == most:
-                return
+        with ThreadPoolExecutor(1) as pool:
+            chunk = self._next(waiting, pool, first=True)
+            while chunk is not None:
+                # The next one's texts are encoded while examples are made of this one; no more is read than is needed.
+                ahead = most is None and chunk.error is None
+                following = self._next(waiting, pool) if ahead else None
+                self.bad.add(chunk.bad)
+                if chunk.error is not None:
+                    raise chunk.error
+                n_records += len(chunk.records)
+                # All of the chunk: so what is bad among them is told, too.
+                found = list(self._of(chunk, n_found))[: None if most is None else most - n_found]
+                n_found += len(found)
+                yield from found
+                if n_found == most:
+                    break
+                chunk = following if ahead else self._next(waiting, pool)
         if not n_found:
             got = f"{n_records} records without" if n_records else f"no records in {self.place!r}"
             got += f"; {self.bad}" if len(self.bad) else ""
             raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
+
+    def _next(self, waiting: Iterator[Record], pool: ThreadPoolExecutor, first: bool = False) -> _Chunk | None:
+        """Some records, whose texts are being encoded; None behind the last, but for what was bad there."""
+        n_before, records, error = len(self.bad), list[Record](), None
+        try:
+            records = list(islice(waiting, _AT_ONCE))
+            if records and first:
+                self._check_first(records[0])
+        except Exception as found:  # it is told when all before it is done
+            error = found
+        bad = self.bad.take_back(n_before)
+        if not records and not bad and error is None:
+            return None
+        return _Chunk(records, bad, error, pool.submit(self._encoded, [] if error else records))
+
+    def _encoded(self, records: Sequence[Record]) -> dict[str, list[Any]]:
+        return {name: self._tokens(records, name) for name in self.columns.texts}
 
     def _check_first(self, record: Record) -> None:
         there = ", ".join(record.values)
@@ -127,10 +161,9 @@ class Tokenizing:
             self.condition.check_names([*record.values, "length"])
         self.unused[:] = [name for name in record.values if name not in self.wanted]
 
-    def _of(self, records: Sequence[Record], n_before: int) -> Iterator[Any]:
-        tokens = {name: self._tokens(records, name) for name in self.columns.texts}
-        n = n_before
-        for k, record in enumerate(records):
+    def _of(self, chunk: _Chunk, n_before: int) -> Iterator[Any]:
+        tokens, n = chunk.tokens.result(), n_before
+        for k, record in enumerate(chunk.records):
             try:
                 ids, labels = self._together({name: found[k] for name, found in tokens.items()}, record)
                 ids, labels = self._fitting(ids, labels)
