@@ -40,7 +40,7 @@ KINDS = {
     ANSWERS: ("response", {"prompt_column": "prompt", "response_column": "response"}),
 }
 VOCABULARY, ROWS_PER_UNIT, BATCH_TOKENS, CHECKED = 1024, 2048, 2048, 16
-UNITS = 3  # that are computed of those that are planned: a step costs the same in each
+UNITS = 2  # that are computed of those that are planned: a step costs the same in each
 WARM = 4096  # records that show what a run needs, however many there are
 
 
