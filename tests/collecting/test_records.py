@@ -113,7 +113,7 @@ REFUSED = {
     "a.json": (b"3", "dataset must hold one list of JSON objects, got other JSON in '.*a.json'. JSON lines end in"),
     "b.json": (b"{", "dataset must be a readable json file, got '.*b.json': .*Write it anew, or leave it out"),
     "c.json": (b'{"a": [{"b": 1}], "c": [{"b": 1}]}', "dataset must hold one list of JSON objects"),
-    "d.json": (b"[" * 100_000, "dataset must be a readable json file"),
+    "d.json": (b'[{"a": ' + b"[" * 100_000, "dataset must be a readable json file"),
     "a.parquet": (b"PAR1", "dataset must be a readable parquet file"),
     "a.arrow": (b"ARROW1\0\0", "dataset must be a readable arrow file"),
     "b.arrow": (b"", "dataset must be a readable arrow file"),

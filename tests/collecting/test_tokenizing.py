@@ -7,6 +7,7 @@ from record_files import TEMPLATE
 from tiny_models import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from tlfast.collecting import tokenizing
 from tlfast.collecting.chat import chat_tokens, check_template
 from tlfast.collecting.records import Record
 from tlfast.collecting.skipped import BadExamples
@@ -186,3 +187,24 @@ def test_a_tokenizer_without_a_template_is_refused():
     ):
         check_template(TOKENIZER)
     check_template(CHAT)
+
+
+def test_what_is_bad_is_told_in_the_order_of_reading(monkeypatch):
+    """Whatever is read ahead; an error of reading comes behind the examples before it."""
+    monkeypatch.setattr(tokenizing, "_AT_ONCE", 2)
+    bad = BadExamples("skip")
+
+    def records():
+        for k in range(7):
+            if k in (1, 4, 6):
+                bad.leave_out("a", k, "no record")
+            else:
+                yield Record({"t": None if k in (2, 5) else "abc"}, "a", k)
+        raise OSError("the disk")
+
+    found = []
+    with pytest.raises(OSError, match="the disk"):
+        found += [example.start for example in Tokenizing(Columns("t"), TOKENIZER, None, bad).examples(records())]
+    assert [start for _, start, _ in bad.skipped] == [1, 2, 4, 5, 6]
+    found = Tokenizing(Columns("t"), TOKENIZER, None, BadExamples("skip", bad)).examples(records())
+    assert [next(found).start for _ in range(2)] == [0, 3]

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from record_files import FLAT, KINDS, RECORDS, N, save_chat_model, save_records, save_task_model
-from task_models import gradients_alone
+from task_models import gradients_alone, task_model
 from tiny_models import complaint_of, save_text, unit_bytes
 
 import tlfast
@@ -321,6 +321,14 @@ REFUSED = {
     "an adapter": ({"column": "text", "adapter": "FOLDER"}, "peft must be installed|adapter must be a PEFT adapter"),
     "a task": ({"column": "text", "task": "vision"}, "task must be one of auto, causal, masked, seq"),
     "an eos": ({"column": "text", "eos": "yes"}, "eos must be one of auto, always, never, got 'yes'"),
+    "no such file": (
+        {"column": "text", "dataset": "nosuch.jsonl"},
+        "or a name on the hub, got '.*nosuch.jsonl', no such f",
+    ),
+    "no labels": (
+        {"column": "text", "loss": "classification"},
+        "labels must come from --dataset and --label-column for loss classification, got --column text alone. Or say",
+    ),
     "stop": ({"column": "score", "bad_examples": "stop"}, "a record must be an example, got score is a float, no text"),
 }
 
@@ -332,6 +340,14 @@ def test_what_is_no_data_is_one_line_and_exit_code_2(folder, tmp_path, capsys, c
     complaint = complaint_of(capsys, words(folder, tmp_path / "out", dataset, **changes))
     assert re.search(text, complaint), complaint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_images_is_for_the_function(folder, tmp_path, capsys):
+    task_model("vit", "image").save_pretrained(tmp_path / "model")
+    complaint = complaint_of(capsys, words(folder, tmp_path / "out", model=str(tmp_path / "model"), column="text"))
+    assert re.search(
+        r"model must read text, got '.*model', of type vit\. From Python, tlfast\.collect takes", complaint
+    )
 
 
 def test_text_takes_nothing_that_is_for_records(folder, tmp_path, capsys):

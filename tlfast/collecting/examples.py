@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import pickle
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, bytes_of, digest_of
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, is_unicode, packed, unpacked
 from .items import Item, Reading, as_tokens
 from .skipped import BadExamples
 from .spool import DIGEST_BYTES, Examples, Spool
@@ -71,31 +69,16 @@ class Refetched(FieldSource):
 class Spooled(FieldSource):
     """Fields that were given but once: in a file without a name, which goes with this process, where they are many."""
 
-    def __init__(self, rules: FieldRules, folder: str | os.PathLike[str] | None) -> None:
+    def __init__(self, rules: FieldRules, spool: Spool) -> None:
         super().__init__(rules)
-        self._spool = Spool(folder)
+        self.spool = spool
 
     def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
         """Write the fields of the next example."""
-        self._spool.add(pickle.dumps(_packed(fields), protocol=5))
+        self.spool.add(packed(fields))
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
-        return [_unpacked(pickle.loads(self._spool[number])) for number in numbers]
-
-
-def _packed(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), bytes_of(value)
-    return {key: _packed(part) for key, part in value.items()} if isinstance(value, dict) else [value]
-
-
-def _unpacked(packed: Any) -> Any:
-    if isinstance(packed, dict):
-        return {key: _unpacked(part) for key, part in packed.items()}
-    if isinstance(packed, list):
-        return packed[0]
-    dtype, shape, data = packed
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+        return [unpacked(self.spool[number]) for number in numbers]
 
 
 def _values(fields: Mapping[str, Any]) -> Fields:
@@ -134,6 +117,7 @@ class ExampleReader:
 
     def __post_init__(self) -> None:
         self.examples = Examples(self.spool_in)
+        self.rules = FieldRules(self.pad_id, self.apart)
 
     def read(self, data: Any) -> Examples:
         """List the examples, numbered from 0; their fields are in ``source`` then, where there are any.
@@ -142,7 +126,6 @@ class ExampleReader:
             ValueError, TypeError: for data that hold no examples, or an item that is none.
         """
         check_data(data)
-        self._rules = FieldRules(self.pad_id, self.apart)
         reading = Reading(self.fields, self.apart, isinstance(data, DataLoader))
         map_style = is_map_style(data)
         number = 0
@@ -152,62 +135,77 @@ class ExampleReader:
                 number += 1
         if not self.examples:
             got = str(self.bad) if len(self.bad) else "none"
-            remedy = "Look at these." if len(self.bad) else "Is the iterable used up?"
+            remedy = "Look at these; fields= says what to take." if len(self.bad) else "Is the iterable used up?"
             raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
         if self.padded:
-            self._rules.check(self.keep)
+            self.rules.check(self.keep)
         return self.examples
 
     def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
         tokens = None if item.input_ids is None else as_tokens(item.input_ids)
-        wrong = None if tokens is None else self._length_refused(len(tokens), number)
+        n = None if tokens is None else len(tokens)
+        wrong = None if n is None or self._fits(n) else self._length_refused(n, _named(item, number))
         fields: Fields = {}
         if wrong is None:
             try:
                 fields = _values(item.fields)
-                reason = self._rules.refusal(fields, None if tokens is None else len(tokens))
+                self._check_kept_texts(fields)
+                reason = self.rules.refusal(fields, n)
             except BadField as error:
                 reason = str(error)
             if reason is not None:
-                got, remedy = f"{reason}, in example {number}", "Correct it, or leave it out."
+                got, remedy = f"{reason}, in {_named(item, number)}", "Correct it, or leave it out."
                 wrong = reason, broken_rule("collect", "examples", "have fields that fit each other", got, remedy)
         if wrong is not None:
             self.bad.leave_out(item.source or f"#{number}", item.start, *wrong)
             return
         if fields and self.source is None:
             if data is not None:
-                self.source = Refetched(self._rules, data, reading)
+                self.source = Refetched(self.rules, data, reading)
             else:
-                self.source = Spooled(self._rules, self.spool_in)
+                self.source = Spooled(self.rules, Spool(self.spool_in))
         digest = digest_of(fields) if fields else b""
         if self.source is not None:
             self.source.add(*place, fields, digest)  # type: ignore[attr-defined]
-        self._remember(item, tokens, fields, digest)
+        self._remember(item, tokens, fields, digest, number)
 
-    def _remember(self, item: Item, tokens: Any, fields: Fields, digest: bytes) -> None:
+    def _remember(self, item: Item, tokens: Any, fields: Fields, digest: bytes, number: int) -> None:
         for name in self.keep:
             if name not in fields:
                 rule, got = f"name fields of the examples ({', '.join(fields) or 'none'})", repr(name)
                 raise ValueError(broken_rule("collect", "keep_fields", rule, got, "Leave it out, or give the field."))
-        kept = {name: as_kept(name, fields[name]) for name in self.keep}
+        place = _named(item, number) if self.keep else ""
+        kept = {name: as_kept(name, fields[name], place) for name in self.keep}
         if self.size is not None:
             self.sizes.append(_size_of(self.size, fields, tokens))
         ids = as_tokens(()) if tokens is None else tokens
         self.examples.add(ids, item.source, item.start, kept, digest)
 
-    def _length_refused(self, n: int, number: int) -> tuple[str, str] | None:
-        """The reason why an example of ``n`` tokens is left out, and the error that this may be; None: it isn't."""
-        got = f"{n} in example {number}"
+    def _check_kept_texts(self, fields: Fields) -> None:
+        for name in self.keep:
+            text = fields.get(name)
+            if isinstance(text, str) and not is_unicode(text):
+                raise BadField(f"{name} has half of a surrogate pair, which is no text")
+
+    def _fits(self, n: int) -> bool:
+        return self.least <= n and (self.longest is None or n <= self.longest)
+
+    def _length_refused(self, n: int, place: str) -> tuple[str, str]:
+        """The reason why an example of ``n`` tokens is left out, and the error that this may be."""
+        got = f"{n} in {place}"
         if n < self.least:
             remedy = "A single token has no next one; leave it out." if self.least > 1 else "Leave it out."
             s = "s" * (self.least != 1)
             error = broken_rule("collect", "examples", f"have {self.least} token{s} or more", got, remedy)
             return f"{n} token{'s' * (n != 1)}, less than {self.least}", error
-        if self.longest is not None and n > self.longest:
-            remedy = "Cut the examples, or give a larger seq_len."
-            error = broken_rule("collect", "examples", f"have {self.longest} tokens at most", got, remedy)
-            return f"{n} tokens, more than {self.longest}", error
-        return None
+        remedy = "Cut the examples, or give a larger seq_len."
+        error = broken_rule("collect", "examples", f"have {self.longest} tokens at most", got, remedy)
+        return f"{n} tokens, more than {self.longest}", error
+
+
+def _named(item: Item, number: int) -> str:
+    """An example for a message: its number, and where it is from."""
+    return f"example {number}" + (f" ({item.source} at {item.start})" if item.source else "")
 
 
 def _size_of(size: Callable[[Mapping[str, Any]], int], fields: Fields, tokens: Any) -> int:

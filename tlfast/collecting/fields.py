@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +37,8 @@ def as_value(given: Any, name: str) -> Value:
 
     Python's floats are float32, its ints int64; arrays and tensors keep their dtype.
     """
+    if type(given) is np.ndarray and given.dtype == np.int64:  # labels, as our own readers make them
+        return torch.from_numpy(given.copy())
     if isinstance(given, torch.Tensor):
         if given.layout is not torch.strided or given.is_nested or given.is_meta:
             raise BadField(f"{name} is no dense tensor")
@@ -56,6 +61,14 @@ def as_value(given: Any, name: str) -> Value:
     raise BadField(f"{name} is a {type(given).__name__}, not numbers or text")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text is one that UTF-8 can say: Python's may hold halves of surrogate pairs, out of JSON."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _of_list(given: Sequence[Any], name: str) -> Value:
     if given and all(isinstance(part, str) for part in given):
         return tuple(map(str, given))
@@ -70,11 +83,17 @@ def digest_of(fields: Mapping[str, Value]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in leaves(fields):
         if isinstance(value, torch.Tensor):
-            digest.update(f"{name}\0{value.dtype} {list(value.shape)};".encode())
-            digest.update(memoryview(_as_array(value)))
+            digest.update(_begins(name, value.dtype, value.shape))
+            digest.update(_as_array(value))
         else:
             digest.update(f"{name}\0{value!r};".encode(errors="surrogatepass"))
     return digest.digest()
+
+
+@lru_cache(4096)
+def _begins(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """What a digest has of a tensor before its bytes."""
+    return f"{name}\0{dtype} {list(shape)};".encode()
 
 
 def _as_array(value: torch.Tensor) -> Any:
@@ -90,11 +109,68 @@ def bytes_of(value: torch.Tensor) -> bytes:
     return found
 
 
+def packed(fields: Fields) -> bytes:
+    """An example's fields as bytes, which `unpacked` makes them of again; nothing in these is ever run."""
+    if all(type(value) is torch.Tensor for value in fields.values()):
+        known = _layout(tuple((name, value.dtype, value.shape) for name, value in fields.items()))
+        return b"".join((known, *map(bytes_of, fields.values())))
+    data: list[bytes] = []
+    layout = json.dumps(_laid_out(fields, data)).encode()
+    return b"".join((len(layout).to_bytes(4, "little"), layout, *data))
+
+
+@lru_cache(4096)  # most examples of a collection have one of a few
+def _layout(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
+    layout = json.dumps({name: [str(dtype)[6:], list(shape)] for name, dtype, shape in tensors}).encode()
+    return len(layout).to_bytes(4, "little") + layout
+
+
+def unpacked(data: bytes) -> Fields:
+    """The fields of which `packed` made these bytes."""
+    start = 4 + int.from_bytes(data[:4], "little")
+    fields: Fields = _read_back(json.loads(data[4:start]), _Bytes(data, start))
+    return fields
+
+
+def _laid_out(value: Value, data: list[bytes]) -> Any:
+    """What JSON says of a value: of a tensor [dtype, shape], its bytes go to ``data``; of texts [[text, ...]]."""
+    if isinstance(value, torch.Tensor):
+        data.append(bytes_of(value))
+        return [str(value.dtype)[6:], list(value.shape)]
+    if isinstance(value, dict):
+        return {key: _laid_out(part, data) for key, part in value.items()}
+    return value if isinstance(value, str) else [list(value)]
+
+
+@dataclass
+class _Bytes:
+    """Bytes that are read in order."""
+
+    data: bytes
+    at: int
+
+    def take(self, n: int) -> bytearray:
+        self.at += n
+        return bytearray(self.data[self.at - n : self.at])
+
+
+def _read_back(said: Any, data: _Bytes) -> Value:
+    if isinstance(said, str):
+        return said
+    if isinstance(said, dict):
+        return {key: _read_back(part, data) for key, part in said.items()}
+    if len(said) == 1:
+        return tuple(said[0])
+    dtype, shape = getattr(torch, said[0]), said[1]
+    n = prod(shape) * dtype.itemsize
+    return torch.frombuffer(data.take(n), dtype=dtype).view(shape) if n else torch.empty(shape, dtype=dtype)
+
+
 def leaves(fields: Mapping[str, Value], above: str = "") -> Iterator[tuple[str, Value]]:
     """Yield name and value of each field, by rising name; those of a mapping as ``name.key``."""
-    for name in sorted(fields):
+    for name in sorted(fields) if len(fields) > 1 else fields:
         value = fields[name]
-        if isinstance(value, dict):
+        if type(value) is dict:
             yield from leaves(value, f"{above}{name}.")
         else:
             yield above + name, value
@@ -142,6 +218,22 @@ class FieldRules:
         self.names: tuple[str, ...] = ()  # of the fields; those of a mapping count as one
         self.has_tokens = True
 
+    def to_json(self) -> dict[str, Any]:
+        """What all examples have been found to agree on."""
+        seen = {name: asdict(one) | {"dtype": str(one.dtype)[6:]} for name, one in (self._seen or {}).items()}
+        return {"names": list(self.names), "has_tokens": self.has_tokens, "seen": seen}
+
+    def recall(self, said: Mapping[str, Any]) -> None:
+        """Know what `to_json` has said of the same examples."""
+        self.names, self.has_tokens = tuple(said["names"]), said["has_tokens"]
+        self._seen = {
+            name: _Seen(
+                one["kind"], one["n_dims"], getattr(torch, one["dtype"], None),
+                None if one["shape"] is None else tuple(one["shape"]), one["as_tokens"],
+            )
+            for name, one in said["seen"].items()
+        }  # fmt: skip
+
     def refusal(self, fields: Mapping[str, Value], n_tokens: int | None) -> str | None:
         """Why an example doesn't go with those before it; None where it does, which is then remembered.
 
@@ -159,7 +251,7 @@ class FieldRules:
             return f"{'no' if odd in self._seen else 'a'} field {odd!r}, other than the first"
         for name, value in found.items():
             seen = self._seen[name]
-            if _kind(value) != seen.kind or (seen.dtype is not None and value.dim() != seen.n_dims):
+            if _kind(value) != seen.kind or (seen.dtype is not None and value.ndim != seen.n_dims):
                 return f"field {name!r} of another kind than that of the first"
         for name, value in found.items():
             self._add(self._seen[name], value, n_tokens)
@@ -177,10 +269,12 @@ class FieldRules:
     def _add(seen: _Seen, value: Value, n_tokens: int | None) -> None:
         if seen.dtype is None:
             return
-        seen.dtype = torch.promote_types(seen.dtype, value.dtype)
-        seen.as_tokens = seen.as_tokens and value.shape[0] == n_tokens
-        if seen.shape is not None and seen.shape != tuple(value.shape):
-            trailing = seen.shape[1:] == tuple(value.shape[1:]) and seen.n_dims > 0
+        if seen.dtype != value.dtype:
+            seen.dtype = torch.promote_types(seen.dtype, value.dtype)
+        shape = value.shape
+        seen.as_tokens = seen.as_tokens and shape[0] == n_tokens
+        if seen.shape is not None and seen.shape != shape:
+            trailing = seen.shape[1:] == shape[1:] and seen.n_dims > 0
             seen.shape = (-1, *seen.shape[1:]) if trailing else None
 
     def kept_type(self, name: str) -> str:
@@ -313,12 +407,13 @@ def _moved(value: Any, move: Any) -> Any:
     return value
 
 
-def as_kept(name: str, value: Value) -> Any:
-    """A field as a row table keeps it: a number, a text, or numbers; ValueError for what isn't small."""
+def as_kept(name: str, value: Value, place: str = "") -> Any:
+    """A field as a row table keeps it: a number, a text, or numbers; ValueError for what isn't small, at ``place``."""
     if isinstance(value, str):
         return value
     if isinstance(value, torch.Tensor) and value.dim() < 2 and value.numel() <= MOST_KEPT and not value.is_complex():
         return value.tolist()
     got = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    got += f" in {place}" if place else ""
     rule = f"be a number, a text or {MOST_KEPT} numbers at most, to be kept"
     raise ValueError(broken_rule("collect", f"field {name!r}", rule, got, "Leave it out of keep_fields=."))

@@ -12,6 +12,7 @@ from torch import nn
 from ..dataset.errors import extra
 from ..dataset.format.plan import Example, FieldExample
 from ..errors import broken_rule
+from .spool import Examples
 
 _SAMPLES = 1024  # values of each parameter that are hashed: training changes nearly all, and reading all takes minutes
 
@@ -59,6 +60,8 @@ def _whole(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def examples_fingerprint(examples: Iterable[Example]) -> str:
     """SHA-256 of all tokens, sources and starts, and of the other fields where there are any."""
+    if isinstance(examples, Examples):
+        return examples.sha256()
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.source}\0{example.start} {example.length};".encode())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from ..errors import broken_rule
 from ..hooks.points import find_points
 from .chat import check_template
 from .checks import positions_of
+from .data_files import DataFiles
 from .determinism import prepare_cuda
 from .huggingface import (
     Loading,
@@ -32,17 +34,20 @@ from .huggingface import (
     pick_device,
     portable_name,
 )
-from .losses import loss_called
+from .losses import loss_called, name_of
 from .packing import check_packs, packs
 from .progress import Report
-from .records import read_records
+from .records import files_of, read_records
 from .resume import check_folder, has_units, packs_as_begun
 from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
+from .stored_examples import MadeAnew, Origin
 from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, task_of
-from .text import TextFile, check_plain, cut_texts, find_text_files
+from .text import TextFile, check_plain, find_text_files, texts
 from .tokenizing import Columns, Tokenizing
+
+_MOST_HASHED = 1 << 30  # bytes of data, a second or two, of which --max-examples may take but the first
 
 
 def collect_text(settings: CollectSettings, made_by: str) -> Report:
@@ -55,16 +60,6 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
         KeyboardInterrupt, Terminated: as `collect`.
     """
     return Collection(settings).collect(settings, made_by)
-
-
-class MadeAnew:
-    """Examples that are made anew each time that they are gone through, and never all held."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
-        self._make = make
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._make()
 
 
 class Collection:
@@ -98,8 +93,9 @@ class Collection:
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
+        check_labels(settings, self.loss)
         self._tokenizing: Tokenizing | None = None
-        self.examples: Iterable[Any] = self._records(settings) if settings.dataset else self._texts(settings, files)
+        self.examples: MadeAnew = self._records(settings) if settings.dataset else self._texts(settings, files)
         if settings.pack:
             self._pack(settings)
 
@@ -109,7 +105,10 @@ class Collection:
             got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
             remedy = "Leave it out."
             raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
-        self.examples = MadeAnew(partial(packs, self.examples, longest))
+        origin = self.examples.origin
+        if origin is not None:
+            origin = replace(origin, how={**origin.how, "pack": longest})
+        self.examples = MadeAnew(partial(packs, self.examples, longest), origin)
         check_packs(self.model, self.examples)
 
     @property
@@ -117,19 +116,41 @@ class Collection:
         """Columns of the data that nobody asks for; known once they were read."""
         return [] if self._tokenizing is None else self._tokenizing.unused
 
-    def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> list[Any]:
+    def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> MadeAnew:
         most = settings.max_examples or None
-        found = cut_texts(
-            files,
-            encoder(self.tokenizer),
-            settings.text_len,
-            max_examples=None if settings.filter else most,
-            first=beginning_of_text(self.tokenizer, settings.bos),
-            bad=self.bad,
-        )
-        return filtered(found, settings.filter)[:most] if settings.filter else found
+        how: dict[str, Any] = {
+            "seq_len": settings.text_len,
+            "first": list(beginning_of_text(self.tokenizer, settings.bos)),
+        }
 
-    def _records(self, settings: CollectSettings) -> Iterable[Any]:
+        def examples() -> Iterator[Any]:
+            self.bad.forget()
+            found = texts(
+                files, encoder(self.tokenizer), **how, max_examples=None if settings.filter else most, bad=self.bad
+            )
+            return filtered(found, settings.filter, most) if settings.filter else found
+
+        named = [(file.source, file.path) for file in files]
+        return MadeAnew(examples, self._origin(settings, named, how, []))
+
+    def _origin(
+        self, settings: CollectSettings, files: Sequence[tuple[str, Path]] | None, how: dict[str, Any], notes: list[str]
+    ) -> Origin | None:
+        """What the examples are made of; None where that can't be known, or would take too long to find out."""
+        tokenizer = self.tokenizer
+        known = getattr(tokenizer, "is_fast", False) and type(tokenizer).__module__.startswith("transformers.")
+        if files is None or not known:
+            return None
+        there = DataFiles(files)
+        if settings.max_examples and there.n_bytes > _MOST_HASHED:
+            return None
+        how = how | {
+            "tokenizer": [repr(tokenizer), tokenizer_fingerprint(tokenizer), tokenizer.chat_template],
+            "max_examples": settings.max_examples, "filter": settings.filter, "bad_examples": settings.bad_examples,
+        }  # fmt: skip
+        return Origin(there, how, self.bad, notes)
+
+    def _records(self, settings: CollectSettings) -> MadeAnew:
         columns = Columns(
             settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
             settings.label_column, settings.keep_fields,
@@ -137,14 +158,19 @@ class Collection:
         if columns.messages:
             check_template(self.tokenizer)
         labels = getattr(getattr(self.model, "config", None), "label2id", None)
+        how: dict[str, Any] = {
+            "first": list(beginning_of_text(self.tokenizer, settings.bos)),
+            "last": list(end_of_text(self.tokenizer, settings.eos, bool(columns.response))),
+            "longest": settings.seq_len or positions_of(self.model), "truncate": settings.truncate,
+            "label_ids": labels if isinstance(labels, dict) else None,
+        }  # fmt: skip
+        task = task_of(self.model)
         tokenizing = Tokenizing(
-            columns, self.tokenizer, task_of(self.model), self.bad,
-            first=beginning_of_text(self.tokenizer, settings.bos),
-            last=end_of_text(self.tokenizer, settings.eos, bool(columns.response)),
-            longest=settings.seq_len or positions_of(self.model), truncate=settings.truncate,
-            condition=settings.filter, label_ids=labels if isinstance(labels, dict) else None,
-        )  # fmt: skip
+            columns, self.tokenizer, task, self.bad, condition=settings.filter, place=settings.dataset, **how
+        )
         self._tokenizing = tokenizing
+        files = files_of(settings.dataset, settings.split)
+        how |= {"columns": asdict(columns), "task": task, "split": settings.split, "name": settings.name}
 
         def examples() -> Iterator[Any]:
             self.bad.forget()
@@ -153,7 +179,7 @@ class Collection:
             )
             return tokenizing.examples(records, settings.max_examples or None)
 
-        return MadeAnew(examples)
+        return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused))
 
     def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
@@ -199,18 +225,24 @@ def _text_files(settings: CollectSettings) -> list[TextFile]:
     return files
 
 
-def filtered(examples: Sequence[Example], text: str) -> list[Example]:
-    """The examples for which a condition on ``length``, ``source`` and ``start`` holds; ValueError where none is left.
+def filtered(examples: Iterable[Example], text: str, most: int | None = None) -> Iterator[Example]:
+    """Yield the examples for which a condition on ``length``, ``source`` and ``start`` holds, numbered anew.
 
-    They are numbered anew.
+    All are gone through, also behind the first ``most`` of them: so what is bad is told, whatever is taken.
+
+    Raises:
+        ValueError: where none is left.
     """
     condition = Condition(text, "collect")
     condition.check_names(["length", "source", "start"])
-    kept = [e for e in examples if condition({"length": e.length, "source": e.source, "start": e.start})]
-    if not kept:
-        got = f"{text!r} with {len(examples)} examples"
+    n_all = n = 0
+    for n_all, e in enumerate(examples, 1):  # noqa: B007 (it is told below)
+        if n != most and condition({"length": e.length, "source": e.source, "start": e.start}):
+            yield replace(e, id=n)
+            n += 1
+    if not n:
+        got = f"{text!r} with {n_all} examples"
         raise ValueError(broken_rule("collect", "filter", "leave an example at least", got, "Ask for less."))
-    return [replace(example, id=k) for k, example in enumerate(kept)]
 
 
 def imported(given: str, argument: str = "loss") -> Any:
@@ -250,6 +282,18 @@ def fitting_loss(settings: CollectSettings, model: nn.Module) -> str:
     if settings.pack:
         return "response"
     return "response" if settings.response_column or settings.messages_column or settings.label_column else "next_token"
+
+
+def check_labels(settings: CollectSettings, loss: Any) -> None:
+    """ValueError for a loss of labels, by its name, where no column makes any."""
+    name = loss if isinstance(loss, str) else name_of(loss)
+    columns = {"classification": "--label-column", "masked_lm": "--label-column", "seq2seq": "--response-column"}
+    made = settings.label_column or settings.response_column or settings.messages_column
+    if name in columns and not made:
+        got = f"--column {settings.column} alone" if settings.dataset else "--text"
+        remedy = "Or say another --loss."
+        rule = f"come from --dataset and {columns[name]} for loss {name}"
+        raise ValueError(broken_rule("collect", "labels", rule, got, remedy))
 
 
 def check_fits(model: nn.Module, settings: CollectSettings) -> None:

@@ -92,7 +92,24 @@ def _in_a_folder(path: Path) -> bool:
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer that belongs to a model; ValueError where there is none."""
-    return _load("AutoTokenizer", name, **_trusting(trust_remote_code))
+    trusting = _trusting(trust_remote_code)
+    try:
+        return _load("AutoTokenizer", name, **trusting)
+    except ValueError:
+        kind = _kind_without_text(name, trusting)
+        if kind is None:
+            raise
+    got, remedy = f"{name!r}, of type {kind}", "From Python, tlfast.collect takes its examples."
+    raise ValueError(broken_rule("collect", "model", "read text", got, remedy))
+
+
+def _kind_without_text(name: str, trusting: Mapping[str, Any]) -> str | None:
+    """The type of a model that has no vocabulary; None for others, and where there is no such model."""
+    try:
+        config = _load("AutoConfig", name, **trusting)
+    except ValueError:
+        return None
+    return None if hasattr(config.get_text_config(), "vocab_size") else str(config.model_type)
 
 
 def _trusting(trust: bool) -> dict[str, Any]:

@@ -44,7 +44,10 @@ class Reading:
     def items(self, given: Any, place: str) -> Iterator[Item]:
         """Yield the examples in what was given; ``place`` is where it stands."""
         item = given if self.fields is None else _picked(given, self.fields, place)
-        if isinstance(item, Example):
+        if type(item) is dict and _is_read(item):
+            fields = {key: value for key, value in item.items() if value is not None and key not in _OURS}
+            yield Item(item["input_ids"], item["source"], item["start"], fields)
+        elif isinstance(item, Example):
             if item.length != len(item.input_ids):
                 got, remedy = (
                     f"{item.length} for {len(item.input_ids)} tokens",
@@ -90,7 +93,7 @@ class Reading:
         told = _TOLD if set(item) == {*_TOLD, "input_ids", "source", "start"} else ()  # an example of our dataset
         fields = {str(key): value for key, value in item.items() if key not in (*_OURS, *told) and value is not None}
         given = item["input_ids"]
-        if isinstance(given, array) and item.get("attention_mask") is None:  # one example, as our own readers make it
+        if isinstance(given, array) and item.get("attention_mask") is None:
             yield _named_item(
                 given, {n: item[n] for n in ("source", "start") if item.get(n) is not None} | fields, place
             )
@@ -131,6 +134,14 @@ class Reading:
             else value
             for name, value in fields.items()
         }  # fmt: skip
+
+
+def _is_read(item: dict[Any, Any]) -> bool:
+    """Whether it is one example as our own readers make it: most of a large data set are, so it is asked first."""
+    return (
+        type(item.get("input_ids")) is array and type(item.get("source")) is str and type(item.get("start")) is int
+        and item.get("attention_mask") is None and "length" not in item and all(type(key) is str for key in item)
+    )  # fmt: skip
 
 
 def _named_item(ids: Sequence[Any] | None, fields: dict[str, Any], place: str) -> Item:
@@ -190,7 +201,8 @@ def _check_parts(parts: Sequence[Any], place: str) -> None:
     else:
         _check_examples_first(parts, place)
         return
-    rule, remedy = "name the fields of a batch", "Give mappings with input_ids and attention_mask."
+    rule = "name the fields of a batch"
+    remedy = "Give mappings with input_ids and attention_mask; or name the parts of tuples by fields=."
     raise ValueError(broken_rule("collect", place, rule, got, remedy))
 
 

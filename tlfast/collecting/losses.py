@@ -177,7 +177,7 @@ def _check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
 def _field(batch: Batch, name: str, loss: str) -> torch.Tensor:
     value = batch.fields.get(name)
     if not isinstance(value, torch.Tensor):
-        got = "none" if value is None else f"a {type(value).__name__}"
+        got = ", ".join(batch.fields) or "none" if value is None else f"a {type(value).__name__}"
         remedy = f"Give each example a field {name!r}, numbers."
         raise ValueError(broken_rule("collect", "examples", f"have the field {name} for loss {loss}", got, remedy))
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 
 from ..dataset.errors import extra
 from ..errors import broken_rule
+from .csv_table import CsvTable
+from .json_parts import Decoder
 from .skipped import BadExamples
 
 _WHO = "collect"
@@ -38,8 +39,7 @@ def read_records(
 ) -> Iterator[Record]:
     """Yield the rows of a data set, in its order; those of several files by rising path.
 
-    Tables in Parquet and Arrow, those of Hugging Face's datasets, lines of JSON and of text are read part by part; a
-    file of CSV or JSON is read whole, one after the other.
+    All are read part by part, but for JSON that is an object around its list, and what `CsvTable` holds.
 
     Args:
         place: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .txt), a folder of such, one that
@@ -55,7 +55,7 @@ def read_records(
             or that must be said.
     """
     path = Path(place).expanduser()
-    if path.is_dir() and not any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+    if path.is_dir() and not _is_saved(path):
         if name:
             raise _refused("name", "be left out for files", repr(name), "It is one of the hub's.")
         files = _in_folder(path, split)
@@ -68,6 +68,27 @@ def read_records(
                 raise _refused(argument, "be left out for a file", repr(value), "The file is taken whole.")
         return _of_file(path, path.name, bad, texts, wanted)
     return _of_datasets(place, path, name, split, wanted)
+
+
+def files_of(place: str, split: str = "") -> list[tuple[str, Path]] | None:
+    """All files that `read_records` reads, with names that tell them apart; None for a data set of the hub.
+
+    Raises:
+        ValueError: as `read_records`, for a folder.
+    """
+    path = Path(place).expanduser()
+    if _is_saved(path):
+        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    elif path.is_dir():
+        found = _in_folder(path, split)
+    else:
+        return [(path.name, path)] if path.is_file() else None
+    return [(file.relative_to(path).as_posix(), file) for file in found]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether it is a folder that ``save_to_disk`` made."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _refused(argument: str, rule: str, got: str, remedy: str) -> ValueError:
@@ -94,7 +115,15 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     return splits[split.lower()] if split else found
 
 
+def _is_path(place: str, path: Path) -> bool:
+    """Whether what isn't there was meant to be here: asking the hub for it would take half a minute."""
+    named = path.suffix.lower() in _READERS or place.startswith((".", "~", "/")) or place.count("/") > 1
+    return named or (len(path.parts) > 1 and path.parent.is_dir())
+
+
 def _of_datasets(place: str, path: Path, name: str, split: str, wanted: Collection[str] | None) -> Iterator[Record]:
+    if not path.is_dir() and _is_path(place, path):
+        raise _refused("dataset", "be a file, a folder or a name on the hub", f"{place!r}, no such file", _NOT_HERE)
     datasets = extra("datasets", _WHO, "hub")
     try:
         if path.is_dir():
@@ -121,6 +150,11 @@ def _of_table_rows(parts: Iterable[Any], source: str, wanted: Collection[str] | 
     start = 0
     for part in parts:
         part.validate(full=True)  # offsets that lead out of its memory would end the process
+        names = part.schema.names
+        twice = next((name for name in names if names.count(name) > 1 and (wanted is None or name in wanted)), None)
+        if twice is not None:
+            rule = "have one column of each name that is asked for"
+            raise _refused("dataset", rule, f"{twice!r} twice in {source!r}", "Rename it.")
         if start and wanted is not None:
             part = part.select([k for k, column in enumerate(part.schema.names) if column in wanted])
         for k, values in enumerate(part.to_pylist()):
@@ -138,6 +172,8 @@ def _of_file(
     try:
         if reader in (_parquet, _arrow):
             yield from _of_table_rows(reader(path), source, wanted)
+        elif reader is _csv:
+            yield from _csv(path, source, bad, texts, wanted)
         else:
             yield from reader(path, source, bad, texts)
     except (OSError, UnicodeError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -157,12 +193,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _jsonl(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+    decoder = Decoder()
     for number, line in _lines(path):
         try:
-            values = json.loads(line.decode())
+            values = decoder.one(line.decode())
             reason = None if isinstance(values, dict) else f"a {type(values).__name__}, no JSON object"
         except (ValueError, RecursionError) as error:
             reason = f"no JSON ({' '.join(str(error).split())[:80]})"
+        if reason is None and decoder.twice:
+            reason = _twice(decoder)
         if reason is None:
             yield Record(values, source, number)
         else:
@@ -171,16 +210,38 @@ def _jsonl(path: Path, source: str, bad: BadExamples, texts: Collection[str]) ->
             bad.leave_out(source, number, reason, error_text)
 
 
+def _twice(decoder: Decoder) -> str:
+    return f"the key {decoder.twice[:40]!r} twice, with two values"
+
+
 def _json(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
-    values = json.loads(path.read_bytes().decode("utf-8-sig"))
-    if isinstance(values, dict):
-        lists = [value for value in values.values() if _is_records(value)]
-        values = lists[0] if len(lists) == 1 else values
-    if not _is_records(values):
-        remedy = "JSON lines end in .jsonl."
-        raise _refused("dataset", "hold one list of JSON objects", f"other JSON in {str(path)!r}", remedy)
-    for number, one in enumerate(values):
-        yield Record(one, source, number)
+    decoder, number = Decoder(), -1
+    with open(path, encoding="utf-8-sig") as file:
+        is_list = file.read(1 << 16).lstrip()[:1] == "["
+    with open(path, encoding="utf-8-sig") as file:
+        for number, one in enumerate(decoder.items(file) if is_list else _of_object(path)):
+            if not isinstance(one, dict):
+                raise _no_records(path)
+            if not decoder.twice:
+                yield Record(one, source, number)
+                continue
+            got, remedy = f"{_twice(decoder)}, in record {number} of {str(path)!r}", "Correct it, or leave it out."
+            error_text = broken_rule(_WHO, "dataset", "hold JSON objects with different keys", got, remedy)
+            bad.leave_out(source, number, _twice(decoder), error_text)
+    if number < 0:
+        raise _no_records(path)
+
+
+def _no_records(path: Path) -> ValueError:
+    remedy = "JSON lines end in .jsonl."
+    return _refused("dataset", "hold one list of JSON objects", f"other JSON in {str(path)!r}", remedy)
+
+
+def _of_object(path: Path) -> list[Any]:
+    """The one list of records in an object, which is read whole."""
+    values = Decoder().one(path.read_bytes().decode("utf-8-sig"))
+    lists = [value for value in values.values() if _is_records(value)] if isinstance(values, dict) else []
+    return lists[0] if len(lists) == 1 else [None]
 
 
 def _is_records(value: Any) -> bool:
@@ -197,27 +258,13 @@ def _text(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> 
             bad.leave_out(source, number, "no UTF-8 text", broken_rule(_WHO, "dataset", "be UTF-8 text", got, remedy))
 
 
-def _csv(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
-    csv, pa = extra("pyarrow.csv", _WHO), extra("pyarrow", _WHO)
-    broken: list[tuple[int, str]] = []
-
-    def odd(row: Any) -> str:
-        broken.append((row.number or 0, f"{row.actual_columns} cells, not {row.expected_columns}"))
-        return "skip"
-
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=odd)
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
-    with open(path, encoding="utf-8") as file:
-        while file.read(1 << 20):  # what isn't UTF-8 ends here, and not in the middle of a row
-            pass
-    # One thread: with several, rows have no numbers.
-    table = csv.read_csv(path, csv.ReadOptions(use_threads=False), parse, convert)
-    for number, reason in broken:
-        got, remedy = f"{reason}, in row {number} of {str(path)!r}", "Quote what has the delimiter in it."
-        error = broken_rule(_WHO, "dataset", "have a cell for each column", got, remedy)
-        bad.leave_out(source, number, reason, error)
-    yield from _of_table_rows(table.to_batches(_AT_ONCE), source, None)
+def _csv(path: Path, source: str, bad: BadExamples, texts: Collection[str], wanted: Any) -> Iterator[Record]:
+    table = CsvTable(path, source, bad, texts, wanted)
+    records = _of_table_rows(table.parts(), source, None)
+    for first in records:
+        yield first._replace(values=dict.fromkeys(table.names) | dict(first.values))  # all of them
+        break
+    yield from records
 
 
 def _parquet(path: Path) -> Iterator[Any]:

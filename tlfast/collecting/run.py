@@ -51,6 +51,7 @@ from .progress import Progress, Report
 from .resume import add_the_rest, check_folder, existing_folder, loss_as_begun, own_part
 from .signals import Terminated, stopping
 from .skipped import BadPolicy
+from .spool import lengths_of
 from .unit import Oddities, Runner
 from .unit_queue import Share, Todo, share_of, units_in
 from .work import Work
@@ -236,7 +237,8 @@ class Run(Work):
         self.loss_at_first, self.loss_unknown = describe_loss(self.loss, options.identity, options.header)
         graphs: CudaGraph = "off" if self.together else self.graphs_possible(options.cuda_graph)
         self.with_graphs = graphs_wanted(graphs, self.devices, lambda: self.enter(1, self.specs).backend)
-        self.read(batches, self.with_graphs, None if url_of(out) else existing_folder(out))
+        here = not url_of(out)
+        self.read(batches, self.with_graphs, existing_folder(out) if here else None, os.fspath(out) if here else None)
         self.with_graphs = self.batching.buckets is not None
 
     def collect(self, notes: Sequence[str] = ()) -> Report:
@@ -250,6 +252,8 @@ class Run(Work):
             asked = [plan.unit(k) for k in units_in(options.units, plan.n_units)]
             left = [unit for unit in asked if unit.name not in writer.done]
             left = agreed(left) if self.together else left
+            if self.stored is not None and self.share.index == 0 and len(writer.done) < plan.n_units:
+                self.stored.write()
             n_asked, n_before = sum(map(len, asked)), sum(map(len, asked)) - sum(map(len, left))
             bar = options.progress and self.share.index == 0
             shown = Progress(n_asked, n_before, bar, waits_for=writer.waits_for)
@@ -263,6 +267,8 @@ class Run(Work):
             except (KeyboardInterrupt, Terminated) as stop:
                 kept = f"{len(writer.done)} of {plan.n_units} units are kept in {writer.out}{writer.still_to_do()}"
                 raise type(stop)(kept) from None
+        if self.stored is not None and len(writer.committed()) == plan.n_units:
+            self.stored.remove()
         if oddities.first and options.non_finite == "flag":
             named = ", ".join(map(str, oddities.first))
             line = f"{oddities.n_nonfinite_rows} rows are not finite, and flagged; the first: {named}"
@@ -316,7 +322,7 @@ class Run(Work):
         with as_begun(writer.description.about, here), background, cap, shown:
             replays = Replays(cap, graph_step, options.cuda_graph == "on") if self.with_graphs else None
             runner = Runner(self.model, cap, self.batching, self.loss, options.grad_scale, replays, probed.decoding)
-            n_tokens = max(sum(example.length for example in self.examples[u.start : u.stop]) for u in left)
+            n_tokens = max(sum(lengths_of(self.examples[u.start : u.stop])) for u in left)
             drain = Drain(streams_for(probed.devices), probed.columns, cap.capacity, n_tokens, writer.native)
             if self.together:
                 todo: Todo = Lockstep(left, self.share, self.examples, runner)

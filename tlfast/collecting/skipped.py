@@ -42,6 +42,22 @@ class BadExamples:
         """Begin anew."""
         self._own.clear()
 
+    def recall(self, skipped: Iterable[Iterable[str | int]]) -> None:
+        """Know what was left out when the same data were read before; nothing else."""
+        if self._before is not None:
+            self._before.forget()
+        self._own = [list(entry) for entry in skipped]
+
+    def take_back(self, n: int) -> list[list[str | int]]:
+        """Forget those behind the first ``n``, and return them: what is read early is told later."""
+        own = n - (len(self) - len(self._own))
+        taken, self._own = self._own[own:], self._own[:own]
+        return taken
+
+    def add(self, skipped: Iterable[list[str | int]]) -> None:
+        """Know what was taken back."""
+        self._own += skipped
+
     def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
         """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
         if error is not None and self._policy == "stop":

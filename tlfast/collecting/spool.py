@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import pickle
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -16,9 +17,24 @@ from ..dataset.format.plan import Example, FieldExample
 Folder = str | os.PathLike[str] | None
 
 _IN_MEMORY = 4 << 20  # bytes of a spool that need no file
-_NOTHING = pickle.dumps({})
 _AT_ONCE = 1024  # examples read together
+_BUFFER = 1 << 16  # bytes that are written together
+_BLOCK = 4 << 20  # bytes of a spool read together
 DIGEST_BYTES = 16
+
+
+class _Region:
+    """A file that others may read, too, each from where it wants."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._at = os.dup(fd), 0
+        weakref.finalize(self, os.close, self._fd)
+
+    def seek(self, at: int) -> None:
+        self._at = at
+
+    def read(self, n: int) -> bytes:
+        return os.pread(self._fd, n, self._at)
 
 
 class Spool:
@@ -29,30 +45,51 @@ class Spool:
     """
 
     def __init__(self, folder: Folder = None) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=None if folder is None else os.fspath(folder))  # noqa: SIM115 (as long as what it is for)
+        self._file: Any = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=None if folder is None else os.fspath(folder))  # noqa: SIM115 (as long as what it is for)
         weakref.finalize(self, self._file.close)
-        self._at_end = True
+        self._new = bytearray()  # what isn't in the file yet
+        self._begin = 0  # where its first byte lies in the file
         self.ends = array("q", [0])  # of each piece; the first begins at 0
+
+    @classmethod
+    def lying_in(cls, fd: int, begin: int, ends: array[int]) -> Spool:
+        """Pieces that lie in an open file from ``begin`` on; nothing can be added."""
+        spool = cls.__new__(cls)
+        spool._file, spool._begin, spool._new, spool.ends = _Region(fd), begin, bytearray(), ends
+        return spool
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def add(self, data: bytes | memoryview) -> None:
         """Append a piece."""
-        if not self._at_end:
-            self._file.seek(self.ends[-1])
-            self._at_end = True
-        self._file.write(data)
+        self._new += data
         self.ends.append(self.ends[-1] + len(data))
+        if len(self._new) > _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._new:
+            self._file.seek(self.ends[-1] - len(self._new))
+            self._file.write(self._new)
+            self._new.clear()
 
     def read(self, start: int, stop: int) -> bytes:
         """The pieces ``start`` to ``stop``, behind each other."""
         first, last = self.ends[start], self.ends[stop]
         if first == last:
             return b""
-        self._at_end = False
-        self._file.seek(first)
-        return self._file.read(last - first)
+        self._flush()
+        self._file.seek(self._begin + first)
+        data: bytes = self._file.read(last - first)
+        return data
+
+    def blocks(self) -> Iterator[bytes]:
+        """All of its bytes, in order."""
+        self._flush()
+        for start in range(0, self.ends[-1], _BLOCK):
+            self._file.seek(self._begin + start)
+            yield self._file.read(min(_BLOCK, self.ends[-1] - start))
 
     def __getitem__(self, k: int) -> bytes:
         return self.read(k, k + 1)
@@ -72,6 +109,7 @@ class _Columns:
         self.names: list[str] = []  # of the sources
         self.numbers: dict[str, int] = {}  # of the names
         self.digests = bytearray()
+        self.hashes: dict[tuple[int, int], str] = {}  # of the examples from one number up to another
 
 
 class Examples(Sequence[Example]):
@@ -108,7 +146,8 @@ class Examples(Sequence[Example]):
         columns.sources.append(number)
         if digest:
             columns.digests += digest
-            columns.kept.add(pickle.dumps(kept, protocol=5) if kept else b"")
+            columns.kept.add(json.dumps(kept).encode() if kept else b"")
+        columns.hashes.clear()
         self._stop += 1
 
     def __len__(self) -> int:
@@ -139,6 +178,51 @@ class Examples(Sequence[Example]):
         ends = self._columns.tokens.ends
         return ((ends[k + 1] - ends[k]) // 4 for k in range(self._start, self._stop))
 
+    def sha256(self) -> str:
+        """SHA-256 of all tokens, sources and starts, and of the digests where there are any; found once."""
+        columns, part = self._columns, (self._start, self._stop)
+        if part not in columns.hashes:
+            digest = hashlib.sha256()
+            for start in range(*part, _AT_ONCE):
+                digest.update(b"".join(self._told(start, min(start + _AT_ONCE, self._stop))))
+            columns.hashes[part] = digest.hexdigest()
+        return columns.hashes[part]
+
+    def _told(self, start: int, stop: int) -> Iterator[bytes]:
+        """What is hashed of examples, for each behind the other: where it is from, its tokens and its digest."""
+        columns = self._columns
+        ends, data = columns.tokens.ends, columns.tokens.read(start, stop)
+        first = ends[start]
+        for k in range(start, stop):
+            begin, end = ends[k] - first, ends[k + 1] - first
+            yield f"{columns.names[columns.sources[k]]}\0{columns.starts[k]} {(end - begin) // 4};".encode()
+            yield data[begin:end]
+            if columns.digests:
+                yield bytes(columns.digests[k * DIGEST_BYTES : (k + 1) * DIGEST_BYTES])
+
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, array[int] | bytearray], dict[str, Spool]]:
+        """All that was added, to be kept: what JSON says of it, numbers of each example, and bytes of each."""
+        columns = self._columns
+        numbers: dict[str, array[int] | bytearray] = {
+            "starts": columns.starts,
+            "sources": columns.sources,
+            "digests": columns.digests,
+        }
+        return {"names": columns.names}, numbers, {"tokens": columns.tokens, "kept": columns.kept}
+
+    @classmethod
+    def of_parts(
+        cls, said: Mapping[str, Any], numbers: Mapping[str, array[int] | bytearray], spools: Mapping[str, Spool]
+    ) -> Examples:
+        """The examples of which `to_parts` was told."""
+        made = cls.__new__(cls)
+        made._columns = columns = _Columns.__new__(_Columns)
+        columns.names, columns.numbers, columns.hashes = list(said["names"]), {}, {}
+        vars(columns).update(numbers)
+        vars(columns).update(spools)
+        made._start, made._stop = 0, len(columns.tokens)
+        return made
+
     def _between(self, start: int, stop: int) -> list[Example]:
         columns = self._columns
         ends, data = columns.tokens.ends, memoryview(columns.tokens.read(start, stop))
@@ -149,7 +233,7 @@ class Examples(Sequence[Example]):
             source, begins = columns.names[columns.sources[k]], columns.starts[k]
             if columns.digests:
                 digest = bytes(columns.digests[k * DIGEST_BYTES : (k + 1) * DIGEST_BYTES])
-                kept = pickle.loads(columns.kept[k] or _NOTHING)
+                kept = json.loads(columns.kept[k] or b"{}")
                 made.append(FieldExample(k, tokens, source, begins, len(tokens), kept, digest))
             else:
                 made.append(Example(k, tokens, source, begins, len(tokens)))

@@ -197,33 +197,52 @@ def cut_texts(
     Raises:
         ValueError: where no file holds text.
     """
+    return list(texts(files, encode, seq_len, max_examples=max_examples, first=first, bad=bad))
+
+
+def texts(
+    files: Iterable[TextFile],
+    encode: Callable[[str], Sequence[int]],
+    seq_len: int,
+    *,
+    max_examples: int | None = None,
+    first: Sequence[int] = (),
+    bad: BadExamples | None = None,
+) -> Iterator[Example]:
+    """Yield what `cut_texts` lists; one file at a time is held."""
     if seq_len < len(first) + 2:
         got = f"{seq_len} with {len(first)} tokens put before each"
         raise ValueError(broken_rule("collect", "seq_len", "hold 2 tokens of text or more", got, "Give a larger one."))
-    step = seq_len - len(first)
     bad = BadExamples("stop") if bad is None else bad
-    examples: list[Example] = []
-    n_files = 0
+    n = n_files = 0
     for file in files:
         n_files += 1
-        text = read_text(file.path) if _is_utf8(file.source) else None
-        if text is None:
-            error = broken_rule("collect", "text", "be UTF-8 text", f"{str(file.path)!r}", "Leave this file out.")
-            source = file.source.encode(errors="backslashreplace").decode()
-            bad.leave_out(source, 0, "no UTF-8 text", error if file.named else None)
-            continue
-        tokens = array("i", encode(text) if text else ())
-        if len(tokens) < 2:
-            bad.leave_out(file.source, 0, f"{len(tokens)} token{'s' * (not tokens)}, less than 2")
-        for start in range(0, len(tokens) - 1, step):
-            ids = array("i", first) + tokens[start : start + step]
-            examples.append(Example(len(examples), ids, file.source, start, len(ids)))
-            if len(examples) == max_examples:
-                return examples
-    if not examples:
+        for start, tokens in _pieces(file, encode, seq_len - len(first), bad):
+            ids = array("i", first) + tokens
+            yield Example(n, ids, file.source, start, len(ids))
+            n += 1
+            if n == max_examples:
+                return
+    if not n:
         got = f"{n_files} file{'s' * (n_files != 1)} without; {bad}"
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with more in them."))
-    return examples
+
+
+def _pieces(
+    file: TextFile, encode: Callable[[str], Sequence[int]], n: int, bad: BadExamples
+) -> Iterator[tuple[int, array[int]]]:
+    """The tokens of a file, ``n`` at a time, each piece with the number of its first; one alone at the end is left."""
+    text = read_text(file.path) if _is_utf8(file.source) else None
+    if text is None:
+        error = broken_rule("collect", "text", "be UTF-8 text", f"{str(file.path)!r}", "Leave this file out.")
+        source = file.source.encode(errors="backslashreplace").decode()
+        bad.leave_out(source, 0, "no UTF-8 text", error if file.named else None)
+        return
+    tokens = array("i", encode(text) if text else ())
+    if len(tokens) < 2:
+        bad.leave_out(file.source, 0, f"{len(tokens)} token{'s' * (not tokens)}, less than 2")
+    for start in range(0, len(tokens) - 1, n):
+        yield start, tokens[start : start + n]
 
 
 def _is_utf8(name: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ..dataset.format.plan import Example
 from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from .chat import chat_tokens
-from .fields import NOT_ASKED_FOR
+from .fields import NOT_ASKED_FOR, is_unicode
 from .records import Record
 from .skipped import BadExamples
 from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ
@@ -56,6 +57,15 @@ class _Unusable(Exception):
     """A record that is no example; the text says why."""
 
 
+class _Chunk(NamedTuple):
+    """Records that are read together, what was bad there, and what ended the reading."""
+
+    records: list[Record]
+    bad: list[list[str | int]]
+    error: Exception | None
+    tokens: Future[dict[str, list[Any]]]
+
+
 class Tokenizing:
     """Makes examples of records.
 
@@ -69,18 +79,20 @@ class Tokenizing:
         condition: a text that a record must fulfil to be taken, on its values and ``length``, its tokens.
         label_ids: numbers of labels that are texts, by name.
         bad: takes what can't be used.
+        place: where the records are from, for messages.
     """
 
     def __init__(
         self, columns: Columns, tokenizer: Any, task: str | None, bad: BadExamples, *,
         first: Sequence[int] = (), last: Sequence[int] = (), longest: int | None = None, truncate: bool = False,
-        condition: str = "", label_ids: dict[str, int] | None = None,
+        condition: str = "", label_ids: dict[str, int] | None = None, place: str = "",
     ) -> None:  # fmt: skip
         self.columns, self.tokenizer, self.task, self.bad = columns, tokenizer, task, bad
         self.first, self.last, self.longest, self.truncate = list(first), list(last), longest, truncate
         self.condition = Condition(condition, _WHO) if condition else None
-        self.label_ids = label_ids or {}
+        self.label_ids, self.place = label_ids or {}, place
         self._quick: dict[str, bool] = {}  # columns whose texts the tokenizer's own backend encodes as it does itself
+        self._kept = False  # whether a record has come that has all columns that are to be kept
         self.unused: list[str] = []  # columns that records have and nobody asks for; known once the first is read
 
     @property
@@ -94,21 +106,46 @@ class Tokenizing:
         Raises:
             ValueError: for a column that the first record lacks, a wrong condition, or no examples at all.
         """
-        waiting = iter(records)
+        waiting, self._kept = iter(records), False
         n_records = n_found = 0
-        while chunk := list(islice(waiting, _AT_ONCE)):
-            if not n_records:
-                self._check_first(chunk[0])
-            n_records += len(chunk)
-            # All of the chunk: so what is bad among them is told, too.
-            found = list(self._of(chunk, n_found))[: None if most is None else most - n_found]
-            n_found += len(found)
-            yield from found
-            if n_found == most:
-                return
+        with ThreadPoolExecutor(1) as pool:
+            chunk = self._next(waiting, pool, first=True)
+            while chunk is not None:
+                # The next one's texts are encoded while examples are made of this one; no more is read than is needed.
+                ahead = most is None and chunk.error is None
+                following = self._next(waiting, pool) if ahead else None
+                self.bad.add(chunk.bad)
+                if chunk.error is not None:
+                    raise chunk.error
+                n_records += len(chunk.records)
+                # All of the chunk: so what is bad among them is told, too.
+                found = list(self._of(chunk, n_found))[: None if most is None else most - n_found]
+                n_found += len(found)
+                yield from found
+                if n_found == most:
+                    break
+                chunk = following if ahead else self._next(waiting, pool)
         if not n_found:
-            got = f"{n_records} records without; {self.bad}" if len(self.bad) else f"{n_records} records without"
+            got = f"{n_records} records without" if n_records else f"no records in {self.place!r}"
+            got += f"; {self.bad}" if len(self.bad) else ""
             raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
+
+    def _next(self, waiting: Iterator[Record], pool: ThreadPoolExecutor, first: bool = False) -> _Chunk | None:
+        """Some records, whose texts are being encoded; None behind the last, but for what was bad there."""
+        n_before, records, error = len(self.bad), list[Record](), None
+        try:
+            records = list(islice(waiting, _AT_ONCE))
+            if records and first:
+                self._check_first(records[0])
+        except Exception as found:  # it is told when all before it is done
+            error = found
+        bad = self.bad.take_back(n_before)
+        if not records and not bad and error is None:
+            return None
+        return _Chunk(records, bad, error, pool.submit(self._encoded, [] if error else records))
+
+    def _encoded(self, records: Sequence[Record]) -> dict[str, list[Any]]:
+        return {name: self._tokens(records, name) for name in self.columns.texts}
 
     def _check_first(self, record: Record) -> None:
         there = ", ".join(record.values)
@@ -122,15 +159,15 @@ class Tokenizing:
                 got = "a column of that name"
                 raise ValueError(broken_rule(_WHO, "filter", "mean the tokens by length", got, remedy))
             self.condition.check_names([*record.values, "length"])
-        self.unused = [name for name in record.values if name not in self.wanted]
+        self.unused[:] = [name for name in record.values if name not in self.wanted]
 
-    def _of(self, records: Sequence[Record], n_before: int) -> Iterator[Any]:
-        tokens = {name: self._tokens(records, name) for name in self.columns.texts}
-        n = n_before
-        for k, record in enumerate(records):
+    def _of(self, chunk: _Chunk, n_before: int) -> Iterator[Any]:
+        tokens, n = chunk.tokens.result(), n_before
+        for k, record in enumerate(chunk.records):
             try:
                 ids, labels = self._together({name: found[k] for name, found in tokens.items()}, record)
                 ids, labels = self._fitting(ids, labels)
+                self._check_kept(record)
                 wanted = self._wanted(record, len(ids))
             except _Unusable as reason:
                 got, remedy = f"{reason}, in record {record.start} of {record.source}", "Correct it, or leave it out."
@@ -142,18 +179,30 @@ class Tokenizing:
             if labels is None and not self.columns.keep:
                 yield Example(n, ids, record.source, record.start, len(ids))
             else:
-                kept = {name: record.values[name] for name in self.columns.keep}
+                kept = {name: record.values.get(name) for name in self.columns.keep}
                 fields = kept if labels is None else {"labels": labels, **kept}
                 yield {"input_ids": ids, "source": record.source, "start": record.start, **fields}
             n += 1
+
+    def _check_kept(self, record: Record) -> None:
+        """Refuse a record without what is to be kept, up to the first that has it; others are compared with that."""
+        if not self._kept:
+            lacks = next((name for name in self.columns.keep if record.values.get(name) is None), None)
+            if lacks is not None:
+                raise _Unusable(f"no {lacks}, which is to be kept")
+            self._kept = True
 
     # Tokens.
 
     def _tokens(self, records: Sequence[Record], name: str) -> list[Any]:
         """Of each record the tokens of a column, or the reason why there are none."""
-        values = [record.values.get(name) for record in records]
+        values: list[Any] = [record.values.get(name) for record in records]
         is_text = [isinstance(value, str) for value in values]
-        encoded = iter(self._encode([value for value in values if isinstance(value, str)], name))
+        try:
+            encoded = iter(self._encode([value for value in values if isinstance(value, str)], name))
+        except (TypeError, UnicodeError):  # what tokenizers have to say of half a surrogate pair
+            is_text = [isinstance(value, str) and is_unicode(value) for value in values]
+            encoded = iter(self._encode([v for v, text in zip(values, is_text, strict=True) if text], name))
         return [next(encoded) if text else _given(value, name) for text, value in zip(is_text, values, strict=True)]
 
     def _encode(self, texts: list[str], name: str) -> Sequence[Sequence[int]]:
@@ -214,6 +263,8 @@ class Tokenizing:
                 raise _Unusable(f"label {value[:40]!r} is none of the model's ({known})")
             return self.label_ids[value]
         if isinstance(value, list) and value and all(type(part) in (int, float) for part in value):
+            if any(type(part) is int and not -(2**31) <= part < 2**31 for part in value):
+                raise _Unusable(f"a number of more than 32 bits in {self.columns.label}")
             return array("i", value) if all(type(part) is int for part in value) else value
         if isinstance(value, (bool, int, float)):
             return value
@@ -266,4 +317,6 @@ def _given(value: Any, name: str) -> Any:
     """Tokens that a record has already; for whatever else the reason why it can't be used."""
     if isinstance(value, list) and value and all(type(token) is int and 0 <= token < 2**31 for token in value):
         return value
+    if isinstance(value, str):
+        return _Unusable(f"{name} has half of a surrogate pair, which is no text")
     return _Unusable(f"{name} is {'empty' if value is None or value == [] else f'a {type(value).__name__}'}, no text")

@@ -37,6 +37,7 @@ from .options import CollectOptions
 from .packing import check_packs
 from .probe import Probe, Probed
 from .skipped import BadExamples
+from .stored_examples import stored_in
 from .tasks import check_task, is_encoder_decoder
 
 BATCH_EXAMPLES = 16  # in a batch of examples without tokens, where nobody says how many
@@ -67,10 +68,13 @@ class Work:
         self.devices = {p.device for p in model.parameters()}
         self.bad = BadExamples(options.bad_examples, options.skipped)
 
-    def read(self, batches: Iterable[Any], with_graphs: bool, spool_in: str | None = None) -> None:
+    def read(
+        self, batches: Iterable[Any], with_graphs: bool, spool_in: str | None = None, kept_in: str | None = None
+    ) -> None:
         """Read the examples, and decide how they become batches.
 
-        ``spool_in`` is the folder in which they are spooled; None: where temporary files lie.
+        ``spool_in`` is the folder in which they are spooled; None: where temporary files lie. ``kept_in`` is the folder
+        of a dataset where they may lie from a run before; None: nowhere.
         """
         options = self.options
         apart = frozenset({"labels"} if is_encoder_decoder(self.model) else ())
@@ -86,7 +90,10 @@ class Work:
             options.collate is None,
             spool_in,
         )
-        self.examples = reader.read(batches)
+        self.stored = None if kept_in is None else stored_in(kept_in, batches, reader, self.bad)
+        if self.stored is None or options.overwrite or not self.stored.restore():
+            reader.read(batches)
+        self.examples = reader.examples
         has_tokens = reader.source is None or reader.source.rules.has_tokens
         check_tokens(name_of(self.loss), reader.source)
         longest = max(self.examples.lengths())

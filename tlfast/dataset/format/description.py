@@ -28,6 +28,7 @@ FORMAT = "tlfast-dataset"
 VERSIONS = (1, 2, 3)  # what can be read; written is the first that suffices
 FILE_NAME = "dataset.json"
 CONFIG, CARD = "config.yaml", "README.md"  # beside it, for people and for the next run
+EXAMPLES = ".examples"  # what a run that continues needn't read again, as long as there are units to be made
 MAX_BYTES = 64 << 20  # of dataset.json: tens of thousands of points stay far below
 
 _KEYS = {"format", "version", "header", "columns", "plan", "config_hash", "about", "checksum"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import DatasetError, dataset_error
 from ..format import extension
 from ..format.commits import FOLDERS
-from ..format.description import CARD, CONFIG, FILE_NAME, FORMAT, MAX_BYTES, Description
+from ..format.description import CARD, CONFIG, EXAMPLES, FILE_NAME, FORMAT, MAX_BYTES, Description
 from ..places.durable import LOCK_NAME, TEMPORARY
 from ..places.write_store import WriteFolder, WriteStore, WriteUrl, as_write_store
 
@@ -71,7 +71,7 @@ def our_files(store: WriteStore, who: str) -> list[str]:
             known = names.fullmatch(name) or TEMPORARY.fullmatch(name)
             (files if known and not is_folder else strangers).append(f"{part}/{name}")
     for name, is_folder in sorted(top.items()):
-        if not is_folder and (name in (CONFIG, CARD, LOCK_NAME, FILE_NAME) or TEMPORARY.fullmatch(name)):
+        if not is_folder and (name in (CONFIG, CARD, EXAMPLES, LOCK_NAME, FILE_NAME) or TEMPORARY.fullmatch(name)):
             files.append(name)
         elif name not in OURS:
             strangers.append(name)
