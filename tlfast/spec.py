@@ -201,7 +201,9 @@ class Spec:
         return self.of in ("act", "grad*act")
 
     def place(self, point: str) -> str:
-        """Which tap it needs: that of the point, or the one at its input."""
+        """Which tap it needs: that of the point, or the one at its input, or at what the layer itself puts out."""
+        if self.of == "weight":
+            return f"{point}:weight"
         return point if self.side == "output" else f"{point}:input"
 
 

@@ -340,12 +340,17 @@ def test_inputs_by_name_and_hooks_that_change_outputs(backend):
 
     torch.manual_seed(7)
     model, x = ByName(), torch.randn(B, P, D)
-    spec = Spec("inner", of="weight")
-    cap = captured(model, spec, lambda: score(model(x)).backward(), backend)
+    specs = [Spec("inner", of="weight"), Spec("inner")]
     model.inner.register_forward_hook(lambda module, args, out: out * 2)
-    twice = captured(model, spec, lambda: score(model(x)).backward(), backend)
-    # The gradient at the output as the model goes on from it: a hook that doubles it is behind the layer.
-    assert_near(twice["inner:weight"], 2 * cap["inner:weight"].double(), 64)
+    with tlfast.capture(model, specs, rows=2 * B, backend=backend) as cap:
+        score(model(x)).backward()
+        model.inner.register_forward_hook(lambda module, args, out: out + 1, prepend=True)
+        score(model(x)).backward()
+    wanted = [torch.autograd.grad(score(model(one)), model.inner.weight)[0] for one in x.split(1)]
+    # The gradient of a weight is made of that at the output of the layer itself, whatever hooks make of it then.
+    assert_near(cap["inner:weight"][B:], torch.stack(wanted).double(), 64)
+    at_output = torch.stack([cap["inner"][row].T @ x[row - B] for row in range(B, 2 * B)])
+    assert_near(cap["inner:weight"][B:], 2 * at_output.double(), 64)
 
 
 @pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
@@ -436,7 +441,7 @@ REFUSED = {
     ),
     "capture: the point 1 must have a weight of its own, got one that is shared by 0 and 1.": at(tied, "1"),
     "must have a weight that is a parameter, got the model, whose weight is made of others.": at(weight_normed, ""),
-    "points must multiply its normalized input by its weight, got 0, a OddLayerNorm that does another.": at(
+    "have the weight gradient of their kind of layer, layer_norm, got 0, a OddLayerNorm with another.": at(
         lambda: nn.Sequential(OddLayerNorm())
     ),
     "capture at 0: the weight gradient of an embedding must be projected, got one of [5, 3] for each example.": at(
