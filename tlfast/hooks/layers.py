@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,26 +48,32 @@ def owns_weight(module: nn.Module) -> bool:
 
 def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     """What a module does with its weight; TypeError or ValueError where that isn't known."""
-    if getattr(module, "parametrizations", None):
+    # weight_norm, spectral_norm and prune of torch.nn.utils leave such parameters.
+    made_of = [of for of in ("weight_g", "weight_orig") if of in module._parameters]
+    if getattr(module, "parametrizations", None) or made_of:
         rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
     found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
     if found is None:
         got = f"{name or 'the model'}, a {type(module).__name__}"
         remedy = "Name such layers; a glob means all modules with parameters of their own."
-        if any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values()) and (
-            type(module).__name__.endswith("Experts")
-        ):
+        if type(module).__name__.endswith("Experts"):  # of transformers, and as others call them
             got += " whose parameters are of all experts in one"
             remedy = "Leave it out: which of its rows are whose tokens isn't seen. The router can be had by its output."
         raise TypeError(broken_rule(who, "points", f'be {_KINDS} with of="weight"', got, remedy))
-    if not does_as_known(
-        module, found.kind, found.has_bias, found.padding_idx, found.normalized, found.eps, found.window
-    ):
+    # T5's LayerNorm takes no mean off.
+    kinds = ("layer_norm", "rms_norm") if found.kind == "layer_norm" else (found.kind,)
+    known = next((replace(found, kind=kind) for kind in kinds if _does_as(module, replace(found, kind=kind))), None)
+    if known is None:
         rule = f"have the weight gradient of their kind of layer, {found.kind}"
         got = f"{name or 'the model'}, a {type(module).__name__} with another"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
-    return found
+    return known
+
+
+def _does_as(module: nn.Module, layer: Layer) -> bool:
+    kind, bias = layer.kind, layer.has_bias
+    return does_as_known(module, kind, bias, layer.padding_idx, layer.normalized, layer.eps, layer.window)
 
 
 def _linear(module: Any) -> Layer | None:
