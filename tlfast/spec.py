@@ -378,7 +378,8 @@ def as_specs(
     check_ref(who, sources, ref)
     check_weight(who, sources, project, bias)
     if "weight" in sources:
-        alone = {"over": over} if sources == ["weight"] else {}
+        said = parse_over(who, over) != (1,)  # more than the default, which the command says as a list
+        alone = {"over": over if said else None} if sources == ["weight"] else {}
         kept = "none" if reduce == default or not alone else reduce  # the default is of others
         check_of_weight(who, kept, per, {"output": output, "side": side, "at": at, **alone})
     as_heads(who, heads)

@@ -18,6 +18,7 @@ from ..backends.outputs import replace_output, select_output, the_input
 from ..backends.plain import check_full_hook
 from ..backends.taps import fire_op
 from ..errors import broken_rule
+from .freeze import StartGraph
 from .full_hooks import FullHook, NativeFullHook, TakenNative
 from .inert import Hook
 from .inert import _copied as _copied  # as it is named in pickles
@@ -45,12 +46,19 @@ class ForwardPreHook(Hook):
 
 class _LayerPreHook(ForwardPreHook):
     """Keeps the forward hook the first one: a weight's gradient is made of that at the output of the layer itself,
-    which other hooks may change."""
+    which other hooks may change. Only what `freeze` starts the graph with comes before."""
 
     def take_place(self, module: nn.Module) -> None:
         hooks: Any = module._forward_hooks
-        if next(iter(hooks), -1) != self.hook_id and self.hook_id in hooks:
-            hooks.move_to_end(self.hook_id, last=False)
+        for hook_id, hook in hooks.items():
+            if hook_id == self.hook_id:
+                return
+            if not isinstance(hook, StartGraph):
+                break
+        if self.hook_id in hooks:
+            starts = [hook_id for hook_id, hook in hooks.items() if isinstance(hook, StartGraph)]
+            for hook_id in (self.hook_id, *starts):
+                hooks.move_to_end(hook_id, last=False)
 
 
 class _Traced(torch.autograd.Function):
