@@ -50,14 +50,10 @@ class _LayerPreHook(ForwardPreHook):
 
     def take_place(self, module: nn.Module) -> None:
         hooks: Any = module._forward_hooks
-        for hook_id, hook in hooks.items():
-            if hook_id == self.hook_id:
-                return
-            if not isinstance(hook, StartGraph):
-                break
-        if self.hook_id in hooks:
-            starts = [hook_id for hook_id, hook in hooks.items() if isinstance(hook, StartGraph)]
-            for hook_id in (self.hook_id, *starts):
+        starts = [hook_id for hook_id, hook in hooks.items() if isinstance(hook, StartGraph)]
+        first = [*starts, self.hook_id]
+        if self.hook_id in hooks and list(hooks)[: len(first)] != first:
+            for hook_id in reversed(first):
                 hooks.move_to_end(hook_id, last=False)
 
 
