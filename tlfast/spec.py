@@ -201,7 +201,9 @@ class Spec:
         return self.of in ("act", "grad*act")
 
     def place(self, point: str) -> str:
-        """Which tap it needs: that of the point, or the one at its input."""
+        """Which tap it needs: that of the point, or the one at its input, or at what the layer itself puts out."""
+        if self.of == "weight":
+            return f"{point}:weight"
         return point if self.side == "output" else f"{point}:input"
 
 
@@ -376,7 +378,8 @@ def as_specs(
     check_ref(who, sources, ref)
     check_weight(who, sources, project, bias)
     if "weight" in sources:
-        alone = {"over": over} if sources == ["weight"] else {}
+        said = parse_over(who, over) != (1,)  # more than the default, which the command says as a list
+        alone = {"over": over if said else None} if sources == ["weight"] else {}
         kept = "none" if reduce == default or not alone else reduce  # the default is of others
         check_of_weight(who, kept, per, {"output": output, "side": side, "at": at, **alone})
     as_heads(who, heads)

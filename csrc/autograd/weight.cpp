@@ -43,6 +43,10 @@ at::Tensor without(const at::Tensor& tensor, const Left& left_out) {
 // Those that the mask of a gradient [B, ..., D] leaves out.
 Left left_out_by(const std::string& who, const std::optional<at::Tensor>& mask, const at::Tensor& grad) {
   if (!mask) return {};
+  // A mask of positions that a gradient hasn't may have the size of its last dimension.
+  TORCH_CHECK_VALUE(mask->dim() < std::max<int64_t>(grad.dim(), 2),
+                    broken_rule(who, "mask", "have fewer dimensions than a gradient of shape " + list_of(grad.sizes()),
+                                list_of(mask->sizes()), "This point has no positions: capture it on its own."));
   check_mask(who, *mask, grad);
   at::Tensor real = *mask;
   while (real.dim() < std::max<int64_t>(grad.dim() - 1, 2)) real = real.unsqueeze(-1);

@@ -50,7 +50,7 @@ PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
     PyTap& tap = tap_of(hook);
     const long long registered = hooks_registered();
     if (tap.hooks_seen != registered) {
-      py::handle(hook).attr("move_last")(py::handle(PyTuple_GET_ITEM(args, 0)));
+      py::handle(hook).attr("take_place")(py::handle(PyTuple_GET_ITEM(args, 0)));
       tap.hooks_seen = registered;
     }
     tap.tap->forward_pre();

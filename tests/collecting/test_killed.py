@@ -26,14 +26,16 @@ WAIT_S = 120  # for a start on a busy machine; an end long before that is the ru
 
 
 def arguments(folder, out, kind="text"):
-    data = ["--text", str(folder / "text")]
-    if kind != "text":
+    data, points = ["--text", str(folder / "text")], "transformer.h.*"
+    if kind == "weights":
+        data, points = [*data, "--of", "weight", "--project", "8", "--bias"], "transformer.h.**"
+    elif kind != "text":
         columns = ["--prompt-column", "prompt", "--response-column", "answer", "--keep-fields", "number"]
         data = ["--dataset", str(folder / "records.jsonl"), *columns]
     if kind == "tokens":
         data += ["--per", "token", "--encoding", "int8:64", "--of", "act,grad"]
     return [
-        "collect", "--model", str(folder / "model"), *data, "--points", "transformer.h.*",
+        "collect", "--model", str(folder / "model"), *data, "--points", points,
         "--seq-len", "16", "--max-examples", str(4 * N_UNITS), "--rows-per-unit", "4", "--batch-tokens", "32",
         "--out", str(out),
     ]  # fmt: skip
@@ -80,7 +82,7 @@ KILLS = 5
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["text", "records", "tokens"])
+@pytest.mark.parametrize("kind", ["text", "records", "tokens", "weights"])
 def test_killed_at_random_instants_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, kind):
     words = arguments(undisturbed, tmp_path, kind)[1:-2]
     program = [sys.executable, str(SUPPORT / "collect_farm.py"), str(tmp_path), str(KILLS), "0", *words]

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tlfast
@@ -345,12 +346,17 @@ def test_inputs_by_name_and_hooks_that_change_outputs(backend):
 
     torch.manual_seed(7)
     model, x = ByName(), torch.randn(B, P, D)
-    spec = Spec("inner", of="weight")
-    cap = captured(model, spec, lambda: score(model(x)).backward(), backend)
+    specs = [Spec("inner", of="weight"), Spec("inner")]
     model.inner.register_forward_hook(lambda module, args, out: out * 2)
-    twice = captured(model, spec, lambda: score(model(x)).backward(), backend)
-    # The gradient at the output as the model goes on from it: a hook that doubles it is behind the layer.
-    assert_near(twice["inner:weight"], 2 * cap["inner:weight"].double(), 64)
+    with tlfast.capture(model, specs, rows=2 * B, backend=backend) as cap:
+        score(model(x)).backward()
+        model.inner.register_forward_hook(lambda module, args, out: out + 1, prepend=True)
+        score(model(x)).backward()
+    wanted = [torch.autograd.grad(score(model(one)), model.inner.weight)[0] for one in x.split(1)]
+    # The gradient of a weight is made of that at the output of the layer itself, whatever hooks make of it then.
+    assert_near(cap["inner:weight"][B:], torch.stack(wanted).double(), 64)
+    at_output = torch.stack([cap["inner"][row].T @ x[row - B] for row in range(B, 2 * B)])
+    assert_near(cap["inner:weight"][B:], 2 * at_output.double(), 64)
 
 
 @pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
@@ -425,6 +431,131 @@ def weight_normed():
     return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
 
 
+class Scaled(nn.Embedding):
+    """As Gemma has it."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) * 3
+
+
+class OfPlaces(nn.Embedding):
+    """As BART has it."""
+
+    def forward(self, tokens):
+        return super().forward(torch.arange(tokens.shape[1]).expand(tokens.shape))
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (2, 0)))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class OtherEps(nn.Module):
+    eps = 1e-5
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+
+OtherEpsRMSNorm = type("OtherEpsRMSNorm", (OtherEps,), {})
+
+
+def with_a_forward_of_its_own():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: x @ layer.weight.T * 3
+    return layer
+
+
+OTHERS = {
+    "embedding, got 0, a Scaled": lambda: Scaled(300, 3),
+    "embedding, got 0, a OfPlaces": lambda: OfPlaces(300, 3, padding_idx=299),
+    "conv, got 0, a Causal": lambda: Causal(2, 2, 3),
+    "conv, got 0, a Standardised": lambda: Standardised(2, 2, 3),
+    "linear, got 0, a Halved": lambda: Halved(2, 2),
+    "rms_norm, got 0, a OtherEpsRMSNorm": OtherEpsRMSNorm,
+    "linear, got 0, a Linear": with_a_forward_of_its_own,
+}
+
+
+@pytest.mark.parametrize("text, make", OTHERS.items())
+def test_a_layer_that_does_another_thing_than_its_class_says_is_refused(make, text):
+    model = nn.Sequential(make())
+    kept, drawn = model[0].weight.detach().clone(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"capture: points must have the weight gradient of their kind of .*{text}"):
+        tlfast.capture(model, "0", rows=1, of="weight", project=2)
+    assert torch.equal(model[0].weight, kept)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+class T5LayerNorm(nn.Module):
+    """Which takes no mean off, and knows its eps by another name."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(size) + 0.5), 1e-4
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class Falcon(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("make, dtype", [
+    (lambda: T5LayerNorm(D), torch.float32),
+    (lambda: Falcon(D, 3), torch.float32),
+    (lambda: nn.RMSNorm(D), torch.bfloat16),  # whose own eps is that of float32
+], ids=["t5", "falcon", "rms of bfloat16"])  # fmt: skip
+def test_other_names_and_dtypes_of_the_same_layer(make, dtype, backend):
+    torch.manual_seed(9)
+    model, x = make().to(dtype), (torch.randn(B, P, D) * 1e-3).to(dtype)
+    cap = captured(model, Spec("", of="weight"), lambda: model(x).float().sum().backward(), backend)
+    wide, wanted = make().double(), []
+    wide.load_state_dict(model.state_dict())
+    if getattr(wide, "eps", 1) is None:
+        wide.eps = torch.finfo(torch.float32).eps
+    wanted = [torch.autograd.grad(wide(one.double()).sum(), wide.weight)[0] for one in x.split(1)]
+    assert_near(cap[":weight"], torch.stack(wanted), 64)
+
+
+def test_an_embedding_starts_the_graph_of_a_frozen_model(backend):
+    model, x = nn.Sequential(nn.Embedding(11, D), nn.Linear(D, 3)), torch.randint(0, 11, (B, P))
+    spec = Spec(["0", "1"], of="weight", project=4)
+    plain = captured(model, spec, lambda: score(model(x)).backward(), backend)
+    with tlfast.capture(model, spec, rows=B, backend=backend) as cap, tlfast.freeze(model):
+        score(model(x)).backward()
+    for name in cap.names:
+        assert torch.equal(cap[name], plain[name])
+
+
+def tied_by_another_name():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Identity())
+    model[1].kernel = model[0].weight
+    return model
+
+
+def pruned():
+    model = linear()
+    prune.l1_unstructured(model[0], "weight", 2)
+    return model
+
+
 REFUSED = {
     "Spec: reduce must be none or norm of weight gradients, got 'mean'.": of(reduce="mean"),
     "Spec: over must be left out of weight gradients, got -1.": of(over=-1),
@@ -440,8 +571,14 @@ REFUSED = {
         lambda: nn.Sequential(nn.GELU()), "*"
     ),
     "capture: the point 1 must have a weight of its own, got one that is shared by 0 and 1.": at(tied, "1"),
+    "capture: the point 0 must have a weight of its own, got one that is shared by 0 and 1.": at(tied_by_another_name),
     "must have a weight that is a parameter, got the model, whose weight is made of others.": at(weight_normed, ""),
-    "points must multiply its normalized input by its weight, got 0, a OddLayerNorm that does another.": at(
+    "must have a weight that is a parameter, got 0, whose weight is made of others.": at(pruned),
+    'RMSNorm with of="weight", got 0, a LazyLinear.': at(lambda: nn.Sequential(nn.LazyLinear(2))),
+    "got 0, a MyExperts whose parameters are of all experts in one. Leave it out: which": at(
+        lambda: nn.Sequential(type("MyExperts", (Odd,), {})())
+    ),
+    "have the weight gradient of their kind of layer, layer_norm, got 0, a OddLayerNorm with another.": at(
         lambda: nn.Sequential(OddLayerNorm())
     ),
     "capture at 0: the weight gradient of an embedding must be projected, got one of [5, 3] for each example.": at(
@@ -476,6 +613,15 @@ def test_refusals_while_running(backend):
     with tlfast.capture(model, "0", rows=2, of="weight", backend=backend) as cap:  # noqa: SIM117
         with pytest.raises(ValueError, match="mask must be left out at a convolution, got one"), cap.batch(mask=mask):
             model(torch.randn(2, 3, 3)).sum().backward()
+    pooler, mask = nn.Linear(3, 4), torch.ones(2, 4, dtype=torch.bool)  # as many positions as the pooler has outputs
+    text = r"mask must have fewer dimensions than a gradient of shape \[2, 4\], got"
+    with tlfast.capture(pooler, "", rows=2, of="weight", backend=backend) as cap:  # noqa: SIM117
+        with pytest.raises(ValueError, match=text), cap.batch(mask=mask):
+            pooler(torch.randn(2, 3)).sum().backward()
+    gated = type("GatedRMSNorm", (RMSNorm,), {"forward": lambda self, x, gate=None: RMSNorm.forward(self, x)})(3)
+    with tlfast.capture(gated, "", rows=2, of="weight", backend=backend):  # noqa: SIM117
+        with pytest.raises(TypeError, match="the module must be given one tensor, got 2"):
+            gated(torch.randn(2, 3), gate=torch.randn(2, 3))
     layer = nn.Linear(3, 2)
     with tlfast.capture(layer, "", rows=2, of="weight", backend=backend):  # noqa: SIM117
         with pytest.raises(ValueError, match="the input must have the batch before its last dimension, got \\[3\\]"):

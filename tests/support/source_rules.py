@@ -45,7 +45,7 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "patches", "points", "positions", "running", "tokens"),
+            ("__init__", "dimensions", "inert", "layer_trial", "patches", "points", "positions", "running", "tokens"),
             ("freeze", "full_hooks", "into", "layers", "options", "step_inputs"),
             ("attachment",),
             ("diagnosis",),

@@ -42,6 +42,9 @@ def the_input(who: str, inputs: tuple[object, ...], named: Mapping[str, object])
         rule = "be given its input as the first argument, or as the only one by name"
         got = type(found).__name__ if inputs else ", ".join(named) or "nothing"
         raise TypeError(broken_rule(who, "the module", rule, got, "Leave this point out."))
+    more = sum(isinstance(one, torch.Tensor) for one in (*inputs, *named.values())) - 1
+    if more:  # a gate, a residual, ...: what it puts out isn't made of its input and its weight alone
+        raise TypeError(broken_rule(who, "the module", "be given one tensor", more + 1, "Leave this point out."))
     return found
 
 

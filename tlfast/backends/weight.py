@@ -277,6 +277,10 @@ def _left_out(who: str, mask: torch.Tensor | None, grad: torch.Tensor) -> torch.
     """The positions [B, T, 1] of a gradient [B, ..., D] that a mask leaves out."""
     if mask is None:
         return None
+    if mask.dim() >= max(grad.dim(), 2):  # of positions that a gradient hasn't; may have the size of its last dimension
+        rule = f"have fewer dimensions than a gradient of shape {list(grad.shape)}"
+        remedy = "This point has no positions: capture it on its own."
+        raise ValueError(broken_rule(who, "mask", rule, list(mask.shape), remedy))
     check_mask(who, mask, grad)
     real = mask
     while real.dim() < max(grad.dim() - 1, 2):

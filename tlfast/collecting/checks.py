@@ -123,7 +123,9 @@ def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | 
 
     Rows of tokens lose their padding on the way to the dataset, so a unit of them may have its own positions.
     """
-    loose = [1 in spec.dims or spec.at is not None or spec.per == "token" for spec in specs]
+    loose = [
+        1 in spec.dims or spec.at is not None or spec.per == "token" or spec.of == "weight" for spec in specs
+    ]  # fmt: skip
     return None if all(loose) else seq_len or longest
 
 

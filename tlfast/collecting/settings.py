@@ -300,7 +300,7 @@ class CollectSettings(SharedOptions, TextOptions):
         for field in fields(DataOptions):  # what has to do with other data than these
             if field.name in values and values[field.name] in (getattr(defaults, field.name), []):
                 del values[field.name]
-        for name in ("embedding", "ref", "heads", "at"):
+        for name in ("embedding", "ref", "heads", "at", "project", "bias"):
             if not values[name]:
                 del values[name]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))

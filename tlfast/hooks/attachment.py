@@ -18,6 +18,7 @@ from ..backends.outputs import replace_output, select_output, the_input
 from ..backends.plain import check_full_hook
 from ..backends.taps import fire_op
 from ..errors import broken_rule
+from .freeze import StartGraph
 from .full_hooks import FullHook, NativeFullHook, TakenNative
 from .inert import Hook
 from .inert import _copied as _copied  # as it is named in pickles
@@ -33,14 +34,27 @@ class ForwardPreHook(Hook):
     hook_id = -1
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.move_last(module)
+        self.take_place(module)
         if not torch.compiler.is_compiling():
             self.tap.forward_pre()
 
-    def move_last(self, module: nn.Module) -> None:
+    def take_place(self, module: nn.Module) -> None:
         hooks: Any = module._forward_hooks  # an OrderedDict
         if next(reversed(hooks), -1) != self.hook_id and self.hook_id in hooks:
             hooks.move_to_end(self.hook_id)
+
+
+class _LayerPreHook(ForwardPreHook):
+    """Keeps the forward hook the first one: a weight's gradient is made of that at the output of the layer itself,
+    which other hooks may change. Only what `freeze` starts the graph with comes before."""
+
+    def take_place(self, module: nn.Module) -> None:
+        hooks: Any = module._forward_hooks
+        starts = [hook_id for hook_id, hook in hooks.items() if isinstance(hook, StartGraph)]
+        first = [*starts, self.hook_id]
+        if self.hook_id in hooks and list(hooks)[: len(first)] != first:
+            for hook_id in reversed(first):
+                hooks.move_to_end(hook_id, last=False)
 
 
 class _Traced(torch.autograd.Function):
@@ -124,6 +138,10 @@ class _NativePreHook(ForwardPreHook):
 
 
 class _NativeForwardHook(_ForwardHook):
+    """The same."""
+
+
+class _NativeLayerPreHook(_LayerPreHook):
     """The same."""
 
 
@@ -229,7 +247,7 @@ def _learn_references(native: Any) -> None:
 def _prepare(native: Any) -> None:
     """Make the native hooks native; without what is learnt here, every output gets an identity node."""
     native.call_natively(_NativePreHook, _NativeForwardHook)
-    native.call_natively(_NativePreHook, _NativeLayerHook)
+    native.call_natively(_NativeLayerPreHook, _NativeLayerHook)
     if not _global_forward_hooks:  # one that keeps what it sees would be taken for nobody
         _learn_references(native)
 
@@ -245,7 +263,10 @@ def hook_module(module: nn.Module, tap: Any, attach: str, backend: Backend) -> l
         _prepare(backend)
         if attach == "full":  # at whose nodes all is done that is done here otherwise
             return [TakenNative(), module.register_full_backward_hook(NativeFullHook(tap))]
-    pre = _NativePreHook(tap) if native else ForwardPreHook(tap)
+    if tap.reads_inputs:
+        pre: ForwardPreHook = _NativeLayerPreHook(tap) if native else _LayerPreHook(tap)
+    else:
+        pre = _NativePreHook(tap) if native else ForwardPreHook(tap)
     handles = [module.register_forward_pre_hook(pre)]
     if attach == "full":
         handles.append(module.register_forward_hook(_CheckHook(tap)))

@@ -19,7 +19,7 @@ from ..backends.interface import Column, Tap
 from ..backends.recipe import Given
 from ..errors import broken_rule
 from ..markup import table
-from ..spec import SIDES, Points, Spec, stored_dtype
+from ..spec import Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_input, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .into import Into, check_ids, openers
@@ -91,10 +91,10 @@ class Capture:
         for name in dict.fromkeys(name for points in found for name in points):
             here = [spec for spec, points in zip(specs, found, strict=True) if name in points]
             alone = sum(spec.is_plain for spec in here) == 1
-            for side in SIDES:
-                at_side = [spec for spec in here if spec.side == side]
-                if at_side:
-                    self._add_tap(name, modules[name], at_side, alone, options)
+            for place in (name, f"{name}:weight", f"{name}:input"):  # the columns in this order, too
+                at_place = [spec for spec in here if spec.place(name) == place]
+                if at_place:
+                    self._add_tap(name, modules[name], at_place, alone, options)
         self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
         self._inside: list[bool] = []  # the batches that are open: whether they gave a column something
@@ -110,7 +110,7 @@ class Capture:
     def _add_tap(
         self, name: str, module: nn.Module, specs: Sequence[Spec], alone: bool, options: CaptureOptions
     ) -> None:
-        """A tap at one side of a module, and its columns. ``alone``: one column has the name of the point itself."""
+        """A tap at one place of a module, and its columns. ``alone``: one column has the name of the point itself."""
         who, engine, side = "capture", self._engine, specs[0].side
         if len({spec.output for spec in specs}) > 1:
             raise ValueError(
@@ -163,7 +163,7 @@ class Capture:
         self._backwards_before = n_backwards()
         try:
             for (module, tap), place in zip(self._taps, self._places, strict=True):
-                self._handles += hook_input(module, tap) if place != tap.name else self._hook(module, tap)
+                self._handles += hook_input(module, tap) if place == f"{tap.name}:input" else self._hook(module, tap)
                 if self._see is not None:
                     tap.set_convert(self._conversion(module), partial(self._see, place))
         except BaseException:

@@ -73,13 +73,16 @@ def has_positions(
             where = f"over={following[0]} (--over {following[0]})" + (" with examples of one length" if pads else "")
             remedy = f"The positions are dimension {following[0]}: {where}, or leave this point out."
         raise ValueError(broken_rule(who, 'over="pos"', "mean a dimension 1 that is the positions", got, remedy))
-    covered = n_dims > 1 and all(one.shape[1] == one.n_positions for one in seen)
+    of_weight = spec.of == "weight"  # whose rows have no positions
+    covered = n_dims > 1 + of_weight and all(one.shape[1] == one.n_positions for one in seen)
     if spec.per == "token" and not covered:
         remedy = 'per="example" (--per example) keeps a row for each example.'
         raise ValueError(broken_rule(who, 'per="token"', "mean a dimension 1 that is the positions", got, remedy))
     kept = set(following) - set(normal_dims(who, spec.dims, n_dims + (spec.heads is not None)))
     if chooses or spec.per == "token":
         kept.discard(1)
+    if of_weight and spec.per == "example":
+        kept = set()
     if kept and not one_width:
         remedy = f"Name dimension {min(kept)} in over= too, or give examples of one length."
         raise ValueError(broken_rule(who, "rows", "have one shape for all lengths", got, remedy))

@@ -66,7 +66,7 @@ def _own_embedding(module: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-class _StartGraph:
+class StartGraph:
     """Forward hook of an embedding: its output requires grad."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -130,7 +130,7 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
         found = list(find_points("freeze", model, embedding, "embedding").items())
     before = [(p, p.requires_grad) for p in model.parameters()]
     by_name = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    starts = [_StartGraph(name, module) for name, module in found]
+    starts = [StartGraph(name, module) for name, module in found]
     handles = [start.module.register_forward_hook(start) for start in starts]
     STARTS.append(starts)
     try:

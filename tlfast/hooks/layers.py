@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..backends.reference import accumulator
 from ..errors import broken_rule
 from ..projections.applying import SKETCHES, native_sketch
 from ..projections.projection import Projection, Role
 from ..spec import Spec
+from .layer_trial import conv1d_of_transformers, does_as_known
 from .points import as_list, is_glob
 
 _KINDS = "Linear, Conv1D of transformers, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm and RMSNorm"
@@ -48,22 +49,40 @@ def owns_weight(module: nn.Module) -> bool:
 
 def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     """What a module does with its weight; TypeError or ValueError where that isn't known."""
-    if getattr(module, "parametrizations", None):
+    # weight_norm, spectral_norm and prune of torch.nn.utils leave such parameters.
+    made_of = [of for of in ("weight_g", "weight_orig") if of in module._parameters]
+    if getattr(module, "parametrizations", None) or made_of:
         rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
-    found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(who, name, module)
+    found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
     if found is None:
-        got = f"{name}, a {type(module).__name__}"
+        got = f"{name or 'the model'}, a {type(module).__name__}"
         remedy = "Name such layers; a glob means all modules with parameters of their own."
+        if type(module).__name__.endswith("Experts"):  # of transformers, and as others call them
+            got += " whose parameters are of all experts in one"
+            remedy = "Leave it out: which of its rows are whose tokens isn't seen. The router can be had by its output."
         raise TypeError(broken_rule(who, "points", f'be {_KINDS} with of="weight"', got, remedy))
-    return found
+    # T5's LayerNorm takes no mean off.
+    kinds = ("layer_norm", "rms_norm") if found.kind == "layer_norm" else (found.kind,)
+    known = next((replace(found, kind=kind) for kind in kinds if _does_as(module, replace(found, kind=kind))), None)
+    if known is None:
+        rule = f"have the weight gradient of their kind of layer, {found.kind}"
+        got = f"{name or 'the model'}, a {type(module).__name__} with another"
+        raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
+    return known
+
+
+def _does_as(module: nn.Module, layer: Layer) -> bool:
+    kind, bias = layer.kind, layer.has_bias
+    return does_as_known(module, kind, bias, layer.padding_idx, layer.normalized, layer.eps, layer.window)
 
 
 def _linear(module: Any) -> Layer | None:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return None
     if isinstance(module, nn.Linear):
         return Layer("linear", module.out_features, module.in_features, module.bias is not None)
-    theirs = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if theirs is not None and isinstance(module, theirs):  # the weight lies there as [inputs, outputs]
+    if type(module) is conv1d_of_transformers():
         return Layer("linear", module.weight.shape[1], module.weight.shape[0], module.bias is not None)
     return None
 
@@ -85,11 +104,11 @@ def _embedding(who: str, name: str, module: nn.Module) -> Layer | None:
         got = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
         rule = "be an embedding whose gradient is that of each token by itself"
         raise ValueError(broken_rule(who, f"the point {name}", rule, got, "Leave this point out."))
-    padding_idx = -1 if module.padding_idx is None else module.padding_idx
+    padding_idx = -1 if module.padding_idx is None else module.padding_idx % module.num_embeddings
     return Layer("embedding", module.embedding_dim, module.num_embeddings, padding_idx=padding_idx)
 
 
-def _norm(who: str, name: str, module: nn.Module) -> Layer | None:
+def _norm(module: nn.Module) -> Layer | None:
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not type(module).__name__.endswith("Norm"):
         return None
@@ -97,37 +116,12 @@ def _norm(who: str, name: str, module: nn.Module) -> Layer | None:
     if not rms and "LayerNorm" not in type(module).__name__:
         return None
     eps: Any = next((getattr(module, a) for a in ("variance_epsilon", "eps", "epsilon") if hasattr(module, a)), None)
-    eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
+    eps = torch.finfo(accumulator(weight.dtype)).eps if eps is None else float(eps)  # torch takes that of the sums
     bias: Any = getattr(module, "bias", None)
-    layer = Layer(
+    return Layer(
         "rms_norm" if rms else "layer_norm", weight.numel(), weight.numel(), isinstance(bias, torch.Tensor),
         normalized=weight.dim(), eps=eps,
     )  # fmt: skip
-    if type(module) not in (nn.LayerNorm, nn.RMSNorm):
-        _try_norm(who, name, module, layer)
-    return layer
-
-
-def _try_norm(who: str, name: str, module: Any, layer: Layer) -> None:
-    """ValueError unless the module does what its name says: the normalized input times its weight, or 1 + that."""
-    weight = module.weight.detach()
-    draw = torch.Generator().manual_seed(0)
-    given = torch.randn(3, *weight.shape, generator=draw).to(weight)
-    with torch.no_grad():
-        made = type(module).forward(module, given)
-        wide = given.double()
-        dims = list(range(1, given.dim()))
-        if layer.kind == "layer_norm":
-            wide = wide - wide.mean(dims, keepdim=True)
-        normal = wide * (wide.square().mean(dims, keepdim=True) + layer.eps).rsqrt()
-        bias = module.bias.double() if layer.has_bias else 0.0
-        tolerance = 64 * torch.finfo(weight.dtype).eps
-        for factor in (weight.double(), 1 + weight.double()):
-            wanted = normal * factor + bias
-            if isinstance(made, torch.Tensor) and torch.allclose(made.double(), wanted, tolerance, tolerance):
-                return
-    rule, got = "multiply its normalized input by its weight", f"{name}, a {type(module).__name__} that does another"
-    raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
 
 
 def find_weighted(
@@ -144,9 +138,9 @@ def find_weighted(
         raise ValueError(broken_rule(who, "points", rule, "none", "Name layers."))
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
     for name, module in kept.items():
         shared = owners.get(id(module._parameters.get("weight")), [])
         if len(shared) > 1:

@@ -1,0 +1,127 @@
+"""A dataset of weight gradients: right for each example alone, by the command too, and wherever rows go from there."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import collect, collect_words, save_model, save_text, sequences, tiny_model, unit_bytes
+
+import tlfast
+from tlfast import Projection, Spec
+from tlfast.cli import main
+from tlfast.dataset import ShuffledBatches
+
+EXAMPLES = sequences(9)
+LAYERS = {
+    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "transformer.h.1.ln_1"),
+    "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.1.input_layernorm"),
+}
+FIRST, SECOND, NORM = LAYERS["gpt2"]
+SETTINGS = {"points": LAYERS["gpt2"], "of": "weight", "project": 4, "rows_per_unit": 4, "batch_tokens": 64}
+
+
+def alone(model, names, examples):
+    """By name the gradients of each example's own loss in float64, [n, O, I], or [n, D] of a norm."""
+    model = model.double()
+    weights = {name: model.get_submodule(name).weight for name in names}
+    found = {name: [] for name in names}
+    for tokens in examples:
+        ids = torch.tensor([tokens])
+        logits = model(ids, use_cache=False).logits[0, :-1]
+        loss = -logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).sum()
+        for name, grad in zip(names, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            found[name].append(grad.T if ".c_" in name else grad)  # a Conv1D has [inputs, outputs]
+    return {name: torch.stack(grads) for name, grads in found.items()}
+
+
+def projected(name, full, projection):
+    right = projection.matrix(name, "right", full.shape[-1]).double()
+    if full.dim() == 2:
+        return full @ right.T * projection.scale
+    return projection.matrix(name, "left", full.shape[1]).double() @ full @ right.T * projection.row_scale
+
+
+def assert_rows(found, wanted):
+    """Within the rounding of a model of two layers in float32, a hundred times that of its largest row."""
+    assert found.shape == wanted.shape
+    bound = 100 * 2**-24 * wanted.flatten(1).norm(dim=1).max()
+    assert (torch.as_tensor(found).double() - wanted).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind, side", [("gpt2", "left"), ("llama", "right")])
+def test_rows_are_those_of_each_example_alone(tmp_path, kind, side):
+    model, projection = tiny_model(kind).eval(), Projection(4, "normal", seed=3)
+    settings = SETTINGS | {"points": LAYERS[kind], "project": projection, "grad_scale": 8.0}
+    collect(model, tmp_path / "rows", EXAMPLES, padding_side=side, **settings)
+    rows = tlfast.open_dataset(tmp_path / "rows")
+    assert rows.header["specs"][0]["project"] == {"dim": 4, "kind": "normal", "seed": 3}
+    assert rows.header["batching"]["width"] is None  # rows have no positions: no batch is wider than its examples
+    for name, full in alone(model, LAYERS[kind], EXAMPLES).items():
+        assert_rows(rows[f"{name}:weight"][:], projected(name, full, projection))
+
+
+def test_embeddings_start_the_graph_and_have_rows(tmp_path):
+    model = tiny_model().eval()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    collect(model, tmp_path / "rows", EXAMPLES, **SETTINGS | {"points": "transformer.wte"})
+    rows, projection = tlfast.open_dataset(tmp_path / "rows"), Projection(4)
+    full = alone(model, ["transformer.wte"], EXAMPLES)["transformer.wte"].transpose(1, 2)
+    assert_rows(rows["transformer.wte:weight"][:], projected("transformer.wte", full, projection))
+
+
+def test_tokens_codes_streams_and_sums_are_of_the_same_rows(tmp_path):
+    model = tiny_model().eval()
+    both = [Spec([FIRST, SECOND], of="weight", project=4, per=per, name=per) for per in ("example", "token")]
+    collect(model, tmp_path / "rows", EXAMPLES, points=[*both, Spec(NORM, "norm", of="weight")], rows_per_unit=4)
+    collect(model, tmp_path / "codes", EXAMPLES, **SETTINGS | {"encoding": "int8"})
+    rows, codes = tlfast.open_dataset(tmp_path / "rows"), tlfast.open_dataset(tmp_path / "codes")
+    whole = torch.as_tensor(rows[f"{FIRST}:example"][:])
+    for number, tokens in enumerate(EXAMPLES):
+        pairs = torch.as_tensor(np.asarray(rows[f"{FIRST}:token"][number]))
+        assert pairs.shape == (len(tokens), 8)
+        product = pairs[:, :4].T @ pairs[:, 4:]
+        torch.testing.assert_close(product, whole[number], rtol=0, atol=1e-5 * float(whole.norm()))
+    decoded = torch.as_tensor(codes[f"{FIRST}:weight"][:])
+    assert ((decoded - whole).flatten(1).abs() <= whole.flatten(1).abs().amax(1, keepdim=True) * 0.51 / 127).all()
+    sums = tlfast.running(model, EXAMPLES, stats=("mean",), **{k: SETTINGS[k] for k in ("points", "of", "project")})
+    torch.testing.assert_close(torch.as_tensor(sums[f"{FIRST}:weight"].mean).float(), whole.mean(0), rtol=0, atol=1e-5)
+    units = tlfast.stream(model, EXAMPLES, buffer_rows=8, batch_size=3, of="weight", project=4, points=[FIRST])
+    streamed = {int(i): row for unit in units for i, row in zip(unit["id"], unit[f"{FIRST}:weight"], strict=True)}
+    for number in range(len(EXAMPLES)):
+        torch.testing.assert_close(streamed[number], whole[number], rtol=0, atol=1e-5 * float(whole.norm()))
+    drawn = next(iter(ShuffledBatches(codes, 4, points=[f"{FIRST}:weight"])))
+    assert torch.equal(drawn[f"{FIRST}:weight"], decoded[drawn["id"]])
+
+
+def test_the_command_its_settings_and_its_report(tmp_path, capsys):
+    save_model(tmp_path / "model")
+    save_text(tmp_path / "text", 2)
+    words = collect_words(tmp_path, points=FIRST, dtype="auto", max_examples="6", rows_per_unit="3")
+    del words[words.index("--reduce") : words.index("--reduce") + 2]
+    assert main(["collect", *words, "--of", "weight", "--project", "16", "--padding-side", "left"]) == 0
+    config = (tmp_path / "out" / "config.yaml").read_text()
+    assert "project: '16'" in config
+    assert main(["collect", str(tmp_path / "out" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert unit_bytes(tmp_path / "again") == unit_bytes(tmp_path / "out")
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert f"{FIRST}:weight  F32 [6, 16, 16], weight" in capsys.readouterr().out
+    for words in (
+        ["report", "--out", str(tmp_path / "page.html")],
+        ["export", "--to", "npy", "--out", str(tmp_path / "npy")],
+    ):
+        assert main([words[0], str(tmp_path / "out"), *words[1:]]) == 0
+
+
+def test_only_what_is_projected_has_a_projection_in_its_settings(tmp_path):
+    save_model(tmp_path / "model")
+    save_text(tmp_path / "text", 2)
+    assert main(["collect", *collect_words(tmp_path, max_examples="3")]) == 0
+    assert not {"project:", "bias:"} & set((tmp_path / "out" / "config.yaml").read_text().split())
+    spec = tlfast.open_dataset(tmp_path / "out").header["specs"][0]
+    assert not {"project", "bias"} & spec.keys()
+
+
+def test_a_weight_that_is_shared_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="collect: the point lm_head must have a weight of its own"):
+        collect(tiny_model(), tmp_path / "rows", EXAMPLES, **SETTINGS | {"points": "lm_head"})
+    assert not (tmp_path / "rows").exists()
