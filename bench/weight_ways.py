@@ -31,13 +31,22 @@ BASE = "transformer."  # the models are GPT-2: bergson names modules inside of i
 
 @dataclass(frozen=True)
 class Work:
-    """What all ways do: a row L G R^T [dim, dim] of float32 for each example at each of these linear layers."""
+    """What all ways do: a row L G R^T [dim, dim] of float32 for each example at each of these linear layers.
+
+    ``kind`` is that of the matrices: of another than signs tlfast alone makes rows here.
+    """
 
     model: Any  # frozen in every way, so that nobody pays for gradients that nobody wants
     batches: list[Batch]
     points: tuple[str, ...]
     dim: int
     rows_per_unit: int
+    kind: Any = "rademacher"
+
+    @property
+    def project(self) -> tlfast.Projection:
+        """As `tlfast.capture` takes it."""
+        return tlfast.Projection(self.dim, self.kind)
 
     @property
     def n_examples(self) -> int:
@@ -193,22 +202,23 @@ def _silent() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _of_scheme(scheme: str) -> Callable[[Work, str], Matrices]:
-    def matrices(work: Work, point: str) -> Matrices:
-        made: Any = tlfast.Projection(work.dim, scheme=scheme)  # type: ignore[attr-defined]
-        name, sides = (point.removeprefix(BASE) if scheme == "bergson-2" else point), ("left", "right")
-        left, right = (
-            made.matrix(name, side, size) * made.scale for side, size in zip(sides, work.sizes(point), strict=True)
-        )
-        return left, right
+def _ours(work: Work, point: str) -> Matrices:
+    return _matrices(work.project, point, work.sizes(point))
 
-    return matrices
+
+def _bergsons(work: Work, point: str) -> Matrices:
+    return _matrices(tlfast.Projection(work.dim, scheme="bergson-2"), point.removeprefix(BASE), work.sizes(point))
+
+
+def _matrices(projection: tlfast.Projection, name: str, sizes: tuple[int, int]) -> Matrices:
+    left, right = projection.matrix(name, "left", sizes[0]), projection.matrix(name, "right", sizes[1])
+    return left * projection.scale, right * projection.scale
 
 
 def collect(work: Work, out: Path) -> Path:
     """The whole job of `tlfast.collect`, with its set-up."""
     examples = [batch.input_ids for batch in work.batches]
-    settings: Any = {"of": "weight", "project": work.dim}
+    settings: Any = {"of": "weight", "project": work.project}
     tlfast.collect(
         work.model, examples, out, points=list(work.points), dtype=torch.float32, batch_tokens=examples[0].numel(),
         rows_per_unit=work.rows_per_unit, progress=False, **settings,
@@ -223,7 +233,7 @@ def read_dataset(found: Path, work: Work, point: str) -> torch.Tensor:
 
 def capture(work: Work, out: Path) -> dict[str, torch.Tensor]:
     """A capture whose rows stay in memory: what the step itself pays."""
-    settings: Any = {"of": "weight", "project": work.dim}
+    settings: Any = {"of": "weight", "project": work.project}
     with (
         tlfast.freeze(work.model),
         tlfast.capture(work.model, list(work.points), rows=work.n_examples, dtype=torch.float32, **settings) as cap,
@@ -235,7 +245,7 @@ def capture(work: Work, out: Path) -> dict[str, torch.Tensor]:
 
 def into(work: Work, out: Path) -> Path:
     """A loop of one's own, whose rows go to disk unit by unit, each synced and committed; no set-up of a collection."""
-    settings: Any = {"of": "weight", "project": work.dim}
+    settings: Any = {"of": "weight", "project": work.project}
     plan = tlfast.dataset.Plan(work.n_examples, work.rows_per_unit)
     with (
         tlfast.freeze(work.model),
@@ -260,8 +270,8 @@ WAYS: dict[str, Way] = {
     FLOOR: Way(floor),
     PRODUCTS: Way(products),
     PYTHON: Way(python_hooks, read_blocks, _signs),
-    BERGSON: Way(bergson_collector, read_index, _of_scheme("bergson-2")),
-    CAPTURE: Way(capture, lambda found, work, point: found[point], _of_scheme("tlfast-1")),
-    INTO: Way(into, read_dataset, _of_scheme("tlfast-1")),
-    COLLECT: Way(collect, read_dataset, _of_scheme("tlfast-1")),
+    BERGSON: Way(bergson_collector, read_index, _bergsons),
+    CAPTURE: Way(capture, lambda found, work, point: found[point], _ours),
+    INTO: Way(into, read_dataset, _ours),
+    COLLECT: Way(collect, read_dataset, _ours),
 }

@@ -12,7 +12,7 @@ sys.path.append(str(ROOT))
 
 from bench import weight_norms, weights
 from bench.measure import WrongResult
-from bench.weight_ways import FLOOR, PRODUCTS, PYTHON, WAYS, bergson_collector, read_index
+from bench.weight_ways import CAPTURE, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, bergson_collector, read_index
 
 OURS = [name for name in WAYS if name.startswith("tlfast")]
 THERE = [FLOOR, PRODUCTS, PYTHON, *OURS]
@@ -30,6 +30,16 @@ def test_a_quick_run():
     assert all(row["times_the_products"] is None for row in table.rows[:2])
     assert len(result.claims) == 2
     assert result.prediction
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "count-sketch"])
+def test_sketches_are_checked_like_signs(kind):
+    (work,) = weights.works(weights.QUICK)
+    ways = {name: WAYS[name] for name in (CAPTURE, INTO)}
+    weights.check_ways(replace(work, kind=kind), ways)
+    wrong = replace(WAYS[CAPTURE], matrices=lambda _, point: WAYS[CAPTURE].matrices(work, point))
+    with pytest.raises(WrongResult, match="wrong at"):
+        weights.check_ways(replace(work, kind=kind), {"wrong": wrong})
 
 
 def test_a_wrong_way_is_not_timed(monkeypatch):
@@ -56,7 +66,7 @@ def test_bergsons_collection_is_checked_like_ours():
 
 
 def test_norms_are_checked_and_timed():
-    ways = {name: way for name, way in weight_norms.WAYS.items() if name != weight_norms.OPACUS}
+    ways = {name: way for name, way in weight_norms.WAYS.items() if name not in weight_norms.OPACUS}
     found = weight_norms.findings(quick=True, ways=ways)
     assert [row["variant"] for row in found.tables[0].rows] == list(ways)
     assert len(found.claims) == 1
@@ -68,4 +78,4 @@ def test_norms_are_checked_and_timed():
 def test_norms_of_opacus_are_checked_like_ours():
     pytest.importorskip("opacus", reason="opacus is not installed")
     work = weight_norms.make_work(**weight_norms.QUICK)
-    weight_norms.check_ways(work, {"opacus": weight_norms.opacus_ghost})
+    weight_norms.check_ways(work, {name: weight_norms.WAYS[name] for name in weight_norms.OPACUS})
