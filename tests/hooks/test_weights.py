@@ -14,6 +14,7 @@ from weighted_models import (
     B,
     D,
     P,
+    RMSNorm,
     assert_near,
     captured,
     made,
