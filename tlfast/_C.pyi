@@ -40,6 +40,7 @@ class Weight:
         norm: tuple[int, float],
         window: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int] | None,
         sketches: tuple[Sketcher | None, Sketcher | None],
+        queries: Sequence[torch.Tensor],
     ) -> None: ...
 
 class Sketcher:

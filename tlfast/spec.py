@@ -30,6 +30,8 @@ Ref = torch.Tensor | Callable[[Any], Any]
 Heads = tuple[int, int]
 At = int | str | Sequence[int]
 Project = int | Projection
+Query = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Queries = Query | Mapping[str, Query]
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SOURCES: tuple[str, ...] = get_args(Of)
@@ -98,7 +100,8 @@ class Spec:
         of: "grad", the gradient with respect to the output; "act", the output itself; "grad*act", their product
             element by element; "grad*ref", that of the gradient with a tensor; or "weight", the gradient of the
             module's weight for each example, G = sum over positions of g a^T [O, I], where a is the input; of which
-            reduce="norm" keeps the norm alone, never negative, and per="token" the two factors (g, a) side by side.
+            reduce="norm" keeps the norm alone, never negative, and per="token" the two factors (g, a) side by side, or
+            the norm of each token's.
             Products are reduced (none, sum, mean or last) where they are made. Summed over all but the batch, the first
             is the first-order estimate of what setting the output to zero takes off the metric, sum(g * a); the second,
             with ref = patched - a, of what patching adds to it (attribution patching: Nanda, 2023).
@@ -122,6 +125,11 @@ class Spec:
             [dim, dim] then, the dot product of two of which is that of the gradients, on average (Johnson and
             Lindenstrauss). None: rows are G itself. A norm has a vector for its weight, an embedding must be projected.
         bias: of "weight": with the gradient of the bias as the last column of G, where the module has one.
+        queries: of "weight": rows are the dot products of G with these, [Q], and with per="token" those of each token's
+            gradient. A tensor [Q, *shape of a row without queries], [Q, O, I] of a matrix G; or two factors U [Q, O, r]
+            and V [Q, r, I], of which a query is the product U V: those of a query example's tokens are its gradient's.
+            Of several points a mapping from the name of each. A constant that no step changes. What is computed is the
+            form with the fewest multiplications: that of G first, of the query with the input first, or of the factors.
 
     Raises:
         ValueError, TypeError: for an unknown reduction, dimension, dtype, source, side or encoding, for a norm or
@@ -153,6 +161,7 @@ class Spec:
     encoding: Encoding | None = None
     project: Project | None = None
     bias: bool = False
+    queries: Queries | None = None
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
@@ -166,7 +175,8 @@ class Spec:
         check_weight("Spec", [self.of], self.project, self.bias)
         if self.of == "weight":
             given = {"over": self.over, "output": self.output, "side": self.side, "at": self.at}
-            check_of_weight("Spec", self.reduce, self.per, given)
+            check_of_weight("Spec", self.reduce, given)
+        check_queries("Spec", self.of, self.reduce, self.queries)
         check_rows_kept("Spec", self.per, self.dims, self.encoding, self.dtype)
         if self.per == "token" and self.at is not None:
             rule, remedy = 'be left out with per="token"', 'Keep chosen positions by reduce="none", or all tokens.'
@@ -182,8 +192,8 @@ class Spec:
         """What tells this spec's columns from another spec's at the same point."""
         if self.name or self.is_plain:
             return self.name or self.reduce
-        norm = ["norm"] * (self.of == "weight" and self.reduce == "norm")
-        return ":".join(["input"] * (self.side == "input") + [self.of] * (self.of != "grad") + norm)
+        kept = ["norm"] * (self.of == "weight" and self.reduce == "norm") + ["scores"] * (self.queries is not None)
+        return ":".join(["input"] * (self.side == "input") + [self.of] * (self.of != "grad") + kept)
 
     @property
     def projection(self) -> Projection | None:
@@ -242,14 +252,33 @@ def check_weight(who: str, of: Sequence[str], project: object, bias: object) -> 
         as_projection(who, cast(Any, project))
 
 
-def check_of_weight(who: str, reduce: str, per: str, given: Mapping[str, object]) -> None:
+def check_queries(who: str, of: str, reduce: str, queries: object) -> None:
+    """An error for what are no queries of weight gradients, or where a row is none of these."""
+    if queries is None:
+        return
+    if of != "weight" or reduce != "none":
+        rule = 'be left out unless of="weight", reduce="none"'
+        got = f"some with of={of!r}, reduce={reduce!r}"
+        raise ValueError(broken_rule(who, "queries", rule, got, "Norms and scores are two Specs."))
+    given = list(queries.values()) if isinstance(queries, Mapping) else [queries]
+    names = list(queries) if isinstance(queries, Mapping) else []
+    if not given or any(not isinstance(name, str) for name in names):
+        rule, got = "have the names of points", repr(names)
+        raise TypeError(broken_rule(who, "queries", rule, got, "Write {point: tensor}."))
+    for one in given:
+        parts = [one] if isinstance(one, torch.Tensor) else list(one) if isinstance(one, (tuple, list)) else []
+        good = [part for part in parts if isinstance(part, torch.Tensor) and part.dtype in STORED_DTYPES]
+        if len(good) != len(parts) or len(parts) != (1 if isinstance(one, torch.Tensor) else 2):
+            got = str(one.dtype) if isinstance(one, torch.Tensor) else type(one).__name__
+            rule, remedy = "be tensors of floats, or pairs of them", "Write queries=tensor, or (U, V)."
+            raise TypeError(broken_rule(who, "queries", rule, got, remedy))
+
+
+def check_of_weight(who: str, reduce: str, given: Mapping[str, object]) -> None:
     """ValueError for what weight gradients don't have; each argument is None or its default where it isn't given."""
     if reduce not in ("none", "norm"):
         remedy = "A row is the gradient of one example's loss, summed over positions already."
         raise ValueError(broken_rule(who, "reduce", "be none or norm of weight gradients", repr(reduce), remedy))
-    if per == "token" and reduce == "norm":
-        remedy = "The norm of a token's is that of both its factors: keep these."
-        raise ValueError(broken_rule(who, "reduce", 'be "none" with per="token" of weight gradients', "'norm'", remedy))
     for argument, value in given.items():
         if value not in (None, "pos", ["pos"], "output"):  # a list is what the command makes of its default
             rule, remedy = "be left out of weight gradients", "They have no positions and one side: leave it out."
@@ -381,7 +410,7 @@ def as_specs(
         said = parse_over(who, over) != (1,)  # more than the default, which the command says as a list
         alone = {"over": over if said else None} if sources == ["weight"] else {}
         kept = "none" if reduce == default or not alone else reduce  # the default is of others
-        check_of_weight(who, kept, per, {"output": output, "side": side, "at": at, **alone})
+        check_of_weight(who, kept, {"output": output, "side": side, "at": at, **alone})
     as_heads(who, heads)
     as_positions(who, at)
     if per == "token" and reduce in ("sum", "mean", "last") and parse_over(who, over) == (1,):

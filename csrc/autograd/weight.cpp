@@ -70,7 +70,8 @@ Layer parse_layer(const std::string& name) {
 }
 
 WeightRow parse_weight_row(const std::string& name) {
-  static constexpr std::array kNames{"gradient", "norm", "factors"};  // in the order of WeightRow
+  // In the order of WeightRow.
+  static constexpr std::array kNames{"gradient", "norm", "scores", "factors", "token norms", "token scores"};
   for (size_t i = 0; i < kNames.size(); ++i)
     if (name == kNames[i]) return WeightRow(i);
   const std::string rule = c10::str("be one of ", c10::Join(", ", kNames));
@@ -101,24 +102,15 @@ Weight::Weight(Form form)
   const auto sizes = [](const std::optional<at::Tensor>& matrix) { return matrix ? list_of(matrix->sizes()) : "none"; };
   require(is_matrix(form_.left, 3), "left", "be a matrix, or one of each head", sizes(form_.left));
   require(is_matrix(form_.right, 2), "right", "be a matrix", sizes(form_.right));
-  require(form_.right || form_.layer != Layer::embedding || form_.row == WeightRow::norm, "right",
-          "be there for an embedding", "none");
+  const bool is_matrix_row = form_.row == WeightRow::gradient || form_.row == WeightRow::factors;
+  require(form_.right || form_.layer != Layer::embedding || !is_matrix_row, "right", "be there for an embedding",
+          "none");
   require(form_.heads >= 0, "heads", "be a number, 0 for none", form_.heads);
   require(form_.padding_idx >= -1, "padding_idx", "be a token, or -1", form_.padding_idx);
   require(form_.normalized >= 1, "normalized", "be a positive number", form_.normalized);
   require(form_.eps >= 0, "eps", "not be negative", form_.eps);
   require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
-}
-
-// A matrix where a tensor is, in its dtype, and turned: products are faster with its columns side by side.
-at::Tensor Weight::like(const at::Tensor& matrix, const at::Tensor& tensor) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& [of, moved] : moved_)
-    if (of == matrix.unsafeGetTensorImpl() && moved.device() == tensor.device() &&
-        moved.scalar_type() == tensor.scalar_type())
-      return moved;
-  moved_.push_back({matrix.unsafeGetTensorImpl(), matrix.to(tensor.options()).transpose(-2, -1).contiguous()});
-  return moved_.back().matrix;
+  require(scores() == bool(form_.queries), "queries", "be there for scores, and for these alone", scores());
 }
 
 at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {
@@ -147,7 +139,7 @@ at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {
 
 // [B, T, I] to R a, [B, T, p].
 at::Tensor Weight::project_input(const at::Tensor& input) const {
-  const at::Tensor a = wide(input), right = like(*form_.right, a);
+  const at::Tensor a = wide(input), right = moved_.turned(*form_.right, a);
   if (!form_.bias) return applied(right, form_.right_sketch, a);
   const int64_t n = right.size(0) - 1;
   return applied(right.narrow(0, 0, n), form_.right_sketch, a).add_(right.select(0, n));
@@ -166,7 +158,7 @@ at::Tensor Weight::applied(const at::Tensor& turned, const std::shared_ptr<const
 // The same of a convolution's windows: one more convolution, whose weights are the matrix.
 at::Tensor Weight::convolved(const at::Tensor& input) const {
   const Window& window = form_.window;
-  const at::Tensor a = wide(input), right = like(*form_.right, a).t();
+  const at::Tensor a = wide(input), right = moved_.turned(*form_.right, a).t();
   const int64_t p = right.size(0), n = right.size(1) - form_.bias, groups = window.groups;
   std::vector<int64_t> shape{groups * p, a.size(1) / groups};
   shape.insert(shape.end(), window.kernel.begin(), window.kernel.end());
@@ -211,7 +203,7 @@ at::Tensor Weight::outputs_of(const std::string& who, const at::Tensor& grad) co
 // [B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]. The groups of a convolution have other columns of L.
 at::Tensor Weight::project_outputs(const at::Tensor& g) const {
   if (!form_.left) return g;
-  const at::Tensor left = like(*form_.left, g);
+  const at::Tensor left = moved_.turned(*form_.left, g);
   if (groups() > 1) {
     const at::Tensor each = left.unflatten(0, {groups(), -1});  // [groups, O / groups, p]
     const at::Tensor by_group = g.unflatten(0, {-1, groups()}).transpose(0, 1).flatten(1, 2);    // [groups, B * T, O']
@@ -254,9 +246,12 @@ at::Tensor Weight::of_norm(const std::string& who, const at::Tensor& kept, const
   const at::Tensor g = without(flat(wide(grad)), left_out);
   at::Tensor each = g.mul(without(flat(kept), left_out));
   if (form_.bias) each = at::cat({each, g}, -1);
-  if (form_.row != WeightRow::factors) each = each.sum(1);
-  if (form_.right) each = at::matmul(each, like(*form_.right, each));
-  return form_.row == WeightRow::norm ? at::linalg_vector_norm(each, 2, at::IntArrayRef{1}) : each;
+  if (!per_token()) each = each.sum(1);
+  if (form_.right) each = at::matmul(each, moved_.turned(*form_.right, each));
+  if (scores())
+    return form_.queries->of_gradients(each.flatten(0, -2)).unflatten(0, each.sizes().slice(0, each.dim() - 1));
+  if (form_.row == WeightRow::gradient || form_.row == WeightRow::factors) return each;
+  return at::linalg_vector_norm(each, 2, at::IntArrayRef{-1});
 }
 
 // The input as it was kept, [B, T, Q], or of a convolution [B * groups, T, Q].
@@ -276,7 +271,7 @@ at::Tensor Weight::inputs_of(const at::Tensor& kept, const at::Tensor& given) co
     case Layer::embedding: {
       const at::Tensor tokens = kept.flatten(1);
       if (!form_.right) return tokens;
-      return like(*form_.right, given).index_select(0, tokens.flatten()).unflatten(0, tokens.sizes());
+      return moved_.turned(*form_.right, given).index_select(0, tokens.flatten()).unflatten(0, tokens.sizes());
     }
     case Layer::layer_norm:
     case Layer::rms_norm:
@@ -308,22 +303,58 @@ at::Tensor Weight::rows(const std::string& who, const at::Tensor& kept, const at
   if (!same) inputs = without(inputs, left_out);
   if (form_.row == WeightRow::norm && groups() == 1 && (same || 2 * n_positions * n_positions < size))
     return norms_by_products(outputs, inputs, one, same);
+  TORCH_CHECK_VALUE(!per_token() || grad.dim() > 2, broken_rule(who, "a gradient", "have positions as dimension 1",
+                                                                list_of(grad.sizes()), "Use per=\"example\" there."));
+  if (scores()) return scores_of(outputs, inputs, one, same);
+  if (form_.row == WeightRow::token_norms) {
+    const at::Tensor norms = at::linalg_vector_norm(outputs, 2, at::IntArrayRef{2});
+    if (same) return norms;
+    return norms.mul_(inputs.square().sum(2).add_(int64_t(one)).sqrt_());
+  }
   const auto dtype = at::promoteTypes(outputs.scalar_type(), inputs.scalar_type());
   if (form_.row == WeightRow::factors) {
-    TORCH_CHECK_VALUE(grad.dim() > 2, broken_rule(who, "a gradient", "have positions as dimension 1",
-                                                  list_of(grad.sizes()), "Use per=\"example\" there."));
     std::vector<at::Tensor> pair{outputs.mul(scale).to(dtype), inputs.to(dtype)};
     if (one) pair.push_back(outputs.new_ones({outputs.size(0), n_positions, 1}).to(dtype));
     return at::cat(pair, -1);
   }
-  at::Tensor sums = at::bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype));
-  if (one) sums = at::cat({sums, outputs.sum(1).to(dtype).unsqueeze(2)}, 2);
-  if (groups() > 1) {
-    sums = sums.unflatten(0, {-1, groups()});
-    sums = form_.left ? sums.sum(1) : sums.flatten(1, 2);
-  }
+  const at::Tensor sums = sums_of(outputs, inputs, one);
   if (form_.row == WeightRow::norm) return at::linalg_vector_norm(sums, 2, at::IntArrayRef{1, 2});
   return form_.heads ? sums.unflatten(1, {form_.heads, -1}) : sums;
+}
+
+// G of [B * groups, T, O] and [B * groups, T, I].
+at::Tensor Weight::sums_of(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const {
+  const auto dtype = at::promoteTypes(outputs.scalar_type(), inputs.scalar_type());
+  at::Tensor sums = at::bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype));
+  if (one) sums = at::cat({sums, outputs.sum(1).to(dtype).unsqueeze(2)}, 2);
+  if (groups() == 1) return sums;
+  sums = sums.unflatten(0, {-1, groups()});
+  return form_.left ? sums.sum(1) : sums.flatten(1, 2);
+}
+
+// The dot products of G, or of each position's, with the queries. Some rows of G are there at a time, of all examples:
+// queries, which are large, are read once.
+at::Tensor Weight::scores_of(const at::Tensor& outputs, at::Tensor inputs, bool one, bool tokens) const {
+  static constexpr int64_t kElements = int64_t(1) << 20, kLeastRows = 64;
+  const Queries& queries = *form_.queries;
+  const int64_t n_positions = outputs.size(1);
+  const bool whole = groups() > 1 || (!tokens && queries.want_gradients(n_positions));
+  if (form_.row == WeightRow::token_scores || !whole) {
+    if (one) inputs = at::cat({inputs, inputs.new_ones({inputs.size(0), n_positions, 1})}, -1);
+    const auto dtype = at::promoteTypes(outputs.scalar_type(), tokens ? outputs.scalar_type() : inputs.scalar_type());
+    const at::Tensor each = queries.of_positions(outputs.to(dtype), tokens ? inputs : inputs.to(dtype), tokens);
+    return form_.row == WeightRow::token_scores ? each : each.sum(1);
+  }
+  if (groups() > 1) return queries.of_gradients(sums_of(outputs, inputs, one));
+  const int64_t n = outputs.size(2), of_row = outputs.size(0) * (inputs.size(2) + int64_t(one));
+  const int64_t step = std::max(kLeastRows, kElements / std::max<int64_t>(of_row, 1));
+  at::Tensor total;
+  for (int64_t start = 0; start < n; start += step) {
+    const at::Tensor some = outputs.narrow(2, start, std::min(step, n - start));
+    const at::Tensor part = queries.of_gradients(sums_of(some, inputs, one), start);
+    total = total.defined() ? total.add_(part) : part;
+  }
+  return total;
 }
 
 }  // namespace tlfast

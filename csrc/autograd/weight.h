@@ -4,11 +4,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "moved.h"
+#include "queries.h"
 #include "sketcher.h"
 
 namespace tlfast {
@@ -17,8 +18,9 @@ namespace tlfast {
 enum class Layer { linear, conv, embedding, layer_norm, rms_norm };
 Layer parse_layer(const std::string& name);
 
-// What a row is: the gradient, its norm, or the two factors of each position's, side by side.
-enum class WeightRow { gradient, norm, factors };
+// What a row is: the gradient, its norm, or its dot products with queries; or of each position's the two factors, side
+// by side, the norm, or these products.
+enum class WeightRow { gradient, norm, scores, factors, token_norms, token_scores };
 WeightRow parse_weight_row(const std::string& name);
 
 // The window that a convolution lays on its input.
@@ -45,6 +47,7 @@ class Weight {
     int64_t normalized;   // how many dimensions a norm has
     double eps;
     std::shared_ptr<const Sketcher> left_sketch, right_sketch;  // do what L, and R without its bias, do on the CPU
+    std::shared_ptr<const Queries> queries;                     // of scores
   };
   explicit Weight(Form form);
 
@@ -57,14 +60,15 @@ class Weight {
                   const std::optional<at::Tensor>& mask, double scale) const;
   double scale(double of_loss) const { return pairs() ? form_.scale : form_.scale * of_loss; }
 
-  bool adds_up() const { return form_.row != WeightRow::norm; }
+  bool adds_up() const { return form_.row != WeightRow::norm && form_.row != WeightRow::token_norms; }
 
  private:
   bool pairs() const {
     return form_.row == WeightRow::factors && form_.layer != Layer::layer_norm && form_.layer != Layer::rms_norm;
   }
+  bool per_token() const { return form_.row >= WeightRow::factors; }
+  bool scores() const { return form_.row == WeightRow::scores || form_.row == WeightRow::token_scores; }
   int64_t groups() const { return form_.layer == Layer::conv ? form_.window.groups : 1; }
-  at::Tensor like(const at::Tensor& matrix, const at::Tensor& tensor) const;
   at::Tensor applied(const at::Tensor& turned, const std::shared_ptr<const Sketcher>& sketch,
                      const at::Tensor& x) const;
   at::Tensor project_input(const at::Tensor& input) const;
@@ -74,19 +78,15 @@ class Weight {
   at::Tensor inputs_of(const at::Tensor& kept, const at::Tensor& given) const;
   at::Tensor outputs_of(const std::string& who, const at::Tensor& grad) const;
   at::Tensor project_outputs(const at::Tensor& g) const;
+  at::Tensor sums_of(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const;
+  at::Tensor scores_of(const at::Tensor& outputs, at::Tensor inputs, bool one, bool tokens) const;
   at::Tensor norms_by_products(const at::Tensor& outputs, const at::Tensor& inputs, bool one, bool same) const;
   at::Tensor of_norm(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,
                      const std::optional<at::Tensor>& mask) const;
 
   const Form form_;
   const bool early_;  // the input is projected in the forward
-  // The matrices where they are used: the same one for each call on a device and in a dtype.
-  mutable std::mutex mutex_;
-  struct Moved {
-    const at::TensorImpl* of;
-    at::Tensor matrix;
-  };
-  mutable std::vector<Moved> moved_;
+  const Moved moved_;
 };
 
 }  // namespace tlfast

@@ -48,22 +48,25 @@ std::shared_ptr<Weight> make_weight(const std::string& layer, const std::string&
                                     const std::optional<at::Tensor>& left, const std::optional<at::Tensor>& right,
                                     double scale, int64_t heads, int64_t padding_idx, std::pair<int64_t, double> norm,
                                     const std::optional<WindowGiven>& window,
-                                    std::pair<std::shared_ptr<Sketcher>, std::shared_ptr<Sketcher>> sketches) {
+                                    std::pair<std::shared_ptr<Sketcher>, std::shared_ptr<Sketcher>> sketches,
+                                    std::vector<at::Tensor> queries) {
   Window made;
   if (window) std::tie(made.kernel, made.stride, made.dilation, made.padding, made.padding_mode, made.groups) = *window;
-  return std::make_shared<Weight>(Weight::Form{.layer = parse_layer(layer),
-                                               .row = parse_weight_row(row),
-                                               .bias = bias,
-                                               .left = left,
-                                               .right = right,
-                                               .scale = scale,
-                                               .heads = heads,
-                                               .window = std::move(made),
-                                               .padding_idx = padding_idx,
-                                               .normalized = norm.first,
-                                               .eps = norm.second,
-                                               .left_sketch = std::move(sketches.first),
-                                               .right_sketch = std::move(sketches.second)});
+  return std::make_shared<Weight>(
+      Weight::Form{.layer = parse_layer(layer),
+                   .row = parse_weight_row(row),
+                   .bias = bias,
+                   .left = left,
+                   .right = right,
+                   .scale = scale,
+                   .heads = heads,
+                   .window = std::move(made),
+                   .padding_idx = padding_idx,
+                   .normalized = norm.first,
+                   .eps = norm.second,
+                   .left_sketch = std::move(sketches.first),
+                   .right_sketch = std::move(sketches.second),
+                   .queries = queries.empty() ? nullptr : std::make_shared<const Queries>(std::move(queries))});
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {

@@ -34,6 +34,10 @@ BY_NAME = {
     "window": [1, "3", (), ([3], [1], [1], [1, 1], "constant", 1), ([3], [1], [1], [1], "constant", 1)],
     "weight": [1, "0", object()],
     "sketches": [1, "0", (None,), (1, None), object()],
+    "queries": [
+        1, "0", None, (None,), (torch.ones(2),), (torch.ones(2, 2, dtype=torch.int64),), (torch.ones(0, 2),),
+        (torch.ones(2, 2, 3), torch.ones(2, 2, 2)), (torch.ones(2, 2, 2),), object(),
+    ],
     "side": ["inside", "", None, 1],
     "missing": ["zero", "", None, 1],
     "rows": [0, -1, None, "1", 2**70],
@@ -141,7 +145,7 @@ class Made:
             "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {}, "layer": "linear", "row": "gradient", "padding_idx": -1,
-            "norm": (1, 1e-5), "sketches": (None, None),
+            "norm": (1, 1e-5), "sketches": (None, None), "queries": (),
             "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
             "input_signs": torch.ones(1, 8), "shifts": torch.zeros(1, 2).long(),
         }  # fmt: skip

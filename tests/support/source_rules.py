@@ -17,6 +17,7 @@ MANY = {
     "cache_fwd_and_bwd": "the parameters of run_with_cache",
     "forward": "a test's model whose arguments are called as all of ours are",
     "DatasetWriter.__init__": "the keywords that users write",
+    "Weight.__init__": "what weight_arguments makes for both backends, in its order",
 }
 
 # From the ground up. A room's modules import from rooms above its own in this list, and in their own from rows above
@@ -30,7 +31,8 @@ ROOMS = (
         (
             ("__init__", "interface", "plain", "streams"),
             ("cuda_status", "outputs", "reference"),
-            ("calls", "no_graph", "rows", "tensor_cache", "weight"),
+            ("calls", "no_graph", "queries", "rows", "tensor_cache"),
+            ("weight",),
             ("recipe",),
             ("column",),
             ("ledger",),
@@ -45,7 +47,18 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "layer_trial", "patches", "points", "positions", "running", "tokens"),
+            (
+                "__init__",
+                "dimensions",
+                "inert",
+                "layer_trial",
+                "patches",
+                "points",
+                "positions",
+                "queries",
+                "running",
+                "tokens",
+            ),
             ("freeze", "full_hooks", "into", "layers", "options", "step_inputs"),
             ("attachment",),
             ("diagnosis",),
@@ -181,10 +194,11 @@ ROOMS = (
     (
         "attribution",
         (
-            ("pieces", "queries"),
-            ("every_score", "moments"),
-            ("methods",),
+            ("diagnostics", "given_examples", "pieces", "queries"),
+            ("every_score", "moments", "passes"),
+            ("gradient_queries", "methods"),
             ("result", "sums"),
+            ("example_scores",),
             ("faiss_index", "scores", "text_query"),
             ("__init__",),
         ),
@@ -228,10 +242,10 @@ NATIVE_ROOMS = (
     (
         "autograd",
         (
-            ("plain.h", "streams.h"),
+            ("moved", "plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
             ("capture",),
-            ("rows", "sketcher"),
+            ("queries", "rows", "sketcher"),
             ("weight",),
             ("recipe",),
             ("column",),

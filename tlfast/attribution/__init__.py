@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from .diagnostics import NoiseScale, el2n, gradient_norms, hardest, mean_gradient_norm
+from .example_scores import score_examples
 from .faiss_index import faiss_index, query_vectors
 from .methods import METHODS
 from .result import Scores
 from .scores import score
 
-__all__ = ["METHODS", "Scores", "faiss_index", "query_vectors", "score"]
+__all__ = [
+    "METHODS", "NoiseScale", "Scores", "el2n", "faiss_index", "gradient_norms", "hardest", "mean_gradient_norm",
+    "query_vectors", "score", "score_examples",
+]  # fmt: skip

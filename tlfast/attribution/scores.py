@@ -8,13 +8,15 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..dataset.read.search import Best, Taker, take_scores
 from ..dataset.read.views import Readable
 from ..errors import broken_rule
 from ..hooks.running import RunningSums
-from ..spec import one_of
+from ..spec import Query, one_of
 from .every_score import InFile, InMemory, check_out, check_room
+from .example_scores import score_examples
 from .methods import METHODS, Asked, Method
 from .queries import WHO, chosen_queries, opened
 from .result import Scores
@@ -24,8 +26,8 @@ DAMPING = 0.1
 
 
 def score(
-    dataset: str | os.PathLike[str] | Readable,
-    queries: str | os.PathLike[str] | Readable | Mapping[str, torch.Tensor],
+    dataset: str | os.PathLike[str] | Readable | nn.Module,
+    queries: str | os.PathLike[str] | Readable | Mapping[str, Query] | Iterable[Any],
     method: str = "dot",
     *,
     points: str | Iterable[str] | None = None,
@@ -37,6 +39,7 @@ def score(
     non_finite: Literal["skip", "stop"] = "skip",
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    **of_model: Any,
 ) -> Scores:
     """Score every row of a dataset against some queries, over all columns that both have; keep the best rows.
 
@@ -48,7 +51,8 @@ def score(
     is), on the device of the queries.
 
     Args:
-        dataset: a folder or URL, or an open dataset or view; merged ones too.
+        dataset: a folder or URL, or an open dataset or view; merged ones too. Or a model, through which ``examples=``
+            go: `tlfast.attribution.score_examples`; no row is stored then.
         queries: another dataset, whose rows are the queries; or a tensor [Q, *shape of a row] for each of some columns.
         method: "dot", "cosine" or "trackstar".
         points: which columns, names or globs; all that both have by default.
@@ -62,6 +66,7 @@ def score(
         non_finite: a row with a NaN or an infinity in these columns: "skip" leaves it out and counts it, "stop" raises.
         out: a new file of numpy (.npy), which gets the scores of all rows: [queries, rows].
         progress: called with the number of rows just read.
+        of_model: ``examples`` and the other arguments of `tlfast.attribution.score_examples`.
 
     Returns:
         Scores: ``indices`` and ``scores`` [Q, min(k, rows)], highest first; of equal ones the row that comes first.
@@ -83,6 +88,13 @@ def score(
         >>> found.indices, found.scores
         (tensor([[0]]), tensor([[3.]]))
     """
+    if isinstance(dataset, nn.Module):
+        left = {"where": where, "moments": moments, "damping": damping, "mix": mix}
+        shared: dict[str, Any] = {"points": points, "k": k, "non_finite": non_finite, "out": out, "progress": progress}
+        return _of_model(dataset, queries, method, left, shared | of_model)
+    if of_model:
+        rule, got = "be left out where a dataset is scored", ", ".join(of_model)
+        raise TypeError(broken_rule(WHO, "settings of a model", rule, got, "Give the model in place of the dataset."))
     one_of(WHO, "non_finite", non_finite, ("skip", "stop"))
     check_arguments(method, k, {"moments": moments, "damping": damping, "mix": mix})
     path = None if out is None else check_out(out)
@@ -107,6 +119,18 @@ def score(
     assert every is not None
     rows = torch.arange(len(ds)).expand(len(chosen), len(ds))
     return Scores(ds, rows, every.scores, method, chosen.points, is_all=True, **more)
+
+
+def _of_model(model: nn.Module, queries: Any, method: str, left: Mapping[str, Any], asked: dict[str, Any]) -> Scores:
+    """Score examples that go through a model; ``left`` are arguments that have no meaning there."""
+    plain = {"where": None, "moments": None, "damping": DAMPING, "mix": 0.0}
+    odd = next((name for name, value in left.items() if value is not plain[name] and value != plain[name]), None)
+    if odd is not None:
+        raise ValueError(broken_rule(WHO, odd, "be left out where a model is scored", "it", "Leave it out."))
+    if "examples" not in asked:
+        rule, remedy = "be given where a model is scored", "Say examples=, as collect takes them."
+        raise TypeError(broken_rule(WHO, "examples", rule, "none", remedy))
+    return score_examples(model, asked.pop("examples"), queries, method, **asked)
 
 
 def _scored(

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 
 from ..errors import broken_rule
 from ..spec import one_of
+from .queries import Queries
 from .reference import accumulator, check_mask
 
 LAYERS = ("linear", "conv", "embedding", "layer_norm", "rms_norm")
-ROWS = ("gradient", "norm", "factors")
+ROWS = ("gradient", "norm", "scores", "factors", "token norms", "token scores")
 # (kernel, stride, dilation, padding as F.pad takes it, padding mode, groups)
 Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int]
+_ELEMENTS, _LEAST_ROWS = 1 << 20, 64  # of the gradients that are there at once, for scores
 _POSITIONS = 256  # whose products with all others are there at once, for norms
 
 
@@ -31,7 +33,8 @@ class Weight:
 
     Args:
         layer: what the module does with its weight: linear, conv, embedding, layer_norm or rms_norm.
-        row: what a row is: the gradient, its norm, or the two factors of each position's, side by side.
+        row: what a row is: the gradient, its norm, or its dot products with queries ("scores"); or of each position's
+            the two factors, side by side, the norm, or these products.
         bias: whether the bias belongs to the weight.
         left: L [p, O], or of each head [n, p, O / n].
         right: R [p, I].
@@ -41,11 +44,13 @@ class Weight:
         norm: how many dimensions a norm has, and its epsilon.
         window: of a convolution.
         sketches: native code that does what L does, and R without its bias; not used here.
+        queries: of scores: whole ones, or their two factors, as `Queries` takes them; () where there are none.
     """
 
     def __init__(
         self, layer: str, row: str, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None, row_scale: float,
         heads: int, padding_idx: int, norm: tuple[int, float], window: Window | None, sketches: tuple[Any, Any],
+        queries: Sequence[torch.Tensor],
     ):  # fmt: skip
         self.layer, self.row = one_of("capture", "layer", layer, LAYERS), one_of("capture", "row", row, ROWS)
         self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, row_scale, heads
@@ -53,7 +58,12 @@ class Weight:
         self.normalized, self.eps = norm
         self.of_norm = layer in ("layer_norm", "rms_norm")
         self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
-        self._moved: dict[Any, torch.Tensor] = {}
+        self._moved: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._per_token, self._scores = row in ROWS[3:], row.endswith("scores")
+        self._queries = Queries(queries, self._like) if queries else None
+        if self._scores != (self._queries is not None):
+            rule, remedy = "be there for scores, and for these alone", 'Make it by Spec(of="weight").'
+            raise ValueError(broken_rule("capture", "queries", rule, int(self._scores), remedy))
 
     @property
     def groups(self) -> int:
@@ -95,7 +105,7 @@ class Weight:
         """What is made of the magnitudes of what is multiplied and added up."""
         with _bare(grad):
             if self.of_norm:
-                return self._of_norm(who, kept.abs(), grad.abs(), None)
+                return self._of_norm(who, kept.abs(), grad.abs(), None, sizes=True)
             return self._of_map(who, kept, grad, None, 1.0, sizes=True)
 
     def _of_map(
@@ -125,27 +135,70 @@ class Weight:
         size = outputs.shape[2] * (n_positions if same else inputs.shape[2])
         if self.row == "norm" and self.groups == 1 and (same or 2 * n_positions**2 < size):
             return _norms_by_products(outputs, inputs, one, same)
-        dtype = torch.promote_types(outputs.dtype, inputs.dtype)
+        if self._per_token and grad.dim() < 3:
+            rule, remedy = "have positions as dimension 1", 'Use per="example" there.'
+            raise ValueError(broken_rule(who, "a gradient", rule, list(grad.shape), remedy))
+        if self._scores:
+            return self._scored(outputs, inputs, one, same, sizes)
+        return self._row(outputs, inputs, one, same, scale)
+
+    def _row(self, outputs: torch.Tensor, inputs: torch.Tensor, one: bool, same: bool, scale: float) -> torch.Tensor:
+        if self.row == "token norms":
+            norms: torch.Tensor = torch.linalg.vector_norm(outputs, 2, 2)
+            return norms if same else norms * (inputs.square().sum(2) + int(one)).sqrt()
         if self.row == "factors":
-            if grad.dim() < 3:
-                rule, remedy = "have positions as dimension 1", 'Use per="example" there.'
-                raise ValueError(broken_rule(who, "a gradient", rule, list(grad.shape), remedy))
+            dtype = torch.promote_types(outputs.dtype, inputs.dtype)
             pair = [(outputs * scale).to(dtype), inputs.to(dtype)]
             if one:
                 pair.append(outputs.new_ones(*outputs.shape[:2], 1).to(dtype))
             return torch.cat(pair, -1)
-        sums = torch.bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype))
-        if one:
-            sums = torch.cat([sums, outputs.sum(1).to(dtype).unsqueeze(2)], 2)
-        if self.groups > 1:
-            sums = _split(sums, 0, -1, self.groups)
-            sums = sums.flatten(1, 2) if self.left is None else sums.sum(1)
+        sums = self._sums(outputs, inputs, one)
         if self.row == "norm":
-            norms: torch.Tensor = torch.linalg.vector_norm(sums, 2, (1, 2))
+            norms = torch.linalg.vector_norm(sums, 2, (1, 2))
             return norms
         return _split(sums, 1, self.heads, -1) if self.heads else sums
 
-    def _of_norm(self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _sums(self, outputs: torch.Tensor, inputs: torch.Tensor, one: bool) -> torch.Tensor:
+        """G of [B * groups, T, O] and [B * groups, T, I]."""
+        dtype = torch.promote_types(outputs.dtype, inputs.dtype)
+        sums = torch.bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype))
+        if one:
+            sums = torch.cat([sums, outputs.sum(1).to(dtype).unsqueeze(2)], 2)
+        if self.groups == 1:
+            return sums
+        sums = _split(sums, 0, -1, self.groups)
+        return sums.flatten(1, 2) if self.left is None else sums.sum(1)
+
+    def _scored(
+        self, outputs: torch.Tensor, inputs: torch.Tensor, one: bool, tokens: bool, sizes: bool
+    ) -> torch.Tensor:
+        """The dot products of G, or of each position's, with the queries.
+
+        Some rows of G are there at a time, of all examples: queries, which are large, are read once.
+        """
+        assert self._queries is not None
+        queries = self._queries.of_magnitudes() if sizes else self._queries
+        whole = self.groups > 1 or (not tokens and queries.want_gradients(outputs.shape[1]))
+        if self._per_token or not whole:
+            if one:
+                inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], -1)
+            if not tokens:
+                dtype = torch.promote_types(outputs.dtype, inputs.dtype)
+                outputs, inputs = outputs.to(dtype), inputs.to(dtype)
+            each = queries.of_positions(outputs, inputs, tokens)
+            return each if self._per_token else each.sum(1)
+        if self.groups > 1:
+            return queries.of_gradients(self._sums(outputs, inputs, one))
+        step = max(_LEAST_ROWS, _ELEMENTS // max(1, len(outputs) * (inputs.shape[2] + int(one))))
+        total = outputs.new_zeros(())
+        for start in range(0, outputs.shape[2], step):
+            rows = self._sums(outputs[..., start : start + step], inputs, one)
+            total = total + queries.of_gradients(rows, start)
+        return total
+
+    def _of_norm(
+        self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, sizes: bool = False
+    ) -> torch.Tensor:
         if kept.shape != grad.shape:
             rule = f"have its input's shape {list(kept.shape)}"
             raise ValueError(
@@ -161,11 +214,14 @@ class Weight:
         each = g * _without(_in_positions(last(kept)), out)
         if self.bias:
             each = torch.cat([each, g], -1)
-        if self.row != "factors":
+        if not self._per_token:
             each = each.sum(1)
         if self.right is not None:
             each = each @ self._like(self.right, each).T
-        return torch.linalg.vector_norm(each, 2, 1) if self.row == "norm" else each
+        if self._queries is not None:
+            queries = self._queries.of_magnitudes() if sizes else self._queries
+            return _split(queries.of_gradients(each.flatten(0, -2)), 0, *each.shape[:-1])
+        return torch.linalg.vector_norm(each, 2, -1) if self.row in ("norm", "token norms") else each
 
     # The input.
 
@@ -246,9 +302,9 @@ class Weight:
 
     def _like(self, matrix: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         key = id(matrix), tensor.device, tensor.dtype
-        if key not in self._moved:
-            self._moved[key] = matrix.to(tensor).contiguous()
-        return self._moved[key]
+        if key not in self._moved or self._moved[key][0] is not matrix:
+            self._moved[key] = matrix, matrix.to(tensor).contiguous()
+        return self._moved[key][1]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from ..hooks.points import as_list, find_points
-from ..spec import Spec
+from ..spec import Queries, Spec
 from .batches import Batching
 from .fingerprint import describe_model, examples_fingerprint
 from .function_identity import called, describe_function
@@ -113,7 +113,13 @@ def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
         **({} if spec.encoding is None else {"encoding": spec.encoding}),
         **({} if spec.projection is None else {"project": spec.projection.describe()}),
         **({"bias": True} if spec.bias else {}),
+        **({} if spec.queries is None else {"queries": _describe_queries(spec.queries)}),
     }
+
+
+def _describe_queries(queries: Queries) -> Any:
+    """Queries by what is in them."""
+    return describe_function(dict(queries) if isinstance(queries, Mapping) else queries)[0]
 
 
 def _more_of(batching: Batching, options: CollectOptions) -> dict[str, Any]:

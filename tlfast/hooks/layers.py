@@ -16,6 +16,7 @@ from ..projections.projection import Projection, Role
 from ..spec import Spec
 from .layer_trial import conv1d_of_transformers, does_as_known
 from .points import as_list, is_glob
+from .queries import check_named, queries_at
 
 _KINDS = "Linear, Conv1D of transformers, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm and RMSNorm"
 
@@ -154,7 +155,27 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
     """Of the modules that the points of a spec for weights name those that it means; errors of `find_weighted`."""
     points = spec.points
     globbed = callable(points) or any(isinstance(p, str) and is_glob(p) for p in as_list(points))
-    return find_weighted(who, model, found.items(), globbed)
+    kept = find_weighted(who, model, found.items(), globbed)
+    check_named(who, spec, kept)
+    return kept
+
+
+def check_queries(who: str, name: str, module: nn.Module, spec: Spec) -> None:
+    """ValueError for queries of a spec that aren't as its rows are at a module."""
+    if spec.queries is not None:
+        layer = find_layer(who, name, module)
+        queries_at(f"{who} at {name}", name, spec.queries, row_shape(layer, spec))
+
+
+def row_shape(layer: Layer, spec: Spec) -> tuple[int, ...]:
+    """The shape of an example's weight gradient, as a spec has it."""
+    dim, n_biases = 0 if spec.projection is None else spec.projection.dim, spec.bias and layer.has_bias
+    if layer.is_norm:
+        return (dim or layer.n_inputs + n_biases * layer.n_outputs,)
+    n, m = dim or layer.n_outputs, dim or layer.n_inputs + n_biases
+    if spec.heads is None:
+        return n, m
+    return spec.heads[0], dim or spec.heads[1], m
 
 
 def projected_name(model: nn.Module, name: str, projection: Projection) -> str:
@@ -164,6 +185,13 @@ def projected_name(model: nn.Module, name: str, projection: Projection) -> str:
         return name
     prefix = next((inner for inner, module in model.named_modules() if module is base), None)
     return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def _row(spec: Spec) -> str:
+    """What a backend's Weight makes for a spec."""
+    if spec.per == "token":
+        return "token norms" if spec.reduce == "norm" else "factors" if spec.queries is None else "token scores"
+    return "norm" if spec.reduce == "norm" else "gradient" if spec.queries is None else "scores"
 
 
 def weight_arguments(
@@ -177,14 +205,15 @@ def weight_arguments(
     if spec.heads is not None and (layer.kind != "linear" or n_heads * spec.heads[1] != layer.n_outputs):
         rule, remedy = f"be (n, d) of a linear layer with n * d outputs, {layer.n_outputs} here", "Check the point."
         raise ValueError(broken_rule(at_point, "heads", rule, spec.heads, remedy))
-    if layer.kind == "embedding" and projection is None and spec.reduce != "norm":
+    if layer.kind == "embedding" and projection is None and spec.reduce != "norm" and spec.queries is None:
         rule, got = "be projected", f"one of [{layer.n_inputs}, {layer.n_outputs}] for each example"
         remedy = 'Say project=. Of each token it is the gradient itself: of="grad", per="token".'
         raise ValueError(broken_rule(at_point, "the weight gradient of an embedding", rule, got, remedy))
     if per_token and layer.kind == "conv":
         rule, remedy = "be left out at a convolution", "Its windows are no tokens."
         raise ValueError(broken_rule(at_point, 'per="token"', rule, "one", remedy))
-    row = "norm" if spec.reduce == "norm" else "factors" if per_token else "gradient"
+    row = _row(spec)
+    queries = () if spec.queries is None else queries_at(at_point, name, spec.queries, row_shape(layer, spec))
     left = right = None
     sketches: tuple[Any, ...] = (None, None)
     scale = 1.0
@@ -212,5 +241,5 @@ def weight_arguments(
                 )
     return (
         layer.kind, row, has_bias, left, right, scale, n_heads, layer.padding_idx,
-        (layer.normalized, layer.eps), layer.window, sketches,
+        (layer.normalized, layer.eps), layer.window, sketches, queries,
     )  # fmt: skip

@@ -51,7 +51,8 @@ class CaptureOptions(TapOptions):
             rule, remedy = 'not be "stack" with per="token"', 'A stack has the calls before the positions: use "sum".'
             raise ValueError(broken_rule("capture", "calls", rule, "'stack'", remedy))
         for spec in self.specs if self.calls in ("sum", "stack") else ():
-            if spec.of == "weight" and (spec.reduce == "norm" or (spec.per == "token" and self.calls == "sum")):
+            factors = spec.per == "token" and spec.queries is None
+            if spec.of == "weight" and (spec.reduce == "norm" or (factors and self.calls == "sum")):
                 rule = 'be "raise" or "last" for norms of weight gradients, and for their factors'
                 remedy = "The norm of a sum isn't a sum of norms: keep the gradients themselves."
                 raise ValueError(broken_rule("capture", "calls", rule, repr(self.calls), remedy))

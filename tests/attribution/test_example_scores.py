@@ -1,0 +1,167 @@
+"""Scores of examples that go through a model: against the gradient of each example alone, in float64."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tlfast
+from tlfast.attribution import score_examples
+
+POINTS = ["1", "3"]
+TEXTS = [[1, 2, 3], [4, 5], [7, 8, 6, 2, 1], [2, 2, 9, 1], [3, 1]]
+ASKED = [[4, 5], [9, 8, 7]]
+
+
+class Narrow(nn.Sequential):
+    """Linear layers between embeddings and logits, wide enough that a token's factors are smaller than a gradient."""
+
+    def __init__(self):
+        super().__init__(nn.Embedding(10, 12), nn.Linear(12, 14), nn.LayerNorm(14), nn.Linear(14, 10))
+
+
+@functools.cache
+def model():
+    torch.manual_seed(0)
+    return Narrow().eval()
+
+
+@functools.cache
+def truth(points, texts, bias=False):
+    """The gradients of each example alone, by point: float64 [N, O, I] or [N, D]."""
+    wide = Narrow().double()
+    wide.load_state_dict(model().state_dict())
+    found = {point: [] for point in points}
+    for text in texts:
+        wide.zero_grad()
+        logits = wide(torch.tensor([text]))[0]
+        nn.functional.cross_entropy(logits[:-1], torch.tensor(text[1:]), reduction="sum").backward()
+        for point, rows in found.items():
+            layer = wide.get_submodule(point)
+            parts = [layer.weight.grad, layer.bias.grad[..., None] if layer.weight.dim() > 1 else layer.bias.grad]
+            rows.append(torch.cat(parts, -1) if bias else parts[0].clone())
+    return {point: torch.stack(rows) for point, rows in found.items()}
+
+
+def texts_of(texts):
+    return tuple(map(tuple, texts))
+
+
+def exact(points, queries, bias=False, cosine=False):
+    """[Q, N], of queries [Q, ...] by point."""
+    full = truth(tuple(points), texts_of(TEXTS), bias)
+    rows = torch.cat([full[point].flatten(1) for point in points], 1)
+    asked = torch.cat([queries[point].double().flatten(1) for point in points], 1)
+    if cosine:
+        rows, asked = nn.functional.normalize(rows), nn.functional.normalize(asked)
+    return asked @ rows.T
+
+
+def near(found, wanted):
+    return (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_query_examples_against_each_example_alone(bias, cosine):
+    """The norm's queries are whole, and those of the linear layers factors, where an example has few tokens."""
+    points = (*POINTS, "2")
+    asked = truth(points, texts_of(ASKED), bias)
+    method, settings = "cosine" if cosine else "dot", {"points": points, "bias": bias, "batch_tokens": 8}
+    found = score_examples(model(), TEXTS, ASKED, method, k=None, **settings)
+    wanted = exact(points, asked, bias, cosine)
+    assert near(found.scores, wanted)
+    best = score_examples(model(), TEXTS, ASKED, method, k=2, **settings)
+    assert torch.equal(best.indices, wanted.topk(2).indices)
+    assert (best.points, best.queries) == (found.points, [0, 1])
+    mean = {point: rows.mean(0, keepdim=True) for point, rows in asked.items()}
+    found = score_examples(model(), TEXTS, ASKED, method, k=None, mean=True, **settings)
+    assert near(found.scores, exact(points, mean, bias, cosine))
+
+
+def test_each_examples_own_query_finds_it_and_scores_are_symmetric():
+    found = tlfast.score(model(), TEXTS, "cosine", examples=TEXTS, points=POINTS, k=1)
+    assert found.indices.flatten().tolist() == list(range(len(TEXTS)))
+    assert torch.allclose(found.scores, torch.ones(5, 1))
+    every = tlfast.score(model(), TEXTS, examples=TEXTS, points=POINTS, k=None).scores
+    assert near(every, every.T.double())
+
+
+def test_tensors_by_point_whole_or_in_factors(tmp_path):
+    draw = torch.Generator().manual_seed(1)
+    left, right = torch.randn(3, 14, 2, generator=draw), torch.randn(3, 2, 12, generator=draw)
+    whole = {"1": left @ right, "3": torch.randn(3, 10, 14, generator=draw)}
+    seen = []
+    found = score_examples(
+        model(), TEXTS, whole | {"1": (left, right)}, k=2, out=tmp_path / "all.npy", progress=seen.append
+    )
+    wanted = exact(POINTS, whole)
+    assert near(torch.from_numpy(np.load(tmp_path / "all.npy")), wanted)
+    assert torch.equal(found.indices, wanted.topk(2).indices)
+    assert (sum(seen), found.queries) == (len(TEXTS), None)
+
+
+def test_a_projection_is_scored_by_projected_queries():
+    projection = tlfast.Projection(4)
+    kept = tlfast.running(model(), [TEXTS[0]], tlfast.Spec("1", of="weight", project=projection), stats="sum")
+    found = score_examples(model(), TEXTS, [TEXTS[0]], points="1", project=projection, k=None)
+    assert near(found.scores[0, 0], kept["1:weight"].sum.square().sum())
+
+
+def test_what_was_found_is_read_as_of_a_dataset():
+    found = score_examples(model(), [[3], *TEXTS], ASKED, points="1", k=2)  # the first has no next token
+    best = int(found.indices[0, 0])
+    assert found[0][0]["input_ids"].tolist() == TEXTS[best]
+    assert found.to_dict(texts=True)["text"][0] == " ".join(map(str, TEXTS[best]))
+    assert "dot with 1" in repr(found)
+    assert int(found.ids[0, 0]) == found[0][0]["id"]
+
+
+def test_examples_that_are_not_finite():
+    wild = Narrow().eval()
+    wild.load_state_dict(model().state_dict())
+    with torch.no_grad():
+        wild[0].weight[9] = torch.nan
+    found = score_examples(wild, TEXTS, ASKED[:1], points="1", k=5)
+    assert found.n_skipped == 1
+    assert found.indices[0, -1] == -1
+    assert 3 not in found.indices
+    with pytest.raises(FloatingPointError, match="scores must be finite, got NaN or infinity for example 3"):
+        score_examples(wild, TEXTS, ASKED[:1], points="1", non_finite="stop")
+
+
+ONE = torch.ones(1, 14, 12)
+REFUSED = {
+    "score: method must be one of dot, cosine, got 'trackstar'.": lambda: (TEXTS, {"1": ONE}, "trackstar"),
+    "score: points must be given where queries are examples, got None.": lambda: (TEXTS, ASKED),
+    "score: queries must be examples, or a mapping from points to tensors, got Tensor.": lambda: (TEXTS, ONE),
+    "score: queries must name a point at least, got an empty dict.": lambda: (TEXTS, {}),
+    "score: queries must be equally many for all points, got {'1': 1, '3': 2}.": lambda: (
+        TEXTS, {"1": ONE, "3": torch.ones(2, 10, 14)}
+    ),
+    "queries must have the shape [Q, 14, 12], got [1, 12, 14].": lambda: (TEXTS, {"1": ONE.mT}),
+    "score: queries must have a direction, got zeros alone in query 0.": lambda: (TEXTS, {"1": ONE * 0}, "cosine"),
+    "example 0": lambda: (TEXTS, [[3]], "dot", {"points": "1"}),
+    "score: k must be an int of at least 1, or None, got 0.": lambda: (TEXTS, {"1": ONE}, "dot", {"k": 0}),
+    "score: queries must be examples for mean=True, got tensors.": lambda: (TEXTS, {"1": ONE}, "dot", {"mean": True}),
+    "score: settings must be among embedding, ": lambda: (TEXTS, {"1": ONE}, "dot", {"units": "0:1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, make", REFUSED.items())
+def test_refusals(make, text):
+    examples, queries, method, settings = (*make(), "dot", {})[:4] if len(make()) == 2 else (*make(), {})[:4]
+    with pytest.raises((ValueError, TypeError), match=re.escape(text)):
+        score_examples(model(), examples, queries, method, **settings)
+
+
+def test_refusals_of_score():
+    with pytest.raises(TypeError, match="examples must be given where a model is scored"):
+        tlfast.score(model(), ASKED)
+    with pytest.raises(ValueError, match="where must be left out where a model is scored"):
+        tlfast.score(model(), ASKED, examples=TEXTS, where="length > 2")
+    with pytest.raises(TypeError, match="settings of a model must be left out where a dataset is scored, got bias"):
+        tlfast.score("there", "none", bias=True)
