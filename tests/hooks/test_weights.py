@@ -389,8 +389,9 @@ def test_a_glob_means_modules_with_parameters_of_their_own():
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.LayerNorm(3)), "b": nn.Linear(3, 2)})
     cap = tlfast.capture(model, "**", rows=1, of="weight")
     assert cap.names == ["a.0:weight", "a.2:weight", "b:weight"]
-    with pytest.raises(TypeError, match=r"points must be Linear, .*, got a\.1, a GELU"):
-        tlfast.capture(model, ["a.1"], rows=1, of="weight")
+    for points in (["a.1"], ["a.1", "**"], model["a"][1]):  # what is named is meant, also beside a glob
+        with pytest.raises(TypeError, match=r"points must be Linear, .*, got a\.1, a GELU"):
+            tlfast.capture(model, points, rows=1, of="weight")
 
 
 class Odd(nn.Module):
