@@ -50,8 +50,8 @@ def owns_weight(module: nn.Module) -> bool:
 def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     """What a module does with its weight; TypeError or ValueError where that isn't known."""
     # weight_norm, spectral_norm and prune of torch.nn.utils leave such parameters.
-    made_of = [of for of in ("weight_g", "weight_orig") if of in module._parameters]
-    if getattr(module, "parametrizations", None) or made_of:
+    made = any(name in module._parameters for name in ("weight_g", "weight_orig"))
+    if made or getattr(module, "parametrizations", None) or isinstance(getattr(type(module), "weight", None), property):
         rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
     found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
