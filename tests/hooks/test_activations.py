@@ -388,7 +388,8 @@ def test_sources_that_are_none():
     ):
         tlfast.capture(nn.Linear(2, 2), "", of=(), rows=1)
     with pytest.raises(
-        TypeError, match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, or a list of them, got None"
+        TypeError,
+        match=r"^capture: of must be one of grad, act, grad\*act, grad\*ref, weight, or a list of them, got None",
     ):
         tlfast.capture(nn.Linear(2, 2), "", of=None, rows=1)
 

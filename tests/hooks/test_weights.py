@@ -292,8 +292,9 @@ def test_a_glob_means_modules_with_parameters_of_their_own():
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.LayerNorm(3)), "b": nn.Linear(3, 2)})
     cap = tlfast.capture(model, "**", rows=1, of="weight")
     assert cap.names == ["a.0:weight", "a.2:weight", "b:weight"]
-    with pytest.raises(TypeError, match=r"points must be Linear, .*, got a\.1, a GELU"):
-        tlfast.capture(model, ["a.1"], rows=1, of="weight")
+    for points in (["a.1"], ["a.1", "**"], model["a"][1]):  # what is named is meant, also beside a glob
+        with pytest.raises(TypeError, match=r"points must be Linear, .*, got a\.1, a GELU"):
+            tlfast.capture(model, points, rows=1, of="weight")
 
 
 class Odd(nn.Module):
@@ -358,6 +359,11 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
+class Hidden(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight * 2, bias)
+
+
 class Halved(nn.Linear):
     def forward(self, x):
         return super().forward(x) / 2
@@ -388,7 +394,8 @@ OTHERS = {
     "embedding, got 0, a OfPlaces": lambda: OfPlaces(300, 3, padding_idx=299),
     "conv, got 0, a Causal": lambda: Causal(2, 2, 3),
     "conv, got 0, a Standardised": lambda: Standardised(2, 2, 3),
-    "linear, got 0, a Halved": lambda: Halved(2, 2),
+    "conv, got 0, a Hidden": lambda: Hidden(2, 2, 3),
+    "linear, got 0, a Halved": lambda: Halved(20, 30),
     "rms_norm, got 0, a OtherEpsRMSNorm": OtherEpsRMSNorm,
     "linear, got 0, a Linear": with_a_forward_of_its_own,
 }
@@ -422,7 +429,7 @@ class Falcon(nn.Linear):
 
 @pytest.mark.parametrize("make, dtype", [
     (lambda: T5LayerNorm(D), torch.float32),
-    (lambda: Falcon(D, 3), torch.float32),
+    (lambda: Falcon(D, 11), torch.float32),
     (lambda: nn.RMSNorm(D), torch.bfloat16),  # whose own eps is that of float32
 ], ids=["t5", "falcon", "rms of bfloat16"])  # fmt: skip
 def test_other_names_and_dtypes_of_the_same_layer(make, dtype, backend):
@@ -453,6 +460,10 @@ def tied_by_another_name():
     return model
 
 
+class OfOthers(nn.Linear):
+    weight = property(lambda self: self.raw.exp(), lambda self, given: setattr(self, "raw", given))
+
+
 def pruned():
     model = linear()
     prune.l1_unstructured(model[0], "weight", 2)
@@ -476,6 +487,9 @@ REFUSED = {
     "capture: the point 0 must have a weight of its own, got one that is shared by 0 and 1.": at(tied_by_another_name),
     "must have a weight that is a parameter, got the model, whose weight is made of others.": at(weight_normed, ""),
     "must have a weight that is a parameter, got 0, whose weight is made of others.": at(pruned),
+    "got made, whose weight is made of others. Leave it out, or remove": at(
+        lambda: nn.ModuleDict({"made": OfOthers(2, 2)}), "made"
+    ),
     'RMSNorm with of="weight", got 0, a LazyLinear.': at(lambda: nn.Sequential(nn.LazyLinear(2))),
     "got 0, a MyExperts whose parameters are of all experts in one. Leave it out: which": at(
         lambda: nn.Sequential(type("MyExperts", (Odd,), {})())

@@ -14,7 +14,7 @@ from ..spec import STORED_DTYPES
 
 # Of what the formula gives: far above the rounding of float32, far below another eps, padding or factor.
 _TOLERANCE = 2**-12
-_TOKENS = 8  # of an embedding: the table may be of gigabytes
+_SMALL = 8  # tokens of an embedding, whose table may be of gigabytes; inputs and outputs of a linear layer
 _KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -31,25 +31,31 @@ def does_as_known(
     forward = _forward_of(module)
     if forward is None:
         return False
-    known = (*_KNOWN, conv1d_of_transformers())
-    if any(forward is getattr(one, "forward", None) for one in known):
+    known = next((one for one in (*_KNOWN, conv1d_of_transformers()) if forward is getattr(one, "forward", None)), None)
+    # What the forward of a convolution calls.
+    if known is not None and getattr(type(module), "_conv_forward", None) is getattr(known, "_conv_forward", None):
         return True
     weight: Any = module.weight
     if weight.dtype not in STORED_DTYPES:
         return True
+    formula = Weight(
+        kind, "gradient", bias, None, torch.eye(_SMALL) if kind == "embedding" else None, 1.0, 0,
+        padding_idx if padding_idx < _SMALL else -1, (normalized, eps), window, (None, None),
+    )  # fmt: skip
+    # A large linear layer in small first, since its weight may be of gigabytes; not all can be made smaller.
+    sizes = (True, False) if kind == "linear" and weight.numel() > _SMALL**2 else (False,)
+    return any(_tried(module, forward, formula, small) for small in sizes)
+
+
+def _tried(module: nn.Module, forward: Any, formula: Weight, small: bool) -> bool:
     draw = torch.Generator().manual_seed(0)
+    weight: Any = module.weight
     device = torch.device("cpu") if weight.is_meta else weight.device
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            twin = _twin(module, kind, draw, device)
-            given = _input_of(twin, kind, window, draw).to(device)
-            made = forward(twin, given)
-            return _agrees(
-                twin, made, given, Weight(
-                    kind, "gradient", bias, None, torch.eye(_TOKENS) if kind == "embedding" else None, 1.0, 0,
-                    padding_idx if padding_idx < _TOKENS else -1, (normalized, eps), window, (None, None),
-                ),
-            )  # fmt: skip
+            twin = _twin(module, formula.layer, small, draw, device)
+            given = _input_of(twin, formula.layer, formula.window, draw).to(device)
+            return _agrees(twin, forward(twin, given), given, formula)
     except Exception:  # of a forward that takes another input
         return False
 
@@ -69,7 +75,7 @@ def _forward_of(module: nn.Module) -> Any:
     return own.__func__ if isinstance(own, MethodType) else None
 
 
-def _twin(module: nn.Module, kind: str, draw: torch.Generator, device: torch.device) -> Any:
+def _twin(module: nn.Module, kind: str, small: bool, draw: torch.Generator, device: torch.device) -> Any:
     """The same module with drawn weights in float32; what isn't a parameter is shared."""
     twin: Any = object.__new__(type(module))
     vars(twin).update(vars(module))
@@ -80,17 +86,21 @@ def _twin(module: nn.Module, kind: str, draw: torch.Generator, device: torch.dev
             continue
         shape = list(parameter.shape)
         if kind == "embedding" and name == "weight":
-            shape[0] = _TOKENS
+            shape[0] = _SMALL
+        if small and name in ("weight", "bias"):
+            shape = [min(size, _SMALL) for size in shape]
         drawn[name] = nn.Parameter((torch.rand(shape, generator=draw) + 0.5).to(device))
     vars(twin)["_parameters"] = drawn
-    if kind == "embedding" and (twin.padding_idx or 0) >= _TOKENS:
+    if small:
+        twin.out_features, twin.in_features = drawn["weight"].shape  # type: ignore[union-attr]
+    if kind == "embedding" and (twin.padding_idx or 0) >= _SMALL:
         twin.padding_idx = None
     return twin
 
 
 def _input_of(twin: Any, kind: str, window: Window | None, draw: torch.Generator) -> torch.Tensor:
     if kind == "embedding":
-        return torch.randint(0, _TOKENS, (2, 5), generator=draw)
+        return torch.randint(0, _SMALL, (2, 5), generator=draw)
     if window is not None:
         sizes = [dilation * (size - 1) + stride + 1 for size, stride, dilation in zip(*window[:3], strict=True)]
         return torch.randn(2, twin.in_channels, *sizes, generator=draw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..projections.applying import SKETCHES, native_sketch
 from ..projections.projection import Projection, Role
 from ..spec import Spec
 from .layer_trial import conv1d_of_transformers, does_as_known
-from .points import as_list, is_glob
+from .points import as_list, is_glob, named_points
 from .queries import check_named, queries_at
 
 _KINDS = "Linear, Conv1D of transformers, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm and RMSNorm"
@@ -51,8 +51,8 @@ def owns_weight(module: nn.Module) -> bool:
 def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     """What a module does with its weight; TypeError or ValueError where that isn't known."""
     # weight_norm, spectral_norm and prune of torch.nn.utils leave such parameters.
-    made_of = [of for of in ("weight_g", "weight_orig") if of in module._parameters]
-    if getattr(module, "parametrizations", None) or made_of:
+    made = any(name in module._parameters for name in ("weight_g", "weight_orig"))
+    if made or getattr(module, "parametrizations", None) or isinstance(getattr(type(module), "weight", None), property):
         rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
     found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
@@ -125,15 +125,16 @@ def _norm(module: nn.Module) -> Layer | None:
     )  # fmt: skip
 
 
-def find_weighted(
-    who: str, model: nn.Module, found: Iterable[tuple[str, nn.Module]], globbed: bool
-) -> dict[str, nn.Module]:
-    """Of modules that points mean those whose weight is meant: of a glob those with parameters of their own.
+def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of the modules that the points of a spec for weights mean those whose weight is meant: those that are named, and
+    of a glob or a predicate those with parameters of their own.
 
     Raises:
         ValueError: where there is none, and for a weight that several modules share: its gradient is a sum over these.
     """
-    kept = {name: module for name, module in found if not globbed or owns_weight(module)}
+    points = named_points(who, model, spec.points)
+    named = set() if callable(points) else {point for point in as_list(points) if not is_glob(point)}
+    kept = {name: module for name, module in found.items() if name in named or owns_weight(module)}
     if not kept:
         rule = 'match a module with a weight of its own with of="weight"'
         raise ValueError(broken_rule(who, "points", rule, "none", "Name layers."))
@@ -148,14 +149,6 @@ def find_weighted(
             rule, got = "have a weight of its own", f"one that is shared by {' and '.join(shared)}"
             remedy = "Leave it out: the gradient of a shared weight is a sum over the modules that use it."
             raise ValueError(broken_rule(who, f"the point {name}", rule, got, remedy))
-    return kept
-
-
-def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Of the modules that the points of a spec for weights name those that it means; errors of `find_weighted`."""
-    points = spec.points
-    globbed = callable(points) or any(isinstance(p, str) and is_glob(p) for p in as_list(points))
-    kept = find_weighted(who, model, found.items(), globbed)
     check_named(who, spec, kept)
     return kept
 
