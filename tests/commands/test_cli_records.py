@@ -325,10 +325,6 @@ REFUSED = {
         {"column": "text", "dataset": "nosuch.jsonl"},
         "or a name on the hub, got '.*nosuch.jsonl', no such f",
     ),
-    "no labels": (
-        {"column": "text", "loss": "classification"},
-        "labels must come from --dataset and --label-column for loss classification, got --column text alone. Or say",
-    ),
     "stop": ({"column": "score", "bad_examples": "stop"}, "a record must be an example, got score is a float, no text"),
 }
 
@@ -340,6 +336,15 @@ def test_what_is_no_data_is_one_line_and_exit_code_2(folder, tmp_path, capsys, c
     complaint = complaint_of(capsys, words(folder, tmp_path / "out", dataset, **changes))
     assert re.search(text, complaint), complaint
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_no_column_makes(folder, tmp_path, capsys):
+    save_task_model(tmp_path / "model", "bert", "sequence", vocab_size=256)
+    complaint = complaint_of(
+        capsys, words(folder, tmp_path / "out", model=str(tmp_path / "model"), column="text", points="**")
+    )
+    text = "labels must come from --dataset and --label-column for loss classification, got --column text alone. Or"
+    assert text in complaint
 
 
 def test_a_model_of_images_is_for_the_function(folder, tmp_path, capsys):

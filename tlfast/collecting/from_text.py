@@ -43,7 +43,7 @@ from .run import Run
 from .settings import CollectSettings, stored_as
 from .skipped import BadExamples
 from .stored_examples import MadeAnew, Origin
-from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, task_of
+from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, check_task, task_of
 from .text import TextFile, check_plain, find_text_files, texts
 from .tokenizing import Columns, Tokenizing
 
@@ -93,11 +93,11 @@ class Collection:
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
-        check_labels(settings, self.loss)
         self._tokenizing: Tokenizing | None = None
         self.examples: MadeAnew = self._records(settings) if settings.dataset else self._texts(settings, files)
         if settings.pack:
             self._pack(settings)
+        check_labels(self.model, settings, self.loss)
 
     def _pack(self, settings: CollectSettings) -> None:
         longest = (settings.seq_len or positions_of(self.model)) if settings.dataset else settings.text_len
@@ -284,12 +284,13 @@ def fitting_loss(settings: CollectSettings, model: nn.Module) -> str:
     return "response" if settings.response_column or settings.messages_column or settings.label_column else "next_token"
 
 
-def check_labels(settings: CollectSettings, loss: Any) -> None:
+def check_labels(model: nn.Module, settings: CollectSettings, loss: Any) -> None:
     """ValueError for a loss of labels, by its name, where no column makes any."""
     name = loss if isinstance(loss, str) else name_of(loss)
     columns = {"classification": "--label-column", "masked_lm": "--label-column", "seq2seq": "--response-column"}
     made = settings.label_column or settings.response_column or settings.messages_column
     if name in columns and not made:
+        check_task(model, name)
         got = f"--column {settings.column} alone" if settings.dataset else "--text"
         remedy = "Or say another --loss."
         rule = f"come from --dataset and {columns[name]} for loss {name}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,7 +105,7 @@ class StoredExamples:
             sizes += [spool.ends[-1] + len(spool.ends) * spool.ends.itemsize for spool in spools.values()]
             with PendingFile(self._path, sum(sizes) + len(text) + _END.size) as file:
                 digest = hashlib.sha256()
-                for data in (*_pieces(numbers, spools), text, _N.pack(len(text))):
+                for data in chain(_pieces(numbers, spools), (text, _N.pack(len(text)))):
                     digest.update(data)
                     file.append(data)
                 file.append(digest.digest())
