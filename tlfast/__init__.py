@@ -11,12 +11,14 @@ from .hooks import into as _into
 if TYPE_CHECKING:
     from .attribution.scores import score
     from .backends.choice import backend, reduce_into, reduce_product_into
+    from .collecting.factors import factors
     from .collecting.run import collect
     from .collecting.running import running
     from .collecting.stream import stream
     from .dataset import open_dataset
     from .hooks.capture import attach, capture
     from .hooks.captured import Capture
+    from .hooks.factors import Factors
     from .hooks.freeze import freeze
     from .hooks.full_hooks import (
         accelerate_hooks,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 # What is imported when it is first asked for: `tlfast --help` needs no torch, a capture no dataset.
 _HOMES = {
     "Capture": "hooks.captured",
+    "Factors": "hooks.factors",
     "Projection": "projections.projection",
     "RunningSums": "hooks.running",
     "Spec": "spec",
@@ -41,6 +44,7 @@ _HOMES = {
     "backend": "backends.choice",
     "capture": "hooks.capture",
     "collect": "collecting.run",
+    "factors": "collecting.factors",
     "freeze": "hooks.freeze",
     "graph_step": "hooks.graph_step",
     "install_hooks": "hooks.full_hooks",
@@ -95,6 +99,7 @@ _markup.makers["report"] = _report_page
 __version__ = "0.1.0"
 __all__ = [
     "Capture",
+    "Factors",
     "Projection",
     "RunningSums",
     "Spec",
@@ -103,6 +108,7 @@ __all__ = [
     "backend",
     "capture",
     "collect",
+    "factors",
     "freeze",
     "graph_step",
     "install_hooks",

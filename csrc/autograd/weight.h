@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "factor_sums.h"
 #include "sketcher.h"
 
 namespace tlfast {
@@ -17,8 +18,9 @@ namespace tlfast {
 enum class Layer { linear, conv, embedding, layer_norm, rms_norm };
 Layer parse_layer(const std::string& name);
 
-// What a row is: the gradient, its norm, or the two factors of each position's, side by side.
-enum class WeightRow { gradient, norm, factors };
+// What a row is: the gradient, its norm, or the two factors of each position's, side by side; or the number of
+// positions that were added to running sums.
+enum class WeightRow { gradient, norm, factors, sums };
 WeightRow parse_weight_row(const std::string& name);
 
 // The window that a convolution lays on its input.
@@ -45,6 +47,7 @@ class Weight {
     int64_t normalized;   // how many dimensions a norm has
     double eps;
     std::shared_ptr<const Sketcher> left_sketch, right_sketch;  // do what L, and R without its bias, do on the CPU
+    std::shared_ptr<FactorSums> sums = nullptr;                 // of `WeightRow::sums`
   };
   explicit Weight(Form form);
 
@@ -55,7 +58,7 @@ class Weight {
   // but where these are pairs of factors.
   at::Tensor rows(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,
                   const std::optional<at::Tensor>& mask, double scale) const;
-  double scale(double of_loss) const { return pairs() ? form_.scale : form_.scale * of_loss; }
+  double scale(double of_loss) const { return form_.sums ? 1 : pairs() ? form_.scale : form_.scale * of_loss; }
 
   bool adds_up() const { return form_.row != WeightRow::norm; }
 

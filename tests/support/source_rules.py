@@ -30,7 +30,8 @@ ROOMS = (
         (
             ("__init__", "interface", "plain", "streams"),
             ("cuda_status", "outputs", "reference"),
-            ("calls", "no_graph", "rows", "tensor_cache", "weight"),
+            ("calls", "factor_sums", "no_graph", "rows", "tensor_cache"),
+            ("weight",),
             ("recipe",),
             ("column",),
             ("ledger",),
@@ -45,12 +46,12 @@ ROOMS = (
     (
         "hooks",
         (
-            ("__init__", "dimensions", "inert", "layer_trial", "patches", "points", "positions", "running", "tokens"),
-            ("freeze", "full_hooks", "into", "layers", "options", "step_inputs"),
+            ("__init__", "dimensions", "inert", "layer_trial", "patches", "points", "positions", "sums_file", "tokens"),
+            ("factors", "freeze", "full_hooks", "into", "layers", "options", "running", "step_inputs"),
             ("attachment",),
             ("diagnosis",),
             ("captured",),
-            ("capture", "graph_step", "summing"),
+            ("capture", "factoring", "graph_step", "summing"),
         ),
     ),
     # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
@@ -174,7 +175,7 @@ ROOMS = (
             ("fsdp", "loop", "probe", "resume"),
             ("into", "work"),
             ("run", "stream"),
-            ("from_text", "rehearsal", "running"),
+            ("factors", "from_text", "rehearsal", "running"),
             ("ray_cluster",),
         ),
     ),
@@ -230,7 +231,7 @@ NATIVE_ROOMS = (
         (
             ("plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
-            ("capture",),
+            ("capture", "factor_sums"),
             ("rows", "sketcher"),
             ("weight",),
             ("recipe",),

@@ -33,9 +33,7 @@ def write_sums(path: str | os.PathLike[str], said: Mapping[str, Any], tensors: M
         raise
 
 
-def read_sums(
-    who: str, path: str | os.PathLike[str], kind: tuple[str, int], make: Callable[[Any, Read], Made]
-) -> Made:
+def read_sums(who: str, path: str | os.PathLike[str], kind: tuple[str, int], make: Callable[[Any, Read], Made]) -> Made:
     """What ``make`` makes of what such a file says and of its tensors, on the CPU, which it reads by name.
 
     Raises:
