@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         uninstall_hooks,
     )
     from .hooks.graph_step import graph_step
+    from .hooks.normalizers import read_optimizer
     from .hooks.running import RunningSums
     from .projections.projection import Projection
     from .spec import Spec
@@ -49,6 +50,7 @@ _HOMES = {
     "graph_step": "hooks.graph_step",
     "install_hooks": "hooks.full_hooks",
     "open_dataset": "dataset",
+    "read_optimizer": "hooks.normalizers",
     "reduce_into": "backends.choice",
     "reduce_product_into": "backends.choice",
     "register_full_backward_hook": "hooks.full_hooks",
@@ -113,6 +115,7 @@ __all__ = [
     "graph_step",
     "install_hooks",
     "open_dataset",
+    "read_optimizer",
     "reduce_into",
     "reduce_product_into",
     "register_full_backward_hook",

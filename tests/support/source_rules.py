@@ -47,9 +47,9 @@ ROOMS = (
         "hooks",
         (
             ("__init__", "dimensions", "inert", "layer_trial", "patches", "points", "positions", "sums_file", "tokens"),
-            ("factors", "freeze", "full_hooks", "into", "layers", "options", "running", "step_inputs"),
-            ("attachment",),
-            ("diagnosis",),
+            ("freeze", "full_hooks", "into", "layers", "options", "running", "step_inputs"),
+            ("attachment", "normalizers"),
+            ("diagnosis", "factors"),
             ("captured",),
             ("capture", "factoring", "graph_step", "summing"),
         ),
@@ -182,7 +182,7 @@ ROOMS = (
     (
         "attribution",
         (
-            ("pieces", "queries"),
+            ("factor_files", "pieces", "queries"),
             ("every_score", "moments"),
             ("methods",),
             ("result", "sums"),
@@ -206,7 +206,10 @@ ROOMS = (
     ),
     (
         "commands",
-        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "scoring", "sharing")),
+        (
+            ("__init__", "arguments", "bar", "doctor"),
+            ("collecting", "factoring", "inspecting", "listing", "scoring", "sharing"),
+        ),
     ),
     ("", (("cli",), ("__main__",))),
 )

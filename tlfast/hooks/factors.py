@@ -11,6 +11,7 @@ import torch
 
 from ..errors import broken_rule
 from ..spec import one_of
+from .normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from .sums_file import Read, read_sums, write_sums
 
 FactorKind = Literal["kfac", "ekfac", "adam"]
@@ -259,6 +260,30 @@ class Factors:
         with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             rotated = of.output_basis.T @ given.to(values) @ of.input_basis
             return (of.output_basis @ (rotated / damped) @ of.input_basis.T).to(given)
+
+    def normalizers(self, kind: Literal["adam", "adafactor"] = "adam") -> dict[str, Normalizer]:
+        """What divides gradients by the root of their second moments, by module: of the kind "adam".
+
+        Raises:
+            AttributeError: without that kind.
+
+        Example:
+            >>> import torch, tlfast
+            >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+            >>> found = tlfast.factors(model, [[1, 2, 3], [4, 5]], "1", kinds="adam")
+            >>> found.normalizers("adafactor")["1"](torch.randn(2, 9, 4)).shape
+            torch.Size([2, 9, 4])
+        """
+        one_of(f"{_WHO}.normalizers", "kind", kind, ("adam", "adafactor"))
+        made: dict[str, Normalizer] = {}
+        for name, of in self._modules.items():
+            v = of.second_moment
+            if kind == "adam":
+                made[name] = AdamNormalizer(v)
+            else:
+                weight, bias = (v[:, :-1], v[:, -1]) if of.bias else (v, None)
+                made[name] = AdafactorNormalizer(weight.mean(1), weight.mean(0), bias)
+        return made
 
     # Parts.
 
