@@ -119,6 +119,16 @@ def read_optimizer(
     Raises:
         ValueError: for a file without second moments, or whose shapes are not those of the model.
         OSError: for one that can't be read.
+
+    Example:
+        >>> import os, tempfile, torch, tlfast
+        >>> model, path = torch.nn.Sequential(torch.nn.Linear(4, 3)), os.path.join(tempfile.mkdtemp(), "optimizer.pt")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> torch.save(optimizer.state_dict(), path)
+        >>> tlfast.read_optimizer(path, model)["0"](torch.ones(3, 4)).shape
+        torch.Size([3, 4])
     """
     found = os.path.join(path, "optimizer.pt") if os.path.isdir(path) else os.fspath(path)
     saved: Any = torch.load(found, map_location="cpu", weights_only=True)
