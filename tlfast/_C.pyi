@@ -26,11 +26,15 @@ def choose_for(all: bool, ids: dict[int, int]) -> None: ...
 def learn_outputs(learning: bool) -> None: ...
 def waiting(value: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]: ...
 
+class FactorSums:
+    def __init__(self, kind: str) -> None: ...
+    def totals(self) -> list[torch.Tensor]: ...
+
 class Weight:
     def __init__(
         self,
         layer: str,
-        row: str,
+        row: str | FactorSums,
         bias: bool,
         left: torch.Tensor | None,
         right: torch.Tensor | None,

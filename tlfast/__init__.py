@@ -11,12 +11,14 @@ from .hooks import into as _into
 if TYPE_CHECKING:
     from .attribution.scores import score
     from .backends.choice import backend, reduce_into, reduce_product_into
+    from .collecting.factors import factors
     from .collecting.run import collect
     from .collecting.running import running
     from .collecting.stream import stream
     from .dataset import open_dataset
     from .hooks.capture import attach, capture
     from .hooks.captured import Capture
+    from .hooks.factors import Factors
     from .hooks.freeze import freeze
     from .hooks.full_hooks import (
         accelerate_hooks,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         uninstall_hooks,
     )
     from .hooks.graph_step import graph_step
+    from .hooks.normalizers import read_optimizer
     from .hooks.running import RunningSums
     from .projections.projection import Projection
     from .spec import Spec
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 # What is imported when it is first asked for: `tlfast --help` needs no torch, a capture no dataset.
 _HOMES = {
     "Capture": "hooks.captured",
+    "Factors": "hooks.factors",
     "Projection": "projections.projection",
     "RunningSums": "hooks.running",
     "Spec": "spec",
@@ -41,10 +45,12 @@ _HOMES = {
     "backend": "backends.choice",
     "capture": "hooks.capture",
     "collect": "collecting.run",
+    "factors": "collecting.factors",
     "freeze": "hooks.freeze",
     "graph_step": "hooks.graph_step",
     "install_hooks": "hooks.full_hooks",
     "open_dataset": "dataset",
+    "read_optimizer": "hooks.normalizers",
     "reduce_into": "backends.choice",
     "reduce_product_into": "backends.choice",
     "register_full_backward_hook": "hooks.full_hooks",
@@ -95,6 +101,7 @@ _markup.makers["report"] = _report_page
 __version__ = "0.1.0"
 __all__ = [
     "Capture",
+    "Factors",
     "Projection",
     "RunningSums",
     "Spec",
@@ -103,10 +110,12 @@ __all__ = [
     "backend",
     "capture",
     "collect",
+    "factors",
     "freeze",
     "graph_step",
     "install_hooks",
     "open_dataset",
+    "read_optimizer",
     "reduce_into",
     "reduce_product_into",
     "register_full_backward_hook",

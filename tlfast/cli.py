@@ -31,6 +31,7 @@ USAGE = """usage: tlfast COMMAND ...
   import-bergson INDEX DIR                                     an index that bergson built, as a dataset
   report DIR [--out PAGE]                                      a page of figures and charts, for a browser
   score DIR --queries DIR [--method NAME] [--out FILE]         the rows nearest to those of another dataset
+  factors MODEL --text T ... --out FILE [--kinds KIND ...]     factors of the curvature, of which no row is kept
   search DIR TEXT [--method NAME] [--top K]                    the examples nearest to a text
   push DIR USER/NAME [--private]                               to the Hugging Face hub
   pull USER/NAME DIR                                           from the Hugging Face hub
@@ -49,6 +50,7 @@ COMMANDS = {
     "report": "sharing",
     "score": "scoring",
     "search": "scoring",
+    "factors": "factoring",
     "push": "sharing",
     "pull": "sharing",
     "doctor": "inspecting",

@@ -111,6 +111,8 @@ Weight::Weight(Form form)
   require(form_.eps >= 0, "eps", "not be negative", form_.eps);
   require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
   require(scores() == bool(form_.queries), "queries", "be there for scores, and for these alone", scores());
+  const bool fits = form_.layer == Layer::linear && !form_.heads && (!form_.left || form_.left->dim() == 2);
+  require(!form_.sums || fits, "sums", "be of a linear layer without heads", "another");
 }
 
 at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {
@@ -301,6 +303,7 @@ at::Tensor Weight::rows(const std::string& who, const at::Tensor& kept, const at
   const bool one = form_.bias && !form_.right, same = form_.layer == Layer::embedding && !form_.right;
   const int64_t n_positions = outputs.size(1), size = outputs.size(2) * (same ? n_positions : inputs.size(2));
   if (!same) inputs = without(inputs, left_out);
+  if (form_.sums) return form_.sums->add(outputs, inputs, one, left_out, scale);
   if (form_.row == WeightRow::norm && groups() == 1 && (same || 2 * n_positions * n_positions < size))
     return norms_by_products(outputs, inputs, one, same);
   TORCH_CHECK_VALUE(!per_token() || grad.dim() > 2, broken_rule(who, "a gradient", "have positions as dimension 1",

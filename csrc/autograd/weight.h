@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "factor_sums.h"
 #include "moved.h"
 #include "queries.h"
 #include "sketcher.h"
@@ -18,9 +19,9 @@ namespace tlfast {
 enum class Layer { linear, conv, embedding, layer_norm, rms_norm };
 Layer parse_layer(const std::string& name);
 
-// What a row is: the gradient, its norm, or its dot products with queries; or of each position's the two factors, side
-// by side, the norm, or these products.
-enum class WeightRow { gradient, norm, scores, factors, token_norms, token_scores };
+// What a row is: the gradient, its norm, or its dot products with queries; of each position the two factors, side by
+// side, the norm, or these products; or the number of positions that were added to running sums.
+enum class WeightRow { gradient, norm, scores, factors, token_norms, token_scores, sums };
 WeightRow parse_weight_row(const std::string& name);
 
 // The window that a convolution lays on its input.
@@ -48,6 +49,7 @@ class Weight {
     double eps;
     std::shared_ptr<const Sketcher> left_sketch, right_sketch;  // do what L, and R without its bias, do on the CPU
     std::shared_ptr<const Queries> queries;                     // of scores
+    std::shared_ptr<FactorSums> sums = nullptr;                 // of `WeightRow::sums`
   };
   explicit Weight(Form form);
 
@@ -58,7 +60,7 @@ class Weight {
   // but where these are pairs of factors.
   at::Tensor rows(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,
                   const std::optional<at::Tensor>& mask, double scale) const;
-  double scale(double of_loss) const { return pairs() ? form_.scale : form_.scale * of_loss; }
+  double scale(double of_loss) const { return form_.sums ? 1 : pairs() ? form_.scale : form_.scale * of_loss; }
 
   bool adds_up() const { return form_.row != WeightRow::norm && form_.row != WeightRow::token_norms; }
 

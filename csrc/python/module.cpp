@@ -44,17 +44,19 @@ std::shared_ptr<Column> make_column(const std::string& name, const std::string& 
                                   parse_of(of), std::move(form), std::move(weight));
 }
 
-std::shared_ptr<Weight> make_weight(const std::string& layer, const std::string& row, bool bias,
+std::shared_ptr<Weight> make_weight(const std::string& layer,
+                                    const std::variant<std::string, std::shared_ptr<FactorSums>>& row, bool bias,
                                     const std::optional<at::Tensor>& left, const std::optional<at::Tensor>& right,
                                     double scale, int64_t heads, int64_t padding_idx, std::pair<int64_t, double> norm,
                                     const std::optional<WindowGiven>& window,
                                     std::pair<std::shared_ptr<Sketcher>, std::shared_ptr<Sketcher>> sketches,
                                     std::vector<at::Tensor> queries) {
+  const auto* const sums = std::get_if<std::shared_ptr<FactorSums>>(&row);
   Window made;
   if (window) std::tie(made.kernel, made.stride, made.dilation, made.padding, made.padding_mode, made.groups) = *window;
   return std::make_shared<Weight>(
       Weight::Form{.layer = parse_layer(layer),
-                   .row = parse_weight_row(row),
+                   .row = sums ? WeightRow::sums : parse_weight_row(std::get<std::string>(row)),
                    .bias = bias,
                    .left = left,
                    .right = right,
@@ -66,7 +68,8 @@ std::shared_ptr<Weight> make_weight(const std::string& layer, const std::string&
                    .eps = norm.second,
                    .left_sketch = std::move(sketches.first),
                    .right_sketch = std::move(sketches.second),
-                   .queries = queries.empty() ? nullptr : std::make_shared<const Queries>(std::move(queries))});
+                   .queries = queries.empty() ? nullptr : std::make_shared<const Queries>(std::move(queries)),
+                   .sums = sums ? *sums : nullptr});
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {
@@ -124,6 +127,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_for", &choose_for);
   m.def("learn_outputs", &learn_outputs);
 
+  py::class_<FactorSums, std::shared_ptr<FactorSums>>(m, "FactorSums")
+      .def(py::init<const std::string&>())
+      .def("totals", &FactorSums::totals, py::call_guard<py::gil_scoped_release>());
   py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight").def(py::init(&make_weight));
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")
       .def(py::init(&make_column))

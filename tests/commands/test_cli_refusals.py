@@ -14,7 +14,7 @@ from tlfast.collecting.settings import load_settings
 
 COMMAND = (
     "tlfast: command must be one of collect, points, info, verify, export, import-bergson, report, score, search, "
-    "push, pull, doctor, got"
+    "factors, push, pull, doctor, got"
 )
 
 

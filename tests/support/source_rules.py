@@ -31,7 +31,7 @@ ROOMS = (
         (
             ("__init__", "interface", "plain", "streams"),
             ("cuda_status", "outputs", "reference"),
-            ("calls", "no_graph", "queries", "rows", "tensor_cache"),
+            ("calls", "factor_sums", "no_graph", "queries", "rows", "tensor_cache"),
             ("weight",),
             ("recipe",),
             ("column",),
@@ -56,14 +56,14 @@ ROOMS = (
                 "points",
                 "positions",
                 "queries",
-                "running",
+                "sums_file",
                 "tokens",
             ),
-            ("freeze", "full_hooks", "into", "layers", "options", "step_inputs"),
-            ("attachment",),
-            ("diagnosis",),
+            ("freeze", "full_hooks", "into", "layers", "options", "running", "step_inputs"),
+            ("attachment", "normalizers"),
+            ("diagnosis", "factors"),
             ("captured",),
-            ("capture", "graph_step", "summing"),
+            ("capture", "factoring", "graph_step", "summing"),
         ),
     ),
     # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
@@ -187,14 +187,14 @@ ROOMS = (
             ("fsdp", "loop", "probe", "resume"),
             ("into", "work"),
             ("run", "stream"),
-            ("from_text", "rehearsal", "running"),
+            ("factors", "from_text", "rehearsal", "running"),
             ("ray_cluster",),
         ),
     ),
     (
         "attribution",
         (
-            ("diagnostics", "given_examples", "pieces", "queries"),
+            ("diagnostics", "factor_files", "given_examples", "pieces", "queries"),
             ("every_score", "moments", "passes"),
             ("gradient_queries", "methods"),
             ("result", "sums"),
@@ -219,7 +219,10 @@ ROOMS = (
     ),
     (
         "commands",
-        (("__init__", "arguments", "bar", "doctor"), ("collecting", "inspecting", "listing", "scoring", "sharing")),
+        (
+            ("__init__", "arguments", "bar", "doctor"),
+            ("collecting", "factoring", "inspecting", "listing", "scoring", "sharing"),
+        ),
     ),
     ("", (("cli",), ("__main__",))),
 )
@@ -244,7 +247,7 @@ NATIVE_ROOMS = (
         (
             ("moved", "plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
-            ("capture",),
+            ("capture", "factor_sums"),
             ("queries", "rows", "sketcher"),
             ("weight",),
             ("recipe",),

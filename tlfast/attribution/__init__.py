@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .diagnostics import NoiseScale, el2n, gradient_norms, hardest, mean_gradient_norm
 from .example_scores import score_examples
+from .factor_files import write_bergson_normalizers, write_kronfluence
 from .faiss_index import faiss_index, query_vectors
 from .methods import METHODS
 from .result import Scores
@@ -11,5 +12,5 @@ from .scores import score
 
 __all__ = [
     "METHODS", "NoiseScale", "Scores", "el2n", "faiss_index", "gradient_norms", "hardest", "mean_gradient_norm",
-    "query_vectors", "score", "score_examples",
+    "query_vectors", "score", "score_examples", "write_bergson_normalizers", "write_kronfluence",
 ]  # fmt: skip

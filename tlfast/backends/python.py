@@ -2,6 +2,7 @@
 
 from .backwards import Backwards
 from .column import Column
+from .factor_sums import FactorSums
 from .keepers import CacheKeeper, ColumnsKeeper, Keeper, SinkKeeper
 from .ledger import Ledger
 from .taps import Tap
@@ -10,6 +11,6 @@ from .weight import Weight
 
 NAME = "python"
 __all__ = [
-    "NAME", "Backwards", "CacheKeeper", "Column", "ColumnsKeeper", "Keeper", "Ledger", "SinkKeeper", "Tap",
-    "TensorCache", "Weight", "waiting",
+    "NAME", "Backwards", "CacheKeeper", "Column", "ColumnsKeeper", "FactorSums", "Keeper", "Ledger", "SinkKeeper",
+    "Tap", "TensorCache", "Weight", "waiting",
 ]  # fmt: skip

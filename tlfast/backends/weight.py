@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..errors import broken_rule
 from ..spec import one_of
+from .factor_sums import FactorSums
 from .queries import Queries
 from .reference import accumulator, check_mask
 
@@ -33,8 +34,9 @@ class Weight:
 
     Args:
         layer: what the module does with its weight: linear, conv, embedding, layer_norm or rms_norm.
-        row: what a row is: the gradient, its norm, or its dot products with queries ("scores"); or of each position's
-            the two factors, side by side, the norm, or these products.
+        row: what a row is: the gradient, its norm, or its dot products with queries ("scores"); of each position the
+            two factors, side by side, the norm, or these products; or running sums of a linear layer, where a row is
+            the number of positions that were added.
         bias: whether the bias belongs to the weight.
         left: L [p, O], or of each head [n, p, O / n].
         right: R [p, I].
@@ -48,18 +50,23 @@ class Weight:
     """
 
     def __init__(
-        self, layer: str, row: str, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None, row_scale: float,
-        heads: int, padding_idx: int, norm: tuple[int, float], window: Window | None, sketches: tuple[Any, Any],
-        queries: Sequence[torch.Tensor],
+        self, layer: str, row: str | FactorSums, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None,
+        row_scale: float, heads: int, padding_idx: int, norm: tuple[int, float], window: Window | None,
+        sketches: tuple[Any, Any], queries: Sequence[torch.Tensor],
     ):  # fmt: skip
-        self.layer, self.row = one_of("capture", "layer", layer, LAYERS), one_of("capture", "row", row, ROWS)
+        self._running = None if isinstance(row, str) else row
+        self.layer = one_of("capture", "layer", layer, LAYERS)
+        self.row = one_of("capture", "row", row, ROWS) if isinstance(row, str) else "sums"
         self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, row_scale, heads
         self.padding_idx, self.window = padding_idx, window
         self.normalized, self.eps = norm
+        if self._running is not None and (layer != "linear" or heads or (left is not None and left.dim() > 2)):
+            remedy = 'Make it by Spec(of="weight").'
+            raise ValueError(broken_rule("capture", "sums", "be of a linear layer without heads", "another", remedy))
         self.of_norm = layer in ("layer_norm", "rms_norm")
         self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
         self._moved: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._per_token, self._scores = row in ROWS[3:], row.endswith("scores")
+        self._per_token, self._scores = self.row in ROWS[3:], self.row.endswith("scores")
         self._queries = Queries(queries, self._like) if queries else None
         if self._scores != (self._queries is not None):
             rule, remedy = "be there for scores, and for these alone", 'Make it by Spec(of="weight").'
@@ -71,6 +78,8 @@ class Weight:
 
     def scale(self, of_loss: float) -> float:
         """The factor on the rows."""
+        if self._running is not None:
+            return 1.0
         return self._scale if self.row == "factors" and not self.of_norm else self._scale * of_loss
 
     def keep(self, who: str, given: torch.Tensor) -> torch.Tensor:
@@ -131,6 +140,8 @@ class Weight:
             inputs = _without(inputs, out)
         if sizes:
             outputs, inputs = outputs.abs(), inputs if same else inputs.abs()
+        if self._running is not None:
+            return self._running.add(outputs, inputs, one, out, scale)
         n_positions = outputs.shape[1]
         size = outputs.shape[2] * (n_positions if same else inputs.shape[2])
         if self.row == "norm" and self.groups == 1 and (same or 2 * n_positions**2 < size):

@@ -55,7 +55,7 @@ def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     if made or getattr(module, "parametrizations", None) or isinstance(getattr(type(module), "weight", None), property):
         rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
-    found = _linear(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
+    found = linear_layer(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
     if found is None:
         got = f"{name or 'the model'}, a {type(module).__name__}"
         remedy = "Name such layers; a glob means all modules with parameters of their own."
@@ -78,7 +78,8 @@ def _does_as(module: nn.Module, layer: Layer) -> bool:
     return does_as_known(module, kind, bias, layer.padding_idx, layer.normalized, layer.eps, layer.window)
 
 
-def _linear(module: Any) -> Layer | None:
+def linear_layer(module: Any) -> Layer | None:
+    """What a linear layer does with its weight; None for another module."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return None
     if isinstance(module, nn.Linear):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from ..errors import broken_rule
 from ..spec import one_of
+from .sums_file import Read, read_sums, write_sums
 
 Stat = Literal["sum", "mean", "moment2", "moment2_full", "max"]
 STATS: tuple[str, ...] = get_args(Stat)
@@ -273,21 +272,11 @@ class RunningSums:
             "columns": [[c.name, c.shape, c.n, c.n_skipped] for c in self._columns.values()],
         }  # fmt: skip
         arrays = {
-            f"{k}.{stat}": total.cpu().numpy()
+            f"{k}.{stat}": total
             for k, column in enumerate(self._columns.values())
             for stat, total in column.totals.items()
         }
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, said=np.array(json.dumps(said)), **cast(dict[str, Any], arrays))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_sums(path, said, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunningSums:
@@ -297,21 +286,16 @@ class RunningSums:
             ValueError: for a file that `save` didn't write.
             OSError: for one that can't be read.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                said = json.loads(str(file["said"]))
-                if (said["format"], said["version"]) != (_FORMAT, _VERSION):
-                    raise ValueError(f"{said['format']} {said['version']}")
-                made = cls(said["stats"], non_finite=said["non_finite"], identity=said["identity"])
-                made.skipped = [(source, start, reason) for source, start, reason in said["skipped"]]
-                for k, (name, shape, n, n_skipped) in enumerate(said["columns"]):
-                    totals = {stat: torch.from_numpy(file[f"{k}.{stat}"]) for stat in made.stats}
-                    made._columns[name] = RowSums(name, tuple(shape), n, n_skipped, totals)
-                return made
-        except (ValueError, KeyError, TypeError, EOFError) as error:
-            got = f"{os.fspath(path)!r}: {error}"
-            rule, remedy = "be a file that RunningSums.save wrote", "Check the path."
-            raise ValueError(broken_rule(_WHO, "path", rule, got, remedy)) from error
+        return read_sums(_WHO, path, (_FORMAT, _VERSION), cls._read)
+
+    @classmethod
+    def _read(cls, said: Any, tensor: Read) -> RunningSums:
+        made = cls(said["stats"], non_finite=said["non_finite"], identity=said["identity"])
+        made.skipped = [(source, start, reason) for source, start, reason in said["skipped"]]
+        for k, (name, shape, n, n_skipped) in enumerate(said["columns"]):
+            totals = {stat: tensor(f"{k}.{stat}") for stat in made.stats}
+            made._columns[name] = RowSums(name, tuple(shape), n, n_skipped, totals)
+        return made
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:

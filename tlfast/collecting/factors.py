@@ -1,0 +1,253 @@
+"""Factors of the curvature over all examples, in one call: no dataset, and no row in memory at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..dataset.format.strict_json import sha256_of
+from ..errors import broken_rule
+from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored
+from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors
+from ..hooks.layers import linear_layer, weighted_modules
+from ..hooks.options import CaptureOptions, TapOptions, taken
+from ..hooks.points import as_list, find_points, is_glob
+from ..spec import Points, Spec, one_of
+from .fsdp import is_sharded
+from .identity import describe_collection, describe_loss
+from .options import CollectOptions
+from .probe import Probed
+from .stream import SETTINGS, row_options
+from .unit import Runner
+from .work import Work
+
+_WHO = "factors"
+_SORTED = 2048  # examples that are sorted by length at a time
+_OF_BATCHES = ("batching", "examples", "calls", "missing")  # what a header says beside what the sums are of
+_ALLOWED = [
+    name for name in SETTINGS
+    if name not in ("reduce", "of", "side", "ref", "heads", "at", "per", "project", "over", "dtype", "output",
+                    "rows_per_unit", "attach", "calls", "lens")
+]  # fmt: skip
+_ADDED = {"kfac": PRODUCTS, "adam": SQUARES, "ekfac": EIGENVALUES}
+
+
+def factors(
+    model: nn.Module,
+    batches: Iterable[Any],
+    points: Points = "**",
+    *,
+    kinds: FactorKind | Sequence[FactorKind] = ("kfac",),
+    basis: Factors | None = None,
+    **settings: Any,
+) -> Factors:
+    """Add up what the curvature of the loss at some linear layers is made of, over all examples: no row is kept.
+
+    With a the input of a layer at a token, g the gradient at its output, and G = sum over tokens of g a^T [O, I] the
+    weight gradient of an example:
+
+    - "kfac": A = sum of a a^T and S = sum of g g^T, over all real tokens.
+    - "ekfac": the eigenvalues Lam = mean over examples of (Q_S^T G Q_A)^2 in the eigenvectors of S and A.
+    - "adam": v = mean over examples of G^2.
+
+    The model runs in eval mode and frozen, and is as before afterwards. Padding never counts. The gradients are those
+    of the loss that is given: with the labels of the data these are factors of the empirical Fisher matrix; those of
+    the Fisher matrix itself (Gauss-Newton) need a loss that draws labels from the model's own predictions.
+
+    For several processes, or several calls, give each a part of the examples, save what it returns, and `merge` the
+    parts. "ekfac" needs the eigenvectors of all examples first: merge parts of "kfac", call `eigen`, and give that as
+    ``basis`` to each part of "ekfac".
+
+    Args:
+        model, batches: as in `collect`.
+        points: the layers, by name or glob: `torch.nn.Linear`, or transformers' Conv1D. A glob that means other
+            modules too, as the default does, means the linear ones among these; not one whose weight is shared.
+        kinds: what to add up.
+        basis: of "ekfac": `Factors` with eigenvectors. None: "kfac" must be among the kinds, and the examples go
+            through the model twice.
+        settings: bias (with that of each layer, as one more input, 1), loss and the others that `running` takes, as
+            in `collect`, but none that says what of a layer is taken.
+
+    Returns:
+        `Factors`; ``skipped`` are the (source, start, reason) of bad examples.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, and all that `collect` refuses, before the first batch.
+        FloatingPointError: for sums that are not finite.
+
+    Example:
+        >>> import torch, tlfast
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+        >>> found = tlfast.factors(model, [[1, 2, 3], [4, 5]], "1", bias=True)
+        >>> found["1"].inputs.shape, found["1"].outputs.shape
+        (torch.Size([5, 5]), torch.Size([9, 9]))
+    """
+    wanted = [kinds] if isinstance(kinds, str) else list(kinds)
+    _check_kinds(wanted, basis)
+    given: Any = points
+    if isinstance(given, Spec) or (isinstance(given, Sequence) and any(isinstance(one, Spec) for one in given)):
+        rule, remedy = "be names, a glob or modules", "What is taken of a layer is settled: give its name."
+        raise TypeError(broken_rule(_WHO, "points", rule, "a Spec", remedy))
+    found = _linear_layers(model, points)
+    options = row_options(_WHO, _ALLOWED, list(found), settings, of="weight", reduce="norm")
+    return _Factoring(model, batches, options, found).factors(wanted, basis)
+
+
+def _check_kinds(wanted: Sequence[str], basis: Factors | None) -> None:
+    """ValueError for kinds that are none, or that don't go with the basis."""
+    if not wanted:
+        got, remedy = "none", 'Say kinds=("kfac",).'
+        raise ValueError(broken_rule(_WHO, "kinds", f"name some of {', '.join(FACTOR_KINDS)}", got, remedy))
+    for kind in wanted:
+        one_of(_WHO, "kinds", kind, FACTOR_KINDS)
+    if basis is None:
+        if "ekfac" in wanted and "kfac" not in wanted:
+            rule, remedy = 'have "kfac" beside "ekfac" without a basis', "Add it, or give basis=factors.eigen()."
+            raise ValueError(broken_rule(_WHO, "kinds", rule, ", ".join(wanted), remedy))
+        return
+    if not isinstance(basis, Factors):
+        raise TypeError(broken_rule(_WHO, "basis", "be Factors", type(basis).__name__, "Give Factors.eigen()."))
+    if "ekfac" not in wanted or "kfac" in wanted:
+        rule, remedy = 'be left out unless kinds has "ekfac", and no "kfac"', "Leave it out, or say kinds=('ekfac',)."
+        raise ValueError(broken_rule(_WHO, "basis", rule, f"one with {', '.join(wanted)}", remedy))
+    if not basis.has_basis:
+        raise ValueError(broken_rule(_WHO, "basis", "have eigenvectors", "none", "Give basis.eigen()."))
+
+
+def _linear_layers(model: nn.Module, points: Points) -> dict[str, nn.Module]:
+    """The linear layers that points mean: of a glob or predicate those whose weight is theirs alone."""
+    found = find_points(_WHO, model, points)
+    globs = callable(points) or any(isinstance(point, str) and is_glob(point) for point in as_list(points))
+    if not globs:
+        return weighted_modules(_WHO, model, Spec(points, of="weight"), found)
+    owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    kept = {
+        name: module
+        for name, module in found.items()
+        if linear_layer(module) is not None and owners[id(module._parameters.get("weight"))] == 1
+    }
+    if not kept:
+        remedy = "Name layers: torch.nn.Linear, or Conv1D of transformers."
+        raise ValueError(broken_rule(_WHO, "points", "match a linear layer", "none", remedy))
+    return kept
+
+
+def _basis_of(basis: Factors, name: str, sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The eigenvectors of a layer; ValueError where there are none, or others."""
+    if name not in basis:
+        rule, remedy = f"have the layer {name}", "Name the layers that it has."
+        raise ValueError(broken_rule(_WHO, "basis", rule, ", ".join(basis.names[:8]), remedy))
+    of = basis[name]
+    if (of.n_outputs, of.n_inputs) != sizes:
+        rule, remedy = f"be of {list(sizes)} at {name or 'the model'}", "Say bias= as it was, and give its model."
+        raise ValueError(broken_rule(_WHO, "basis", rule, [of.n_outputs, of.n_inputs], remedy))
+    return of.basis
+
+
+class _Factoring(Work):
+    """All examples through the model, batch by batch, into sums; twice for eigenvalues of their own eigenvectors."""
+
+    squeezes = True
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], options: CollectOptions, layers: Mapping[str, nn.Module]
+    ) -> None:
+        if is_sharded(model):
+            remedy = "Give each process a whole model, and a part of the examples."
+            raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
+        self._sizes = {name: check_factored(_WHO, name, layer, options.bias) for name, layer in layers.items()}
+        super().__init__(model, options)
+        self.read(batches, with_graphs=False)
+        # Nothing is kept of a batch, so each may have positions of its own.
+        self.batching = replace(self.batching, one_width=False)
+
+    def factors(self, kinds: Sequence[str], basis: Factors | None) -> Factors:
+        """Add up what these kinds need."""
+        made = self._empty([kind for kind in kinds if kind != "ekfac" or basis is not None], basis)
+        with self.at_work():
+            probed = self.look(None)
+            self._add_up(made, probed)
+            if len(made.kinds) < len(set(kinds)):
+                made = made.eigen()
+                second = self._empty(["ekfac"], made)
+                self._add_up(second, probed)
+                made = made.beside(second)
+        return made
+
+    def _empty(self, kinds: Sequence[str], basis: Factors | None) -> Factors:
+        said = describe_loss(self.loss, "", None)[0]
+        header = describe_collection(self.model, self.specs, said, self.batching, {}, self.options)
+        identity = sha256_of({key: value for key, value in header.items() if key not in _OF_BATCHES})
+        modules = {}
+        for name, (n_outputs, n_inputs, has_bias) in self._sizes.items():
+            known = None if basis is None else _basis_of(basis, name, (n_outputs, n_inputs))
+            modules[name] = ModuleFactors(name, n_outputs, n_inputs, has_bias, basis=known)
+        made = Factors(kinds, modules, identity=identity)
+        made.skipped = [(str(source), int(start), str(reason)) for source, start, reason in self.bad.skipped]
+        return made
+
+    def _add_up(self, made: Factors, probed: Probed) -> None:
+        """Take all examples through the model."""
+        options, batching = self.options, self.batching
+        added = {_ADDED[kind] for kind in made.kinds}
+        specs = [replace(self.specs[0], name=name) for name in sorted(added)]
+        parts = [self.examples[start : start + _SORTED] for start in range(0, len(self.examples), _SORTED)]
+        cut = [batching.parts(part, batching.order(part)) for part in parts]
+        most = max(len(rows) for batches in cut for rows, _ in batches)
+        known = CaptureOptions(specs=specs, rows=most, **taken(TapOptions, options))
+        cap = FactorCapture(self.model, known, made)
+        unmasked, decoding = (
+            {f"{name}:{label}" for name, label in cap.sums if f"{name}:weight:norm" in columns}
+            for columns in (probed.unmasked, probed.decoding)
+        )
+        counts = {name: _Counts() for name in made}
+        with cap.unmasked(unmasked):
+            runner = Runner(self.model, cap, batching, self.loss, options.grad_scale, decoding=decoding)
+            for part in parts:
+                for _, batch in batching.batches(part, batching.order(part)):
+                    runner.step(batch.to(runner.device))
+                    for name, count in counts.items():
+                        count.add(cap, f"{name}:{specs[0].label}")
+                    cap.clear()
+        for name, count in counts.items():
+            of = made[name]
+            of.n_examples, of.n_tokens = count.totals()
+            for label in added:
+                totals = cap.sums[name, label].totals()
+                for kind in (kind for kind in made.kinds if _ADDED[kind] == label):
+                    of.sums |= dict(zip(SUMS[kind], totals, strict=True))
+            _check_finite(of)
+
+
+class _Counts:
+    """How many examples and tokens a layer has seen, on its device."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+
+    def add(self, cap: FactorCapture, column: str) -> None:
+        """The rows of a batch: tokens of each example, NaN of a layer that it didn't reach."""
+        if not cap.is_known(column):
+            return
+        rows = cap.ring(column).double()
+        more = torch.stack([(~rows.isnan()).sum().double(), rows.nansum()])
+        self._total = more if self._total is None else self._total + more
+
+    def totals(self) -> tuple[int, int]:
+        n_examples, n_tokens = (0, 0) if self._total is None else self._total.tolist()
+        return int(n_examples), int(n_tokens)
+
+
+def _check_finite(of: ModuleFactors) -> None:
+    """FloatingPointError where an input or a gradient was not finite, or their squares are beyond float32."""
+    for total in of.sums.values():
+        if not total.isfinite().all():
+            rule, remedy = "be finite", "collect says which example's gradient isn't: look there, or give float64."
+            raise FloatingPointError(
+                broken_rule(_WHO, f"sums at {of.name or 'the model'}", rule, "NaN or infinity", remedy)
+            )

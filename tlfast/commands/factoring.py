@@ -1,0 +1,106 @@
+"""`tlfast factors`: factors of the curvature of a model on text or records, into a file; and parts of them, merged."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import redirect_stdout
+from functools import reduce
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..collecting.factors import factors as add_up
+from ..collecting.from_text import Collection
+from ..collecting.settings import CollectSettings
+from ..errors import broken_rule
+from ..hooks.factors import FACTOR_KINDS, Factors
+from ..spec import one_of
+from .arguments import OK, Arguments
+
+_WHO = "tlfast factors"
+# Flags of `tlfast collect` that say what the model, its loss and the examples are.
+_WORDS = (
+    "dataset", "split", "name", "column", "prompt_column", "response_column", "messages_column", "label_column",
+    "filter", "loss", "task", "adapter", "device", "model_dtype", "bos", "eos", "pattern",
+)  # fmt: skip
+_NUMBERS, _FLAGS = ("seq_len", "max_examples", "batch_tokens"), ("truncate", "trust_remote_code")
+
+
+def factors(args: list[str]) -> int:
+    """Add up what the curvature is made of, or merge what was added up of parts."""
+    wanted = _read(args)
+    _check(wanted)
+    if wanted.merge:
+        made = reduce(Factors.merge, [Factors.load(path) for path in wanted.merge])
+        made = made.eigen() if wanted.eigen else made
+    else:
+        basis = None if wanted.basis is None else Factors.load(wanted.basis)
+        basis = basis.eigen() if basis is not None and not basis.has_basis else basis
+        with redirect_stdout(sys.stderr):  # what a model prints is not the answer
+            made = _added_up(wanted, basis)
+    made.save(wanted.out)
+    print(made)
+    print(wanted.out)
+    return OK
+
+
+def _read(args: list[str]) -> Any:
+    arguments = Arguments("factors", "Factors of the curvature of a model.", "a model with data, or --merge FILE ...")
+    arguments.add_argument("model", nargs="?", metavar="MODEL", help="a folder or name of transformers' models")
+    arguments.add_argument("--out", required=True, metavar="FILE", help="a new .npz file")
+    arguments.add_argument("--text", nargs="+", default=[], metavar="T", help="files or folders of text")
+    arguments.add_argument("--points", nargs="+", default=["**"], metavar="GLOB", help="linear layers; without it all")
+    arguments.add_argument("--kinds", nargs="+", default=["kfac"], metavar="KIND", help=", ".join(FACTOR_KINDS))
+    arguments.add_argument("--bias", action="store_true", help="with the bias of each layer")
+    arguments.add_argument("--basis", metavar="FILE", help='of "ekfac": the merged "kfac" of all parts')
+    arguments.add_argument("--part", nargs=2, type=int, metavar=("K", "N"), help="each N-th example, from number K on")
+    arguments.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="add up the parts in these files")
+    arguments.add_argument("--eigen", action="store_true", help="of --merge: with the eigenvectors of all parts")
+    for name in (*_WORDS, *_NUMBERS):
+        kind = int if name in _NUMBERS else str
+        arguments.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="as tlfast collect has it")
+    for name in _FLAGS:
+        arguments.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="as tlfast collect has it")
+    return arguments.read(args)
+
+
+def _check(wanted: Any) -> None:
+    """ValueError for words that can be seen to be wrong, before a model is loaded."""
+    folder = os.path.dirname(os.path.abspath(wanted.out))
+    if not wanted.out.endswith(".npz") or os.path.exists(wanted.out) or not os.path.isdir(folder):
+        rule, remedy = "be a new .npz file in a folder that is there", "Give another."
+        raise ValueError(broken_rule(_WHO, "--out", rule, repr(wanted.out), remedy))
+    if bool(wanted.model) == bool(wanted.merge):
+        got = "both" if wanted.merge else "none"
+        raise ValueError(broken_rule(_WHO, "the model", "be given, or --merge", got, "See tlfast factors --help."))
+    if wanted.eigen and not wanted.merge:
+        rule, remedy = "be given with --merge", "Say --kinds kfac ekfac, which makes them, too."
+        raise ValueError(broken_rule(_WHO, "--eigen", rule, "it alone", remedy))
+    given = {"--basis": wanted.basis, "--part": wanted.part, "--text": wanted.text, "--bias": wanted.bias}
+    given |= {f"--{name.replace('_', '-')}": getattr(wanted, name) for name in (*_WORDS, *_NUMBERS, *_FLAGS)}
+    odd = next((flag for flag, value in given.items() if wanted.merge and value), None)
+    if odd is not None:
+        raise ValueError(broken_rule(_WHO, odd, "be left out with --merge", "both", "Files say what they are of."))
+    for kind in wanted.kinds:
+        one_of(_WHO, "--kinds", kind, FACTOR_KINDS)
+    if wanted.part is not None and not 0 <= wanted.part[0] < wanted.part[1]:
+        rule, remedy = "be K and N with 0 <= K < N", "The first of two parts is 0 2."
+        raise ValueError(broken_rule(_WHO, "--part", rule, " ".join(map(str, wanted.part)), remedy))
+
+
+def _added_up(wanted: Any, basis: Factors | None) -> Factors:
+    said = {name: getattr(wanted, name) for name in (*_WORDS, *_NUMBERS, *_FLAGS) if getattr(wanted, name)}
+    with TemporaryDirectory(prefix="tlfast-") as folder:  # in which no dataset is made
+        settings = CollectSettings(
+            model=wanted.model, text=tuple(wanted.text), points=tuple(wanted.points),
+            out=os.path.join(folder, "none"), of="weight", **said,
+        )  # fmt: skip
+        collection = Collection(settings)
+        examples: Any = collection.examples
+        if wanted.part is not None:
+            examples = list(examples)[wanted.part[0] :: wanted.part[1]]
+        more = {"batch_tokens": wanted.batch_tokens} if wanted.batch_tokens else {}
+        return add_up(
+            collection.model, examples, list(wanted.points), kinds=wanted.kinds, basis=basis, bias=wanted.bias,
+            loss=collection.loss, pad_id=collection.tokenizer.pad_token_id or 0, **more,
+        )  # fmt: skip
