@@ -96,7 +96,7 @@ def _added_up(wanted: Any, basis: Factors | None) -> Factors:
             out=os.path.join(folder, "none"), of="weight", **said,
         )  # fmt: skip
         collection = Collection(settings)
-        examples = collection.examples
+        examples: Any = collection.examples
         if wanted.part is not None:
             examples = list(examples)[wanted.part[0] :: wanted.part[1]]
         more = {"batch_tokens": wanted.batch_tokens} if wanted.batch_tokens else {}
