@@ -109,7 +109,8 @@ Weight::Weight(Form form)
   require(form_.eps >= 0, "eps", "not be negative", form_.eps);
   require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
   const bool fits = form_.layer == Layer::linear && !form_.heads && (!form_.left || form_.left->dim() == 2);
-  require(!form_.sums || fits, "sums", "be of a linear layer without heads", "another");
+  require(form_.sums ? fits : form_.row != WeightRow::sums, "sums", "be there, of a linear layer without heads",
+          form_.sums ? "another" : "none");
 }
 
 // A matrix where a tensor is, in its dtype, and turned: products are faster with its columns side by side.
