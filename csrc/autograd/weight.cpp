@@ -112,7 +112,8 @@ Weight::Weight(Form form)
   require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
   require(scores() == bool(form_.queries), "queries", "be there for scores, and for these alone", scores());
   const bool fits = form_.layer == Layer::linear && !form_.heads && (!form_.left || form_.left->dim() == 2);
-  require(!form_.sums || fits, "sums", "be of a linear layer without heads", "another");
+  require(form_.sums ? fits : form_.row != WeightRow::sums, "sums", "be there, of a linear layer without heads",
+          form_.sums ? "another" : "none");
 }
 
 at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {

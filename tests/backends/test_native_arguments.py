@@ -168,6 +168,7 @@ class Made:
         if name == "Tap":
             return self.module.Tap(self.backwards, "0", self.keeper, None)
         made = {"Ledger": self.ledger, "Backwards": self.backwards, "Column": self.column}
+        made["FactorSums"] = self.module.FactorSums("products")
         made["Sketcher"] = hadamard_sketcher(self.module, 3)
         return {**made, "TensorCache": self.module.TensorCache()}[name]
 

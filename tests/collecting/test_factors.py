@@ -10,6 +10,7 @@ from torch import nn
 
 import tlfast
 from tlfast import Factors
+from tlfast.backends.choice import pick_backend
 
 KINDS = ("kfac", "ekfac", "adam")
 VOCAB, WIDE = 11, 150  # wider than a panel of the sums
@@ -221,6 +222,15 @@ def test_globs_mean_linear_layers_with_a_weight_of_their_own():
     assert of.inputs[-1, -1] == 6
     with refuses("factors: the point lm_head must have a weight of its own"):
         tlfast.factors(model, [[1, 2, 3]], "lm_head")
+
+
+def test_sums_are_of_linear_layers(backend):
+    engine = pick_backend("capture", backend, {"cpu"})
+    sums, more = engine.FactorSums("products"), (None, torch.ones(2, 3), 1.0, 0, -1, (1, 0.0), None, (None, None))
+    with refuses("capture: sums must be there, of a linear layer without heads, got another."):
+        engine.Weight("embedding", sums, False, *more)
+    with refuses("capture: kind must be one of products, squares, got 'rows'."):
+        engine.FactorSums("rows")
 
 
 def broken():

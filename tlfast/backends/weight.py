@@ -62,7 +62,9 @@ class Weight:
         self.normalized, self.eps = norm
         if self._running is not None and (layer != "linear" or heads or (left is not None and left.dim() > 2)):
             remedy = 'Make it by Spec(of="weight").'
-            raise ValueError(broken_rule("capture", "sums", "be of a linear layer without heads", "another", remedy))
+            raise ValueError(
+                broken_rule("capture", "sums", "be there, of a linear layer without heads", "another", remedy)
+            )
         self.of_norm = layer in ("layer_norm", "rms_norm")
         self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
         self._moved: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
