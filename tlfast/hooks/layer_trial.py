@@ -47,7 +47,7 @@ def does_as_known(
             return _agrees(
                 twin, made, given, Weight(
                     kind, "gradient", bias, None, torch.eye(_TOKENS) if kind == "embedding" else None, 1.0, 0,
-                    padding_idx if padding_idx < _TOKENS else -1, (normalized, eps), window, (None, None),
+                    padding_idx if padding_idx < _TOKENS else -1, (normalized, eps), window, (None, None), (),
                 ),
             )  # fmt: skip
     except Exception:  # of a forward that takes another input
