@@ -51,7 +51,7 @@ NEEDS = {
 def pytest_addoption(parser):
     text = "run the files in a random order, drawn from this number"
     parser.addoption("--random-files", type=int, metavar="SEED", help=text)
-    text = "of the tests that take long also a tenth, drawn from this word"
+    text = "of the tests that take long also a thirtieth, drawn from this word"
     parser.addoption("--drawn", metavar="WORD", help=text)
 
 
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
     left_out = {item for item in items if "every_model" not in asked and item.get_closest_marker("every_model")}
     if "long" not in asked:
         long = {item for item in items if item.get_closest_marker("long")}
-        drawn = {item for item in long if word is not None and crc32(f"{word} {item.name}".encode()) % 10 == 0}
+        drawn = {item for item in long if word is not None and crc32(f"{word} {item.name}".encode()) % 30 == 0}
         left_out |= long - drawn
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

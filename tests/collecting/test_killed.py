@@ -136,9 +136,8 @@ def test_examples_with_fields_are_killed_and_go_on_to_the_same_bytes(tmp_path, k
 STOPPED = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)], ids=lambda number: number.name
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.long
 def test_what_was_interrupted_goes_on_to_the_same_bytes(undisturbed, tmp_path, capsys, number):
     out = tmp_path / "out"
     with running(undisturbed, out, 3) as process:

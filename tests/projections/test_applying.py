@@ -239,6 +239,7 @@ def test_not_a_number_spreads():
 
 
 def test_without_native_code_torch_does_it(monkeypatch):
+    monkeypatch.delenv("TLFAST_REQUIRE_NATIVE", raising=False)
     monkeypatch.setattr(choice, "_load", lambda: (None, "it was not built"))
     choice.native.cache_clear()
     choice.tell.cache_clear()
