@@ -135,7 +135,7 @@ def test_examples_that_are_not_finite():
 
 ONE = torch.ones(1, 14, 12)
 REFUSED = {
-    "score: method must be one of dot, cosine, got 'trackstar'.": lambda: (TEXTS, {"1": ONE}, "trackstar"),
+    "score: method must be one of dot, cosine, ekfac, got 'trackstar'.": lambda: (TEXTS, {"1": ONE}, "trackstar"),
     "score: points must be given where queries are examples, got None.": lambda: (TEXTS, ASKED),
     "score: queries must be examples, or a mapping from points to tensors, got Tensor.": lambda: (TEXTS, ONE),
     "score: queries must name a point at least, got an empty dict.": lambda: (TEXTS, {}),

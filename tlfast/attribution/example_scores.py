@@ -18,11 +18,13 @@ from ..spec import Points, Project, Query, Spec, one_of
 from .every_score import InFile, InMemory, check_out, check_room
 from .given_examples import GivenExamples
 from .gradient_queries import count, gradients_of, query_norms
+from .methods import given_factors
 from .passes import SETTINGS, Passes
 from .queries import WHO
 from .result import Scores
 
-_METHODS = ("dot", "cosine")
+_METHODS = ("dot", "cosine", "ekfac")
+_DAMPING = 0.1
 
 
 class Wanted(NamedTuple):
@@ -62,7 +64,7 @@ def score_examples(
         queries: the queries of each module, {point: tensor [Q, O, I], or a pair}, as `tlfast.Spec` takes them; or
             examples, the queries being their weight gradients at ``points``, which are computed first. One that
             `collect` would skip is an error.
-        method: "dot" or "cosine".
+        method: "dot", "cosine", or "ekfac": the dot product with the query times the inverse of the curvature.
         points: the modules, as in `collect`; those of a mapping by default.
         k: how many examples for each query; None: the scores of all, in order.
         project: score projected gradients, as of `tlfast.Spec`; queries are of the projected shape then.
@@ -70,8 +72,10 @@ def score_examples(
         mean: one query, the mean of the gradients of the query examples.
         non_finite: an example whose scores aren't finite: "skip" leaves it out and counts it, "stop" raises.
         out: a new file of numpy (.npy), which gets all scores: [queries, examples].
-        settings: loss, batch_tokens, seq_len and the others of `collect` that say how the model is run; ``tokenizer``,
-            for the texts of the result; ``progress``, called with the number of examples that are done.
+        settings: of ekfac ``moments``, `tlfast.Factors` with eigenvectors or their file, and ``damping``, what is added
+            to each eigenvalue, as a part of their mean: gradients can't be projected then. And loss, batch_tokens,
+            seq_len and the others of `collect` that say how the model is run; ``tokenizer``, for the texts of the
+            result; ``progress``, called with the number of examples that are done.
 
     Returns:
         Scores; ``found.indices`` count the examples that are taken, and ``found.ids`` those that were given.
@@ -93,10 +97,15 @@ def score_examples(
     one_of(WHO, "non_finite", non_finite, ("skip", "stop"))
     if k is not None and (type(k) is not int or k < 1):
         raise ValueError(broken_rule(WHO, "k", "be an int of at least 1, or None", repr(k), "None gives all scores."))
+    factors, damping = settings.pop("moments", None), settings.pop("damping", _DAMPING)
+    _check_curvature(method, factors, damping, project)
     path = None if out is None else check_out(out)
     tokenizer, progress = settings.pop("tokenizer", None), settings.pop("progress", None)
     wanted = Wanted(points, project, bias, mean)
     given, ids = _given(model, queries, wanted, settings)
+    if method == "ekfac":
+        whole = {name: query[0] @ query[1] if isinstance(query, tuple) else query for name, query in given.items()}
+        given = dict(given_factors(factors).precondition(whole, damping_factor=damping))
     norms = query_norms(given) if method == "cosine" else None
     passes = Passes(model, examples, row_options(WHO, SETTINGS, _specs(given, wanted, norms is not None), settings))
     n_queries, n = count(given), len(passes.examples)
@@ -119,6 +128,19 @@ def score_examples(
         return Scores(source, best.rows, best.scores, method, list(given), **more)
     assert every is not None
     return Scores(source, torch.arange(n).expand(n_queries, n), every.scores, method, list(given), is_all=True, **more)
+
+
+def _check_curvature(method: str, factors: Any, damping: float, project: Project | None) -> None:
+    """An error for what ekfac lacks, or another method doesn't read."""
+    if method == "ekfac":
+        given_factors(factors)
+        if project is not None:
+            rule = "be left out with ekfac"
+            raise ValueError(broken_rule(WHO, "project", rule, repr(project), "The curvature is of whole gradients."))
+    elif factors is not None or damping != _DAMPING:
+        rule, got = "be left out but with ekfac", f"it with {method}"
+        argument = "damping" if factors is None else "moments"
+        raise ValueError(broken_rule(WHO, argument, rule, got, "Leave it out, or choose that method."))
 
 
 def _given(

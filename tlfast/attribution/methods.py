@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import broken_rule
+from ..hooks.factors import Factors
 from .moments import check_sizes, given_moments, moments_of, whitening
-from .queries import Queries, check_directions
+from .queries import WHO, Queries, check_directions
 
 
 class Asked(NamedTuple):
@@ -69,9 +72,30 @@ def _trackstar(asked: Asked) -> Prepared:
     return Prepared({point: query @ maps[point].to(query.device) for point, query in rows.items()}, maps, True)
 
 
+def _ekfac(asked: Asked) -> Prepared:
+    """Queries times the inverse of the curvature; then dot products."""
+    given = {
+        point: query.reshape(len(query), *asked.ds[point].shape[1:]) for point, query in asked.queries.rows.items()
+    }
+    made = given_factors(asked.moments).precondition(given, damping_factor=asked.damping)
+    return Prepared({point: query.flatten(1) for point, query in made.items()}, {}, False)
+
+
+def given_factors(given: Any) -> Factors:
+    """Factors, or those in their file; an error where there are none."""
+    if isinstance(given, (str, os.PathLike)):
+        return Factors.load(given)
+    if not isinstance(given, Factors):
+        got = "none" if given is None else type(given).__name__
+        remedy = "Give moments=tlfast.factors(...), or their file."
+        raise TypeError(broken_rule(WHO, "moments", 'be Factors with method="ekfac"', got, remedy))
+    return given
+
+
 # A method is a line here: `docs/attribution.md` says what each computes.
 METHODS = {
     "dot": Method(_dot),
     "cosine": Method(_cosine, check=_check_cosine),
     "trackstar": Method(_trackstar, ("moments", "damping", "mix"), _check_trackstar),
+    "ekfac": Method(_ekfac, ("moments", "damping")),
 }

@@ -13,11 +13,12 @@ from torch import nn
 from ..dataset.read.search import Best, Taker, take_scores
 from ..dataset.read.views import Readable
 from ..errors import broken_rule
+from ..hooks.factors import Factors
 from ..hooks.running import RunningSums
 from ..spec import Query, one_of
 from .every_score import InFile, InMemory, check_out, check_room
 from .example_scores import score_examples
-from .methods import METHODS, Asked, Method
+from .methods import METHODS, Asked, Method, given_factors
 from .queries import WHO, chosen_queries, opened
 from .result import Scores
 from .sums import Sums, dtype_of
@@ -33,7 +34,7 @@ def score(
     points: str | Iterable[str] | None = None,
     k: int | None = 10,
     where: Any = None,
-    moments: RunningSums | str | os.PathLike[str] | None = None,
+    moments: RunningSums | Factors | str | os.PathLike[str] | None = None,
     damping: float = DAMPING,
     mix: float = 0.0,
     non_finite: Literal["skip", "stop"] = "skip",
@@ -46,22 +47,24 @@ def score(
     A score is of the whole row, its columns laid behind each other: "dot" is the sum of the columns' dot products,
     "cosine" that sum divided by the norms of row and query over all these columns, and "trackstar" the cosine once each
     column of both was multiplied with the inverse root of its second moments, ``(M + damping m I)^-1/2``, m the mean of
-    M's eigenvalues. Rows are read in order, 8 MiB at a time, while what was read is multiplied: memory holds some such
-    blocks, the queries and the results, whatever the number of rows. The arithmetic is float32 (float64 where a column
-    is), on the device of the queries.
+    M's eigenvalues; "ekfac" is the dot product with the query times the inverse of the curvature
+    (`tlfast.Factors.precondition`): the influence of a row on the query. Rows are read in order, 8 MiB at a time, while
+    what was read is multiplied: memory holds some such blocks, the queries and the results, whatever the number of
+    rows. The arithmetic is float32 (float64 where a column is), on the device of the queries.
 
     Args:
         dataset: a folder or URL, or an open dataset or view; merged ones too. Or a model, through which ``examples=``
             go: `tlfast.attribution.score_examples`; no row is stored then.
         queries: another dataset, whose rows are the queries; or a tensor [Q, *shape of a row] for each of some columns.
-        method: "dot", "cosine" or "trackstar".
+        method: "dot", "cosine", "trackstar" or "ekfac".
         points: which columns, names or globs; all that both have by default.
         k: how many rows for each query; None: the scores of all rows, in order.
         where: take the rows alone for which it holds, as ``ds.filter``: ``"length > 10"``. The rows found are then
             those of ``found.dataset``, the view; ``found.ids`` are the examples'.
         moments: of trackstar: RunningSums of ``moment2_full``, or their file. None: those of the rows that are
-            scored, which are read once more.
-        damping: of trackstar, above 0.
+            scored, which are read once more. Of ekfac: `tlfast.Factors` with eigenvectors, or their file; rows and
+            queries are weight gradients that aren't projected then.
+        damping: of trackstar and ekfac, above 0: what is added to each eigenvalue, as a part of their mean.
         mix: of trackstar: from 0 to 1, the part of the queries' own second moments in M.
         non_finite: a row with a NaN or an infinity in these columns: "skip" leaves it out and counts it, "stop" raises.
         out: a new file of numpy (.npy), which gets the scores of all rows: [queries, rows].
@@ -89,8 +92,9 @@ def score(
         (tensor([[0]]), tensor([[3.]]))
     """
     if isinstance(dataset, nn.Module):
-        left = {"where": where, "moments": moments, "damping": damping, "mix": mix}
+        left = {"where": where, "mix": mix}
         shared: dict[str, Any] = {"points": points, "k": k, "non_finite": non_finite, "out": out, "progress": progress}
+        shared |= {"moments": moments, "damping": damping}
         return _of_model(dataset, queries, method, left, shared | of_model)
     if of_model:
         rule, got = "be left out where a dataset is scored", ", ".join(of_model)
@@ -123,7 +127,7 @@ def score(
 
 def _of_model(model: nn.Module, queries: Any, method: str, left: Mapping[str, Any], asked: dict[str, Any]) -> Scores:
     """Score examples that go through a model; ``left`` are arguments that have no meaning there."""
-    plain = {"where": None, "moments": None, "damping": DAMPING, "mix": 0.0}
+    plain = {"where": None, "mix": 0.0}
     odd = next((name for name, value in left.items() if value is not plain[name] and value != plain[name]), None)
     if odd is not None:
         raise ValueError(broken_rule(WHO, odd, "be left out where a model is scored", "it", "Leave it out."))
@@ -159,6 +163,8 @@ def check_arguments(method: str, k: int | None, given: Mapping[str, Any]) -> Non
             others = ", ".join(other for other, entry in METHODS.items() if name in entry.takes)
             rule, got = f"be left out but with {others}", f"it with {method}"
             raise ValueError(broken_rule(WHO, name, rule, got, "Leave it out, or choose that method."))
+    if method == "ekfac":
+        given_factors(given["moments"])
     damping, mix = given["damping"], given["mix"]
     if not isinstance(damping, (int, float)) or not 0 < damping < float("inf"):
         remedy = "0.1 is a tenth of the mean eigenvalue."

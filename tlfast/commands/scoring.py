@@ -75,10 +75,10 @@ def _add_shared(arguments: Arguments, method: str) -> None:
     )
     arguments.add_argument("--where", metavar="CONDITION", help='take some rows alone: "length > 10"')
     arguments.add_argument(
-        "--moments", metavar="FILE", help="trackstar: saved RunningSums; without it those of the rows"
+        "--moments", metavar="FILE", help="trackstar: saved RunningSums, without it those of the rows; ekfac: factors"
     )
     arguments.add_argument(
-        "--damping", type=float, default=DAMPING, metavar="X", help="trackstar: of the mean eigenvalue"
+        "--damping", type=float, default=DAMPING, metavar="X", help="trackstar, ekfac: of the mean eigenvalue"
     )
     arguments.add_argument(
         "--mix", type=float, default=0.0, metavar="X", help="trackstar: part of the queries' moments"
@@ -99,7 +99,7 @@ def _opened(wanted: Any) -> Any:
 def _scored(wanted: Any, ds: Any, queries: Any) -> Scores:
     more = {name: getattr(wanted, name) for name in ("points", "moments", "damping", "mix")}
     out = wanted.out if wanted.out is not None and wanted.out.endswith(".npy") else None
-    n_passes = 2 if METHODS[wanted.method].takes and wanted.moments is None else 1
+    n_passes = 2 if "moments" in METHODS[wanted.method].takes and wanted.moments is None else 1
     with bar("score", n_passes * len(ds), "rows") as progress:
         return scoring.score(ds, queries, wanted.method, k=wanted.top, out=out, progress=progress, **more)
 
