@@ -53,15 +53,18 @@ TOGETHER = {
         "capture",
         "column",
         "device",
+        "factor_sums",
         "full_call",
         "keeper",
         "ledger",
+        "queries",
         "recipe",
         "rows",
         "sketcher",
         "streams",
         "tap",
         "tensor_cache",
+        "weight",
     ),
 }
 # What a device needs, by the kind of build: a device that is missing is another file, and no condition in one. The
