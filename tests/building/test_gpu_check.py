@@ -219,6 +219,7 @@ def test_other_arguments_are_refused(arguments):
     assert done.stderr.startswith(f"gpu_check: the argument must be tests, bench or module, got '{given}'.")
 
 
+@pytest.mark.long
 def test_a_test_that_takes_too_long_ends_its_process(tmp_path):
     (tmp_path / "test_slow.py").write_text(
         "import time\n\ndef test_first():\n    pass\n\ndef test_waits():\n    time.sleep(60)\n"

@@ -84,6 +84,7 @@ def test_without_a_toolkit(source):
     assert f"tlfast: building tlfast._C for the CPU alone ({gone}; TLFAST_BUILD=auto, torch" in may.stdout
 
 
+@pytest.mark.long
 def test_unknown_gpus_are_refused(source):
     needs_a_compiler()
     done = run("setup.py", "--version", folder=source, TLFAST_BUILD="auto", TORCH_CUDA_ARCH_LIST="8.0 Hopper")

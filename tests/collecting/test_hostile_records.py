@@ -133,7 +133,7 @@ FILES = {  # a file, and of which records there are rows, and which are skipped;
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == "long.csv" else n for n in FILES])
 def test_a_hostile_file(tmp_path, name):
     content, wanted = FILES[name]
     path = tmp_path / name

@@ -91,11 +91,11 @@ def test_the_versions_of_the_readme_are_those_that_ci_runs():
 
 LONG = [
     pytest.param(name, marks=pytest.mark.long)
-    for name in ("attribution.md", "collecting.md", "remote.md", "datasets.md", "hosts.md")
+    for name in ("attribution.md", "collecting.md", "recipes.md", "remote.md", "datasets.md", "hosts.md")
 ]
 
 
-@pytest.mark.parametrize("name", ["recipes.md", *LONG])
+@pytest.mark.parametrize("name", LONG)
 def test_the_blocks_of_a_page_are_one_program(name, tmp_path):
     blocks = code_blocks(text_of(ROOT / "docs" / name), "python")
     done = run_block("\n".join(code for _, code in blocks), tmp_path)
@@ -135,6 +135,7 @@ def test_all_names_are_there():
     assert importlib.import_module("tlfast").__doc__
 
 
+@pytest.mark.long
 def test_a_wrong_block_is_found(tmp_path):
     assert "ZeroDivisionError" in run_block("1 / 0", tmp_path).stderr
     assert run_block("torch.ones(1)", tmp_path).returncode != 0, "a block must import what it uses"

@@ -210,6 +210,7 @@ def test_a_true_one_that_is_written_again_is_taken(tmp_path):
     assert open_dataset(tmp_path / "d").verify().ok
 
 
+@pytest.mark.long
 def test_a_text_that_would_unpack_to_gigabytes_is_refused(tmp_path):
     dataset, n = write(tmp_path / "d", fields={"name": "string"}, plan=Plan(2000, 2000)), 2000
     huge = pa.repeat("x" * (1 << 20), n)
