@@ -168,7 +168,7 @@ def _table(measured: Measured, n_rows: int, peak: int) -> Table:
 def run(quick: bool = False, rows: int | None = None) -> Result:
     """Write the dataset, check every variant, and time it."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    n_rows, rounds = rows or (UNIT + 100 if quick else 1_000_000), 2 if quick else 3
+    n_rows, rounds = rows or (UNIT + 100 if quick else 1_000_000), 2 if quick else 7
     settings = {"rows": n_rows, "columns": MODULES, "width": MODULES * SIDE * SIDE, "queries": QUERIES, "k": K,
                 "rows_per_unit": UNIT, "rounds": rounds, "disk": file_system(SCRATCH), "quick": quick,
                 "not_in_memory_by": "posix_fadvise before each sample"}  # fmt: skip
