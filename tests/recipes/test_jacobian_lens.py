@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 from lens_fits import SKIP, TOKENS, Block, Stream, outputs_of, plain_lens, prompts
+from op_tapes import OpTapes
 from processes import started
 from tiny_models import byte_tokenizer, tiny_model
 from torch import nn
 
-from tlfast.recipes import fit_jacobian_lens
+from tlfast.recipes import fit_jacobian_lens, jacobian_graphs
 from tlfast.recipes.lens_file import FittedLens
 from tlfast.recipes.slopes import _ELEMENTWISE, slopes_once
 
@@ -291,3 +292,52 @@ def test_a_hooked_function_stays_as_it_is():
     with slopes_once(model):
         assert len(model[0]._forward_hooks) == 1
         assert not model[1]._forward_hooks
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    made = OpTapes()
+    monkeypatch.setattr(jacobian_graphs, "graphs_of", lambda model, device: made)
+    return made
+
+
+def test_a_forward_and_its_backwards_are_replayed(tapes, monkeypatch):
+    model, given = tiny_model(), [*prompts(3), *([*prompt, 1, 2] for prompt in prompts(2, seed=8))]
+    more = {"blocks": "transformer.h.*", "dim_batch": 5}  # 16 columns: the last backward has one
+    forwards = []
+    with model.transformer.h[0].register_forward_hook(lambda *_: forwards.append(1)):
+        recorded = fit(model, given, **more)
+    assert (tapes.n_warmups, tapes.n_recorded) == (4, 8)  # of four lengths
+    assert tapes.n_replays == 5 * (1 + 4)
+    assert len(forwards) == 4 * 2 + 3  # of the lengths, to see whether it is causal, and to try a batch of gradients
+    monkeypatch.setattr(jacobian_graphs, "graphs_of", lambda model, device: None)
+    plain = fit(model, given, **more)
+    for layer, matrix in plain.jacobians.items():
+        assert (recorded.jacobians[layer] - matrix).abs().max() <= 8 * EPS * matrix.abs().max()
+
+
+def test_where_no_graph_can_be_made_backwards_run_one_by_one(tapes, monkeypatch):
+    def broken(run):
+        raise RuntimeError("operation not\npermitted")
+
+    monkeypatch.setattr(tapes, "record", broken)
+    model = Stream()
+    with pytest.warns(RuntimeWarning, match="fit_jacobian_lens: backwards run one by one, .* operation not permitted"):
+        lens = fit(model, prompts())
+    assert tapes.n_warmups == 1  # it isn't tried again
+    monkeypatch.setattr(jacobian_graphs, "graphs_of", lambda model, device: None)
+    plain = fit(model, prompts())
+    assert all(torch.equal(lens.jacobians[layer], plain.jacobians[layer]) for layer in plain.jacobians)
+
+
+def test_lengths_that_were_used_last_are_kept(tapes, monkeypatch):
+    monkeypatch.setattr(jacobian_graphs, "MOST_LENGTHS", 2)
+    one, two, three = (prompts(4)[3][:length] for length in (6, 7, 8))
+    fit(Stream(), [one, two, one, three, one, two])
+    assert tapes.n_warmups == 4  # the second one is made again
+
+
+def test_graphs_are_of_a_model_on_one_cuda_device():
+    model = Stream()
+    assert jacobian_graphs.graphs_of(model, torch.device("cpu")) is None
+    assert jacobian_graphs.graphs_of(model, torch.device("cuda", 0)) is None  # its tokens are there, it isn't

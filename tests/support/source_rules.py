@@ -72,13 +72,13 @@ ROOMS = (
         (
             ("pairs", "places", "products"),
             ("norms", "patching"),
-            ("residual_graph",),
-            ("additivity",),
+            ("projection_heads", "residual_graph"),
+            ("additivity", "decoder_graph"),
             ("edges",),
         ),
     ),
     # What tlfast.transformer_lens puts in the place of a tool; a recipe that streams or reads stands further down.
-    ("recipes", (("slopes",), ("jacobian_rows",))),
+    ("recipes", (("jacobian_graphs", "slopes"), ("jacobian_rows",))),
     (
         "transformer_lens",
         (

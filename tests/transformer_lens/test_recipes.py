@@ -22,15 +22,20 @@ def difference(logits, pairs=None):
     return logits[:, -1, 0] - logits[:, -1, 1]
 
 
-def grouped():
-    """A bridge of grouped queries, rotary positions and RMS norms."""
+def llama():
+    """A model of grouped queries, rotary positions and RMS norms, and its config."""
     transformers = import_module("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=N_LAYERS, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.2,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval(), config
+
+
+def grouped():
+    """A bridge of it."""
+    model, config = llama()
     return BUILDER.build_bridge_from_module(model, "LlamaForCausalLM", hf_config=config, dtype=torch.float32)
 
 
@@ -190,3 +195,14 @@ print(before)
 """
     done = fresh_python.run("-c", code, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(BUILDER is None, reason="this TransformerLens makes no bridge of a model that is loaded")
+def test_edges_of_a_bridge_are_those_of_the_model():
+    bridge, (model, _) = grouped(), llama()
+    clean, corrupted = tokens(3, 1), tokens(3, 2)
+    for steps in (1, 3):
+        found, inner = (eap(one, clean, corrupted, difference, steps) for one in (bridge, model))
+        assert (inner.writers, inner.readers) == (found.writers, found.readers)
+        assert torch.equal(inner.exists, found.exists)
+        assert torch.allclose(inner.scores, found.scores, atol=2e-5 * float(found.scores.abs().max()))

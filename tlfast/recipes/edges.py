@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.outputs import replace_output, select_output
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding, at_work
 from .additivity import Additivity
+from .decoder_graph import decoder_graph
 from .norms import Norm
 from .pairs import Inputs, Metric, Pairs, call, check_pairs, in_batches, metric_of
-from .places import Place, Watch
+from .places import Place, Watch, hook_dict_of
 from .products import outer_into
 from .residual_graph import Reader, ResidualGraph, residual_graph
 
@@ -93,8 +95,9 @@ def eap(
     readers' gradients add up to that of their norm.
 
     Args:
-        model: a HookedTransformer, or a TransformerBridge from 3.9 on, whose layers add to the residual stream what
-            their heads and MLPs put out: norms before them, not behind; parallel layers too.
+        model: a decoder of Hugging Face, a HookedTransformer, or a TransformerBridge from 3.9 on, whose layers add to
+            the residual stream what their heads and MLPs put out: norms before them, not behind; parallel layers too.
+            How a decoder of Hugging Face is made is seen in a run of the first clean prompt, of two tokens or more.
         clean, corrupted, metric, batch_size, embedding: as in `attribution_patching`. A metric of each pair counts as
             the mean over the pairs, one number as it is.
         ig_steps: runs between corrupted and clean.
@@ -105,6 +108,7 @@ def eap(
 
     Raises:
         ValueError, TypeError: for another model, one whose parts don't add up, or inputs that don't pair.
+        RuntimeError: for a metric without a gradient.
 
     Example:
         found = eap(model, clean, corrupted, lambda logits, pairs: logits[:, -1, 3] - logits[:, -1, 7], ig_steps=5)
@@ -115,12 +119,20 @@ def eap(
     n_pairs = check_pairs(who, clean, corrupted)
     if type(ig_steps) is not int or ig_steps < 1:
         raise ValueError(broken_rule(who, "ig_steps", "be 1 or more", repr(ig_steps), "1 is EAP, more EAP-IG."))
-    graph = residual_graph(who, model)
-    study = Edges(who, graph, per_position)
     with at_work(model, embedding):
+        graph = _graph_of(who, model, clean)
+        study = Edges(who, graph, per_position)
         value = study.run(model, clean, corrupted, metric, batch_size, ig_steps)
     scores = study.scores() / (ig_steps * (n_pairs if value.dim() else 1))
     return EdgeScores(scores, tuple(graph.writer_names), tuple(graph.reader_names), graph.exists(), value)
+
+
+def _graph_of(who: str, model: nn.Module, clean: Inputs) -> ResidualGraph:
+    """A model of TransformerLens is read by its hook points, another one by a run of its first prompt."""
+    if hook_dict_of(model):
+        return residual_graph(who, model)
+    _, first = next(in_batches(who, clean, clean, 1, 1))
+    return decoder_graph(who, model, lambda: call(model, first.clean))
 
 
 class Edges:
@@ -214,14 +226,14 @@ class Edges:
         if writer is None:
             return
         if writer.weight is not None:
-            self._heads[place] = act.to(writer.weight.dtype, copy=True)
+            self._heads[place] = self._by_heads(act, writer.names).to(writer.weight.dtype, copy=True)
             return
         if writer.first == 0:
             n_writers, self._dtype = len(self.graph.writer_names), act.dtype
             if self._deltas.shape != (n_writers, *act.shape) or self._deltas.device != act.device:
                 dtype = torch.float64 if act.dtype == torch.float64 else torch.float32
                 self._deltas = torch.empty((n_writers, *act.shape), dtype=dtype, device=act.device)
-        self._deltas[writer.first].copy_(act)
+        self._deltas[writer.first].copy_(act.reshape(self._deltas.shape[1:]))  # some take an MLP's tokens flat
 
     def _take_corrupted(self, number: int, act: torch.Tensor) -> None:
         place = self.places[number]
@@ -231,9 +243,11 @@ class Edges:
         if writer is None:
             return
         if writer.weight is None:
-            self._deltas[writer.first].sub_(act)
+            self._deltas[writer.first].sub_(act.reshape(self._deltas.shape[1:]))
             return
-        delta = self._heads.pop(place).sub_(act).movedim(2, 0).flatten(1, 2)  # [heads, pairs x P, d_head]
+        delta = (
+            self._heads.pop(place).sub_(self._by_heads(act, writer.names)).movedim(2, 0).flatten(1, 2)
+        )  # [heads, pairs x P, d_head]
         written = self._deltas[writer.first : writer.first + len(writer.names)]
         torch.bmm(delta, writer.weight, out=written.flatten(1, 2))
 
@@ -257,7 +271,10 @@ class Edges:
             raise ValueError(broken_rule(self.who, norm.place.name, rule, "a run of it in the backward", remedy))
         call, weight = _CALLS.get(reader.names[0].rpartition("<")[2], 0), reader.weight
         sizes = self._deltas.shape[1:]
-        heads = grad.reshape(1, -1, sizes[-1]) if weight is None else grad.movedim(2, 0).flatten(1, 2)
+        if weight is None:
+            heads = grad.reshape(1, -1, sizes[-1])
+        else:
+            heads = self._by_heads(grad, reader.names, reader.columns).movedim(2, 0).flatten(1, 2)
         if self._check is not None or norm.formula is None:
             grads = (heads if weight is None else torch.bmm(heads, weight)).unflatten(1, sizes[:2])
             total = grads.sum(0)
@@ -276,6 +293,13 @@ class Edges:
             grads = torch.bmm(heads * r, weight if scale is None else weight * scale)
         self._add(reader, grads.unflatten(1, sizes[:2]))
         self._add_means(reader, norm, x, grads)
+
+    def _by_heads(self, tensor: torch.Tensor, names: list[str], columns: torch.Tensor | None = None) -> torch.Tensor:
+        """[pairs, P, heads, d_head] of what has the heads side by side, or anywhere, in its last dimension."""
+        if tensor.dim() == 4:
+            return tensor
+        flat = tensor.reshape(*self._deltas.shape[1:3], -1)
+        return flat.unflatten(2, (len(names), -1)) if columns is None else flat[..., columns.to(tensor.device)]
 
     def _add_means(self, reader: Reader, norm: Norm, x: torch.Tensor, grads: torch.Tensor) -> None:
         """Take off what a norm takes off a gradient: its mean, and its part along x."""
@@ -314,6 +338,15 @@ class Edges:
             return None
         return output + (self._added * self._deltas[0]).to(output.dtype)
 
+    def move_given(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The same before the first block; a hook."""
+        by_name = select_output(args, None)[0] is None
+        tensor, key = select_output(kwargs if by_name else args, None)
+        moved = None if tensor is None else self.move_input(module, args, tensor)
+        if moved is None:
+            return None
+        return (args, replace_output(kwargs, key, moved)) if by_name else (replace_output(args, key, moved), kwargs)
+
 
 def _nothing(number: int, act: torch.Tensor) -> None:
     """What a run between corrupted and clean puts out isn't looked at."""
@@ -330,8 +363,12 @@ class _Watched:
         study = self.study
         study._watch = self.watch
         self.watch.__enter__()
-        moved = study.graph.writers[0].place.module
-        self.handles.append(moved.register_forward_hook(study.move_input))
+        start = study.graph.start
+        if start is None:
+            moved = study.graph.writers[0].place.module
+            self.handles.append(moved.register_forward_hook(study.move_input))
+        else:
+            self.handles.append(start.register_forward_pre_hook(study.move_given, with_kwargs=True))
         for norm in study.graph.norms:
             self.handles += norm.hook()
 

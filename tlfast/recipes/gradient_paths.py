@@ -50,9 +50,9 @@ def integrated_gradients(
             a floating-point tensor [B, ...] that the model takes as it is.
         metric: (logits, the padded batch) -> [B], as for `saliency`. For a floating-point input it gets what the model
             returns (its logits, where it has some) and the input [B, ...] of that batch.
-        baseline: x'. None: zeros. A tensor that broadcasts to x; or, for tokens, the number of a token, whose embedding
-            stands at every position. Where a model begins with a norm (Llama's kin), zeros are a point at which it
-            jumps, and completeness fails there: take a token.
+        baseline: x'. None: zeros. A tensor that broadcasts to x, for tokens [D], or [P, D] of one length; or, for
+            tokens, the number of a token, whose embedding stands at every position. Where a model begins with a norm
+            (Llama's kin), zeros are a point at which it jumps, and completeness fails there: take a token.
         steps: points on the path, each a forward and a backward.
         tokenizer: makes tokens of texts, and names tokens where scores are drawn.
         embedding: the module whose output is x; None: the model's embedding of tokens. It is called once in a forward.
@@ -91,6 +91,7 @@ def integrated_gradients(
     with at_work(model, name), _Put(point, name) as put:
         for places, batch in examples.batches(device_of(model)):
             x = put.embedded(metric, model, batch)
+            _check_baseline(baseline, x, batch)
             start = _baseline(baseline, x, partial(put.of_token, device=x.device) if x.dim() == 3 else None)
 
             def run(points: torch.Tensor, copies: int, batch: Batch = batch) -> torch.Tensor:
@@ -160,6 +161,17 @@ def _baseline(
     except RuntimeError:
         rule, remedy = f"broadcast to {list(x.shape)}", "Give one for each number, or one for all."
         raise ValueError(broken_rule(_WHO, "baseline", rule, list(given.shape), remedy)) from None
+
+
+def _check_baseline(given: object, x: torch.Tensor, batch: Batch) -> None:
+    """ValueError for a baseline that would meet examples, or positions, that it isn't of: batches are sorted."""
+    if not isinstance(given, torch.Tensor) or x.dim() != 3:
+        return
+    by_example, by_position = given.dim() == 3 and len(given) > 1, given.dim() > 1 and given.shape[-2] > 1
+    if by_example or (by_position and batch.mask is not None and not bool(batch.mask.all())):
+        got = f"{list(given.shape)} for {'several examples' if by_example else 'examples of several lengths'}"
+        remedy = "Call once for each example, or give one for all positions."
+        raise ValueError(broken_rule(_WHO, "baseline", "be [D], or [P, D] where all have one length", got, remedy))
 
 
 class _Path:

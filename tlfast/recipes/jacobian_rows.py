@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from ..backends.choice import reduce_into
 from ..backends.outputs import replace_output, select_output
 from ..errors import broken_rule
+from .jacobian_graphs import Recordings
 from .slopes import slopes_once
 
 # What torch says of an operation that it runs for one gradient of a batch after the other, as the attention of a CPU.
@@ -25,7 +27,7 @@ class JacobianRows:
     Positions t and t' are those from ``skip`` on, without the last. The forward is run once, for one copy of the
     prompt, and a backward takes ``dim_batch`` dimensions k through its graph at once. Where a model has an operation
     that takes no batch of gradients, the prompt is put there ``dim_batch`` times instead; the rows are the same but
-    for rounding.
+    for rounding. On a CUDA device both are recorded at the first prompt of a length, and replayed.
 
     Args:
         model: the model that the blocks are of.
@@ -34,6 +36,8 @@ class JacobianRows:
         dim_batch: dimensions of the target in one backward.
         skip: leading positions that don't count.
         together: whether a backward takes a batch of gradients; None: as it turns out at the first prompt.
+        who: the caller, for errors.
+        recorded: whether CUDA graphs are made, where they can be: these rows are used for many prompts.
     """
 
     def __init__(
@@ -44,10 +48,12 @@ class JacobianRows:
         skip: int,
         together: bool | None = None,
         who: str = "fit_jacobian_lens",
+        recorded: bool = True,
     ) -> None:
         self._model, self._blocks, self._dim_batch, self._skip, self._who = model, list(blocks), dim_batch, skip, who
         self._held: dict[torch.device, torch.Tensor] = {}  # the rows of one prompt, a block for each device
         self.together = together
+        self._recordings = Recordings(who, model) if recorded else None
 
     def of(self, call: Callable[[torch.Tensor], object], tokens: torch.Tensor) -> list[torch.Tensor]:
         """The matrices of all blocks but the last, float32 [D, D] each, on the host.
@@ -58,13 +64,28 @@ class JacobianRows:
         """
         if self.together is None:
             self.together = self._try(call, tokens)
-        if self.together:
-            rows = self._rows(self.residuals(call, tokens), together=True)
-        else:
-            rows = self._rows(self.residuals(call, tokens.expand(self._dim_batch, -1)), together=False)
+        together = self.together
+        rows = self._replayed(call, tokens) if together else None
+        if rows is None:
+            residuals = self.residuals(call, tokens if together else tokens.expand(self._dim_batch, -1))
+            rows = self._rows(residuals, partial(self._backward, residuals, together=together), together)
         # One copy to the host for each device, of all layers there.
         held = {device: block if device.type == "cpu" else block.cpu() for device, block in self._held.items()}
         return [held[device][place] for device, place in rows]
+
+    def _replayed(
+        self, call: Callable[[torch.Tensor], object], tokens: torch.Tensor
+    ) -> list[tuple[torch.device, int]] | None:
+        """The rows of a prompt by CUDA graphs; None where there are none."""
+        forward, backward = partial(self.residuals, call), partial(self._backward, again=True, together=True)
+        recorded = self._recordings and self._recordings.of(forward, backward, tokens, self._dim_batch)
+        if not recorded:
+            return None
+
+        def replay(given: torch.Tensor, again: bool) -> tuple[torch.Tensor, ...]:
+            return recorded.backward()
+
+        return self._rows(recorded.residuals, replay, True, recorded.cotangents)
 
     def residuals(self, call: Callable[[torch.Tensor], object], tokens: torch.Tensor) -> list[torch.Tensor]:
         """The output [B, P, D] of each block, of one forward whose graph begins behind the first of them."""
@@ -128,8 +149,17 @@ class JacobianRows:
             raise self._wrong("lead to the last one", "an output that it isn't made of")
         return found
 
-    def _rows(self, residuals: list[torch.Tensor], together: bool) -> list[tuple[torch.device, int]]:
-        """Fill the blocks of `_held`; where the matrix of each source lies there: device and place."""
+    def _rows(
+        self,
+        residuals: list[torch.Tensor],
+        backward: Callable[[torch.Tensor, bool], tuple[torch.Tensor, ...]],
+        together: bool,
+        cotangents: torch.Tensor | None = None,
+    ) -> list[tuple[torch.device, int]]:
+        """Fill the blocks of `_held`; where the matrix of each source lies there: device and place.
+
+        ``backward`` takes cotangents, and whether another backward follows; those of a recording have their memory.
+        """
         *sources, target = residuals
         width, real, n = target.shape[2], slice(self._skip, target.shape[1] - 1), self._dim_batch
         if any(source.shape != target.shape for source in sources):
@@ -137,7 +167,8 @@ class JacobianRows:
             raise self._wrong("have outputs of one shape", got)
         places = self._make_room(sources)
         shape = (n, *target.shape) if together else target.shape
-        cotangents = torch.zeros(shape, dtype=target.dtype, device=target.device)
+        if cotangents is None:
+            cotangents = torch.zeros(shape, dtype=target.dtype, device=target.device)
         ahead = torch.arange(n, device=target.device)
         for start in range(0, width, n):
             stop = min(start + n, width)
@@ -146,10 +177,8 @@ class JacobianRows:
             first = cotangents[:, 0] if together else cotangents
             first[:, real].transpose(1, 2)[ahead[: stop - start], start + ahead[: stop - start]] = 1.0
             given = cotangents[: stop - start] if together else cotangents
-            for (device, place), grad in zip(
-                places, self._backward(residuals, given, stop < width, together), strict=True
-            ):
-                each = grad[:, 0] if together else grad[: stop - start]
+            for (device, place), grad in zip(places, backward(given, stop < width), strict=True):
+                each = grad[: stop - start, 0] if together else grad[: stop - start]
                 reduce_into(self._held[device][place, start:stop], each[:, real], "mean", over="pos")
         return places
 

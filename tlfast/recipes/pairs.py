@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -107,7 +108,23 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     device = device_of(model)
     if isinstance(inputs, torch.Tensor):
         return model(inputs.detach().to(device))
+    inputs = _with_positions(model, inputs)
     return model(**{key: v.detach().to(device) if isinstance(v, torch.Tensor) else v for key, v in inputs.items()})
+
+
+def _with_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs with the position of each real token, where padding is on the left and nobody has said any.
+
+    A model that learnt its positions would count the padding. One that skips it by its tokens needs nothing.
+    """
+    mask, name = inputs.get(MASK), "position_ids"
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool(mask[:, 0].all()) or name in inputs:
+        return inputs
+    own = any(isinstance(m, nn.Embedding) and m.padding_idx is not None and "position" in at.rpartition(".")[2]
+              for at, m in model.named_modules())  # fmt: skip
+    if own or name not in signature(model.forward).parameters:
+        return inputs
+    return {**inputs, name: (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def logits_of(output: Any) -> Any:

@@ -63,6 +63,18 @@ def find_places(who: str, model: nn.Module, points: Points, side: str, output: i
     return [Place(name, module, side, output) for name, module in found.items()]
 
 
+def layers_of(who: str, model: nn.Module, remedy: str = "See docs/recipes.md for what is read.") -> list[nn.Module]:
+    """The list of modules that is as long as the model's config says; ValueError where there isn't one."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    n_layers = getattr(text, "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and n_layers is not None and len(m) == n_layers]
+    if len(lists) != 1:
+        got = f"{len(lists)} lists of {n_layers} modules" if n_layers else f"a {type(model).__name__}"
+        raise ValueError(broken_rule(who, "model", "have one list of layers", got, remedy))
+    return list(lists[0])
+
+
 class Enough(Exception):
     """A forward has passed the last place: what comes behind isn't looked at."""
 

@@ -1,4 +1,4 @@
-"""A TransformerLens model as a graph: what writes into the residual stream, what reads it, where both are seen."""
+"""A model as a graph: what writes into the residual stream, what reads it, where both are seen; TransformerLens'."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import broken_rule
 from .norms import Norm
@@ -37,6 +38,7 @@ class Reader:
     n_writers: int  # how many write before they read
     weight: torch.Tensor | None = None  # [heads, d_head, d_model], float32: from a gradient that is seen to the norm's
     norm: Norm | None = None  # what lies between the residual stream and what the weight reads
+    columns: torch.Tensor | None = None  # [heads, d_head]: whose a gradient's columns are, where not in order
 
 
 @dataclass
@@ -46,6 +48,7 @@ class ResidualGraph:
     writers: list[Writer]
     readers: list[Reader]
     norms: list[Norm]
+    start: nn.Module | None = None  # what is given the stream first; None: the first writer's place puts it out
 
     @property
     def writer_names(self) -> list[str]:
@@ -62,7 +65,7 @@ class ResidualGraph:
 
 
 def _not_read(who: str, got: str, remedy: str = "See docs/recipes.md for what is read.") -> ValueError:
-    rule = "be a HookedTransformer or a TransformerBridge whose layers add to the residual stream"
+    rule = "be a HookedTransformer, a TransformerBridge or a decoder whose layers add to the residual stream"
     return ValueError(broken_rule(who, "model", rule, got, remedy))
 
 
@@ -74,8 +77,7 @@ def residual_graph(who: str, model: Any, given: str = INPUT) -> ResidualGraph:
     """
     hooks, blocks, cfg = hook_dict_of(model), getattr(model, "blocks", None), getattr(model, "cfg", None)
     if not hooks or blocks is None or cfg is None:
-        remedy = "Wrap a model of Hugging Face: TransformerBridge.boot_transformers, or docs/recipes.md."
-        raise _not_read(who, type(model).__name__, remedy)
+        raise _not_read(who, type(model).__name__)
     split = [flag for flag in _SPLIT if getattr(cfg, flag, False)]
     if split:
         rule, remedy = "be off: gradients are split by heads here without it", "Switch it off."

@@ -15,8 +15,10 @@ from ..collecting.loss import accepted_names
 from ..errors import broken_rule
 from ..hooks.points import find_points
 from ..spec import Points
+from .places import layers_of
 
 _WHO = "fit_jacobian_lens"
+_NAME_THEM = 'Name the layers: blocks="model.layers.*".'
 _ESTIMATOR = {"estimator": "jacobian_lens"}  # there are others by now
 
 
@@ -75,7 +77,9 @@ def residual_stream(model: nn.Module, tokenizer: Any = None, blocks: Points | No
     points: Any = getattr(model, "hook_dict", None)
     if isinstance(points, dict):
         return _of_bridge(model, points, tokenizer, blocks)
-    found = list(find_points(_WHO, model, blocks).values()) if blocks is not None else _layers(model)
+    found = (
+        list(find_points(_WHO, model, blocks).values()) if blocks is not None else layers_of(_WHO, model, _NAME_THEM)
+    )
     if len(found) < 2:
         raise _wrong("blocks", "be at least two", len(found), "Name all layers, in order.")
     config: Any = getattr(model, "config", None)
@@ -118,18 +122,6 @@ def _of_bridge(model: Any, points: dict[str, Any], tokenizer: Any, blocks: Point
     }
     found = [points[f"blocks.{layer}.hook_out"] for layer in range(model.cfg.n_layers)]
     return ResidualStream(model, found, lambda tokens: model(tokens, return_type=None), model.to_tokens, said)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The list of modules that is as long as the model's config says."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    n_layers = getattr(text, "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and n_layers is not None and len(m) == n_layers]
-    if len(lists) != 1:
-        got = f"{len(lists)} lists of {n_layers} modules" if n_layers else f"a {type(model).__name__}"
-        raise _wrong("model", "have one list of layers", got, 'Name the layers: blocks="model.layers.*".')
-    return list(lists[0])
 
 
 def _revision(config: Any) -> str | None:

@@ -56,7 +56,9 @@ def jacobian_lens_patches(concern: Callable[[object], bool]) -> Iterator[Patch]:
             return dict(theirs(model, tokens, **given, backward_provider=backward_provider))
         points = model.hook_dict
         blocks = [points[f"blocks.{layer}.hook_out"] for layer in (*source_layers, model.cfg.n_layers - 1)]
-        rows = JacobianRows(model, blocks, dim_batch, skip_first_positions, _together.get(model), "JacobianLens.fit")
+        rows = JacobianRows(
+            model, blocks, dim_batch, skip_first_positions, _together.get(model), "JacobianLens.fit", False
+        )
         found = rows.of(lambda given: model(given, return_type=None), tokens)
         _together[model] = rows.together
         return dict(zip(source_layers, found, strict=True))
