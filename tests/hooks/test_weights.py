@@ -503,8 +503,8 @@ REFUSED = {
     "the point 0 must be an embedding whose gradient is that of each token by itself, got max_norm.": at(
         lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)), project=2
     ),
-    "capture at 0: project must be two-sided in a capture, got 'one-sided'.": at(
-        linear, project=Projection(4, form="one-sided")
+    "capture at 0: project must be two-sided at an embedding, got 'one-sided'.": at(
+        lambda: nn.Sequential(nn.Embedding(5, 3)), project=Projection(4, form="one-sided")
     ),
     "capture at 0: heads must be (n, d) of a linear layer with n * d outputs, 6 here, got (2, 2).": at(
         linear, heads=(2, 2)

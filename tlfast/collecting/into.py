@@ -462,6 +462,6 @@ def _specs_of(cap: Capture) -> list[dict[str, Any]]:
     """What a dataset says of the specs of a capture."""
     points: dict[int, list[str]] = {}
     specs = {id(spec): spec for _, spec in cap.wanted.values()}
-    for point, spec in cap.wanted.values():
-        points.setdefault(id(spec), []).append(point)
+    for column, (point, spec) in cap.wanted.items():
+        points.setdefault(id(spec), []).extend(cap.summed_points.get(column, [point]))
     return [describe_spec(cap._model, replace(spec, points=points[key])) for key, spec in specs.items()]

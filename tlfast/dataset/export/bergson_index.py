@@ -79,9 +79,9 @@ def _named(rows: Rows) -> _Rows:
         return _Rows(rows, {point: {point: prod(column.row_shape)} for point, column in said.items()}, None)
     headers = [source.header for source in rows.dataset.sources]
     processor, heads = processor_of(headers), heads_of(headers)
-    dim, counts = processor["projection_dim"], {n for n, _ in heads}
+    counts = {n for n, _ in heads}
     names = inside_base(said, headers)
-    shapes = {point: modules_of(point, column, dim, counts) for point, column in said.items()}
+    shapes = {point: modules_of(point, column, processor, counts) for point, column in said.items()}
     modules = {
         point: {names[point] + module.removeprefix(point.removesuffix(ENDING)): size for module, size in found.items()}
         for point, found in shapes.items()
