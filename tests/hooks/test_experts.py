@@ -109,7 +109,9 @@ def test_the_model_is_as_before_and_experts_without_a_token_have_zeros(backend):
     model.zero_grad()
     with tlfast.capture(model, Spec("layers.1.mlp.experts", of="weight"), rows=8, backend=backend) as cap:
         loss(model, ids, mask).backward()
-    assert all(torch.equal(p.grad, plain[name]) for name, p in model.named_parameters() if p.grad is not None)
+    for name, parameter in model.named_parameters():  # where three gradients meet, their order may be another
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-12, atol=1e-14)
     zero = [name for name in cap.names if (cap[name].flatten(1) == 0).all(1).any()]
     assert zero
     summed = torch.stack([cap[f"layers.1.mlp.experts.expert_{k}.down_proj:weight"].sum(0) for k in range(5)])

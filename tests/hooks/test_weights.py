@@ -491,6 +491,9 @@ REFUSED = {
         lambda: nn.ModuleDict({"made": OfOthers(2, 2)}), "made"
     ),
     'RMSNorm with of="weight", got 0, a LazyLinear.': at(lambda: nn.Sequential(nn.LazyLinear(2))),
+    "must be modules that are called, got 0.out_proj, whose weight a MultiheadAttention takes by itself. Leave": at(
+        lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "0.out_proj"
+    ),
     "got 0, a MyExperts whose parameters are of all experts in one. Leave it out: which": at(
         lambda: nn.Sequential(type("MyExperts", (Odd,), {})())
     ),

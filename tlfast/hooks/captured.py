@@ -24,7 +24,7 @@ from .attachment import anything_compiled, check_not_compiled, hook_input, hook_
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .experts import ExpertLayer, RoutedCalls
 from .into import Into, check_ids, openers
-from .layers import engine_weight, weight_arguments, weighted_modules
+from .layers import engine_weight, factor_size, weight_arguments, weighted_modules
 from .options import CaptureOptions
 from .points import find_points
 from .running import RunningSums
@@ -125,6 +125,16 @@ class Capture:
         return [
             RoutedCalls("capture", name, self._model, several, lambda: self._mask) for name, several in layers.items()
         ]
+
+    @property
+    def factor_sizes(self) -> dict[str, int]:
+        """Of columns that have the factors (g, a) of each token side by side: how many numbers g has."""
+        found = {
+            column: factor_size(module, self.wanted[column][1])
+            for (module, _), columns in zip(self._taps, self._columns_of, strict=True)
+            for column in columns
+        }
+        return {column: size for column, size in found.items() if size is not None}
 
     @property
     def routed(self) -> list[str]:

@@ -217,14 +217,14 @@ def _does_as_experts(module: Any) -> bool:
             index = index.to(weight.device)
             weights = (torch.rand(index.shape, generator=draw) + 0.5).to(weight)
             found = module.forward(hidden, index, weights)
-            wanted = torch.zeros_like(hidden, dtype=torch.float32)
+            wanted = torch.zeros_like(hidden, dtype=torch.float64)
             for number in range(n_experts):
                 up, down = (ExpertLayer(module, name, number) for name in (_up_of(module), _DOWN))
                 of_expert = (weights * (index == number)).sum(-1, keepdim=True)
-                wanted += (down(_activated(module, up(hidden))) * of_expert).float()
+                wanted += (down(_activated(module, up(hidden))) * of_expert).double()
     except Exception:  # of a forward that takes other inputs, or weights that aren't here
         return False
     if found.shape != wanted.shape:
         return False
-    tolerance = 8 * torch.finfo(weight.dtype).eps ** 0.75
-    return bool((found.float() - wanted).abs().max() <= tolerance * wanted.abs().max())
+    tolerance = 4 * torch.finfo(weight.dtype).eps ** 0.75
+    return bool((found.double() - wanted).abs().max() <= tolerance * wanted.abs().max())

@@ -155,6 +155,10 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
         own = [module._parameters.get("weight")]
         own = [*module._parameters.values()] if is_experts(module) else own
         shared = next((found for one in own if len(found := owners.get(id(one), [])) > 1), [])
+        around = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(around, nn.MultiheadAttention) and name:
+            rule, got = "be modules that are called", f"{name}, whose weight a MultiheadAttention takes by itself"
+            raise TypeError(broken_rule(who, "points", rule, got, "Leave it out: what it is given isn't seen."))
         if shared:
             rule, got = "have a weight of its own", f"one that is shared by {' and '.join(shared)}"
             remedy = "Leave it out: the gradient of a shared weight is a sum over the modules that use it."
@@ -188,6 +192,12 @@ def row_shape(layer: Layer, spec: Spec) -> tuple[int, ...]:
     if spec.heads is None:
         return n, m
     return spec.heads[0], dim or spec.heads[1], m
+
+
+def factor_size(module: nn.Module, spec: Spec) -> int | None:
+    """Where a row has the factors (g, a) of a token side by side: how many numbers g has."""
+    layer = linear_layer(module) if spec.of == "weight" and spec.projection is None else None
+    return layer.n_outputs if layer is not None and _row(spec) == "factors" else None
 
 
 def projected_name(model: nn.Module, name: str, projection: Projection) -> str:

@@ -137,11 +137,13 @@ def _bases_of(header: Mapping[str, Any]) -> list[str]:
     return [str(base)] if base else []
 
 
-def modules_of(name: str, column: Column, processor: Mapping[str, Any], heads: Collection[int]) -> dict[str, int]:
+def modules_of(
+    name: str, column: Column, processor: Mapping[str, Any], heads: Collection[int], factor: int | None
+) -> dict[str, int]:
     """Return the modules of bergson that a column has the rows of, each with its values in a row of the file.
 
     They are the module's own, or, where the column has ``heads``, those of each one. A row per token may be the two
-    factors of bergson's, [2 * dim]: of outputs, then of inputs.
+    factors of bergson's, of outputs, which has ``factor`` numbers, then of inputs.
 
     Raises:
         DatasetError: for a column that isn't of weights, or whose rows have another shape.
@@ -156,19 +158,27 @@ def modules_of(name: str, column: Column, processor: Mapping[str, Any], heads: C
         return {module: dim}
     n_heads = shape[0] if len(shape) == 3 and shape[0] in heads else 0
     one = shape[1:] if n_heads else shape
-    if dim is not None and one != (dim, dim) and not is_pair(column, dim):
+    if factor is not None:
+        return {module: factor * (shape[0] - factor)}
+    if dim is not None and one != (dim, dim):
         rule = f"have rows of [{dim}, {dim}]"
         raise dataset_error(_WHO, f"point {name!r}", rule, list(shape), remedy)
     if dim is None and column.per == "token":
-        rule = "be projected to have rows per token here"
+        rule = "say of rows per token how many numbers of the outputs they have"
         raise dataset_error(_WHO, f"point {name!r}", rule, f"rows of {list(shape)}", remedy)
     size = prod(one) if dim is None else dim * dim
     return {f"{module}.head_{head}": size for head in range(n_heads)} or {module: size}
 
 
-def is_pair(column: Column, dim: int) -> bool:
-    """Whether rows are the two factors of a token's, side by side."""
-    return column.per == "token" and tuple(column.row_shape) == (2 * dim,)
+def factor_of(name: str, column: Column, dim: int | None, about: Mapping[str, Any]) -> int | None:
+    """Return how many numbers the first of two factors has which rows are, side by side; None for other rows."""
+    if column.per != "token" or len(column.row_shape) != 1:
+        return None
+    if dim is not None:
+        return dim if tuple(column.row_shape) == (2 * dim,) else None
+    said = about.get("factors")
+    found = said.get(name) if isinstance(said, Mapping) else None
+    return found if isinstance(found, int) and 0 < found < column.row_shape[0] else None
 
 
 def heads_of(headers: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
