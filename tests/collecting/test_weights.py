@@ -10,7 +10,7 @@ from tiny_models import collect, collect_words, save_model, save_text, sequences
 import tlfast
 from tlfast import Projection, Spec
 from tlfast.cli import main
-from tlfast.dataset import DatasetError, ShuffledBatches
+from tlfast.dataset import DatasetError, Plan, ShuffledBatches
 from tlfast.hooks.normalizers import AdamNormalizer
 
 EXAMPLES = sequences(9)
@@ -161,3 +161,28 @@ def test_sums_over_modules_and_normalized_rows(tmp_path):
     collect(model, tmp_path / "rows", EXAMPLES, resume="must", **settings)
     sums = tlfast.running(model, EXAMPLES, stats=("mean",), points=[summed])
     assert_rows(sums["gradients:weight"].mean[None].float(), total.mean(0, keepdim=True))
+
+
+def test_rows_of_ones_own_loop_say_what_they_are(tmp_path):
+    """Sums over modules, and the size of the first factor of tokens: not a part of the identity."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(4, 5, 3)
+    specs = [
+        Spec("*", of="weight", project=Projection(3, form="one-sided"), summed=True),
+        Spec(["0", "1"], of="weight", per="token", name="pairs"),
+    ]
+    plan = Plan(4, rows_per_unit=4)
+    with tlfast.capture(model, specs, rows=4) as cap, cap.into(tmp_path / "rows", plan=plan) as written:
+        for ids in written.batches(2):
+            with cap.batch(ids=ids):
+                model(x[ids]).square().sum().backward()
+    rows = tlfast.open_dataset(tmp_path / "rows")
+    assert rows.info()["about"]["factors"] == {"0:pairs": 4, "1:pairs": 2}
+    assert rows.header["specs"][0]["summed"]
+    assert rows.header["specs"][0]["points"] == ["0", "1"]
+    wanted = 0
+    for name in ("0", "1"):
+        grads = [torch.autograd.grad(model(one).square().sum(), model.get_submodule(name).weight)[0] for one in x]
+        flat = torch.stack(grads).flatten(1)
+        wanted = wanted + flat @ Projection(3, form="one-sided").matrix(name, "single", flat.shape[1]).T / 3**0.5
+    torch.testing.assert_close(rows["gradients:weight"][:], wanted, rtol=1e-4, atol=1e-4)

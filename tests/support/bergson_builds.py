@@ -176,7 +176,8 @@ def our_rows(folder: Path, setting: str) -> dict[str, np.ndarray]:
     if "normalizer" not in BUILDS[setting][1]:
         return index_rows(export_dataset(folder, to="bergson"))
     ds = open_dataset(folder)
-    return {name.removesuffix(":weight").removeprefix("transformer."): ds[name][:].flatten(1).numpy() for name in ds}
+    inside = {name: name.removesuffix(":weight").removeprefix("transformer.") for name in ds.points}
+    return {module: ds[name][:].flatten(1).numpy() for name, module in inside.items()}
 
 
 def assert_same(found: dict[str, np.ndarray], true: dict[str, np.ndarray]) -> None:

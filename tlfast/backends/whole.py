@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Whole:
     def projected(self, flat: torch.Tensor) -> torch.Tensor:
         """[n, O * I] to [n, p]."""
         if self.matrix is not None:
-            return flat @ self.matrix.to(flat).T
+            made: torch.Tensor = flat @ self.matrix.to(flat).T
+            return made
         assert self.project is not None
         return self.project(flat)
 
@@ -61,4 +63,4 @@ class Whole:
             return made
         n = self.projected(made[:1].flatten(1)).shape[1]
         whole: torch.Tensor = torch.linalg.vector_norm(made.flatten(1), 2, 1, keepdim=True)
-        return whole.expand(-1, n) / n**0.5
+        return whole.expand(-1, n) / sqrt(n)

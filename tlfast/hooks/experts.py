@@ -26,6 +26,8 @@ Bool = torch.Tensor
 class ExpertLayer(nn.Module):
     """A matrix of one expert [n_outputs, n_inputs], of the parameter ``parameter`` of its module."""
 
+    experts: Any
+
     def __init__(self, experts: nn.Module, parameter: str, number: int):
         super().__init__()
         self.__dict__["experts"] = experts  # no child: it is the other way round

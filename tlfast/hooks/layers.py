@@ -154,7 +154,8 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
     for name, module in kept.items():
         own = [module._parameters.get("weight")]
         own = [*module._parameters.values()] if is_experts(module) else own
-        shared = next((found for one in own if len(found := owners.get(id(one), [])) > 1), [])
+        sharing = [owners.get(id(one), []) for one in own]
+        shared = next((names for names in sharing if len(names) > 1), None)
         around = model.get_submodule(name.rpartition(".")[0])
         if isinstance(around, nn.MultiheadAttention) and name:
             rule, got = "be modules that are called", f"{name}, whose weight a MultiheadAttention takes by itself"

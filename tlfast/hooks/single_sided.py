@@ -9,6 +9,7 @@ import torch
 from ..backends.whole import Whole
 from ..projections.applying import MOST_KEPT, Projector, native_sketch, projector
 from ..projections.projection import Projection
+from ..spec import Backend
 
 
 @dataclass(eq=False)
@@ -25,7 +26,7 @@ class Projecting:
         """[n, columns] -> [n, dim], scaled."""
         key = flat.dtype, flat.device
         if key not in self.made:
-            backend = "python" if self.backend == "python" else "auto"
+            backend: Backend = "python" if self.backend == "python" else "auto"
             self.made[key] = projector(self.projection, self.module, "single", self.columns, *key, backend)
         return self.made[key](flat)
 
