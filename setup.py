@@ -65,6 +65,7 @@ TOGETHER = {
         "tap",
         "tensor_cache",
         "weight",
+        "whole",
     ),
 }
 # What a device needs, by the kind of build: a device that is missing is another file, and no condition in one. The

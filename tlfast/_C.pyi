@@ -30,6 +30,15 @@ class FactorSums:
     def __init__(self, kind: str) -> None: ...
     def totals(self) -> list[torch.Tensor]: ...
 
+class Whole:
+    def __init__(
+        self,
+        factor: torch.Tensor | None,
+        matrix: torch.Tensor | None,
+        sketch: Sketcher | None,
+        project: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None: ...
+
 class Weight:
     def __init__(
         self,
@@ -43,7 +52,7 @@ class Weight:
         padding_idx: int,
         norm: tuple[int, float],
         window: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], str, int] | None,
-        sketches: tuple[Sketcher | None, Sketcher | None],
+        instead: tuple[Sketcher | None, Sketcher | None, Whole | None],
         queries: Sequence[torch.Tensor],
     ) -> None: ...
 
@@ -62,6 +71,7 @@ class Sketcher:
 
 class Column:
     name: str
+    total: Column | None
     masked: bool
     own_mask: torch.Tensor | None
     ref: torch.Tensor | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, Literal, cast, get_args
 
@@ -32,6 +32,7 @@ At = int | str | Sequence[int]
 Project = int | Projection
 Query = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Queries = Query | Mapping[str, Query]
+Normalizing = Any  # a normalizer, or a mapping from points to such: tlfast.hooks.normalizers, which stands above this
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SOURCES: tuple[str, ...] = get_args(Of)
@@ -130,6 +131,12 @@ class Spec:
             and V [Q, r, I], of which a query is the product U V: those of a query example's tokens are its gradient's.
             Of several points a mapping from the name of each. A constant that no step changes. What is computed is the
             form with the fewest multiplications: that of G first, of the query with the input first, or of the factors.
+        normalizer: of "weight": what divides G, before it is projected, by the size that an optimizer has seen at each
+            place: an `AdamNormalizer` or `AdafactorNormalizer` of `tlfast.hooks.normalizers`, of one point; or a
+            mapping to such from the name of each, as `tlfast.read_optimizer` and `Factors.normalizers` return it, which
+            may have others, too. Its tensors are part of a dataset's identity.
+        summed: of "weight" with a one-sided projection: the rows of all points added up in their order, one column
+            ``gradients:weight`` [dim]. Each module has a matrix of its own, so this is one projection of all weights.
 
     Raises:
         ValueError, TypeError: for an unknown reduction, dimension, dtype, source, side or encoding, for a norm or
@@ -162,6 +169,8 @@ class Spec:
     project: Project | None = None
     bias: bool = False
     queries: Queries | None = None
+    normalizer: Normalizing | None = None
+    summed: bool = False
 
     def __post_init__(self) -> None:
         one_of("Spec", "reduce", self.reduce, REDUCTIONS)
@@ -177,6 +186,7 @@ class Spec:
             given = {"over": self.over, "output": self.output, "side": self.side, "at": self.at}
             check_of_weight("Spec", self.reduce, given)
         check_queries("Spec", self.of, self.reduce, self.queries)
+        check_whole("Spec", self)
         check_rows_kept("Spec", self.per, self.dims, self.encoding, self.dtype)
         if self.per == "token" and self.at is not None:
             rule, remedy = 'be left out with per="token"', 'Keep chosen positions by reduce="none", or all tokens.'
@@ -209,6 +219,11 @@ class Spec:
     def reads_act(self) -> bool:
         """Whether the output, or the input, is kept for the backward."""
         return self.of in ("act", "grad*act")
+
+    @property
+    def of_one(self) -> Spec:
+        """What makes the rows of one point of those that are summed."""
+        return replace(self, summed=False, name=f"{self.label}, to be summed") if self.summed else self
 
     def place(self, point: str) -> str:
         """Which tap it needs: that of the point, or the one at its input, or at what the layer itself puts out."""
@@ -272,6 +287,22 @@ def check_queries(who: str, of: str, reduce: str, queries: object) -> None:
             got = str(one.dtype) if isinstance(one, torch.Tensor) else type(one).__name__
             rule, remedy = "be tensors of floats, or pairs of them", "Write queries=tensor, or (U, V)."
             raise TypeError(broken_rule(who, "queries", rule, got, remedy))
+
+
+def check_whole(who: str, spec: Spec) -> None:
+    """An error for a normalizer that is none, or a sum of rows that have none."""
+    if spec.normalizer is not None and spec.of != "weight":
+        rule, remedy = 'be left out unless of="weight"', 'Say of="weight", or leave it out.'
+        raise ValueError(broken_rule(who, "normalizer", rule, f"one with of={spec.of!r}", remedy))
+    if not isinstance(spec.summed, bool):
+        raise TypeError(broken_rule(who, "summed", "be True or False", repr(spec.summed), "Say summed=True."))
+    projection = spec.projection if spec.of == "weight" else None
+    plain = spec.reduce == "none" and spec.queries is None and spec.heads is None and spec.per == "example"
+    if spec.summed and (projection is None or projection.form != "one-sided" or not plain):
+        rule = "be left out unless rows are one-sided projections, of whole examples"
+        got = f"True with project={spec.project!r}, reduce={spec.reduce!r}, per={spec.per!r}"
+        remedy = 'Say project=Projection(dim, form="one-sided"), and no reduce=, heads=, per= or queries=.'
+        raise ValueError(broken_rule(who, "summed", rule, got, remedy))
 
 
 def check_of_weight(who: str, reduce: str, given: Mapping[str, object]) -> None:

@@ -29,9 +29,10 @@ struct Pending {
   at::Tensor sum;                              // of the gradients, for the columns that keep that
   std::vector<at::Tensor> sums;                // of each column that adds up the rows of its calls
   std::vector<std::vector<at::Tensor>> parts;  // of each column that stacks, those of its calls
+  std::vector<at::Tensor> totals;              // of each column whose rows are added to those of other points
 
   bool adds() const { return sum.defined() || !sums.empty(); }
-  bool empty() const { return !adds() && parts.empty(); }
+  bool empty() const { return !adds() && parts.empty() && totals.empty(); }
 };
 
 // One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it.

@@ -84,6 +84,33 @@ void finish(const Point& point, Backward& run) {
   }
 }
 
+// Write the sums of the rows of several points, in their order; NaN where one of these has none.
+void finish_totals(const std::vector<std::shared_ptr<Point>>& points, Backward& run) {
+  std::vector<std::pair<std::shared_ptr<Column>, at::Tensor>> sums;
+  std::vector<Column*> missing;
+  for (const auto& point : points) {
+    for (size_t number = 0; number < point->columns.size(); ++number) {
+      const auto& total = point->columns[number]->total;
+      if (!total) continue;
+      auto sum = std::find_if(sums.begin(), sums.end(), [&](const auto& one) { return one.first == total; });
+      if (sum == sums.end()) sum = sums.emplace(sums.end(), total, at::Tensor());
+      if (!run.fired[point->index]) {
+        missing.push_back(total.get());
+        continue;
+      }
+      const at::Tensor& part = run.pending[point->index].totals.at(number);
+      if (on_gpu(part)) read_on(current_stream(part.device()), part);
+      sum->second = sum->second.defined() ? sum->second.add(part.to(sum->second.device())) : part;
+    }
+  }
+  for (const auto& [total, sum] : sums) {
+    if (std::find(missing.begin(), missing.end(), total.get()) != missing.end())
+      total->rows.fill_nan(run.block->place(), run.block->n);
+    else
+      total->put_sum(run.block->place(), sum);
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<Backwards> Backwards::make(std::shared_ptr<Ledger> ledger, bool missing_is_nan) {
@@ -94,7 +121,11 @@ std::shared_ptr<Backwards> Backwards::make(std::shared_ptr<Ledger> ledger, bool 
 
 void Backwards::add(const std::shared_ptr<Point>& point) {
   points.push_back(point);
-  ledger->columns.insert(ledger->columns.end(), point->columns.begin(), point->columns.end());
+  auto& columns = ledger->columns;
+  for (const auto& column : point->columns) {
+    const auto& held = column->total ? column->total : column;
+    if (std::find(columns.begin(), columns.end(), held) == columns.end()) columns.push_back(held);
+  }
 }
 
 void Backwards::set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale) {
@@ -230,9 +261,11 @@ void Backwards::end(int64_t task) {
   Block& block = *run->block;
   if (!missing.empty() && !block.cursor) ledger->settle();
   for (int64_t index : missing)
-    for (const auto& column : points[size_t(index)]->columns) column->rows.fill_nan(block.place(), block.n);
+    for (const auto& column : points[size_t(index)]->columns)
+      if (!column->total) column->rows.fill_nan(block.place(), block.n);
   for (const auto& point : points)
     if (!run->pending[point->index].empty()) finish(*point, *run);
+  finish_totals(points, *run);
   ledger->commit(block, std::move(missing));
   calls_before_ = n_calls;
   forget(run);

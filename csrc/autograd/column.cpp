@@ -149,7 +149,7 @@ void Column::count_plan(const Place& place, const Plan& plan, const at::Tensor& 
 at::Tensor Column::part(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step,
                         double scale) {
   const Read read = recipe.read(seen, given(mask_of_step, scale));
-  const bool added = calls == Calls::sum;
+  const bool added = calls == Calls::sum || total;
   const auto dtype = added ? accumulator(read.tensor.scalar_type()) : recipe.row_dtype(read.tensor);
   const at::Tensor out = recipe.empty_for(read, dtype);
   const Plan plan = recipe.plan(out, read);

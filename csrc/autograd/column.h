@@ -42,7 +42,8 @@ class Column {
 
   const std::string name, who;
   const Calls calls;
-  bool masked = true;  // false: the gradients have no positions, and a step's mask is not about them
+  std::shared_ptr<Column> total;  // to which its rows are added, with those of other points: it has none of its own
+  bool masked = true;             // false: the gradients have no positions, and a step's mask is not about them
   // Of this step, or of all:
   std::optional<at::Tensor> own_mask;  // in place of the step's mask: a decoder has positions of its own
   std::optional<at::Tensor> ref;       // what the gradient is multiplied with

@@ -58,6 +58,15 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& all) {
   for (size_t number = 0; number < columns_.size(); ++number) {
     Column& column = *columns_[number];
     const Seen seen{.grad = all.grad, .act = column.recipe.weight ? all.kept->at(n_weights++) : all.act};
+    if (column.total) {
+      held.totals.resize(columns_.size());
+      at::Tensor part = column.part(place, seen, mask, run->scale);
+      if (column.calls == Calls::sum)
+        add_to(held.totals[number], point.who, part);
+      else
+        held.totals[number] = std::move(part);
+      continue;
+    }
     switch (column.calls) {
       case Calls::stack:
         held.parts.resize(columns_.size());

@@ -81,7 +81,7 @@ WeightRow parse_weight_row(const std::string& name) {
 Weight::Weight(Form form)
     : form_(std::move(form)),
       early_(form_.right && form_.right->dim() == 2 && form_.layer != Layer::layer_norm &&
-             form_.layer != Layer::rms_norm && form_.right->size(0) < form_.right->size(1)) {
+             form_.layer != Layer::rms_norm && form_.right->size(0) < form_.right->size(1) && !form_.whole) {
   const auto require = [](bool holds, const char* argument, const std::string& rule, const auto& got) {
     TORCH_CHECK_VALUE(holds, broken_rule("capture", argument, rule, c10::str(got), "Make it by Spec(of=\"weight\")."));
   };
@@ -111,6 +111,10 @@ Weight::Weight(Form form)
   require(form_.eps >= 0, "eps", "not be negative", form_.eps);
   require(std::isfinite(form_.scale), "scale", "be finite", form_.scale);
   require(scores() == bool(form_.queries), "queries", "be there for scores, and for these alone", scores());
+  require(!form_.whole || ((form_.layer == Layer::linear || conv) && !per_token() && !form_.sums), "whole",
+          "be of rows of linear layers and convolutions, for each example", "another");
+  require(!form_.whole || !form_.whole->projects() || (!form_.left && !form_.right && !form_.heads), "whole",
+          "project alone", "with others");
   const bool fits = form_.layer == Layer::linear && !form_.heads && (!form_.left || form_.left->dim() == 2);
   require(form_.sums ? fits : form_.row != WeightRow::sums, "sums", "be there, of a linear layer without heads",
           form_.sums ? "another" : "none");
@@ -205,7 +209,7 @@ at::Tensor Weight::outputs_of(const std::string& who, const at::Tensor& grad) co
 
 // [B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]. The groups of a convolution have other columns of L.
 at::Tensor Weight::project_outputs(const at::Tensor& g) const {
-  if (!form_.left) return g;
+  if (!form_.left || form_.whole) return g;
   const at::Tensor left = moved_.turned(*form_.left, g);
   if (groups() > 1) {
     const at::Tensor each = left.unflatten(0, {groups(), -1});  // [groups, O / groups, p]
@@ -264,12 +268,12 @@ at::Tensor Weight::inputs_of(const at::Tensor& kept, const at::Tensor& given) co
     case Layer::linear: {
       if (early_) return kept;
       const at::Tensor a = wide(in_positions(kept));
-      return form_.right ? project_input(a) : a;
+      return form_.right && !form_.whole ? project_input(a) : a;
     }
     case Layer::conv: {
       if (early_) return kept.flatten(2).unflatten(1, {window.groups, -1}).flatten(0, 1).transpose(1, 2);
       const at::Tensor a = windows(at::pad(wide(kept), window.padding, window.padding_mode)).flatten(0, 1);
-      return form_.right ? project_input(a) : a;
+      return form_.right && !form_.whole ? project_input(a) : a;
     }
     case Layer::embedding: {
       const at::Tensor tokens = kept.flatten(1);
@@ -301,10 +305,11 @@ at::Tensor Weight::rows(const std::string& who, const at::Tensor& kept, const at
     left_out = left_out ? left_out->logical_or(padding) : padding;
   }
   const at::Tensor outputs = without(project_outputs(given), left_out);
-  const bool one = form_.bias && !form_.right, same = form_.layer == Layer::embedding && !form_.right;
+  const bool one = form_.bias && (!form_.right || form_.whole), same = form_.layer == Layer::embedding && !form_.right;
   const int64_t n_positions = outputs.size(1), size = outputs.size(2) * (same ? n_positions : inputs.size(2));
   if (!same) inputs = without(inputs, left_out);
   if (form_.sums) return form_.sums->add(outputs, inputs, one, left_out, scale);
+  if (form_.whole) return of_whole(outputs, inputs, one);
   if (form_.row == WeightRow::norm && groups() == 1 && (same || 2 * n_positions * n_positions < size))
     return norms_by_products(outputs, inputs, one, same);
   TORCH_CHECK_VALUE(!per_token() || grad.dim() > 2, broken_rule(who, "a gradient", "have positions as dimension 1",
@@ -333,7 +338,36 @@ at::Tensor Weight::sums_of(const at::Tensor& outputs, const at::Tensor& inputs, 
   if (one) sums = at::cat({sums, outputs.sum(1).to(dtype).unsqueeze(2)}, 2);
   if (groups() == 1) return sums;
   sums = sums.unflatten(0, {-1, groups()});
-  return form_.left ? sums.sum(1) : sums.flatten(1, 2);
+  return form_.left && !form_.whole ? sums.sum(1) : sums.flatten(1, 2);
+}
+
+// The rows of gradients [B * groups, T, O] and inputs [B * groups, T, I] whose G is made first; of some examples at a
+// time.
+at::Tensor Weight::of_whole(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const {
+  static constexpr int64_t kElements = int64_t(1) << 24;
+  const int64_t n = outputs.size(0) / groups(), each = outputs.size(2) * groups() * (inputs.size(2) + int64_t(one));
+  const int64_t step = std::clamp<int64_t>(kElements / std::max<int64_t>(each, 1), 1, std::max<int64_t>(n, 1));
+  std::vector<at::Tensor> rows;
+  for (int64_t start = 0; start == 0 || start < n; start += step) {
+    const int64_t first = start * groups(), more = std::min(step, n - start) * groups();
+    rows.push_back(row_of_whole(
+        form_.whole->normalized(sums_of(outputs.narrow(0, first, more), inputs.narrow(0, first, more), one))));
+  }
+  return rows.size() == 1 ? rows[0] : at::cat(rows);
+}
+
+// [n, O, I], normalized, to what a row is.
+at::Tensor Weight::row_of_whole(const at::Tensor& gradients) const {
+  at::Tensor row = gradients;
+  if (form_.whole->projects()) {
+    row = form_.whole->projected(gradients.flatten(1));
+  } else {
+    if (form_.heads) row = row.unflatten(1, {form_.heads, -1});
+    if (form_.left) row = at::matmul(moved_.like(*form_.left, row), row);
+    if (form_.right) row = at::matmul(row, moved_.turned(*form_.right, row));
+  }
+  if (scores()) return form_.queries->of_gradients(row);
+  return form_.row == WeightRow::norm ? at::linalg_vector_norm(row.flatten(1), 2, at::IntArrayRef{1}) : row;
 }
 
 // The dot products of G, or of each position's, with the queries. Some rows of G are there at a time, of all examples:

@@ -12,6 +12,7 @@
 #include "moved.h"
 #include "queries.h"
 #include "sketcher.h"
+#include "whole.h"
 
 namespace tlfast {
 
@@ -50,6 +51,7 @@ class Weight {
     std::shared_ptr<const Sketcher> left_sketch, right_sketch;  // do what L, and R without its bias, do on the CPU
     std::shared_ptr<const Queries> queries;                     // of scores
     std::shared_ptr<FactorSums> sums = nullptr;                 // of `WeightRow::sums`
+    std::shared_ptr<const Whole> whole = nullptr;               // makes G first, and the row of that
   };
   explicit Weight(Form form);
 
@@ -81,6 +83,8 @@ class Weight {
   at::Tensor outputs_of(const std::string& who, const at::Tensor& grad) const;
   at::Tensor project_outputs(const at::Tensor& g) const;
   at::Tensor sums_of(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const;
+  at::Tensor of_whole(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const;
+  at::Tensor row_of_whole(const at::Tensor& gradients) const;
   at::Tensor scores_of(const at::Tensor& outputs, at::Tensor inputs, bool one, bool tokens) const;
   at::Tensor norms_by_products(const at::Tensor& outputs, const at::Tensor& inputs, bool one, bool same) const;
   at::Tensor of_norm(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,

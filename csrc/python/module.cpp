@@ -19,6 +19,10 @@ using namespace tlfast;
 
 namespace {
 
+// What is applied in place of matrices: sketches, of the left and of the right one, and what whole gradients go
+// through.
+using Instead = std::tuple<std::shared_ptr<Sketcher>, std::shared_ptr<Sketcher>, std::shared_ptr<Whole>>;
+
 // (kernel, stride, dilation, padding, padding mode, groups)
 using WindowGiven = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
                                std::string, int64_t>;
@@ -48,8 +52,7 @@ std::shared_ptr<Weight> make_weight(const std::string& layer,
                                     const std::variant<std::string, std::shared_ptr<FactorSums>>& row, bool bias,
                                     const std::optional<at::Tensor>& left, const std::optional<at::Tensor>& right,
                                     double scale, int64_t heads, int64_t padding_idx, std::pair<int64_t, double> norm,
-                                    const std::optional<WindowGiven>& window,
-                                    std::pair<std::shared_ptr<Sketcher>, std::shared_ptr<Sketcher>> sketches,
+                                    const std::optional<WindowGiven>& window, Instead instead,
                                     std::vector<at::Tensor> queries) {
   const auto* const sums = std::get_if<std::shared_ptr<FactorSums>>(&row);
   Window made;
@@ -66,10 +69,16 @@ std::shared_ptr<Weight> make_weight(const std::string& layer,
                    .padding_idx = padding_idx,
                    .normalized = norm.first,
                    .eps = norm.second,
-                   .left_sketch = std::move(sketches.first),
-                   .right_sketch = std::move(sketches.second),
+                   .left_sketch = std::get<0>(instead),
+                   .right_sketch = std::get<1>(instead),
                    .queries = queries.empty() ? nullptr : std::make_shared<const Queries>(std::move(queries)),
-                   .sums = sums ? *sums : nullptr});
+                   .sums = sums ? *sums : nullptr,
+                   .whole = std::get<2>(instead)});
+}
+
+std::shared_ptr<Whole> make_whole(std::optional<at::Tensor> factor, std::optional<at::Tensor> matrix,
+                                  std::shared_ptr<Sketcher> sketch, const py::object& project) {
+  return std::make_shared<Whole>(std::move(factor), std::move(matrix), std::move(sketch), change_of(project));
 }
 
 std::shared_ptr<Ledger> make_ledger(int64_t rows) {
@@ -130,10 +139,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<FactorSums, std::shared_ptr<FactorSums>>(m, "FactorSums")
       .def(py::init<const std::string&>())
       .def("totals", &FactorSums::totals, py::call_guard<py::gil_scoped_release>());
+  py::class_<Whole, std::shared_ptr<Whole>>(m, "Whole").def(py::init(&make_whole));
   py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight").def(py::init(&make_weight));
   py::class_<Column, std::shared_ptr<Column>>(m, "Column")
       .def(py::init(&make_column))
       .def_readonly("name", &Column::name)
+      .def_readwrite("total", &Column::total)
       .def_readwrite("masked", &Column::masked)
       .def_readwrite("own_mask", &Column::own_mask)
       .def_readwrite("ref", &Column::ref)

@@ -33,7 +33,11 @@ BY_NAME = {
     "row_scale": [None, "1", float("nan")],
     "window": [1, "3", (), ([3], [1], [1], [1, 1], "constant", 1), ([3], [1], [1], [1], "constant", 1)],
     "weight": [1, "0", object()],
-    "sketches": [1, "0", (None,), (1, None), object()],
+    "instead": [1, "0", (None,), (1, None, None), (None, None, 1), object()],
+    "factor": [1, "mask", torch.ones(2), torch.ones(2, 2, dtype=torch.int64), torch.ones(0, 2), None],
+    "matrix": [1, "mask", torch.ones(2), torch.ones(2, 2, dtype=torch.int64), torch.ones(0, 2)],
+    "sketch": [1, "0", object()],
+    "project": [1, "0", object()],
     "queries": [
         1, "0", None, (None,), (torch.ones(2),), (torch.ones(2, 2, dtype=torch.int64),), (torch.ones(0, 2),),
         (torch.ones(2, 2, 3), torch.ones(2, 2, 2)), (torch.ones(2, 2, 2),), object(),
@@ -145,7 +149,7 @@ class Made:
             "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {}, "layer": "linear", "row": "gradient", "padding_idx": -1,
-            "norm": (1, 1e-5), "sketches": (None, None), "queries": (),
+            "norm": (1, 1e-5), "instead": (None, None, None), "queries": (), "factor": torch.ones(2, 2),
             "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
             "input_signs": torch.ones(1, 8), "shifts": torch.zeros(1, 2).long(),
         }  # fmt: skip

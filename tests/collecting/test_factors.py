@@ -226,7 +226,7 @@ def test_globs_mean_linear_layers_with_a_weight_of_their_own():
 
 def test_sums_are_of_linear_layers(backend):
     engine = pick_backend("capture", backend, {"cpu"})
-    more = (None, torch.ones(2, 3), 1.0, 0, -1, (1, 0.0), None, (None, None), ())
+    more = (None, torch.ones(2, 3), 1.0, 0, -1, (1, 0.0), None, (None, None, None), ())
     sums = engine.FactorSums("products")
     with refuses("capture: sums must be there, of a linear layer without heads, got another."):
         engine.Weight("embedding", sums, False, *more)

@@ -1,5 +1,7 @@
 """A dataset of weight gradients: right for each example alone, by the command too, and wherever rows go from there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from tiny_models import collect, collect_words, save_model, save_text, sequences
 import tlfast
 from tlfast import Projection, Spec
 from tlfast.cli import main
-from tlfast.dataset import ShuffledBatches
+from tlfast.dataset import DatasetError, Plan, ShuffledBatches
+from tlfast.hooks.normalizers import AdamNormalizer
 
 EXAMPLES = sequences(9)
 LAYERS = {
@@ -125,3 +128,61 @@ def test_a_weight_that_is_shared_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="collect: the point lm_head must have a weight of its own"):
         collect(tiny_model(), tmp_path / "rows", EXAMPLES, **SETTINGS | {"points": "lm_head"})
     assert not (tmp_path / "rows").exists()
+
+
+def test_sums_over_modules_and_normalized_rows(tmp_path):
+    """Rows of each example alone, by collect, into and a stream; a normalizer with other numbers is another dataset."""
+    model, project = tiny_model().eval(), Projection(6, "count-sketch", form="one-sided")
+    points, held = [FIRST, SECOND], {}
+    full = alone(tiny_model().eval(), points, EXAMPLES)
+    for number, name in enumerate(points):
+        v = torch.rand(full[name].shape[1:], generator=torch.Generator().manual_seed(number)) * 1e-3 + 1e-3
+        held[name] = AdamNormalizer(v)
+    summed = Spec(points, of="weight", project=project, summed=True, normalizer=held)
+    adam = Spec(points, of="weight", project=3, normalizer=held, dtype="float32", name="adam")
+    settings = {"points": [summed, adam], "rows_per_unit": 4, "batch_tokens": 64}
+    collect(model, tmp_path / "rows", EXAMPLES, **settings)
+    rows, total = tlfast.open_dataset(tmp_path / "rows"), 0
+    for name in points:
+        normalized = held[name](full[name])
+        flat = normalized.flatten(1)
+        total = total + flat @ project.matrix(name, "single", flat.shape[1]).double().T
+        assert_rows(rows[f"{name}:adam"][:], projected(name, normalized, Projection(3)))
+    assert_rows(rows["gradients:weight"][:], total)
+    said, other = rows.header["specs"]
+    assert (said["summed"], said["points"], said["project"]["form"]) == (True, points, "one-sided")
+    assert said["normalizer"] == other["normalizer"]
+    assert said["normalizer"]["kind"] == "adam"
+    changed = dict(held)
+    changed[SECOND] = AdamNormalizer(held[SECOND].second_moment * (1 + 2**-20))
+    others = [replace(summed, normalizer=changed), adam]
+    with pytest.raises(DatasetError, match="specs"):
+        collect(model, tmp_path / "rows", EXAMPLES, **settings | {"points": others})
+    collect(model, tmp_path / "rows", EXAMPLES, resume="must", **settings)
+    sums = tlfast.running(model, EXAMPLES, stats=("mean",), points=[summed])
+    assert_rows(sums["gradients:weight"].mean[None].float(), total.mean(0, keepdim=True))
+
+
+def test_rows_of_ones_own_loop_say_what_they_are(tmp_path):
+    """Sums over modules, and the size of the first factor of tokens: not a part of the identity."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(4, 5, 3)
+    specs = [
+        Spec("*", of="weight", project=Projection(3, form="one-sided"), summed=True),
+        Spec(["0", "1"], of="weight", per="token", name="pairs"),
+    ]
+    plan = Plan(4, rows_per_unit=4)
+    with tlfast.capture(model, specs, rows=4) as cap, cap.into(tmp_path / "rows", plan=plan) as written:
+        for ids in written.batches(2):
+            with cap.batch(ids=ids):
+                model(x[ids]).square().sum().backward()
+    rows = tlfast.open_dataset(tmp_path / "rows")
+    assert rows.info()["about"]["factors"] == {"0:pairs": 4, "1:pairs": 2}
+    assert rows.header["specs"][0]["summed"]
+    assert rows.header["specs"][0]["points"] == ["0", "1"]
+    wanted = 0
+    for name in ("0", "1"):
+        grads = [torch.autograd.grad(model(one).square().sum(), model.get_submodule(name).weight)[0] for one in x]
+        flat = torch.stack(grads).flatten(1)
+        wanted = wanted + flat @ Projection(3, form="one-sided").matrix(name, "single", flat.shape[1]).T / 3**0.5
+    torch.testing.assert_close(rows["gradients:weight"][:], wanted, rtol=1e-4, atol=1e-4)

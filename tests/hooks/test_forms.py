@@ -594,7 +594,9 @@ def test_settings_beside_specs():
         "heads": (1, 2), "at": 0, "per": "token", "encoding": "int8",
         "project": 4, "bias": True,
     }  # fmt: skip
-    assert {"points", *beside} == {field.name for field in fields(Spec)} - {"name", "queries"}
+    assert {"points", *beside} == {field.name for field in fields(Spec)} - {
+        "name", "queries", "normalizer", "summed",
+    }  # fmt: skip
     for argument, value in beside.items():
         got = "one" if argument == "ref" else repr(value)
         text = f"capture: {argument} must be left out where points are Specs, got {got} beside them. Say it in each Sp"

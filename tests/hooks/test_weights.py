@@ -491,6 +491,9 @@ REFUSED = {
         lambda: nn.ModuleDict({"made": OfOthers(2, 2)}), "made"
     ),
     'RMSNorm with of="weight", got 0, a LazyLinear.': at(lambda: nn.Sequential(nn.LazyLinear(2))),
+    "must be modules that are called, got 0.out_proj, whose weight a MultiheadAttention takes by itself. Leave": at(
+        lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "0.out_proj"
+    ),
     "got 0, a MyExperts whose parameters are of all experts in one. Leave it out: which": at(
         lambda: nn.Sequential(type("MyExperts", (Odd,), {})())
     ),
@@ -503,8 +506,8 @@ REFUSED = {
     "the point 0 must be an embedding whose gradient is that of each token by itself, got max_norm.": at(
         lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)), project=2
     ),
-    "capture at 0: project must be two-sided in a capture, got 'one-sided'.": at(
-        linear, project=Projection(4, form="one-sided")
+    "capture at 0: project must be two-sided at an embedding, got 'one-sided'.": at(
+        lambda: nn.Sequential(nn.Embedding(5, 3)), project=Projection(4, form="one-sided")
     ),
     "capture at 0: heads must be (n, d) of a linear layer with n * d outputs, 6 here, got (2, 2).": at(
         linear, heads=(2, 2)

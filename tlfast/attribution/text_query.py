@@ -146,7 +146,7 @@ def _specs(header: Mapping[str, Any]) -> list[Spec]:
     if not isinstance(found, list) or not all(isinstance(said, Mapping) and set(said) <= known for said in found):
         got, remedy = "others", "Collect queries as it was made, and use `tlfast score`."
         raise _refused("the specs", "be in dataset.json, as tlfast.collect says them", got, remedy)
-    odd = next((key for said in found for key in ("ref", "queries") if key in said), None)
+    odd = next((key for said in found for key in ("ref", "queries", "normalizer") if key in said), None)
     if odd is not None:
         remedy = "Collect queries with it, and use `tlfast score`."
         got = "a ref" if odd == "ref" else odd

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -44,6 +45,7 @@ class Pending:
     sum: torch.Tensor | None = None  # of the gradients, for the columns that keep that
     sums: dict[int, torch.Tensor] = field(default_factory=dict)  # of each column that adds up the rows of its calls
     parts: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # column -> those of its calls
+    totals: dict[int, torch.Tensor] = field(default_factory=dict)  # of each that is added to those of other points
 
     @property
     def adds(self) -> bool:
@@ -193,7 +195,10 @@ class Backwards:
     def add(self, point: Point) -> None:
         """Count a point, before the first backward."""
         self.points.append(point)
-        self.ledger.columns += point.columns
+        for column in point.columns:
+            held = column.total or column
+            if held not in self.ledger.columns:
+                self.ledger.columns.append(held)
 
     def look_around(self, n_leaving: int) -> None:
         """A capture may be made inside a backward, in a hook: that one and those around it hold its steps, and are
@@ -318,9 +323,11 @@ class Backwards:
             if missing:
                 self.ledger.settle()
             for column in (column for index in missing for column in self.points[index].columns):
-                column.memory.fill_nan(run.block.base, run.block.n)
+                if column.total is None:
+                    column.memory.fill_nan(run.block.base, run.block.n)
             for index, held in run.pending.items():
                 _finish(self.points[index], held, run)
+            _finish_totals(self.points, run)
             self.ledger.commit(run.block, missing)
             self._calls_before = self.n_calls
             self._forget(run)
@@ -425,3 +432,26 @@ def _finish(point: Point, held: Pending, run: Backward) -> None:
         elif number in held.parts:
             # The last call of the forward fires first: turned around, index k is call k.
             column.put_stack(run.block.base, run.block.n, held.parts[number][::-1])
+
+
+def _finish_totals(points: Sequence[Point], run: Backward) -> None:
+    """Write the sums of the rows of several points, in their order; NaN where one of these has none."""
+    assert run.block is not None
+    sums: dict[int, tuple[Column, list[torch.Tensor | None]]] = {}
+    for point in points:
+        for number, column in enumerate(point.columns):
+            if column.total is not None:
+                part = run.pending[point.index].totals[number] if run.fired[point.index] else None
+                sums.setdefault(id(column.total), (column.total, []))[1].append(part)
+    for total, parts in sums.values():
+        there = [part for part in parts if part is not None]
+        if len(there) < len(parts):
+            total.memory.fill_nan(run.block.base, run.block.n)
+            continue
+        summed = there[0]
+        for part in there:
+            if (stream := current_stream(part.device)) is not None:
+                read_on(stream, part)
+        for part in there[1:]:
+            summed = summed + part.to(summed.device)
+        total.put_sum(run.block.base, summed)

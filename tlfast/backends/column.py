@@ -27,6 +27,8 @@ class Column:
         weight: Weight | None,
     ):  # fmt: skip
         self.name, self.calls = name, calls
+        # To which its rows are added, with those of other points: it has none of its own.
+        self.total: Column | None = None
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
         # Of this step, or of all:
         self.own_mask: torch.Tensor | None = None  # in place of the step's mask
@@ -79,7 +81,7 @@ class Column:
 
     def part(self, seen: Seen, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         """The same into rows of its own, for one call. Those that are to be added up aren't rounded, nor counted."""
-        read, added = self.recipe.read(seen, self._given(mask, scale)), self.calls == "sum"
+        read, added = self.recipe.read(seen, self._given(mask, scale)), self.calls == "sum" or self.total is not None
         dtype = accumulator(read.tensor.dtype) if added else self.recipe.row_dtype(read.tensor)
         out = self.recipe.empty_for(read, dtype)
         counts = self.recipe.write(out, read, scale)

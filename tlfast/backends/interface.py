@@ -18,6 +18,7 @@ See = Callable[[torch.Tensor, torch.Tensor | None, list[torch.Tensor]], Any]
 class Column(Protocol):
     """What one spec keeps at one point: a recipe, its rows, and what to do about several calls."""
 
+    total: Any
     masked: bool
     own_mask: torch.Tensor | None
     ref: torch.Tensor | None
@@ -111,6 +112,8 @@ class Backend(Protocol):
     def NAME(self) -> str: ...
     @property
     def FactorSums(self) -> Callable[[str], Any]: ...
+    @property
+    def Whole(self) -> Callable[..., Any]: ...
     @property
     def Weight(self) -> Callable[..., Any]: ...
     @property

@@ -62,7 +62,11 @@ class ColumnsKeeper(Keeper):
         written = run.fired[point.index] > 1 and not held.adds  # by a call that was taken for the only one
         for number, column in enumerate(self.columns):
             seen = everything if column.recipe.weight is None else Seen(grad, next(of_weights))
-            if column.calls == "stack":
+            if column.total is not None:
+                part = column.part(seen, mask, run.scale)
+                before = held.totals.get(number) if column.calls == "sum" else None
+                held.totals[number] = _added(before, point.who, part)
+            elif column.calls == "stack":
                 held.parts.setdefault(number, []).append(column.part(seen, mask, run.scale))
             elif column.calls == "sum" and column.recipe.of == "act":
                 if run.fired[point.index] > 1:

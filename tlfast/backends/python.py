@@ -8,9 +8,10 @@ from .ledger import Ledger
 from .taps import Tap
 from .tensor_cache import TensorCache, waiting
 from .weight import Weight
+from .whole import Whole
 
 NAME = "python"
 __all__ = [
     "NAME", "Backwards", "CacheKeeper", "Column", "ColumnsKeeper", "FactorSums", "Keeper", "Ledger", "SinkKeeper",
-    "Tap", "TensorCache", "Weight", "waiting",
+    "Tap", "TensorCache", "Weight", "Whole", "waiting",
 ]  # fmt: skip

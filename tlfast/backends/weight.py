@@ -17,6 +17,7 @@ from ..spec import one_of
 from .factor_sums import FactorSums
 from .queries import Queries
 from .reference import accumulator, check_mask
+from .whole import Whole
 
 LAYERS = ("linear", "conv", "embedding", "layer_norm", "rms_norm")
 ROWS = ("gradient", "norm", "scores", "factors", "token norms", "token scores")
@@ -45,16 +46,17 @@ class Weight:
         padding_idx: the token that has no gradient, of an embedding; -1: none.
         norm: how many dimensions a norm has, and its epsilon.
         window: of a convolution.
-        sketches: native code that does what L does, and R without its bias; not used here.
+        instead: native code that does what L does, and R without its bias, not used here; and what whole gradients go
+            through, which are made first then, and projected by L and R, or at once.
         queries: of scores: whole ones, or their two factors, as `Queries` takes them; () where there are none.
     """
 
     def __init__(
         self, layer: str, row: str | FactorSums, bias: bool, left: torch.Tensor | None, right: torch.Tensor | None,
         row_scale: float, heads: int, padding_idx: int, norm: tuple[int, float], window: Window | None,
-        sketches: tuple[Any, Any], queries: Sequence[torch.Tensor],
+        instead: tuple[Any, Any, Whole | None], queries: Sequence[torch.Tensor],
     ):  # fmt: skip
-        self._running = None if isinstance(row, str) else row
+        self._running, self._whole = None if isinstance(row, str) else row, instead[2]
         self.layer = one_of("capture", "layer", layer, LAYERS)
         self.row = one_of("capture", "row", row, ROWS) if isinstance(row, str) else "sums"
         self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, row_scale, heads
@@ -66,13 +68,20 @@ class Weight:
                 broken_rule("capture", "sums", "be there, of a linear layer without heads", "another", remedy)
             )
         self.of_norm = layer in ("layer_norm", "rms_norm")
-        self._early = right is not None and not self.of_norm and right.shape[0] < right.shape[1]
+        small = right is not None and right.shape[0] < right.shape[1]
+        self._early = small and not self.of_norm and self._whole is None
         self._moved: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self._per_token, self._scores = self.row in ROWS[3:], self.row.endswith("scores")
         self._queries = Queries(queries, self._like) if queries else None
         if self._scores != (self._queries is not None):
             rule, remedy = "be there for scores, and for these alone", 'Make it by Spec(of="weight").'
             raise ValueError(broken_rule("capture", "queries", rule, int(self._scores), remedy))
+        if self._whole is not None and (layer not in ("linear", "conv") or self._per_token or self._running):
+            rule, remedy = (
+                "be of rows of linear layers and convolutions, for each example",
+                'Make it by Spec(of="weight").',
+            )
+            raise ValueError(broken_rule("capture", "whole", rule, "another", remedy))
 
     @property
     def groups(self) -> int:
@@ -137,13 +146,18 @@ class Weight:
             padding = kept.flatten(1).eq(self.padding_idx).unsqueeze(2)
             out = padding if out is None else out | padding
         outputs = _without(self._project_outputs(given), out)
-        one, same = self.bias and self.right is None, self.layer == "embedding" and self.right is None
+        one, same = (
+            self.bias and (self.right is None or self._whole is not None),
+            self.layer == "embedding" and self.right is None,
+        )
         if not same:
             inputs = _without(inputs, out)
         if sizes:
             outputs, inputs = outputs.abs(), inputs if same else inputs.abs()
         if self._running is not None:
             return self._running.add(outputs, inputs, one, out, scale)
+        if self._whole is not None:
+            return self._of_whole(self._sums(outputs, inputs, one), self._whole, sizes)
         n_positions = outputs.shape[1]
         size = outputs.shape[2] * (n_positions if same else inputs.shape[2])
         if self.row == "norm" and self.groups == 1 and (same or 2 * n_positions**2 < size):
@@ -154,6 +168,29 @@ class Weight:
         if self._scores:
             return self._scored(outputs, inputs, one, same, sizes)
         return self._row(outputs, inputs, one, same, scale)
+
+    def _of_whole(self, gradients: torch.Tensor, whole: Whole, sizes: bool) -> torch.Tensor:
+        """The rows of gradients [B, O, I] that are made first."""
+        row = whole.sizes(gradients) if sizes else whole.normalized(gradients)
+        if whole.projects:
+            row = row if sizes else whole.projected(row.flatten(1))
+        else:
+            row = _split(row, 1, self.heads, -1) if self.heads else row
+            left = None if self.left is None else self._like(self.left, row)
+            right = None if self.right is None else self._like(self.right, row)
+            if sizes and left is not None and right is not None:
+                n, m = left.shape[-2], right.shape[-2]
+                row = torch.linalg.vector_norm(row, 2, (-2, -1), keepdim=True).expand(*row.shape[:-2], n, m)
+            else:
+                row = row if left is None else left @ row
+                row = row if right is None else row @ right.T
+        if self._queries is not None:
+            queries = self._queries.of_magnitudes() if sizes else self._queries
+            return queries.of_gradients(row)
+        if self.row == "norm":
+            norms: torch.Tensor = torch.linalg.vector_norm(row.flatten(1), 2, 1)
+            return norms
+        return row
 
     def _row(self, outputs: torch.Tensor, inputs: torch.Tensor, one: bool, same: bool, scale: float) -> torch.Tensor:
         if self.row == "token norms":
@@ -180,7 +217,7 @@ class Weight:
         if self.groups == 1:
             return sums
         sums = _split(sums, 0, -1, self.groups)
-        return sums.flatten(1, 2) if self.left is None else sums.sum(1)
+        return sums.flatten(1, 2) if self.left is None or self._whole is not None else sums.sum(1)
 
     def _scored(
         self, outputs: torch.Tensor, inputs: torch.Tensor, one: bool, tokens: bool, sizes: bool
@@ -248,7 +285,7 @@ class Weight:
                 return kept
             return _split(kept.flatten(2), 1, self.groups, -1).flatten(0, 1).transpose(1, 2)
         a = _in_positions(_wide(kept)) if self.window is None else self._windows(_wide(kept)).flatten(0, 1)
-        return a if self.right is None else self._project_input(a)
+        return a if self.right is None or self._whole is not None else self._project_input(a)
 
     def _project_input(self, given: torch.Tensor) -> torch.Tensor:
         """[B, T, I] to R a, [B, T, p]."""
@@ -300,7 +337,7 @@ class Weight:
 
     def _project_outputs(self, g: torch.Tensor) -> torch.Tensor:
         """[B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]."""
-        if self.left is None:
+        if self.left is None or self._whole is not None:
             return g
         left = self._like(self.left, g)
         if self.groups > 1:

@@ -11,7 +11,9 @@ from torch import nn
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
+from ..hooks.layers import weighted_modules
 from ..hooks.points import as_list, find_points
+from ..hooks.second_moments import describe_normalizers
 from ..spec import Queries, Spec
 from .batches import Batching
 from .fingerprint import describe_model, examples_fingerprint
@@ -114,7 +116,18 @@ def describe_spec(model: nn.Module, spec: Spec) -> dict[str, Any]:
         **({} if spec.projection is None else {"project": spec.projection.describe()}),
         **({"bias": True} if spec.bias else {}),
         **({} if spec.queries is None else {"queries": _describe_queries(spec.queries)}),
+        **(
+            {}
+            if spec.normalizer is None
+            else {"normalizer": describe_normalizers(spec.normalizer, _weighted(model, spec))}
+        ),
+        **({"summed": True} if spec.summed else {}),
     }
+
+
+def _weighted(model: nn.Module, spec: Spec) -> list[str]:
+    """The modules whose weight gradients a spec means."""
+    return list(weighted_modules("collect", model, spec, find_points("collect", model, spec.points)))
 
 
 def _describe_queries(queries: Queries) -> Any:

@@ -65,6 +65,7 @@ class IntoDataset:
         else:
             self.plan = _checked_place(out, plan, header, staging)
             self._settings |= {"plan": plan, "header": _header_of(cap, header or {})}
+            self._settings |= {"about": {"factors": cap.factor_sizes}} if cap.factor_sizes else {}
         n_rows = min(self.plan.n_examples, self.plan.rows_per_unit)
         if cap.capacity < n_rows:
             remedy = f"Give capture rows={n_rows}."
@@ -462,6 +463,6 @@ def _specs_of(cap: Capture) -> list[dict[str, Any]]:
     """What a dataset says of the specs of a capture."""
     points: dict[int, list[str]] = {}
     specs = {id(spec): spec for _, spec in cap.wanted.values()}
-    for point, spec in cap.wanted.values():
-        points.setdefault(id(spec), []).append(point)
+    for column, (point, spec) in cap.wanted.items():
+        points.setdefault(id(spec), []).extend(cap.summed_points.get(column, [point]))
     return [describe_spec(cap._model, replace(spec, points=points[key])) for key, spec in specs.items()]

@@ -94,7 +94,12 @@ class Probe:
     ):
         self.model, self.enter, self.specs, self.batching, self.loss = model, enter, specs, batching, loss
         self.grad_scale, self.most, self.examples = grad_scale, most or len(examples), examples
-        self.wanted = enter(1, specs).wanted
+        kept = enter(1, specs)
+        self.kept, self.summed_points = kept.wanted, kept.summed_points
+        # Of rows that are added up each point's own are looked at.
+        self.each = [spec.of_one for spec in specs]
+        entered = enter(1, self.each)
+        self.wanted, self.routed = entered.wanted, set(entered.routed)
         self.decoding = set[str]()  # columns with a decoder's positions
         first_of: dict[int, Example] = {}
         for k, size in enumerate(lengths_of(examples) if batching.sizes is None else batching.sizes):
@@ -135,8 +140,10 @@ class Probe:
         absent = ", ".join(column for column in self.wanted if column not in rows)
         if absent:  # missing="nan", and none of these examples reaches the point
             raise _no_gradient(f"no gradient at {absent} in the first examples")
+        for column, points in self.summed_points.items():
+            rows[column] = rows[f"{points[0]}:{self.kept[column][1].of_one.label}"]
         return Probed(
-            {name: column_of(f"collect at {name}", spec, rows[name]) for name, (_, spec) in self.wanted.items()},
+            {name: column_of(f"collect at {name}", spec, rows[name]) for name, (_, spec) in self.kept.items()},
             {ring.device for ring in rows.values()}, unmasked, self.decoding,
         )  # fmt: skip
 
@@ -210,7 +217,7 @@ class Probe:
             done.n_positions = batch.input_ids.shape[1]
         done.n_decoded = batch.n_decoded if self.has_decoder else None
         # As wide as the gradients: what the cast to the stored type rounds away has nothing to do with padding.
-        cap = self.enter(len(examples), [replace(spec, dtype=None) for spec in self.specs])
+        cap = self.enter(len(examples), [replace(spec, dtype=None) for spec in self.each])
         columns_at: dict[str, list[str]] = {}
         for column, (point, spec) in self.wanted.items():
             columns_at.setdefault(spec.place(point), []).append(column)
@@ -253,6 +260,9 @@ class Probe:
         one_width = self.batching.width is not None or len(self.by_length) == 1
         unmasked = set()
         for column, (point, spec) in self.wanted.items():
+            if column in self.routed:  # which has other positions, and none that are padding
+                unmasked.add(column)
+                continue
             place = spec.place(point)
             there = [one for one in passes if place in one.seen]
             seen, width = [one.seen[place] for one in there], one_width

@@ -98,12 +98,16 @@ def rehearse(run: Run, unused: Sequence[str] = ()) -> Rehearsal:
         parts = [_sizes(run, list(run.examples[unit.start : unit.stop])) for unit in plan.units]
         seconds, n_tried, n_timed = _timed(run, probed, list(run.examples[: len(plan.unit(0))]))
     model, names = unwrapped(run.model), dict(run.model.named_modules())
-    points = run.enter(1, run.specs).wanted
+    entered = run.enter(1, run.specs)
+    points, summed = entered.wanted, entered.summed_points
     n_positions = sum(sum(part) for part in parts)
     return Rehearsal(
         type(model).__name__, task_of(run.model), ", ".join(sorted(map(str, probed.devices))),
         describe_loss(run.loss, options.identity, options.header)[0]["loss"], probed.columns,
-        {column: type(names.get(point)).__name__ for column, (point, _) in points.items()},
+        {
+            column: f"{len(summed[column])} modules" if column in summed else type(names.get(point)).__name__
+            for column, (point, _) in points.items()
+        },
         plan, sum(run.examples.lengths()), len(run.bad), sum(map(len, parts)),
         seconds * n_positions / n_timed, n_tried, str(run.out), has_units(run.out), unused,
     )  # fmt: skip

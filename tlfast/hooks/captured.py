@@ -22,8 +22,9 @@ from ..markup import table
 from ..spec import Points, Spec, stored_dtype
 from .attachment import anything_compiled, check_not_compiled, hook_input, hook_module
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
+from .experts import ExpertLayer, RoutedCalls
 from .into import Into, check_ids, openers
-from .layers import weight_arguments, weighted_modules
+from .layers import engine_weight, factor_size, weight_arguments, weighted_modules
 from .options import CaptureOptions
 from .points import find_points
 from .running import RunningSums
@@ -40,7 +41,8 @@ _entered: weakref.WeakSet[Capture] = weakref.WeakSet()
 def captures_of(model: Any) -> list[Capture]:
     """The captures that are entered and have a point in a model."""
     modules = set(model.modules()) if isinstance(model, nn.Module) else set()
-    return [cap for cap in list(_entered) if any(module in modules for module, _ in cap._taps)]
+    at = {cap: [m.experts if isinstance(m, ExpertLayer) else m for m, _ in cap._taps] for cap in list(_entered)}
+    return [cap for cap, here in at.items() if any(module in modules for module in here)]
 
 
 def _spans(tokens: Tokens | None, n_rows: int) -> list[tuple[int, int] | None]:
@@ -85,7 +87,10 @@ class Capture:
         self._taps: list[tuple[nn.Module, Tap]] = []
         self._places: list[str] = []  # of each tap
         self._columns_of: list[list[str]] = []  # of each tap
+        self._made_at: list[list[Column]] = []  # the same, themselves, or what adds to them
         self.weights: dict[str, tuple[Any, ...]] = {}  # column -> what its Weight is made of
+        self._members: dict[str, list[Column]] = {}  # column that adds up the rows of several points -> these
+        self.summed_points: dict[str, list[str]] = {}  # such a column -> its points
         found = [self._find_for(spec) for spec in specs]
         modules = {name: module for points in found for name, module in points.items()}
         for name in dict.fromkeys(name for points in found for name in points):
@@ -95,6 +100,9 @@ class Capture:
                 at_place = [spec for spec in here if spec.place(name) == place]
                 if at_place:
                     self._add_tap(name, modules[name], at_place, alone, options)
+        self._mask: torch.Tensor | None = None  # of the batch that is open
+        self._routed = self._routed_calls()
+        self.unmasked(self.routed)
         self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
         self._inside: list[bool] = []  # the batches that are open: whether they gave a column something
@@ -106,6 +114,37 @@ class Capture:
         self.n_cleared = 0  # how often all rows were forgotten
         self.kept_as = {"calls": options.calls, "missing": options.missing}  # beside the specs, what rows are made of
         self._entered = self._compiled_before = False
+
+    def _routed_calls(self) -> list[RoutedCalls]:
+        """What calls the matrices of experts that are captured."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        layers: dict[str, list[ExpertLayer]] = {}
+        for module, _ in self._taps:
+            if isinstance(module, ExpertLayer):
+                layers.setdefault(names[id(module.experts)], []).append(module)
+        return [
+            RoutedCalls("capture", name, self._model, several, lambda: self._mask) for name, several in layers.items()
+        ]
+
+    @property
+    def factor_sizes(self) -> dict[str, int]:
+        """Of columns that have the factors (g, a) of each token side by side: how many numbers g has."""
+        found = {
+            column: factor_size(module, self.wanted[column][1])
+            for (module, _), columns in zip(self._taps, self._columns_of, strict=True)
+            for column in columns
+        }
+        return {column: size for column, size in found.items() if size is not None}
+
+    @property
+    def routed(self) -> list[str]:
+        """The columns at experts, which get some of the positions of each example, and need no mask."""
+        return [
+            held.name
+            for (module, _), columns in zip(self._taps, self._made_at, strict=True)
+            for held in columns
+            if isinstance(module, ExpertLayer)
+        ]
 
     def _add_tap(
         self, name: str, module: nn.Module, specs: Sequence[Spec], alone: bool, options: CaptureOptions
@@ -120,6 +159,9 @@ class Capture:
         columns = []
         for spec in specs:
             column = name if spec.is_plain and alone else f"{name}:{spec.label}"
+            if spec.summed:
+                columns.append(self._add_member(name, module, spec, options.calls))
+                continue
             if column in self._columns:
                 raise ValueError(
                     broken_rule(who, "specs", "have columns of different names", column, "Give Spec a name=.")
@@ -136,18 +178,42 @@ class Capture:
             made.ref = constant_ref(column, spec)
             columns.append(column)
             self.wanted[column] = name, spec
-        keeper = engine.ColumnsKeeper([self._columns[column] for column in columns])
+        made_here = [self._members[c][-1] if c in self._members else self._columns[c] for c in columns]
+        self._made_at.append(made_here)
+        keeper = engine.ColumnsKeeper(made_here)
         tap = engine.Tap(self._backwards, name, keeper, specs[0].output)
         tap.set_side(side)
         self._taps.append((module, tap))
         self._places.append(specs[0].place(name))
         self._columns_of.append(columns)
 
+    def _add_member(self, name: str, module: nn.Module, spec: Spec, calls: str) -> str:
+        """A column whose rows are added to those of the other points of a spec; returns the name of the sum's."""
+        total, same = f"gradients:{spec.label}", next((t for t, (_, s) in self.wanted.items() if s is spec), None)
+        if same is None:
+            if total in self._columns:
+                raise ValueError(
+                    broken_rule("capture", "specs", "have columns of different names", total, "Give Spec a name=.")
+                )
+            dtype = stored_dtype("capture", spec.dtype)
+            self._columns[total] = self._engine.Column(
+                total, "none", (), dtype, self.capacity, calls, "grad", None, None, None
+            )
+            self.wanted[total], self._members[total], self.summed_points[total] = ("gradients", spec), [], []
+        if name in self.summed_points[total]:
+            raise ValueError(broken_rule("capture", "specs", "name a point once", f"{name} twice", "Leave one out."))
+        of = spec.of_one
+        member = self._of_weight(f"{name}:{of.label}", name, module, of, calls)
+        member.total = self._columns[total]
+        self._members[total].append(member)
+        self.summed_points[total].append(name)
+        return total
+
     def _of_weight(self, column: str, name: str, module: nn.Module, spec: Spec, calls: str) -> Column:
         """The column of a module's weight gradients."""
         made_of = weight_arguments("capture", self._model, name, module, spec, self.backend)
         self.weights[column] = made_of
-        dtype, weight = stored_dtype("capture", spec.dtype), self._engine.Weight(*made_of)
+        dtype, weight = stored_dtype("capture", spec.dtype), engine_weight(self._engine, made_of)
         return self._engine.Column(column, "none", (), dtype, self.capacity, calls, "weight", None, None, weight)
 
     # The context.
@@ -166,6 +232,8 @@ class Capture:
                 self._handles += hook_input(module, tap) if place == f"{tap.name}:input" else self._hook(module, tap)
                 if self._see is not None:
                     tap.set_convert(self._conversion(module), partial(self._see, place))
+            for calls in self._routed:
+                self._handles += calls.hook()
         except BaseException:
             self._detach()
             raise
@@ -197,7 +265,8 @@ class Capture:
     def unmasked(self, columns: Iterable[str]) -> Capture:
         """Leave the masks of `batch` out at these columns, whose gradients have no positions."""
         for column in columns:
-            self._columns[column].masked = False
+            for held in self._held(column):
+                held.masked = False
         return self
 
     def as_written(self) -> Capture:
@@ -455,7 +524,7 @@ class Capture:
             )
         if not grad_scale > 0:
             raise ValueError(broken_rule(who, "grad_scale", "be positive", grad_scale, "Use scaler.get_scale()."))
-        unmasked = {column for column, held in self._columns.items() if not held.masked}
+        unmasked = {column for column in self._columns if not any(held.masked for held in self._held(column))}
         inputs = StepInputs(mask, masks or {}, refs or {}, at or {}, batch)
         own = inputs.of_columns(self.wanted, unmasked, self._ledger.recording)
         if self._inside and (own or any(self._inside)):
@@ -469,6 +538,7 @@ class Capture:
         self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
         before = {column: self._set(column, given) for column, given in own.items()}
         self._inside.append(bool(own))
+        outer, self._mask = self._mask, mask
         try:
             yield
         except BaseException:
@@ -477,6 +547,7 @@ class Capture:
             raise
         finally:
             self._inside.pop()
+            self._mask = outer
             self._backwards.set_batch(None, -1, 1.0)
             for column, given in before.items():
                 self._set(column, given)
@@ -498,15 +569,21 @@ class Capture:
 
     def given(self, column: str) -> Given:
         """What a step gives a column now."""
-        held = self._columns[column]
+        held = self._held(column)[0]
         return Given(held.own_mask, held.ref, held.at, held.own_mask is not None)
 
     def _set(self, column: str, given: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """Let a column have what a step gives it; returns what it had."""
-        before = {name: getattr(self._columns[column], name) for name in given}
-        for name, value in given.items():
-            setattr(self._columns[column], name, value)
+        before = {name: getattr(self._held(column)[0], name) for name in given}
+        for held in self._held(column):
+            for name, value in given.items():
+                setattr(held, name, value)
         return before
+
+    def _held(self, column: str) -> list[Column]:
+        """What is asked for a column's rows: itself, or those whose rows it adds up, by its name or theirs."""
+        members = [held for several in self._members.values() for held in several if held.name == column]
+        return members or self._members.get(column) or [self._columns[column]]
 
     def into(
         self,

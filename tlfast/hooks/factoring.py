@@ -37,7 +37,7 @@ class FactorCapture(Capture):
             left, right = self._basis[name].output_basis.T, self._basis[name].input_basis.T
         sums = self.sums[name, kind] = self._engine.FactorSums("products" if kind == PRODUCTS else "squares")
         weight = self._engine.Weight(
-            "linear", sums, has_bias, left, right, 1.0, 0, -1, (1, 0.0), None, (None, None), ()
+            "linear", sums, has_bias, left, right, 1.0, 0, -1, (1, 0.0), None, (None, None, None), ()
         )  # fmt: skip
         return self._engine.Column(column, "none", (), None, self.capacity, calls, "weight", None, None, weight)
 

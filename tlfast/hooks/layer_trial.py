@@ -40,7 +40,7 @@ def does_as_known(
         return True
     formula = Weight(
         kind, "gradient", bias, None, torch.eye(_SMALL) if kind == "embedding" else None, 1.0, 0,
-        padding_idx if padding_idx < _SMALL else -1, (normalized, eps), window, (None, None), (),
+        padding_idx if padding_idx < _SMALL else -1, (normalized, eps), window, (None, None, None), (),
     )  # fmt: skip
     # A large linear layer in small first, since its weight may be of gigabytes; not all can be made smaller.
     sizes = (True, False) if kind == "linear" and weight.numel() > _SMALL**2 else (False,)

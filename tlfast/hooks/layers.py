@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from ..backends.reference import accumulator
+from ..backends.whole import Whole
 from ..errors import broken_rule
 from ..projections.applying import SKETCHES, native_sketch
 from ..projections.projection import Projection, Role
 from ..spec import Spec
+from .experts import ExpertLayer, expert_layers, is_experts
 from .layer_trial import conv1d_of_transformers, does_as_known
 from .points import as_list, is_glob, named_points
 from .queries import check_named, queries_at
+from .second_moments import AdafactorNormalizer, Normalizer, check_normalizers, normalizer_at
+from .single_sided import single_sided
 
 _KINDS = "Linear, Conv1D of transformers, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm and RMSNorm"
 
@@ -26,7 +30,7 @@ class Layer:
     """What a module does with its weight [n_outputs, n_inputs]; a norm's is a vector of ``n_inputs``.
 
     ``kind``: linear, conv, embedding, layer_norm or rms_norm. ``window``: of a convolution, (kernel, stride, dilation,
-    padding as `torch.nn.functional.pad` takes it, its mode, groups).
+    padding as `torch.nn.functional.pad` takes it, its mode, groups). ``routed``: it gets some of the positions alone.
     """
 
     kind: str
@@ -37,6 +41,7 @@ class Layer:
     normalized: int = 1
     eps: float = 0.0
     window: tuple[Any, ...] | None = None
+    routed: bool = False
 
     @property
     def is_norm(self) -> bool:
@@ -50,6 +55,8 @@ def owns_weight(module: nn.Module) -> bool:
 
 def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     """What a module does with its weight; TypeError or ValueError where that isn't known."""
+    if isinstance(module, ExpertLayer):
+        return Layer("linear", module.n_outputs, module.n_inputs, module.has_bias, routed=True)
     # weight_norm, spectral_norm and prune of torch.nn.utils leave such parameters.
     made = any(name in module._parameters for name in ("weight_g", "weight_orig"))
     if made or getattr(module, "parametrizations", None) or isinstance(getattr(type(module), "weight", None), property):
@@ -145,24 +152,40 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
     for name, module in kept.items():
-        shared = owners.get(id(module._parameters.get("weight")), [])
-        if len(shared) > 1:
+        own = [module._parameters.get("weight")]
+        own = [*module._parameters.values()] if is_experts(module) else own
+        sharing = [owners.get(id(one), []) for one in own]
+        shared = next((names for names in sharing if len(names) > 1), None)
+        around = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(around, nn.MultiheadAttention) and name:
+            rule, got = "be modules that are called", f"{name}, whose weight a MultiheadAttention takes by itself"
+            raise TypeError(broken_rule(who, "points", rule, got, "Leave it out: what it is given isn't seen."))
+        if shared:
             rule, got = "have a weight of its own", f"one that is shared by {' and '.join(shared)}"
             remedy = "Leave it out: the gradient of a shared weight is a sum over the modules that use it."
             raise ValueError(broken_rule(who, f"the point {name}", rule, got, remedy))
+    kept = {
+        layer: one
+        for name, module in kept.items()
+        for layer, one in (expert_layers(who, name, module) if is_experts(module) else {name: module}).items()
+    }
     check_named(who, spec, kept)
+    check_normalizers(who, spec.normalizer, kept)
     return kept
 
 
 def check_queries(who: str, name: str, module: nn.Module, spec: Spec) -> None:
-    """ValueError for queries of a spec that aren't as its rows are at a module."""
+    """ValueError for queries of a spec that aren't as its rows are at a module, or for its normalizer."""
+    layer, at_point = find_layer(who, name, module), f"{who} at {name}"
     if spec.queries is not None:
-        layer = find_layer(who, name, module)
-        queries_at(f"{who} at {name}", name, spec.queries, row_shape(layer, spec))
+        queries_at(at_point, name, spec.queries, row_shape(layer, spec))
+    normalizer_at(at_point, name, spec.normalizer, (layer.n_outputs, layer.n_inputs + (spec.bias and layer.has_bias)))
 
 
 def row_shape(layer: Layer, spec: Spec) -> tuple[int, ...]:
     """The shape of an example's weight gradient, as a spec has it."""
+    if spec.projection is not None and spec.projection.form == "one-sided":
+        return (spec.projection.dim,)
     dim, n_biases = 0 if spec.projection is None else spec.projection.dim, spec.bias and layer.has_bias
     if layer.is_norm:
         return (dim or layer.n_inputs + n_biases * layer.n_outputs,)
@@ -170,6 +193,12 @@ def row_shape(layer: Layer, spec: Spec) -> tuple[int, ...]:
     if spec.heads is None:
         return n, m
     return spec.heads[0], dim or spec.heads[1], m
+
+
+def factor_size(module: nn.Module, spec: Spec) -> int | None:
+    """Where a row has the factors (g, a) of a token side by side: how many numbers g has."""
+    layer = linear_layer(module) if spec.of == "weight" and spec.projection is None else None
+    return layer.n_outputs if layer is not None and _row(spec) == "factors" else None
 
 
 def projected_name(model: nn.Module, name: str, projection: Projection) -> str:
@@ -192,9 +221,89 @@ def weight_arguments(
     who: str, model: nn.Module, name: str, module: nn.Module, spec: Spec, backend: str
 ) -> tuple[Any, ...]:
     """What a backend's Weight is made of, for a spec at a module; TypeError or ValueError where nothing can be."""
-    layer, projection = find_layer(who, name, module), spec.projection
-    has_bias, per_token = spec.bias and layer.has_bias, spec.per == "token"
-    at_point = f"{who} at {name}"
+    layer, at_point = find_layer(who, name, module), f"{who} at {name}"
+    has_bias, n_heads = spec.bias and layer.has_bias, 0 if spec.heads is None else spec.heads[0]
+    _check_at(at_point, layer, spec)
+    normalizer = normalizer_at(at_point, name, spec.normalizer, (layer.n_outputs, layer.n_inputs + has_bias))
+    parts = _Parts()
+    if spec.queries is not None:
+        parts.queries = queries_at(at_point, name, spec.queries, row_shape(layer, spec))
+    projection, row = spec.projection, _row(spec)
+    if projection is None:
+        if normalizer is not None and spec.queries is not None:  # <D * G, Q> = <G, D * Q>
+            parts.queries = (_whole_queries(parts.queries) * normalizer.factor.to(parts.queries[0]),)
+        elif normalizer is not None:
+            parts.whole = Whole(normalizer.factor, None, None, None)
+    else:
+        parts.project(projection, projected_name(model, name, projection), layer, spec, normalizer, backend)
+    if parts.whole is not None and spec.per == "token":
+        rule = 'be left out with per="token", but an AdafactorNormalizer where rows are projected without a bias'
+        remedy = "What it makes of a token's gradient has no two factors."
+        raise ValueError(broken_rule(at_point, "normalizer", rule, type(normalizer).__name__, remedy))
+    return (
+        layer.kind, row, has_bias, parts.left, parts.right, parts.scale, n_heads, layer.padding_idx,
+        (layer.normalized, layer.eps), layer.window, (*parts.sketches, parts.whole), parts.queries,
+    )  # fmt: skip
+
+
+def engine_weight(engine: Any, made_of: tuple[Any, ...]) -> Any:
+    """The Weight of a backend, of what `weight_arguments` returns."""
+    *before, (left, right, whole), queries = made_of
+    if whole is not None:
+        whole = engine.Whole(whole.factor, whole.matrix, whole.sketch, whole.project)
+    return engine.Weight(*before, (left, right, whole), queries)
+
+
+@dataclass
+class _Parts:
+    """What a Weight is given beside its layer: matrices and what stands in their place."""
+
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    scale: float = 1.0
+    sketches: tuple[Any, Any] = (None, None)
+    whole: Whole | None = None
+    queries: tuple[torch.Tensor, ...] = ()
+
+    def project(
+        self, projection: Projection, known: str, layer: Layer, spec: Spec, normalizer: Normalizer | None, backend: str
+    ) -> None:
+        """Make what projects the gradients of a layer by the matrices of the name ``known``."""
+        has_bias, n_heads = spec.bias and layer.has_bias, 0 if spec.heads is None else spec.heads[0]
+        role: Role = "right" if projection.form == "two-sided" else "single"
+        if layer.is_norm:
+            self.right = projection.matrix(known, role, layer.n_inputs + layer.n_outputs * has_bias)
+            self.scale = projection.scale
+            return
+        factor = None if normalizer is None else normalizer.factor
+        if projection.form == "one-sided":
+            columns = layer.n_outputs * (layer.n_inputs + has_bias)
+            self.whole, self.scale = single_sided(projection, known, columns, factor, backend)
+            return
+        self.right = projection.matrix(known, "right", layer.n_inputs + has_bias)
+        self.scale = projection.scale if _row(spec) == "factors" else projection.row_scale
+        names = [f"{known}.head_{head}" for head in range(n_heads)] or [known]
+        sides = [projection.matrix(one, "left", layer.n_outputs // max(1, n_heads)) for one in names]
+        self.left = torch.stack(sides) if n_heads else sides[0]
+        if isinstance(normalizer, AdafactorNormalizer) and not has_bias:  # which is normalized as its factors are
+            outputs, inputs = (scale.cpu() for scale in normalizer.scales)
+            of_heads = outputs.view(n_heads, 1, -1) if n_heads else outputs
+            self.left, self.right = self.left.double() * of_heads, self.right.double() * inputs
+        elif factor is not None:
+            self.whole = Whole(factor, None, None, None)
+        elif projection.kind in SKETCHES and layer.kind == "linear" and not n_heads:
+            # What applies them has their scale in it, and so must the matrices, for other devices and dtypes.
+            self.left, self.right = projection.scale * self.left.double(), projection.scale * self.right.double()
+            self.scale = 1.0
+            self.sketches = (
+                native_sketch(projection, known, "left", layer.n_outputs, backend),
+                native_sketch(projection, known, "right", layer.n_inputs, backend),
+            )
+
+
+def _check_at(at_point: str, layer: Layer, spec: Spec) -> None:
+    """ValueError for what a spec says and a layer hasn't."""
+    projection, per_token = spec.projection, spec.per == "token"
     n_heads = 0 if spec.heads is None else spec.heads[0]
     if spec.heads is not None and (layer.kind != "linear" or n_heads * spec.heads[1] != layer.n_outputs):
         rule, remedy = f"be (n, d) of a linear layer with n * d outputs, {layer.n_outputs} here", "Check the point."
@@ -203,37 +312,27 @@ def weight_arguments(
         rule, got = "be projected", f"one of [{layer.n_inputs}, {layer.n_outputs}] for each example"
         remedy = 'Say project=. Of each token it is the gradient itself: of="grad", per="token".'
         raise ValueError(broken_rule(at_point, "the weight gradient of an embedding", rule, got, remedy))
-    if per_token and layer.kind == "conv":
+    if per_token and (layer.kind == "conv" or layer.routed):
         rule, remedy = "be left out at a convolution", "Its windows are no tokens."
+        if layer.routed:
+            rule, remedy = "be left out at an expert", "It has some of the tokens of each example."
         raise ValueError(broken_rule(at_point, 'per="token"', rule, "one", remedy))
-    row = _row(spec)
-    queries = () if spec.queries is None else queries_at(at_point, name, spec.queries, row_shape(layer, spec))
-    left = right = None
-    sketches: tuple[Any, ...] = (None, None)
-    scale = 1.0
-    if projection is not None:
-        if projection.form != "two-sided":
-            rule, remedy = "be two-sided in a capture", "A one-sided one needs the whole gradient: project rows of it."
+    if projection is not None and projection.form == "one-sided":
+        if layer.kind == "embedding":
+            rule, got = "be two-sided at an embedding", repr(projection.form)
+            remedy = "Its whole gradient is too large to be formed: give it a Spec of its own."
+            raise ValueError(broken_rule(at_point, "project", rule, got, remedy))
+        if spec.heads is not None or per_token:
+            rule, remedy = (
+                'be two-sided with heads= or per="token"',
+                "The one matrix is of whole gradients: leave them out.",
+            )
             raise ValueError(broken_rule(at_point, "project", rule, repr(projection.form), remedy))
-        known = projected_name(model, name, projection)
-        n_biases = layer.n_outputs if layer.is_norm else 1
-        right = projection.matrix(known, "right", layer.n_inputs + n_biases * has_bias)
-        if layer.is_norm:
-            scale = projection.scale
-        else:
-            scale = projection.scale if row == "factors" else projection.row_scale
-            names = [f"{known}.head_{head}" for head in range(n_heads)] or [known]
-            sides = [projection.matrix(one, "left", layer.n_outputs // max(1, n_heads)) for one in names]
-            left = torch.stack(sides) if n_heads else sides[0]
-            if projection.kind in SKETCHES and layer.kind == "linear" and not n_heads:
-                # What applies them has their scale in it, and so must the matrices, for other devices and dtypes.
-                left, right = projection.scale * left.double(), projection.scale * right.double()
-                scale = 1.0
-                columns_of: tuple[tuple[Role, int], ...] = (("left", layer.n_outputs), ("right", layer.n_inputs))
-                sketches = tuple(
-                    native_sketch(projection, known, role, columns, backend) for role, columns in columns_of
-                )
-    return (
-        layer.kind, row, has_bias, left, right, scale, n_heads, layer.padding_idx,
-        (layer.normalized, layer.eps), layer.window, sketches, queries,
-    )  # fmt: skip
+    if spec.normalizer is not None and layer.kind not in ("linear", "conv"):
+        rule, remedy = "be left out but at linear layers and convolutions", "Give this point a Spec of its own."
+        raise ValueError(broken_rule(at_point, "normalizer", rule, layer.kind, remedy))
+
+
+def _whole_queries(queries: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Queries as they are, not as products of two factors."""
+    return queries[0] if len(queries) == 1 else torch.bmm(*queries)

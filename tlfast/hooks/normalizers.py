@@ -1,11 +1,10 @@
-"""Weight gradients by the size that an optimizer has seen there: second moments, or their rows and columns."""
+"""The second moments that an optimizer has saved, by layer."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,88 +12,13 @@ from torch import nn
 
 from ..errors import broken_rule
 from .layers import linear_layer
+from .second_moments import AdafactorNormalizer as AdafactorNormalizer
+from .second_moments import AdamNormalizer as AdamNormalizer
+from .second_moments import Normalizer as Normalizer
 
 _WHO = "read_optimizer"
 # Names of the parameters that transformers' Trainer lets out of weight decay, in lower case.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-@dataclass(frozen=True)
-class AdamNormalizer:
-    """Divides a gradient at each place by the root of its second moment: G / (sqrt(v) + eps).
-
-    Args:
-        second_moment: v [O, I]; with the bias as its last column, where gradients have one.
-        eps: as Adam has it.
-
-    Example:
-        >>> import torch
-        >>> from tlfast.hooks.normalizers import AdamNormalizer
-        >>> AdamNormalizer(torch.full((2, 3), 4.0))(torch.ones(2, 3))[0]
-        tensor([0.5000, 0.5000, 0.5000])
-    """
-
-    second_moment: torch.Tensor
-    eps: float = 1e-8
-
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient [..., O, I], in its dtype; ValueError for another shape."""
-        v = self.second_moment.to(gradient.device)
-        _check_shape(gradient, (v.shape[0], v.shape[1]))
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        divided: torch.Tensor = gradient.to(wide) / (v.sqrt() + self.eps).to(wide)
-        return divided.to(gradient.dtype)
-
-
-@dataclass(frozen=True)
-class AdafactorNormalizer:
-    """The same with the second moment v = row col^T / mean(row), so that a gradient's factors can be normalized apart.
-
-    Args:
-        row: [O], the means of v over inputs.
-        col: [I], those over outputs.
-        bias: [O], the second moment of the bias, where gradients have that as their last column.
-        eps: is added to all means.
-        bias_eps: is added to the bias'.
-
-    Example:
-        >>> import torch
-        >>> from tlfast.hooks.normalizers import AdafactorNormalizer
-        >>> AdafactorNormalizer(torch.tensor([4.0, 4.0]), torch.full((3,), 4.0))(torch.ones(2, 3))[0]
-        tensor([0.5000, 0.5000, 0.5000])
-    """
-
-    row: torch.Tensor
-    col: torch.Tensor
-    bias: torch.Tensor | None = None
-    eps: float = 1e-30
-    bias_eps: float = 1e-8
-
-    @property
-    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What outputs [O] and inputs [I] are multiplied with, for the same product."""
-        row = self.row.double() + self.eps
-        return row.mean().sqrt() * row.rsqrt(), (self.col.double() + self.eps).rsqrt()
-
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient [..., O, I], in its dtype; ValueError for another shape."""
-        n_inputs = len(self.col) + (self.bias is not None)
-        _check_shape(gradient, (len(self.row), n_inputs))
-        outputs, inputs = self.scales
-        factor = outputs[:, None] * inputs
-        if self.bias is not None:
-            factor = torch.cat([factor, (self.bias.double() + self.bias_eps).rsqrt()[:, None]], 1)
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        return (gradient.to(wide) * factor.to(gradient.device, wide)).to(gradient.dtype)
-
-
-Normalizer = AdamNormalizer | AdafactorNormalizer
-
-
-def _check_shape(gradient: torch.Tensor, shape: tuple[int, int]) -> None:
-    if tuple(gradient.shape[-2:]) != shape:
-        rule, remedy = f"be [..., {shape[0]}, {shape[1]}]", "Give gradients that aren't projected, and bias= alike."
-        raise ValueError(broken_rule("a normalizer", "a gradient", rule, list(gradient.shape), remedy))
 
 
 def read_optimizer(

@@ -50,6 +50,9 @@ class CaptureOptions(TapOptions):
         if self.calls == "stack" and any(spec.per == "token" for spec in self.specs):
             rule, remedy = 'not be "stack" with per="token"', 'A stack has the calls before the positions: use "sum".'
             raise ValueError(broken_rule("capture", "calls", rule, "'stack'", remedy))
+        if self.calls == "stack" and any(spec.summed for spec in self.specs):
+            rule, remedy = 'not be "stack" with summed=True', 'A sum has no place for them: use "sum".'
+            raise ValueError(broken_rule("capture", "calls", rule, "'stack'", remedy))
         for spec in self.specs if self.calls in ("sum", "stack") else ():
             factors = spec.per == "token" and spec.queries is None
             if spec.of == "weight" and (spec.reduce == "norm" or (factors and self.calls == "sum")):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 
-import numpy as np
+import bergson_builds
 import pytest
 import torch
 from bergson_cases import DIM, MODULES, PROJECT, TEXTS, collected, gradients, projected, true_rows
-from tiny_models import WIDTH, byte_tokenizer, collect, save_model, tiny_model
+from tiny_models import byte_tokenizer, collect, save_model, tiny_model
 
 import tlfast
 from tlfast.cli import main
@@ -21,7 +21,6 @@ QUERY = "a step of a unit"
 # Of float32 sums over at most 2^12 products, in another order, of a model that runs in float32 itself.
 CLOSE = {"rtol": 2**-13, "atol": 2**-16}
 LONG = [text for text in TEXTS if len(text) > 1]  # what has a next token
-HEADS = {"n": 3, "size": WIDTH}  # of [3 * WIDTH] outputs
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +105,9 @@ def test_by_the_command_line_from_a_text_to_the_nearest_one(folder, tmp_path, mo
         assert float(line["score"]) == pytest.approx(1, abs=CLOSE["rtol"])  # a cosine
 
 
-def build(folder, texts=tuple(TEXTS), modules=tuple(MODULES), **settings):
+def build(folder, **settings):
     """An index of bergson's own of the texts."""
-    from bergson.collection import collect_gradients
-    from bergson.config.config import AttentionConfig, IndexConfig
-    from bergson.data import allocate_batches
-    from datasets import Dataset
-
-    ids = [tokens(text) for text in texts]
-    data = Dataset.from_dict({"input_ids": ids, "length": [len(tokens) for tokens in ids], "text": list(texts)})
-    processor = {key: value for key, value in settings.items() if key.startswith(("proj", "include"))}
-    config = IndexConfig(run_path=str(folder), **settings)
-    batches = allocate_batches(data["length"][:], 256)
-    heads = AttentionConfig(num_heads=HEADS["n"], head_size=HEADS["size"], head_dim=2)
-    collect_gradients(
-        tiny_model().eval(), data, bergson.GradientProcessor(**processor), config, batches=batches,
-        target_modules=set(modules), attention_cfgs=dict.fromkeys(config.split_attention_modules, heads),
-    )  # fmt: skip
-    folder.with_name(folder.name + ".part").rename(folder)
-    return folder
+    return bergson_builds.build(folder, texts=tuple(TEXTS), of=tiny_model().eval(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -155,44 +138,6 @@ def test_its_builds_are_imported_and_exported_again(tmp_path, settings):
     ours, theirs = (bergson.GradientProcessor.load(path) for path in (again, made))
     theirs.check_projection_matches(ours, "what was exported")
     assert ds.header["specs"][0].get("project") == (None if dim is None else PROJECT | {"dim": dim})
-
-
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ({"projection_dim": 4}, {"project": {"dim": 4}}),
-        ({"projection_dim": 16}, {"project": {"dim": 16}}),
-        ({"projection_dim": 64}, {"project": {"dim": 64}}),
-        ({"projection_dim": 16, "include_bias": True}, {"project": {"dim": 16}, "bias": True}),
-        ({"projection_dim": 16, "projection_type": "normal", "projection_seed": 3},
-         {"project": {"dim": 16, "kind": "normal", "seed": 3}}),
-        ({}, {}),
-        ({"include_bias": True}, {"bias": True}),
-        ({"projection_dim": 4, "attribute_tokens": True}, {"project": {"dim": 4}, "per": "token"}),
-        ({"projection_dim": 4, "split_attention_modules": ["h.0.attn.c_attn"]}, {"project": {"dim": 4}, "heads": True}),
-    ],
-    ids=["4", "16", "64", "bias", "normal", "unprojected", "unprojected, bias", "per token", "heads"],
-)  # fmt: skip
-def test_what_is_collected_is_what_it_builds(tmp_path, theirs, ours):
-    """To 1e-6 of the largest number of a module, which is what float32 sums in another order differ by."""
-    modules = ["h.0.attn.c_attn"] if "heads" in ours else MODULES
-    made = build(tmp_path / "index", LONG, modules, **theirs)
-    settings = {"of": "weight", "per": ours.get("per", "example"), "bias": ours.get("bias", False)}
-    if "project" in ours:
-        settings["project"] = tlfast.Projection(scheme="bergson-2", **ours["project"])
-    if "heads" in ours:
-        settings["heads"] = (HEADS["n"], HEADS["size"])
-    points = [f"transformer.{name}" for name in modules]
-    collect(tiny_model().eval(), tmp_path / "ds", [tokens(text) for text in LONG], points=points, **settings)
-    index = export_dataset(tmp_path / "ds", to="bergson")
-    assert (index / "processor_config.yaml").read_bytes() == (made / "processor_config.yaml").read_bytes()
-    found, true = (bergson.data.load_module_gradients(path) for path in (index, made))
-    assert list(found) == list(true)
-    for name in true:
-        error = np.abs(found[name].astype(np.float64) - true[name]).max()
-        assert error <= 1e-6 * np.abs(true[name]).max(), name
-    if "per" in ours:
-        assert np.array_equal(np.load(index / "offsets.npy"), np.load(made / "offsets.npy"))
 
 
 def test_its_builds_are_scored_against_what_is_collected(tmp_path, rows):

@@ -15,7 +15,7 @@ from ..errors import dataset_error, extra
 from ..format.layout import WEIGHT
 from ..read.arrow_rows import PART_BYTES, Rows
 from ..read.decoding import text_of
-from .bergson_projection import ENDING, heads_of, inside_base, is_pair, modules_of, processor_of
+from .bergson_projection import ENDING, factor_of, heads_of, inside_base, modules_of, processor_of
 from .hf_folder import save_to_disk, say
 
 _WHO = "export_dataset"
@@ -31,6 +31,7 @@ class _Rows:
     modules: dict[str, dict[str, int]]
     processor: dict[str, Any] | None  # its settings of the projection; None: the rows aren't of weights
     heads: set[tuple[int, int]] = field(default_factory=set)
+    factors: dict[str, int] = field(default_factory=dict)  # of points with two factors of a row: numbers of the first
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -41,11 +42,6 @@ class _Rows:
     def base(self) -> np.dtype[Any]:
         """The one dtype of the file, which holds the values of each point exactly."""
         return np.result_type(*(torch.empty(0, dtype=c.dtype).numpy().dtype for c in self.rows.columns.values()))
-
-    def is_pair(self, point: str) -> bool:
-        """Whether a point has the two factors of a row in place of their product."""
-        dim = None if self.processor is None else self.processor["projection_dim"]
-        return dim is not None and is_pair(self.rows.dataset.column(point), dim)
 
 
 def write_index(rows: Rows, folder: Path, target: Path) -> None:
@@ -79,14 +75,16 @@ def _named(rows: Rows) -> _Rows:
         return _Rows(rows, {point: {point: prod(column.row_shape)} for point, column in said.items()}, None)
     headers = [source.header for source in rows.dataset.sources]
     processor, heads = processor_of(headers), heads_of(headers)
-    dim, counts = processor["projection_dim"], {n for n, _ in heads}
+    counts = {n for n, _ in heads}
     names = inside_base(said, headers)
-    shapes = {point: modules_of(point, column, dim, counts) for point, column in said.items()}
+    about = rows.dataset.sources[0].info()["about"]
+    factors = {point: factor_of(point, column, processor["projection_dim"], about) for point, column in said.items()}
+    shapes = {point: modules_of(point, column, processor, counts, factors[point]) for point, column in said.items()}
     modules = {
         point: {names[point] + module.removeprefix(point.removesuffix(ENDING)): size for module, size in found.items()}
         for point, found in shapes.items()
     }
-    return _Rows(rows, modules, processor, heads)
+    return _Rows(rows, modules, processor, heads, {point: n for point, n in factors.items() if n is not None})
 
 
 def _write_gradients(found: _Rows, folder: Path) -> int:
@@ -132,7 +130,7 @@ def _without_last(
     values = found.rows.dataset[point].joined(examples)[0].to(found.rows.columns[point].dtype).numpy()
     is_last = np.zeros(len(values), bool)
     is_last[np.cumsum(lengths)[lengths > 0] - 1] = True
-    half = values.shape[1] // 2 if found.is_pair(point) else 0
+    half = found.factors.get(point, 0)
     last = values[is_last].reshape(int(is_last.sum()), prod(values.shape[1:]))
     if ((last[:, :half].any(1) & last[:, half:].any(1)) if half else last).any():  # a product with zero is zero
         rule = "be zero at the last token of each example, which predicts nothing"

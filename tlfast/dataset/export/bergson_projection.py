@@ -37,6 +37,7 @@ _SAID = {
 # What a spec may say of its rows and bergson's queries still be the same: whatever else it says made other rows.
 _HARMLESS = {
     "points", "reduce", "over", "dtype", "output", "name", "of", "per", "encoding", "project", "bias", "heads",
+    "summed",
 }  # fmt: skip
 
 
@@ -64,12 +65,12 @@ def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     if not found:
         rule = "say in its header, under specs, how rows of weights were projected"
         raise dataset_error(_WHO, "the dataset", rule, "nothing of it", "Export it to npy.")
-    said = [(spec.get("project"), bool(spec.get("bias"))) for spec in found]
+    said = [(spec.get("project"), bool(spec.get("bias")), bool(spec.get("summed"))) for spec in found]
     if any(other != said[0] for other in said):
         rule = "be the same for all rows of weights"
         got = f"{said[0]} and {next(other for other in said if other != said[0])}"
-        raise dataset_error(_WHO, "projection and bias", rule, got, "Collect them into a dataset each.")
-    settings = PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0])
+        raise dataset_error(_WHO, "projection, bias and summed", rule, got, "Collect them into a dataset each.")
+    settings = PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0], said[0][2])
     odd = sorted({f"{key}={spec[key]!r}" for spec in found for key in spec.keys() - _HARMLESS})
     odd += ["reduce='norm'"] if any(spec.get("reduce") == "norm" for spec in found) else []
     if odd:
@@ -78,7 +79,7 @@ def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return settings
 
 
-def _settings(project: Any) -> dict[str, Any]:
+def _settings(project: Any, summed: bool) -> dict[str, Any]:
     """What differs from PROCESSOR in a projection; none is None."""
     if project is None:
         return {}
@@ -89,14 +90,15 @@ def _settings(project: Any) -> dict[str, Any]:
     )
     if scheme != f"bergson-{VERSION}":
         raise dataset_error(_WHO, "the scheme of the projection", f"be bergson-{VERSION}", scheme, remedy)
-    if project.get("form", "two-sided") != "two-sided":
-        rule, remedy = "be two-sided for each module", "Export it to npy."
-        raise dataset_error(_WHO, "the projection", rule, project["form"], remedy)
+    if (project.get("form", "two-sided") == "one-sided") != summed:
+        rule, remedy = "be two-sided for each module, or one-sided and summed", "Export it to npy."
+        raise dataset_error(_WHO, "the projection", rule, project.get("form", "two-sided"), remedy)
     odd = sorted(project.keys() - {*_SAID, "scheme", "form"})
     if odd:
         rule = f"have no other settings than {', '.join(_SAID)}"
         raise dataset_error(_WHO, "the projection", rule, ", ".join(odd), "Export it to npy.")
-    return {key: project[name] for name, key in _SAID.items() if name in project}
+    target = {"projection_target": "global"} if summed else {}
+    return target | {key: project[name] for name, key in _SAID.items() if name in project}
 
 
 def inside_base(columns: Iterable[str], headers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -135,34 +137,48 @@ def _bases_of(header: Mapping[str, Any]) -> list[str]:
     return [str(base)] if base else []
 
 
-def modules_of(name: str, column: Column, dim: int | None, heads: Collection[int]) -> dict[str, int]:
+def modules_of(
+    name: str, column: Column, processor: Mapping[str, Any], heads: Collection[int], factor: int | None
+) -> dict[str, int]:
     """Return the modules of bergson that a column has the rows of, each with its values in a row of the file.
 
     They are the module's own, or, where the column has ``heads``, those of each one. A row per token may be the two
-    factors of bergson's, [2 * dim]: of outputs, then of inputs.
+    factors of bergson's, of outputs, which has ``factor`` numbers, then of inputs.
 
     Raises:
         DatasetError: for a column that isn't of weights, or whose rows have another shape.
     """
-    remedy = "Leave it out with points=."
+    remedy, dim = "Leave it out with points=.", processor["projection_dim"]
     if column.of != WEIGHT:
         raise dataset_error(_WHO, f"point {name!r}", "be of weights as others are", f"one of {column.of}", remedy)
     shape, module = tuple(column.row_shape), name.removesuffix(ENDING)
+    if processor["projection_target"] == "global":
+        if shape != (dim,):
+            raise dataset_error(_WHO, f"point {name!r}", f"have rows of [{dim}]", list(shape), remedy)
+        return {module: dim}
     n_heads = shape[0] if len(shape) == 3 and shape[0] in heads else 0
     one = shape[1:] if n_heads else shape
-    if dim is not None and one != (dim, dim) and not is_pair(column, dim):
+    if factor is not None:
+        return {module: factor * (shape[0] - factor)}
+    if dim is not None and one != (dim, dim):
         rule = f"have rows of [{dim}, {dim}]"
         raise dataset_error(_WHO, f"point {name!r}", rule, list(shape), remedy)
     if dim is None and column.per == "token":
-        rule = "be projected to have rows per token here"
+        rule = "say of rows per token how many numbers of the outputs they have"
         raise dataset_error(_WHO, f"point {name!r}", rule, f"rows of {list(shape)}", remedy)
     size = prod(one) if dim is None else dim * dim
     return {f"{module}.head_{head}": size for head in range(n_heads)} or {module: size}
 
 
-def is_pair(column: Column, dim: int) -> bool:
-    """Whether rows are the two factors of a token's, side by side."""
-    return column.per == "token" and tuple(column.row_shape) == (2 * dim,)
+def factor_of(name: str, column: Column, dim: int | None, about: Mapping[str, Any]) -> int | None:
+    """Return how many numbers the first of two factors has which rows are, side by side; None for other rows."""
+    if column.per != "token" or len(column.row_shape) != 1:
+        return None
+    if dim is not None:
+        return dim if tuple(column.row_shape) == (2 * dim,) else None
+    said = about.get("factors")
+    found = said.get(name) if isinstance(said, Mapping) else None
+    return found if isinstance(found, int) and 0 < found < column.row_shape[0] else None
 
 
 def heads_of(headers: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:

@@ -1,0 +1,193 @@
+"""Weight gradients of experts that lie in one module, against autograd's of each example alone, in float64."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel
+from transformers.models.mixtral.modeling_mixtral import MixtralModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
+from weighted_models import assert_near
+
+import tlfast
+from tlfast import Projection, Spec
+
+SHARED = {
+    "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 4, "initializer_range": 0.5, "num_experts_per_tok": 2,
+}  # fmt: skip
+KINDS = {
+    "mixtral": (MixtralModel, MixtralConfig(intermediate_size=6, num_local_experts=4, **SHARED)),
+    "qwen3": (Qwen3MoeModel, Qwen3MoeConfig(moe_intermediate_size=6, num_experts=5, intermediate_size=6, **SHARED)),
+    "gpt-oss": (GptOssModel, GptOssConfig(intermediate_size=6, num_local_experts=3, **SHARED)),  # turned, with a bias
+}
+LENGTHS = [6, 3, 1, 5]
+
+
+@functools.cache
+def made(kind, dtype=torch.float64):
+    torch.manual_seed(1)
+    model, config = KINDS[kind]
+    found = model(config).to(dtype).eval()
+    for parameter in found.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return found
+
+
+def inputs(side="left"):
+    ids = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
+    return ids, mask.flip(1) if side == "left" else mask
+
+
+def loss(model, ids, mask):
+    hidden = model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=mask.cumsum(1).sub(1).clamp(min=0)
+    ).last_hidden_state
+    return torch.where(mask[..., None], hidden * torch.linspace(-1, 1, 8).to(hidden), 0).pow(3).sum()
+
+
+def truths(model, points, bias=False):
+    """By name of a matrix: G of each example alone and without padding, in float64."""
+    ids, mask = inputs()
+    found = {}
+    for row, real in zip(ids, mask, strict=True):
+        model.zero_grad()
+        loss(model, row[real][None], real[real][None]).backward()
+        for point in points:
+            module = model.get_submodule(point)
+            for name in ("gate_up_proj", "down_proj"):
+                weight, of_bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+                for number, grad in enumerate(weight.grad):
+                    grad = grad.T if module.is_transposed else grad
+                    if bias and of_bias is not None:
+                        grad = torch.cat([grad, of_bias.grad[number, :, None]], 1)
+                    found.setdefault(f"{point}.expert_{number}.{name}", []).append(grad.double().clone())
+    model.zero_grad()
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+POINTS = ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+
+
+@pytest.mark.parametrize("kind, implementation", [("mixtral", "eager"), ("qwen3", "batched_mm"), ("gpt-oss", "eager")])
+def test_experts_against_each_example_alone(kind, implementation, backend):
+    model, (ids, mask) = made(kind), inputs()
+    model.set_experts_implementation(implementation)
+    wanted = truths(model, POINTS, bias=True)
+    project, single = Projection(3), Projection(4, "count-sketch", form="one-sided")
+    specs = [
+        Spec("layers.*.mlp.experts", of="weight", bias=True),
+        Spec(POINTS, "norm", of="weight", bias=True),
+        Spec(POINTS, of="weight", bias=True, project=project, name="small"),
+        Spec(POINTS, of="weight", bias=True, project=single, name="all", summed=True),
+        Spec("layers.0.self_attn.o_proj", of="weight", project=2),
+    ]
+    with tlfast.capture(model, specs, rows=4, backend=backend) as cap, cap.batch(mask=mask, grad_scale=2.0):
+        (2 * loss(model, ids, mask)).backward()
+    total = 0
+    for name, full in wanted.items():
+        left, right = (
+            project.matrix(name, role, n).double() for role, n in zip(("left", "right"), full.shape[1:], strict=True)
+        )
+        assert_near(cap[f"{name}:weight"], full, 1)
+        assert_near(cap[f"{name}:weight:norm"], full.flatten(1).norm(dim=1), 1)
+        assert_near(cap[f"{name}:small"], left @ full @ right.T / 3, 1)
+        total = total + full.flatten(1) @ single.matrix(name, "single", full[0].numel()).double().T
+    assert_near(cap["gradients:all"], total, 1)
+    assert set(wanted) == {
+        name.removesuffix(":weight") for name in cap.names if "expert_" in name and name[-7:] == ":weight"
+    }
+
+
+def test_the_model_is_as_before_and_experts_without_a_token_have_zeros(backend):
+    model, (ids, mask) = made("qwen3"), inputs()
+    model.zero_grad()
+    loss(model, ids, mask).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with tlfast.capture(model, Spec("layers.1.mlp.experts", of="weight"), rows=8, backend=backend) as cap:
+        loss(model, ids, mask).backward()
+    for name, parameter in model.named_parameters():  # where three gradients meet, their order may be another
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-12, atol=1e-14)
+    zero = [name for name in cap.names if (cap[name].flatten(1) == 0).all(1).any()]
+    assert zero
+    summed = torch.stack([cap[f"layers.1.mlp.experts.expert_{k}.down_proj:weight"].sum(0) for k in range(5)])
+    # Without a mask what padding does counts, too: this is the whole batch's gradient.
+    assert_near(summed, plain["layers.1.mlp.experts.down_proj"], 1)
+    model.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing")
+def test_checkpoints_and_frozen_models(backend):
+    model, (ids, mask) = made("mixtral"), inputs()
+    wanted = truths(model, POINTS[1:])
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        with tlfast.capture(model, Spec(POINTS[1], of="weight"), rows=4, backend=backend) as cap, cap.batch(mask=mask):
+            loss(model, ids, mask).backward()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    for name, full in wanted.items():
+        assert_near(cap[f"{name}:weight"], full, 1)
+    model.zero_grad()
+    with (
+        tlfast.capture(model, Spec(POINTS[1], of="weight"), rows=4, backend=backend) as cap,
+        tlfast.freeze(model),
+        cap.batch(mask=mask),
+    ):
+        loss(model, ids, mask).backward()
+    for name, full in wanted.items():
+        assert_near(cap[f"{name}:weight"], full, 1)
+
+
+def test_low_precision_and_autocast(backend):
+    model, (ids, mask) = made("mixtral", torch.float32), inputs()
+    wanted = truths(model, POINTS[:1])
+    with tlfast.capture(model, Spec(POINTS[0], of="weight"), rows=4, backend=backend) as cap, cap.batch(mask=mask):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made_low = loss(model, ids, mask)
+        made_low.float().backward()
+    total = {name: (cap[f"{name}:weight"].double() - full).norm() / full.norm() for name, full in wanted.items()}
+    assert max(total.values()) < 0.3  # a token at the edge may go to another expert
+    assert sorted(total.values())[len(total) // 2] < 0.05
+
+
+class Block(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x):
+        index = torch.zeros(len(x), 1, dtype=torch.int64)
+        return self.experts(x, index, torch.ones(len(x), 1))
+
+
+def test_refusals():
+    experts = made("mixtral", torch.float32).layers[0].mlp.experts
+    with pytest.raises(ValueError, match=r"experts must be given the tokens of a batch \[B, P, D\], side by side"):  # noqa: SIM117
+        with tlfast.capture(flat := Block(experts), Spec("experts", of="weight"), rows=4):
+            flat(torch.randn(4, 8))
+    with pytest.raises(ValueError, match='per="token" must be left out at an expert, got one'):
+        tlfast.capture(made("mixtral"), Spec(POINTS, of="weight", per="token"), rows=4)
+    odd = type("Odd", (type(experts),), {"forward": lambda self, x, index, weights: x * 2})
+    other = made("mixtral", torch.float32).layers[1].mlp.experts
+    kind = type(other)
+    other.__class__ = odd
+    try:
+        with pytest.raises(ValueError, match="points must do what experts do, got layers"):
+            tlfast.capture(made("mixtral", torch.float32), Spec(POINTS[1], of="weight"), rows=4)
+    finally:
+        other.__class__ = kind
+    ids, mask = inputs()
+    model = made("mixtral")
+    text = r"mask must be \[4, 6\], of the tokens that the experts get, got \[4, 5\]"
+    with tlfast.capture(model, Spec(POINTS, of="weight"), rows=4) as cap:
+        with pytest.raises(ValueError, match=text), cap.batch(mask=mask[:, 1:]):
+            loss(model, ids, mask).backward()
+        loss(model, ids, mask).backward()
