@@ -219,7 +219,7 @@ $(STAMPS)/torch: FORCE | $(PY)
 # Quiet but for warnings and the outcome; all of it when something fails. The same step rebuilds when a source changed.
 # The compilers work while pip installs what is missing. Nothing is compiled to bytecode in advance: most of it is never
 # imported, and the rest when it is.
-EXTRAS := collect device-map faiss hub lance plot ray s3 dev
+EXTRAS := collect device-map faiss hub lance media plot ray s3 dev
 SHOW = { grep -E 'error|ERROR' $(1) | head -n 20 || true; tail -n 40 $(1); exit 1; }
 $(STAMPS)/install: $(STAMPS)/torch pyproject.toml setup.py tools/cuda_build.py $(NATIVE) $(ENVIRONMENT)
 	@echo "set-up: installing what is missing into $(BIN), and building tlfast against $$(head -n 1 $<)"

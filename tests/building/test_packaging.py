@@ -127,7 +127,7 @@ def test_every_named_extra_exists():
 
 
 # Where a library is called otherwise than the package that brings it.
-PACKAGES = {"faiss": "faiss-cpu", "lance": "pylance", "yaml": "pyyaml"}
+PACKAGES = {"PIL": "pillow", "faiss": "faiss-cpu", "lance": "pylance", "yaml": "pyyaml"}
 
 
 def imports_by_extra():

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from task_models import Pixels, examples_of, gradients_alone, task_model
-from tiny_models import collect, unit_bytes
+from tiny_models import collect, tiny_model, unit_bytes
 from torch.utils.data import DataLoader, Dataset
 
 from tlfast.collecting.examples import ExampleReader, Refetched, Spooled
@@ -348,3 +348,31 @@ def test_a_collate_of_ones_own_gives_the_same_rows(tmp_path):
     assert unit_bytes(tmp_path / "ours") == unit_bytes(tmp_path / "theirs")
     with pytest.raises(DatasetError, match=r"header\.collate"):
         collect(model, tmp_path / "theirs", EXAMPLES, **settings)
+
+
+def test_without_an_embedding_the_graph_starts_at_the_floats(tmp_path):
+    """The rows are those of a graph that starts elsewhere, to the bit."""
+    for out, embedding in (("inputs", None), ("module", "first")):
+        collect(Pixels(), tmp_path / out, IMAGES, loss=summed_loss, **PIXELS | {"embedding": embedding})
+    found, told = (open_dataset(tmp_path / out) for out in ("inputs", "module"))
+    assert found.header == told.header
+    for point in found.points:
+        assert torch.equal(found[point][:], told[point][:])
+
+
+def test_what_fails_in_a_forward_is_told(tmp_path):
+    def wrong(model, batch):
+        return model(batch["x"][:, :2]).sum()
+
+    message = (
+        r"collect: the model and the loss must take the first examples without an error, got RuntimeError in forward"
+        r", line \d+ of task_models.py: .*expected input.* to have 3 channels, but got 2 channels instead\. The"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        collect(Pixels(), tmp_path / "out", IMAGES, loss=wrong, **PIXELS)
+    assert isinstance(error.value.__cause__, RuntimeError)
+    with pytest.raises(
+        ValueError, match=r"got IndexError in forward, line \d+ of modeling_gpt2\.py: index out of range"
+    ):
+        collect(tiny_model(), tmp_path / "out", [[1, 2, 300], [4, 5]])
+    assert not (tmp_path / "out").exists()

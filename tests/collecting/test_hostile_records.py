@@ -112,10 +112,14 @@ FILES = {  # a file, and of which records there are rows, and which are skipped;
     "none.json": ("[]", "hold one list of JSON objects"),
     "mixed.json": (json.dumps([GOOD, 3]), "hold one list of JSON objects"),
     "comma.json": (f"[{WHOLE} {WHOLE}]", "be a readable json file"),
-    "open.json": (f"[{WHOLE}, ", "hold one list of JSON objects"),
+    "open.json": (f"[{WHOLE}, ", "be a readable json file"),
     "tail.json": (f"[{WHOLE}]]", "Extra data"),
     "spaced.json": (f"\n [ {WHOLE} ,\n{WHOLE}\t]\n", ([0, 1], [])),
     "twice.json": ('[{"text": "one", "text": "two"}, {"text": "one"}]', ([1], [0])),
+    "among.json": (f'{{"n": [1, 2.5], "of": {{"a": [{WHOLE}]}}, "data": [{WHOLE}, {WHOLE}], "end": 1}}', ([0, 1], [])),
+    "two.json": (f'{{"a": [{WHOLE}], "b": [{WHOLE}]}}', "hold one list of JSON objects"),
+    "again.json": (f'{{"a": [{WHOLE}], "a": [{WHOLE}, {WHOLE}]}}', ([0, 1], [])),
+    "cut_object.json": (f'{{"a": [{WHOLE}, {WHOLE}]', "be a readable json file"),
     "one.json": ('{"text": "abc"}', "hold one list of JSON objects"),
     "header.csv": ("text,label\n", "no records in"),
     "empty.csv": ("", "be a readable csv file"),
@@ -195,11 +199,13 @@ def test_two_columns_of_one_name(tmp_path):
 def test_a_list_is_read_in_parts(tmp_path, monkeypatch):
     """Wherever a part of the file ends, the records are those of json."""
     values = [GOOD | {"text": f"{k}" * k, "more": ["]", "}", {"é": -k / 3}]} for k in range(9)]
-    path = tmp_path / "a.json"
+    path, wrapped = tmp_path / "a.json", tmp_path / "b.json"
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False))
+    wrapped.write_text(json.dumps({"n": [1e-3, -2], "of": {"a": values}, "data": values, "end": 12}, indent=1))
     for n in (1, 2, 3, 7, 50, 4000):
         monkeypatch.setattr("tlfast.collecting.json_parts._CHARACTERS", n)
         assert [record.values for record in read_records(str(path), BadExamples())] == values
+        assert [record.values for record in read_records(str(wrapped), BadExamples())] == values
     path.write_text(path.read_text()[:-30])
     records = read_records(str(path), BadExamples())
     assert next(records).values == values[0], "before the rest is looked at"

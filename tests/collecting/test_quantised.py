@@ -106,8 +106,31 @@ def test_layers_without_a_backward_are_refused(tmp_path):
         warnings.simplefilter("ignore")  # torch hands them over to torchao
         model = torch.ao.quantization.quantize_dynamic(task_model("llama", "causal"), {torch.nn.Linear})
     text = (
-        r"^collect: model must have operators with a backward, got torch\.ao\.nn\.quantized\.dynamic\.modules\.linear\."
-        r"Linear at model\.layers\.0\.self_attn\.q_proj\. Quantise with torchao or bitsandbytes, weights alone\.$"
+        r"^collect: model must have layers with a backward, got torch\.ao\.nn\.quantized\.dynamic\.modules\.linear\."
+        r"Linear at model\.layers\.0\.self_attn\.q_proj\. Quantise weights alone, with torchao or bitsandbytes\.$"
+    )
+    with pytest.raises(ValueError, match=text):
+        collect(model, tmp_path / "out", EXAMPLES, points=POINTS)
+    assert not (tmp_path / "out").exists()
+
+
+class LosesTheGradient(Int8Weight):
+    """What torchao makes of a weight where it quantises what the layer is given, too."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return super().__torch_function__(function, types, (args[0].detach(), *args[1:]), kwargs)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_layers_that_lose_the_gradient_are_refused(tmp_path):
+    """Beside an adapter some gradient passes, and nothing else would show that the rest is missing."""
+    model = quantised_model()
+    layer = model.model.layers[1].mlp.up_proj.base
+    layer.weight = torch.nn.Parameter(LosesTheGradient(layer.weight.codes, layer.weight.scales), requires_grad=False)
+    text = (
+        r"collect: model must have layers with a backward, got .*LosesTheGradient at model\.layers\.1\.mlp\.up_proj\."
     )
     with pytest.raises(ValueError, match=text):
         collect(model, tmp_path / "out", EXAMPLES, points=POINTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -252,17 +253,28 @@ def test_a_replay_makes_the_same_bytes(folder, tmp_path):
     assert len(unit_bytes(tmp_path / "out")) == 3
 
 
-def test_a_data_set_of_the_hub(folder, tmp_path, capsys, monkeypatch):
-    asked = []
+class Builder:
+    """What datasets makes of a name on the hub."""
 
-    def load_dataset(name, config):
-        asked.append((name, config))
+    def __init__(self, name, config, cache_dir="no such folder"):
         if name != "mine/records":
             raise FileNotFoundError(f"no {name} there")
-        whole = datasets.Dataset.from_list(FLAT)
-        return datasets.DatasetDict({"train": whole, "test": whole.select([0])})
+        self.cache_dir, self.config = cache_dir, SimpleNamespace(data_files={"train": ["a"], "test": ["b"]})
+        ASKED.append((name, config))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    def download_and_prepare(self, verification_mode):
+        ASKED.append(self.config.data_files)
+
+    def as_dataset(self, split):
+        return datasets.Dataset.from_list(FLAT)
+
+
+ASKED = []
+
+
+def test_a_data_set_of_the_hub(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
+    monkeypatch.setattr(datasets, "load_dataset", Builder)
 
     def of_hub(place, **more):
         return [*words(folder, tmp_path / "out", None, column="text", **more), "--dataset", place]
@@ -272,7 +284,7 @@ def test_a_data_set_of_the_hub(folder, tmp_path, capsys, monkeypatch):
     assert "'mine/other': no mine/other there. Check the path" in complaint_of(capsys, of_hub("mine/other"))
     assert not (tmp_path / "out").exists()
     assert main(of_hub("mine/records", split="train", name="plain")) == 0
-    assert asked[-1] == ("mine/records", "plain")
+    assert ASKED[-2:] == [("mine/records", "plain"), {"train": ["a"]}], "the other split isn't fetched"
     dataset = tlfast.open_dataset(tmp_path / "out")
     assert (dataset.examples[3]["source"], dataset.examples[3]["start"]) == ("mine/records/train", 3)
     assert dataset.header["text"] == {"bos": "auto", "split": "train", "name": "plain", "column": "text", "seq_len": 64}
@@ -347,11 +359,11 @@ def test_labels_that_no_column_makes(folder, tmp_path, capsys):
     assert text in complaint
 
 
-def test_a_model_of_images_is_for_the_function(folder, tmp_path, capsys):
+def test_a_model_of_images_reads_no_text(folder, tmp_path, capsys):
     task_model("vit", "image").save_pretrained(tmp_path / "model")
     complaint = complaint_of(capsys, words(folder, tmp_path / "out", model=str(tmp_path / "model"), column="text"))
     assert re.search(
-        r"model must read text, got '.*model', of type vit\. From Python, tlfast\.collect takes", complaint
+        r"model must read text, got '.*model', of type vit\. --image-column and --audio-column are for", complaint
     )
 
 
@@ -416,3 +428,39 @@ def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capsy
     complaint = complaint_of(capsys, [*other, "--adapter", str(adapter[0])])
     assert complaint.startswith(f"collect: adapter must be a PEFT adapter of the model, got '{adapter[0]}': ")
     assert not (tmp_path / "out").exists()
+
+
+FIRST_VERSION = {  # what the first version took, and what is said of it in a new dataset
+    "twice.jsonl": ('{"text": "one", "text": "two"}\n' + '{"text": "three four"}\n' * 5, None),
+    "twice.json": ('{"of": 1, "data": [{"text": "one", "text": "two"}' + ', {"text": "three four"}' * 5 + "]}", None),
+    "columns.csv": ("text,text\n" + "one,two\n" * 6, "have one column of each name that is asked for"),
+    "open.csv": ("text,n\n" + "one,2\n" * 6 + '"two,3\none,4\n', "close each quote"),
+    "large.csv": ("text,n\n" + "one,1.5\n" * 5 + f"two,{2**60 + 1}\n", "have whole numbers that a float64 holds"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_VERSION)
+def test_a_dataset_of_the_first_version_goes_on(folder, tmp_path, capsys, monkeypatch, name):
+    """A new one leaves such records out, or refuses them."""
+    content, refusal = FIRST_VERSION[name]
+    (tmp_path / name).write_text(content)
+    more = {"keep_fields": "n"} if name == "large.csv" else {}
+    given = words(folder, tmp_path / "old", tmp_path / name, column="text", **more, units="0:1")
+    with monkeypatch.context() as patch:
+        patch.setattr("tlfast.collecting.from_text.records_as_begun", lambda out: True)
+        assert main(given) == 0, capsys.readouterr().err
+        whole = [str(tmp_path / "whole") if word == str(tmp_path / "old") else word for word in given[:-2]]
+        assert main(whole) == 0
+    assert main(["collect", str(tmp_path / "old" / "config.yaml")]) == 0, capsys.readouterr().err
+    assert unit_bytes(tmp_path / "old") == unit_bytes(tmp_path / "whole")
+    assert len(tlfast.open_dataset(tmp_path / "old")) == 6
+    new = [str(tmp_path / "new") if word == str(tmp_path / "old") else word for word in given]
+    if refusal is not None:
+        assert refusal in complaint_of(capsys, new)
+        return
+    assert main(new) == 0
+    assert [reason for *_, reason in tlfast.open_dataset(tmp_path / "new", partial=True).skipped] == [
+        "the key 'text' twice, with two values"
+    ]
+    assert main(["collect", str(tmp_path / "new" / "config.yaml")]) == 0, "a new one goes on as it was, too"
+    assert len(tlfast.open_dataset(tmp_path / "new")) == 5

@@ -84,6 +84,9 @@ def _known(model: str) -> str:
 
 def _given(settings: CollectSettings, folder: Path, text: str, response: str) -> dict[str, Any]:
     """The settings that name the text as the only data."""
+    if settings.image_column or settings.audio_column:
+        got, remedy = "images or sounds", "Collect queries of these, and use `tlfast score`."
+        raise _refused("the dataset", "be of texts", got, remedy)
     if settings.label_column:
         got, remedy = f"labels in {settings.label_column!r}", "Collect queries with labels, and use `tlfast score`."
         raise _refused("the dataset", "be of texts alone", got, remedy)

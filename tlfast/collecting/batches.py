@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -39,6 +39,17 @@ class Batch:
     fields: FieldsOfBatch = field(default_factory=FieldsOfBatch)
     decoder_mask: torch.Tensor | None = None  # bool [B, L]: what a decoder really reads; None: all of it
     packed: bool = False  # some example is of several texts: their position_ids begin anew, also at each padded token
+
+    def started(self) -> Batch:
+        """The same with fields that require grad where they are floats: the graph starts there."""
+
+        def start(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            begun: torch.Tensor = torch.ops.aten._unsafe_view(tensor.detach().requires_grad_(), tensor.shape)
+            return begun  # no leaf, as in `freeze`
+
+        return replace(self, fields=self.fields.moved(start))
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -118,6 +129,7 @@ class Batching:
         source: has the fields of the examples; None: they have none.
         collate: (the examples of a batch) -> its fields, in place of the rules of `FieldRules`.
         use: what fields the batches have, and which of them somebody reads.
+        at_inputs: the graph starts at the fields that are floats.
     """
 
     batch_tokens: int
@@ -131,6 +143,7 @@ class Batching:
     collate: Collate | None = None
     use: FieldUse = field(default_factory=FieldUse)
     one_width: bool = False
+    at_inputs: bool = False
 
     def size(self, example: Example) -> int:
         """The tokens of an example, or what stands for them."""

@@ -71,16 +71,43 @@ def check_left_alone(model: Any) -> None:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """ValueError for a model with quantised layers of torch itself: these operators have no backward.
+    """ValueError for a model with quantised layers through which no gradient passes.
 
-    Through them a gradient is zero, or none, and torch only warns. Weights that torchao or bitsandbytes have quantised
-    are made floats for each product, and gradients of activations pass.
+    Those of torch itself have operators without a backward; others are tried, one of each kind: torchao's lose the
+    gradient where they quantise what they are given, too. Through them a gradient is zero, and nobody says so.
     """
+    tried = set[tuple[type, ...]]()
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.ao.nn.quantized"):
-            rule, remedy = "have operators with a backward", "Quantise with torchao or bitsandbytes, weights alone."
-            got = f"{type(module).__module__}.{type(module).__qualname__} at {name}"
-            raise ValueError(broken_rule("collect", "model", rule, got, remedy))
+        kind = (type(module), *(type(p) for p in module.parameters(recurse=False)))
+        if type(module).__module__.startswith("torch.ao.nn.quantized") or (
+            kind not in tried and _loses_gradient(module)
+        ):
+            _refuse_quantised(module, name)
+        tried.add(kind)
+
+
+def _refuse_quantised(module: nn.Module, name: str) -> None:
+    weight = getattr(module, "weight", None)
+    what = module if callable(weight) or weight is None or type(weight) is nn.Parameter else weight
+    rule, remedy = "have layers with a backward", "Quantise weights alone, with torchao or bitsandbytes."
+    got = f"{type(what).__module__}.{type(what).__qualname__} at {name}"
+    raise ValueError(broken_rule("collect", "model", rule, got, remedy))
+
+
+def _loses_gradient(module: nn.Module) -> bool:
+    """Whether a linear layer with a weight of another kind gives an output without a graph."""
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__"):
+        return False
+    if hasattr(weight, "full_tensor") or weight.is_meta:  # in pieces on several ranks, or kept elsewhere
+        return False
+    try:
+        with torch.enable_grad():
+            given = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            output = type(module).forward(module, given)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return False  # it will say so itself
+    return not output.requires_grad
 
 
 _worked_on: list[Any] = []  # models, each by one thread

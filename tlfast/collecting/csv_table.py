@@ -28,18 +28,20 @@ class CsvTable:
         bad: takes the rows that have other cells than the first.
         texts: columns that are text, whatever one may think.
         wanted: columns that are asked for; None: all.
+        strict: refuse what `read_records` does; else take it as it was before.
 
     Raises:
         ValueError: for a file that isn't such a table; of pyarrow, or of the wrong encoding, where that found it.
     """
 
     def __init__(
-        self, path: Path, source: str, bad: BadExamples, texts: Collection[str], wanted: Collection[str] | None
-    ) -> None:
+        self, path: Path, source: str, bad: BadExamples, texts: Collection[str], wanted: Collection[str] | None,
+        strict: bool = True,
+    ) -> None:  # fmt: skip
         self._csv, self._path = extra("pyarrow.csv", _WHO), path
         string = extra("pyarrow", _WHO).string()
         _check_utf8(path)
-        self._texts = dict.fromkeys(texts, string)
+        self._texts, self._strict = dict.fromkeys(texts, string), strict
         for self._block in _BLOCKS:
             try:
                 broken = self._first_pass(wanted)
@@ -48,7 +50,7 @@ class CsvTable:
                 if _TOO_LONG not in str(error) or self._block == _BLOCKS[-1]:
                     raise
         for row in broken:
-            _leave_out(row, path, source, bad)
+            _leave_out(row, path, source, bad, strict)
 
     def _first_pass(self, wanted: Collection[str] | None) -> list[Any]:
         """Names and types of the columns; the rows that have other cells."""
@@ -57,11 +59,13 @@ class CsvTable:
         self.names: list[str] = self._parts([]).schema.names
         self._wanted = [name for name in self.names if wanted is None or name in wanted]
         twice = next((name for name in self._wanted if self.names.count(name) > 1), None)
-        if twice is not None:
+        if twice is not None and self._strict:
             rule = "have one column of each name that is asked for"
             raise _refused(rule, f"{twice!r} twice, in the first row", self._path, "Rename it.")
+        if twice is not None:
+            self._wanted = []  # which is all of them: the last of one name counts
         others = [name for name in self._wanted if name not in self._texts]
-        if not others:
+        if not others and self._wanted:
             for _ in self._parts(broken, self._wanted[:1]):
                 pass
             return broken
@@ -69,7 +73,7 @@ class CsvTable:
         table = self._csv.read_csv(self._path, *self._settings(broken, others))
         self._types |= dict(zip(table.schema.names, table.schema.types, strict=True))
         floats = [name for name in others if str(self._types[name]) == "double"]
-        if floats:
+        if floats and self._strict:
             self._check_whole_numbers(floats)
         return broken
 
@@ -116,9 +120,9 @@ def _check_utf8(path: Path) -> None:
             pass
 
 
-def _leave_out(row: Any, path: Path, source: str, bad: BadExamples) -> None:
+def _leave_out(row: Any, path: Path, source: str, bad: BadExamples, strict: bool) -> None:
     number, reason = row.number or 0, f"{row.actual_columns} cells, not {row.expected_columns}"
-    if row.text.count('"') % 2 and "\n" in row.text:
+    if strict and row.text.count('"') % 2 and "\n" in row.text:
         raise _refused("close each quote", f"one that is open to the end, from row {number} on", path, "Close it.")
     got, remedy = f"{reason}, in row {number} of {str(path)!r}", "Quote what has the delimiter in it."
     error = broken_rule(_WHO, "dataset", "have a cell for each column", got, remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,16 @@ from .skipped import BadExamples
 from .spool import DIGEST_BYTES, Examples, Spool
 
 _AT_ONCE = 256  # items asked of a data set together
+
+
+class AskedAgain(ABC):
+    """Examples that are made while they are gone through, and of which any may be asked for again, by its number."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]: ...
+
+    @abstractmethod
+    def __getitem__(self, number: int) -> Any: ...
 
 
 class FieldSource:
@@ -128,10 +139,11 @@ class ExampleReader:
         check_data(data)
         reading = Reading(self.fields, self.apart, isinstance(data, DataLoader))
         map_style = is_map_style(data)
+        again = data if map_style or isinstance(data, AskedAgain) else None
         number = 0
         for k, given in enumerate(_all_items(data) if map_style else data):
             for part, item in enumerate(reading.items(given, f"batches[{k}]")):
-                self._take(number, item, (k, part), data if map_style else None, reading)
+                self._take(number, item, (k, part), again, reading)
                 number += 1
         if not self.examples:
             got = str(self.bad) if len(self.bad) else "none"

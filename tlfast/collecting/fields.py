@@ -25,6 +25,7 @@ NOT_ASKED_FOR = -100  # a label that no loss looks at, as torch and transformers
 MOST_KEPT = 1024  # values of a field that a row table keeps
 _LABELS = ("label", "label_ids")
 _ZERO = ("token_type_ids", "position_ids")
+SOUND = ("input_values", "input_features")  # padded with silence, beside a mask where the model takes one
 _OF_NUMPY = (torch.int64, torch.int32, torch.float32, torch.float64, torch.uint8, torch.bool)
 
 
@@ -181,7 +182,7 @@ def pad_value(name: str, pad_id: int) -> int | None:
     leaf = name.rpartition(".")[2]
     if leaf in _LABELS or leaf.endswith("labels"):
         return NOT_ASKED_FOR
-    if leaf in _ZERO or leaf.endswith("mask"):
+    if leaf in _ZERO or leaf in SOUND or leaf.endswith("mask"):
         return 0
     return pad_id if leaf.endswith("_ids") else None
 
@@ -261,7 +262,7 @@ class FieldRules:
         if not isinstance(value, torch.Tensor):
             return _Seen(_kind(value), 0, None, None, False)
         leaf = name.rpartition(".")[2]
-        apart = name in self._apart or leaf.startswith("decoder_") or pad_value(name, 0) is None
+        apart = name in self._apart or leaf.startswith("decoder_") or leaf in SOUND or pad_value(name, 0) is None
         as_tokens = value.dim() > 0 and value.shape[0] == n_tokens and not apart
         return _Seen("numbers", value.dim(), value.dtype, tuple(value.shape), as_tokens)
 

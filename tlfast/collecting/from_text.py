@@ -1,4 +1,4 @@
-"""`tlfast collect`: from settings to a dataset, by way of a Hugging Face model and text files, or records."""
+"""`tlfast collect`: from settings to a dataset, by way of a Hugging Face model, and text files or records."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..dataset.format.plan import Example
+from ..dataset.places.remote import url_of
 from ..dataset.read.conditions import Condition
 from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
@@ -33,17 +34,21 @@ from .huggingface import (
     load_tokenizer,
     pick_device,
     portable_name,
+    response_encoder,
 )
+from .loss import accepted_names
 from .losses import loss_called, name_of
+from .media import Processor, kind_of
+from .media_examples import MediaExamples
 from .packing import check_packs, packs
 from .progress import Report
-from .records import files_of, read_records
-from .resume import check_folder, has_units, packs_as_begun
+from .records import Record, files_of, read_records
+from .resume import check_folder, existing_folder, has_units, packs_as_begun, records_as_begun
 from .run import Run
-from .settings import CollectSettings, stored_as
+from .settings import COLUMNS, CollectSettings, stored_as
 from .skipped import BadExamples
 from .stored_examples import MadeAnew, Origin
-from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, check_task, task_of
+from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, check_task, task_of, unwrapped
 from .text import TextFile, check_plain, find_text_files, texts
 from .tokenizing import Columns, Tokenizing
 
@@ -77,7 +82,9 @@ class Collection:
         self.ref: Any = imported(settings.ref, "ref") if settings.ref else None
         if device.type == "cuda":
             prepare_cuda()
-        self.tokenizer = load_tokenizer(name, settings.trust_remote_code)
+        kind = kind_asked(settings)
+        reads = kind == "text" or settings.response_column
+        self.tokenizer: Any = load_tokenizer(name, settings.trust_remote_code) if reads else None
         loading = Loading(settings.task, adapter, settings.trust_remote_code)
         model = load_model(name, stored_as(settings.model_dtype), device, settings.device_map, loading)
         if settings.lens:
@@ -90,11 +97,16 @@ class Collection:
         else:
             find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
             check_fits(model, settings)
+        check_kind(model, settings, kind)
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
-        self._tokenizing: Tokenizing | None = None
-        self.examples: MadeAnew = self._records(settings) if settings.dataset else self._texts(settings, files)
+        self._made_by: Tokenizing | MediaExamples | None = None
+        self.examples: MadeAnew | MediaExamples
+        if kind != "text":
+            self.examples = self._made_by = self._media(settings, name)
+        else:
+            self.examples = self._records(settings) if settings.dataset else self._texts(settings, files)
         if settings.pack:
             self._pack(settings)
         check_labels(self.model, settings, self.loss)
@@ -105,7 +117,7 @@ class Collection:
             got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
             remedy = "Leave it out."
             raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
-        origin = self.examples.origin
+        origin = getattr(self.examples, "origin", None)
         if origin is not None:
             origin = replace(origin, how={**origin.how, "pack": longest})
         self.examples = MadeAnew(partial(packs, self.examples, longest), origin)
@@ -114,7 +126,7 @@ class Collection:
     @property
     def unused(self) -> list[str]:
         """Columns of the data that nobody asks for; known once they were read."""
-        return [] if self._tokenizing is None else self._tokenizing.unused
+        return [] if self._made_by is None else self._made_by.unused
 
     def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> MadeAnew:
         most = settings.max_examples or None
@@ -150,33 +162,55 @@ class Collection:
         }  # fmt: skip
         return Origin(there, how, self.bad, notes)
 
-    def _records(self, settings: CollectSettings) -> MadeAnew:
-        columns = Columns(
-            settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
-            settings.label_column, settings.keep_fields,
+    @property
+    def _label_ids(self) -> dict[str, int] | None:
+        labels = getattr(getattr(self.model, "config", None), "label2id", None)
+        return labels if isinstance(labels, dict) else None
+
+    def _media(self, settings: CollectSettings, name: str) -> MediaExamples:
+        columns, place = columns_of(settings), settings.dataset
+        takes, most = accepted_names(self.model), settings.max_examples or None
+        processor = Processor(
+            name, columns.kind, self.model, takes, settings.truncate, settings.trust_remote_code  # type: ignore[arg-type]
         )  # fmt: skip
+        config = getattr(self.model, "config", None)
+        root, here = Path(place).expanduser(), existing_folder(settings.out) if not url_of(settings.out) else None
+
+        def records() -> Iterator[Record]:
+            return read_records(place, self.bad, settings.name, settings.split, (), made.wanted, columns.kind)
+
+        made = MediaExamples(
+            columns, records, processor, self.bad, root if root.is_dir() else root.parent, self._label_ids or {},
+            response_encoder(self.tokenizer, self.model) if columns.response else None,
+            getattr(config, "max_target_positions", None), settings.filter, most, here, place,
+        )  # fmt: skip
+        return made
+
+    def _records(self, settings: CollectSettings) -> MadeAnew:
+        columns = columns_of(settings)
         if columns.messages:
             check_template(self.tokenizer)
-        labels = getattr(getattr(self.model, "config", None), "label2id", None)
         how: dict[str, Any] = {
             "first": list(beginning_of_text(self.tokenizer, settings.bos)),
             "last": list(end_of_text(self.tokenizer, settings.eos, bool(columns.response))),
             "longest": settings.seq_len or positions_of(self.model), "truncate": settings.truncate,
-            "label_ids": labels if isinstance(labels, dict) else None,
+            "label_ids": self._label_ids,
         }  # fmt: skip
         task = task_of(self.model)
         tokenizing = Tokenizing(
             columns, self.tokenizer, task, self.bad, condition=settings.filter, place=settings.dataset, **how
         )
-        self._tokenizing = tokenizing
+        self._made_by = tokenizing
+        strict = settings.overwrite or settings.extend or not records_as_begun(settings.out)
         files = files_of(settings.dataset, settings.split)
         how |= {"columns": asdict(columns), "task": task, "split": settings.split, "name": settings.name}
 
         def examples() -> Iterator[Any]:
             self.bad.forget()
             records = read_records(
-                settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted
-            )
+                settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted,
+                strict=strict,
+            )  # fmt: skip
             return tokenizing.examples(records, settings.max_examples or None)
 
         return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused))
@@ -187,21 +221,25 @@ class Collection:
         """The run of these settings, which differ from those loaded in units, out or the like at most."""
         tokenizer = self.tokenizer
         adapter = {"adapter": portable_name(settings.adapter)} if settings.adapter else {}
+        read_by = {} if tokenizer is None else {
+            "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)}
+        }  # fmt: skip
+        packed = {"batch_examples": packs_as_begun(settings.out, settings.overwrite)} if settings.pack else {}
         options = settings.to_options(
             loss=self.loss,
             ref=self.ref,
             keep_fields=settings.keep_fields,
-            batch_examples=packs_as_begun(settings.out, settings.overwrite) if settings.pack else None,
-            pad_id=tokenizer.pad_token_id or 0,
+            pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
             share=share,
             skipped=self.bad,
             progress=progress,
             header={
                 "model": {"name": portable_name(settings.model)} | adapter,
-                "tokenizer": {"class": type(tokenizer).__name__, "fingerprint": tokenizer_fingerprint(tokenizer)},
+                **read_by,
                 "text": settings.describe_data(),
             },
             config=settings.to_yaml(f"{made_by}, {settings.device_map or self.device}"),
+            **packed,
         )
         return Run(self.model, self.examples, settings.out, options)
 
@@ -270,6 +308,38 @@ def imported(given: str, argument: str = "loss") -> Any:
     return found
 
 
+def columns_of(settings: CollectSettings) -> Columns:
+    """The columns of records that settings name."""
+    return Columns(
+        settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
+        settings.label_column, settings.keep_fields, settings.image_column, settings.audio_column,
+    )  # fmt: skip
+
+
+def kind_asked(settings: CollectSettings) -> str:
+    """What the examples are of: "text", "image" or "audio"."""
+    return columns_of(settings).kind
+
+
+def check_kind(model: nn.Module, settings: CollectSettings, kind: str) -> None:
+    """ValueError for examples of another kind than the model reads."""
+    reads = kind_of(unwrapped(model))
+    if reads != kind:
+        got = (
+            "--text"
+            if settings.text
+            else "--" + next(n for n in reversed(COLUMNS) if getattr(settings, n)).replace("_", "-")
+        )
+        flags = {"text": "--text, or --column and others of text", "image": "--image-column", "audio": "--audio-column"}
+        rule = f"be {flags[reads]} for {type(unwrapped(model)).__name__}, which reads {main_input(model)}"
+        raise ValueError(broken_rule("collect", "the columns", rule, got, "Or take another model."))
+
+
+def main_input(model: nn.Module) -> str:
+    """What a model calls what it reads."""
+    return str(getattr(unwrapped(model), "main_input_name", "input_ids"))
+
+
 def fitting_loss(settings: CollectSettings, model: nn.Module) -> str:
     """The name of the loss of what the model is for, and of what the examples have."""
     task = task_of(model)
@@ -291,7 +361,9 @@ def check_labels(model: nn.Module, settings: CollectSettings, loss: Any) -> None
     made = settings.label_column or settings.response_column or settings.messages_column
     if name in columns and not made:
         check_task(model, name)
-        got = f"--column {settings.column} alone" if settings.dataset else "--text"
+        column = next((n for n in ("column", "image_column", "audio_column") if getattr(settings, n)), "column")
+        given = f"--{column.replace('_', '-')} {getattr(settings, column)} alone"
+        got = given if settings.dataset else "--text"
         remedy = "Or say another --loss."
         rule = f"come from --dataset and {columns[name]} for loss {name}"
         raise ValueError(broken_rule("collect", "labels", rule, got, remedy))

@@ -28,6 +28,13 @@ TASKS = {
     "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
     "seq2seq": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
     "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+    "audio-classification": ("AutoModelForAudioClassification", ("ForAudioClassification",)),
+    "speech-seq2seq": ("AutoModelForSpeechSeq2Seq", ("ForSpeechSeq2Seq",)),
+}
+# Classes of these are called as those of text are, in part: transformers lists them.
+_OF_SOUND = {
+    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
 ADAPTER = "adapter_config.json"
 
@@ -99,7 +106,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         kind = _kind_without_text(name, trusting)
         if kind is None:
             raise
-    got, remedy = f"{name!r}, of type {kind}", "From Python, tlfast.collect takes its examples."
+    got, remedy = f"{name!r}, of type {kind}", "--image-column and --audio-column are for models of these."
     raise ValueError(broken_rule("collect", "model", "read text", got, remedy))
 
 
@@ -131,6 +138,10 @@ def auto_class(name: str, loading: Loading = Loading()) -> str:
         said = _load("AutoConfig", name, **_trusting(loading.trust_remote_code)).to_dict()
     kinds = said.get("architectures") if isinstance(said, dict) else None
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else ""
+    known = extra("transformers.models.auto.modeling_auto", "collect")
+    for auto, names in _OF_SOUND.items():
+        if kind and kind in getattr(known, names, {}).values():
+            return auto
     found = [auto for auto, endings in TASKS.values() if kind.endswith(endings)]
     if kind.endswith("ForConditionalGeneration") and not said.get("is_encoder_decoder"):
         found = []
@@ -169,7 +180,7 @@ def empty_model(name: str, loading: Loading) -> nn.Module:
     kind = getattr(extra("transformers", "collect"), auto_class(name, loading))
     try:
         with torch.device("meta"):
-            model: nn.Module = kind.from_config(config, **trust)
+            model: nn.Module = kind.from_config(config, **trust).to("meta")  # some make a weight elsewhere
     except (OSError, ValueError, KeyError) as error:
         got, remedy = f"{name!r}: {' '.join(str(error).split())[:300]}", "Give another --task."
         raise ValueError(broken_rule("collect", "model", f"be one of {kind.__name__}", got, remedy)) from error
@@ -274,6 +285,20 @@ def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
             "input_ids"
         ]
         return tokens
+
+    return encode
+
+
+def response_encoder(tokenizer: Any, model: nn.Module) -> Callable[[str], list[int]]:
+    """A function from a text to the tokens that a decoder beside an encoder is to write.
+
+    Of what the tokenizer puts before a text the token is left out at which the decoder begins: it reads that anyway.
+    """
+    first = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+
+    def encode(text: str) -> list[int]:
+        tokens = list(tokenizer(text_target=text, return_attention_mask=False, verbose=False)["input_ids"])
+        return tokens[1:] if tokens and tokens[0] == first else tokens
 
     return encode
 

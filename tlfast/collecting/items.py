@@ -12,7 +12,7 @@ import torch
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import pad_value
+from .fields import SOUND, pad_value
 
 _OURS = ("input_ids", "attention_mask", "source", "start")  # of a mapping: these are no fields
 _TOLD = {"id", "length", "flags", "norms"}  # what a dataset of ours tells of an example beside these
@@ -129,8 +129,9 @@ class Reading:
             return fields
         return {
             name: value[real]
-            if name not in self.apart and not name.startswith("decoder_") and pad_value(name, 0) is not None
-            and hasattr(value, "__len__") and not isinstance(value, (str, Mapping)) and len(value) == n
+            if name not in self.apart and name not in SOUND and not name.startswith("decoder_")
+            and pad_value(name, 0) is not None and hasattr(value, "__len__")
+            and not isinstance(value, (str, Mapping)) and len(value) == n
             else value
             for name, value in fields.items()
         }  # fmt: skip

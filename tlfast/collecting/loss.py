@@ -189,7 +189,9 @@ def check_causal(model: nn.Module, batching: Batching, examples: Sequence[Exampl
     if change > _ROUNDINGS * (rounding + eps):
         rule = "not see the token that it is to predict"
         got = f"{type(model).__name__}, whose logits change by {change:.1e} with the token behind them"
-        remedy = "Give a causal model; or loss=, a function of model and batch, which `tlfast collect` doesn't take."
+        remedy = "Give a causal model; or loss=, a function of model and batch (--loss module:function)."
+        if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):  # of bitsandbytes
+            remedy = "Its layers in 8 bits round what they are given by all tokens of it: quantise weights alone."
         raise ValueError(broken_rule("collect", "model", rule, got, remedy))
 
 

@@ -108,9 +108,27 @@ def _inputs(model: Any, n: int, n_positions: int, n_decoded: int) -> dict[str, t
     if main == "pixel_values":
         size, channels = getattr(model.config, "image_size", 224), getattr(model.config, "num_channels", 3)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return {main: torch.zeros(n, channels, height, width, dtype=dtype, device=_device(model))}
-    given = {main: _tokens(model, n, n_positions)}
+        return {main: _zeros(model, n, channels, height, width)}
+    if main in ("input_values", "input_features"):
+        given = {main: _zeros(model, n, *_sizes_of_sound(model, main))}
+    else:
+        given = {main: _tokens(model, n, n_positions)}
     if is_encoder_decoder(model):
         given["decoder_input_ids"] = _tokens(model, n, n_decoded)
     return given
+
+
+def _zeros(model: nn.Module, *sizes: int) -> torch.Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros(sizes, dtype=dtype, device=_device(model))
+
+
+def _sizes_of_sound(model: Any, main: str) -> tuple[int, ...]:
+    """The sizes of one example of a model of sound: a second of samples, or frames with their bands."""
+    config = model.config
+    bands, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
+    if main == "input_values":
+        return (16_000,) if bands is None else (frames or 1024, bands)  # of AST frames have this name, too
+    if hasattr(config, "max_source_positions") and bands is not None:
+        return bands, 2 * config.max_source_positions  # of Whisper, which halves them
+    return 100, getattr(config, "feature_projection_input_dim", getattr(config, "input_feat_per_channel", 80))

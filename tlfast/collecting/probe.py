@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +25,7 @@ from ..hooks.captured import Capture
 from ..hooks.dimensions import Seen, has_positions
 from ..hooks.freeze import starting_modules
 from ..spec import Spec
-from .batches import Batching, PaddingSide
+from .batches import Batch, Batching, PaddingSide
 from .fields import DECODED
 from .loss import Loss, next_token_loss
 from .pack import column_of
@@ -37,6 +40,8 @@ _ENOUGH_TOKENS = 8  # fewer may give no gradient at some points: a softmax over 
 # sides, in float32 and bfloat16: 0.7 times as far where padding is right, 10 times at least where it isn't.
 _MARGIN = 4
 _FACTORS = (0.7, 0.8, 0.9)  # of the loss; no powers of two, so that backward is rounded anew
+_HOME, _TORCH = (os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__))
+_OF_OURS = re.compile(r"(capture|collect|freeze|stream)( at \S+)?: ")  # how errors begin that hooks of ours raise
 _OURS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
@@ -63,6 +68,7 @@ class _Pass:
     rows: dict[str, torch.Tensor] = field(default_factory=dict)  # by column, where the point fired
     by_mask: set[str] = field(default_factory=set)  # columns whose positions a mask chooses, not their numbers
     error: Exception | None = None
+    in_loss: bool = False  # it was raised by the model's forward, or by the loss
 
     def row(self, column: str, example: Example) -> torch.Tensor | None:
         """The row of an example as float64; None where there is none."""
@@ -241,9 +247,15 @@ class Probe:
                 scale = 1.0 if spec.of == "act" else 1 / (self.grad_scale * factor)
                 done.sizes[column] = done.sizes.get(column, 0.0) + size * scale
 
+        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+            done.in_loss = True
+            found = self.loss(model, batch)
+            done.in_loss = False
+            return found
+
         try:
             with cap.unmasked(self.wanted if unmasked is None else unmasked).watched(see):
-                runner = Runner(self.model, cap, batching, self.loss, self.grad_scale * factor, decoding=self.decoding)
+                runner = Runner(self.model, cap, batching, loss, self.grad_scale * factor, decoding=self.decoding)
                 runner.step(batch.to(runner.device))
                 missing = cap.missing
                 done.rows = {column: cap.ring(column) for column in cap.names if not missing[column].any()}
@@ -423,4 +435,19 @@ def _raise_first(passes: Sequence[_Pass]) -> None:
         if one.error is not None:
             if str(one.error).startswith("collect: "):  # it says already what is wrong with the loss
                 raise one.error
-            raise _no_gradient(" ".join(str(one.error).split())) from one.error
+            reason = " ".join(str(one.error).split())
+            if one.in_loss and "deterministic" not in reason and not _OF_OURS.match(reason):
+                rule, remedy = (
+                    "take the first examples without an error",
+                    "The examples must fit the model, and the loss.",
+                )
+                got = f"{type(one.error).__name__} in {_place_of(one.error)}: {reason[:300]}"
+                raise ValueError(broken_rule("collect", "the model and the loss", rule, got, remedy)) from one.error
+            raise _no_gradient(reason) from one.error
+
+
+def _place_of(error: Exception) -> str:
+    """The line of the model's code, or the loss's, at which an error came: the last one that isn't torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = next((one for one in reversed(frames) if not one.filename.startswith((_TORCH, _HOME))), frames[-1])
+    return f"{found.name}, line {found.lineno} of {os.path.basename(found.filename)}"

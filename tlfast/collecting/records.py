@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +12,23 @@ from typing import Any, NamedTuple
 from ..dataset.errors import extra
 from ..errors import broken_rule
 from .csv_table import CsvTable
-from .json_parts import Decoder
+from .hub_data import hub_data, saved_data
+from .json_parts import TWO_VALUES, Decoder
+from .media import SUFFIXES
 from .skipped import BadExamples
 
 _WHO = "collect"
 _AT_ONCE = 1024  # rows of a table made into Python's values together
 _SPLITS = ("train", "training", "valid", "validation", "val", "dev", "test", "eval")  # as hub and files call them
 _NOT_HERE = "Check the path, or the name on the hub."
+
+
+class _How(NamedTuple):
+    """How files are read: as `read_records` says."""
+
+    texts: Collection[str]
+    wanted: Collection[str] | None
+    strict: bool
 
 
 class Record(NamedTuple):
@@ -36,10 +46,12 @@ def read_records(
     split: str = "",
     texts: Collection[str] = (),
     wanted: Collection[str] | None = None,
+    kind: str = "text",
+    strict: bool = True,
 ) -> Iterator[Record]:
     """Yield the rows of a data set, in its order; those of several files by rising path.
 
-    All are read part by part, but for JSON that is an object around its list, and what `CsvTable` holds.
+    All are read part by part, but for what `CsvTable` holds.
 
     Args:
         place: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .txt), a folder of such, one that
@@ -49,29 +61,33 @@ def read_records(
         split: which part: of the hub, of what save_to_disk wrote, or of a folder with files called so.
         texts: columns that are text, whatever a CSV file makes one think.
         wanted: the columns that are asked for; None: all. Rows may have others, too, the first one has all.
+        kind: "image" or "audio" takes a folder without such files for one of images or sounds: each is a row with its
+            path, in the column called by the kind, and the name of the folder that it lies in, ``label``.
+        strict: leave out, or refuse, what a key or a column has two values for, numbers that would be rounded, and
+            a quote that is open to the end; else take them as the first version did, for a dataset that has them.
 
     Raises:
         ValueError: for a place without records, a file that isn't what its ending says, or a ``split`` that there isn't
             or that must be said.
     """
-    path = Path(place).expanduser()
+    path, how = Path(place).expanduser(), _How(texts, wanted, strict)
     if path.is_dir() and not _is_saved(path):
         if name:
             raise _refused("name", "be left out for files", repr(name), "It is one of the hub's.")
+        if kind != "text" and not _files_below(path, _TABLES):
+            return _of_media(path, kind, split)
         files = _in_folder(path, split)
-        return chain.from_iterable(
-            _of_file(file, file.relative_to(path).as_posix(), bad, texts, wanted) for file in files
-        )
+        return chain.from_iterable(_of_file(file, file.relative_to(path).as_posix(), bad, how) for file in files)
     if path.is_file():
         for argument, value in (("name", name), ("split", split)):
             if value:
                 raise _refused(argument, "be left out for a file", repr(value), "The file is taken whole.")
-        return _of_file(path, path.name, bad, texts, wanted)
-    return _of_datasets(place, path, name, split, wanted)
+        return _of_file(path, path.name, bad, how)
+    return _of_datasets(place, path, name, split, how)
 
 
 def files_of(place: str, split: str = "") -> list[tuple[str, Path]] | None:
-    """All files that `read_records` reads, with names that tell them apart; None for a data set of the hub.
+    """All files that `read_records` reads of texts, with names that tell them apart; None for a data set of the hub.
 
     Raises:
         ValueError: as `read_records`, for a folder.
@@ -95,16 +111,26 @@ def _refused(argument: str, rule: str, got: str, remedy: str) -> ValueError:
     return ValueError(broken_rule(_WHO, argument, rule, got, remedy))
 
 
+def _files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files of a folder that end so, by rising path, without hidden ones."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def _in_folder(folder: Path, split: str) -> list[Path]:
     """The data files of a folder, or those of a split, which their names begin with or their folder is called by."""
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _READERS and path.is_file()]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found = _files_below(folder, _READERS)
     if not found:
         raise _refused("dataset", f"hold files like {', '.join(_READERS)}", repr(str(folder)), _NOT_HERE)
+    words = [{re.split(r"[-._]", part)[0].lower() for part in path.relative_to(folder).parts} for path in found]
+    return _of_split(found, words, split)
+
+
+def _of_split(found: list[Path], words: Sequence[Collection[str]], split: str) -> list[Path]:
+    """The files of a split, by the words that each is called by; ValueError where there is none, or it must be said."""
     splits: dict[str, list[Path]] = {}
-    for path in found:
-        words = {re.split(r"[-._]", part)[0].lower() for part in path.relative_to(folder).parts}
-        for word in sorted(words):
+    for path, called in zip(found, words, strict=True):
+        for word in sorted(called):
             splits.setdefault(word, []).append(path)
     known = [word for word in splits if word in _SPLITS or len(splits) > 1]
     if split and split.lower() not in splits:
@@ -115,44 +141,45 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     return splits[split.lower()] if split else found
 
 
+def _of_media(folder: Path, kind: str, split: str) -> Iterator[Record]:
+    """The images or sounds of a folder; the folders above that of a label may be called by the splits."""
+    suffixes = SUFFIXES[kind]
+    found = _files_below(folder, suffixes)
+    if not found:
+        rule = f"hold files like {', '.join((*suffixes, *_TABLES))}"
+        raise _refused("dataset", rule, repr(str(folder)), _NOT_HERE)
+    words = [{part.lower() for part in path.relative_to(folder).parts[:1] if part != path.name} for path in found]
+    for path in _of_split(found, words, split):
+        label = path.parent.name if path.parent != folder else None
+        yield Record({kind: path.name, "label": label}, path.relative_to(folder).as_posix(), 0)
+
+
 def _is_path(place: str, path: Path) -> bool:
     """Whether what isn't there was meant to be here: asking the hub for it would take half a minute."""
     named = path.suffix.lower() in _READERS or place.startswith((".", "~", "/")) or place.count("/") > 1
     return named or (len(path.parts) > 1 and path.parent.is_dir())
 
 
-def _of_datasets(place: str, path: Path, name: str, split: str, wanted: Collection[str] | None) -> Iterator[Record]:
-    if not path.is_dir() and _is_path(place, path):
+def _of_datasets(place: str, path: Path, name: str, split: str, how: _How) -> Iterator[Record]:
+    if path.is_dir():
+        found, split = saved_data(path, split)
+        source = split or path.name
+    elif _is_path(place, path):
         raise _refused("dataset", "be a file, a folder or a name on the hub", f"{place!r}, no such file", _NOT_HERE)
-    datasets = extra("datasets", _WHO, "hub")
-    try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-        else:
-            found = datasets.load_dataset(place, name or None)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        got = f"{place!r}: {' '.join(str(error).split())[:300]}"
-        raise _refused("dataset", "be a file, a folder or a name on the hub", got, _NOT_HERE) from error
-    if isinstance(found, Mapping):
-        splits = list(found)
-        if split not in found and (split or len(splits) > 1):
-            raise _refused("split", f"be one of {', '.join(splits)}", repr(split) if split else "none", "Say --split.")
-        split = split or splits[0]
-        found = found[split]
-    elif split:
-        raise _refused("split", "be left out for a data set of one", repr(split), "It is taken whole.")
-    source = split if path.is_dir() else f"{place}/{split}"
-    return _of_table_rows(found.with_format("arrow").iter(batch_size=_AT_ONCE), source or path.name, wanted)
+    else:
+        found, split = hub_data(place, name, split)
+        source = f"{place}/{split}"
+    return _of_table_rows(found.with_format("arrow").iter(batch_size=_AT_ONCE), source, how)
 
 
-def _of_table_rows(parts: Iterable[Any], source: str, wanted: Collection[str] | None) -> Iterator[Record]:
+def _of_table_rows(parts: Iterable[Any], source: str, how: _How) -> Iterator[Record]:
     """The rows of a table that comes in parts; of the first one with all columns, so that it is known what there is."""
-    start = 0
+    start, wanted = 0, how.wanted
     for part in parts:
         part.validate(full=True)  # offsets that lead out of its memory would end the process
         names = part.schema.names
         twice = next((name for name in names if names.count(name) > 1 and (wanted is None or name in wanted)), None)
-        if twice is not None:
+        if twice is not None and how.strict:
             rule = "have one column of each name that is asked for"
             raise _refused("dataset", rule, f"{twice!r} twice in {source!r}", "Rename it.")
         if start and wanted is not None:
@@ -162,20 +189,16 @@ def _of_table_rows(parts: Iterable[Any], source: str, wanted: Collection[str] | 
         start += len(part)
 
 
-def _of_file(
-    path: Path, source: str, bad: BadExamples, texts: Collection[str], wanted: Collection[str] | None
-) -> Iterator[Record]:
+def _of_file(path: Path, source: str, bad: BadExamples, how: _How) -> Iterator[Record]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         rule = f"end in {', '.join(_READERS)}"
         raise _refused("dataset", rule, repr(str(path)), "Name the file as what it is; --text takes text of any name.")
     try:
         if reader in (_parquet, _arrow):
-            yield from _of_table_rows(reader(path), source, wanted)
-        elif reader is _csv:
-            yield from _csv(path, source, bad, texts, wanted)
+            yield from _of_table_rows(reader(path), source, how)
         else:
-            yield from reader(path, source, bad, texts)
+            yield from reader(path, source, bad, how)
     except (OSError, UnicodeError, ValueError, TypeError, KeyError, RecursionError) as error:
         if str(error).startswith(f"{_WHO}: "):
             raise
@@ -192,8 +215,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, data
 
 
-def _jsonl(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
-    decoder = Decoder()
+def _jsonl(path: Path, source: str, bad: BadExamples, how: _How) -> Iterator[Record]:
+    decoder = Decoder(how.strict)
     for number, line in _lines(path):
         try:
             values = decoder.one(line.decode())
@@ -211,16 +234,14 @@ def _jsonl(path: Path, source: str, bad: BadExamples, texts: Collection[str]) ->
 
 
 def _twice(decoder: Decoder) -> str:
-    return f"the key {decoder.twice[:40]!r} twice, with two values"
+    return f"the key {decoder.twice[:40]!r}{TWO_VALUES}"
 
 
-def _json(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
-    decoder, number = Decoder(), -1
+def _json(path: Path, source: str, bad: BadExamples, how: _How) -> Iterator[Record]:
+    decoder, number = Decoder(how.strict), -1
     with open(path, encoding="utf-8-sig") as file:
-        is_list = file.read(1 << 16).lstrip()[:1] == "["
-    with open(path, encoding="utf-8-sig") as file:
-        for number, one in enumerate(decoder.items(file) if is_list else _of_object(path)):
-            if not isinstance(one, dict):
+        for number, one in enumerate(decoder.records(file)):
+            if one is None:
                 raise _no_records(path)
             if not decoder.twice:
                 yield Record(one, source, number)
@@ -237,18 +258,7 @@ def _no_records(path: Path) -> ValueError:
     return _refused("dataset", "hold one list of JSON objects", f"other JSON in {str(path)!r}", remedy)
 
 
-def _of_object(path: Path) -> list[Any]:
-    """The one list of records in an object, which is read whole."""
-    values = Decoder().one(path.read_bytes().decode("utf-8-sig"))
-    lists = [value for value in values.values() if _is_records(value)] if isinstance(values, dict) else []
-    return lists[0] if len(lists) == 1 else [None]
-
-
-def _is_records(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
-def _text(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> Iterator[Record]:
+def _text(path: Path, source: str, bad: BadExamples, how: _How) -> Iterator[Record]:
     for number, line in _lines(path):
         text = line.decode(errors="replace")
         if text.encode() == line:
@@ -258,9 +268,9 @@ def _text(path: Path, source: str, bad: BadExamples, texts: Collection[str]) -> 
             bad.leave_out(source, number, "no UTF-8 text", broken_rule(_WHO, "dataset", "be UTF-8 text", got, remedy))
 
 
-def _csv(path: Path, source: str, bad: BadExamples, texts: Collection[str], wanted: Any) -> Iterator[Record]:
-    table = CsvTable(path, source, bad, texts, wanted)
-    records = _of_table_rows(table.parts(), source, None)
+def _csv(path: Path, source: str, bad: BadExamples, how: _How) -> Iterator[Record]:
+    table = CsvTable(path, source, bad, how.texts, how.wanted, how.strict)
+    records = _of_table_rows(table.parts(), source, how._replace(wanted=None))
     for first in records:
         yield first._replace(values=dict.fromkeys(table.names) | dict(first.values))  # all of them
         break
@@ -282,6 +292,7 @@ def _arrow(path: Path) -> Iterator[Any]:
             yield from pa.ipc.open_stream(memory)
 
 
+_TABLES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"}
 _READERS: dict[str, Callable[..., Iterator[Any]]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
     ".arrow": _arrow, ".feather": _arrow, ".txt": _text,

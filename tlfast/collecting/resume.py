@@ -16,6 +16,7 @@ from ..dataset.write.folder import holds_dataset, refuse_stranger
 from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from .identity import describe_examples
+from .json_parts import TWO_VALUES
 from .options import Resume
 
 Place = str | os.PathLike[str]
@@ -88,6 +89,18 @@ def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], over
         remedy = "Make sure that it is the same; identity=, a text of your own, says that you have."
         warnings.warn(broken_rule("collect", "loss", rule, got, remedy), RuntimeWarning, stacklevel=5)
     return {"loss": said["loss"], **known} if vouched or not known else said
+
+
+def records_as_begun(out: Place) -> bool:
+    """Whether the dataset that is continued may have records that are left out, or refused, today.
+
+    The first such datasets have records with two values for a key, or of a column, numbers that were rounded, and those
+    before a quote that nobody closes. One that left out a record with two values for a key is none of these.
+    """
+    if not has_units(out):
+        return False
+    skipped = (entry for _, said in read_description(out, "collect").examples for entry in said.get("skipped") or ())
+    return not any(str(reason).endswith(TWO_VALUES) for *_, reason in skipped)
 
 
 def packs_as_begun(out: Place, overwrite: bool) -> int | None:

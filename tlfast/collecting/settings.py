@@ -36,7 +36,12 @@ from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
-COLUMNS = ("column", "prompt_column", "response_column", "messages_column")  # of which examples are made
+# Of which examples are made.
+COLUMNS = ("column", "prompt_column", "response_column", "messages_column", "image_column", "audio_column")
+_TOGETHER = (
+    ["column"], ["prompt_column", "response_column"], ["messages_column"], ["image_column"], ["audio_column"],
+    ["response_column", "audio_column"],
+)  # fmt: skip
 SEQ_LEN = 128  # tokens per example of text, unless given
 NEVER_SAVED = ("trust_remote_code", "dry_run")  # a file of somebody else must not decide these
 RAY: dict[str, Any] = {"ray_workers": 0, "ray_cpus": 1, "ray_gpus": -1}  # what Ray alone reads; unless given
@@ -71,12 +76,18 @@ class DataOptions:
     """a column of texts that the loss is of"""
     messages_column: str = ""
     """a column of conversations: the chat template makes the text, the loss is of the assistant's turns"""
+    image_column: str = ""
+    """a column of images (their files' bytes, or paths), for models of images; of a folder of images it is image"""
+    audio_column: str = ""
+    """a column of sounds, likewise, for models of sound, perhaps with --response-column; of a folder it is audio"""
     label_column: str = ""
     """a column of labels: of each example, or of each of its tokens"""
     keep_fields: tuple[str, ...] = ()
     """columns that the row table keeps: numbers, texts, short lists"""
     filter: str = ""
     """take the records alone for which it holds: "length > 10 and score < 3"; length is the number of tokens"""
+    batch_examples: int = 0
+    """examples in a batch, at most; 0: as many as --batch-tokens allows, 16 images or sounds"""
     truncate: bool = False
     """cut examples that are too long, in place of leaving them out"""
     pack: bool = False
@@ -85,7 +96,10 @@ class DataOptions:
     """put the end-of-text token behind a response: auto (if there is one); always: behind each example; never"""
     loss: str = ""
     """a name (next_token, response, masked_lm, classification, seq2seq, ...), or module:function; empty: what fits"""
-    task: Literal["auto", "causal", "masked", "sequence-classification", "token-classification", "seq2seq"] = "auto"
+    task: Literal[
+        "auto", "causal", "masked", "sequence-classification", "token-classification", "seq2seq",
+        "image-classification", "audio-classification", "speech-seq2seq",
+    ] = "auto"  # fmt: skip
     """what the model is loaded for; auto: as its config says, causal where it doesn't"""
     adapter: str = ""
     """folder or name of a PEFT adapter to put into the model"""
@@ -219,6 +233,7 @@ class CollectSettings(SharedOptions, TextOptions):
             embedding=self.embedding or None,
             seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
+            batch_examples=self.batch_examples or None,
             staging=self.staging or None,
             **more,
         )
@@ -254,6 +269,7 @@ class CollectSettings(SharedOptions, TextOptions):
             ("text_len", 2),
             ("batch_tokens", 1),
             ("max_examples", 0),
+            ("batch_examples", 0),
             ("rows_per_unit", 0),
             ("disk_wait_s", 0),
             ("ray_workers", 0),
@@ -317,18 +333,27 @@ def check_data(settings: CollectSettings) -> None:
     plain = DataOptions()
     given = [field.name for field in fields(DataOptions) if getattr(settings, field.name) != getattr(plain, field.name)]
     of_records = ("split", "name", *COLUMNS, "label_column", "keep_fields", "truncate", "eos")
+    of_media = settings.image_column or settings.audio_column
     odd = next((name for name in given if settings.text and name in of_records), None)
     if odd is not None:
         got, remedy = repr(getattr(settings, odd)), "It is for --dataset."
         raise ValueError(broken_rule(who, odd, "be left out with text", got, remedy))
     named = [name for name in COLUMNS if name in given]
-    if settings.dataset and named not in (["column"], ["prompt_column", "response_column"], ["messages_column"]):
-        rule = "be --column, --prompt-column and --response-column, or --messages-column"
+    if settings.dataset and named not in _TOGETHER:
+        rule = "be --column, --prompt-column and --response-column, --messages-column, --image-column or --audio-column"
         got = ", ".join("--" + name.replace("_", "-") for name in named) or "none"
         raise ValueError(broken_rule(who, "the columns", rule, got, "Say which columns examples are made of."))
-    if settings.label_column and named != ["column"]:
-        remedy = "A response is a label itself."
-        raise ValueError(broken_rule(who, "label_column", "stand beside --column", settings.label_column, remedy))
+    if settings.label_column and named not in (["column"], ["image_column"], ["audio_column"]):
+        rule, remedy = "stand beside --column, --image-column or --audio-column", "A response is a label itself."
+        raise ValueError(broken_rule(who, "label_column", rule, settings.label_column, remedy))
+    of_texts = ("seq_len", "bos", "eos", "pack", *(["truncate"] if settings.image_column else []))
+    odd = next((n for n in of_texts if of_media and getattr(settings, n) != getattr(CollectSettings, n)), None)
+    if odd is not None:
+        got, remedy = repr(getattr(settings, odd)), "It is for text."
+        raise ValueError(broken_rule(who, odd, "be left out with images and sounds", got, remedy))
+    if settings.batch_examples and settings.pack:
+        remedy = "A pack is an example."
+        raise ValueError(broken_rule(who, "batch_examples", "be left out with pack", settings.batch_examples, remedy))
     if settings.dataset and settings.pattern != "*":
         raise ValueError(broken_rule(who, "pattern", "be left out with dataset", repr(settings.pattern), "Name files."))
     if settings.filter:

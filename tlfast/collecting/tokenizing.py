@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +28,10 @@ _CALLS = ("__call__", "_call_one", "_encode_plus", "_batch_encode_plus", "prepar
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a record an example is made of: ``column``, or ``prompt`` and ``response``, or ``messages``."""
+    """Which columns of a record an example is made of.
+
+    ``column``, or ``prompt`` and ``response``, or ``messages``; ``image``; ``audio``, perhaps with ``response``.
+    """
 
     column: str = ""
     prompt: str = ""
@@ -36,6 +39,8 @@ class Columns:
     messages: str = ""
     label: str = ""
     keep: tuple[str, ...] = ()
+    image: str = ""
+    audio: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -45,7 +50,18 @@ class Columns:
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        return (*self.texts, *(name for name in (self.messages, self.label) if name), *self.keep)
+        others = (self.messages, self.label, self.image, self.audio)
+        return (*self.texts, *(name for name in others if name), *self.keep)
+
+    @property
+    def of_media(self) -> str:
+        """The column of images or sounds; "" where examples are of text."""
+        return self.image or self.audio
+
+    @property
+    def kind(self) -> str:
+        """What the examples are of: "text", "image" or "audio"."""
+        return "image" if self.image else "audio" if self.audio else "text"
 
     @property
     def makes_labels(self) -> bool:
@@ -53,7 +69,7 @@ class Columns:
         return bool(self.response or self.messages or self.label)
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A record that is no example; the text says why."""
 
 
@@ -148,17 +164,7 @@ class Tokenizing:
         return {name: self._tokens(records, name) for name in self.columns.texts}
 
     def _check_first(self, record: Record) -> None:
-        there = ", ".join(record.values)
-        for name in self.columns.names:
-            if name not in record.values:
-                rule = f"name columns of the data ({there})"
-                raise ValueError(broken_rule(_WHO, "the columns", rule, repr(name), "Correct the name."))
-        if self.condition is not None:
-            if "length" in self.condition.names and "length" in record.values:
-                remedy = "Rename it in the data."
-                got = "a column of that name"
-                raise ValueError(broken_rule(_WHO, "filter", "mean the tokens by length", got, remedy))
-            self.condition.check_names([*record.values, "length"])
+        check_first(record, self.columns, self.condition, ("length",))
         self.unused[:] = [name for name in record.values if name not in self.wanted]
 
     def _of(self, chunk: _Chunk, n_before: int) -> Iterator[Any]:
@@ -169,7 +175,7 @@ class Tokenizing:
                 ids, labels = self._fitting(ids, labels)
                 self._check_kept(record)
                 wanted = self._wanted(record, len(ids))
-            except _Unusable as reason:
+            except Unusable as reason:
                 got, remedy = f"{reason}, in record {record.start} of {record.source}", "Correct it, or leave it out."
                 error = broken_rule(_WHO, "a record", "be an example", got, remedy)
                 self.bad.leave_out(record.source, record.start, str(reason), error)
@@ -189,7 +195,7 @@ class Tokenizing:
         if not self._kept:
             lacks = next((name for name in self.columns.keep if record.values.get(name) is None), None)
             if lacks is not None:
-                raise _Unusable(f"no {lacks}, which is to be kept")
+                raise Unusable(f"no {lacks}, which is to be kept")
             self._kept = True
 
     # Tokens.
@@ -234,13 +240,13 @@ class Tokenizing:
         """Tokens and labels of a record, however many; labels are None where there are none."""
         columns = self.columns
         for found in tokens.values():
-            if isinstance(found, _Unusable):
+            if isinstance(found, Unusable):
                 raise found
         if columns.messages:
             try:
                 return chat_tokens(self.tokenizer, record.values.get(columns.messages))
             except ValueError as reason:
-                raise _Unusable(str(reason)) from None
+                raise Unusable(str(reason)) from None
         if columns.prompt and self.task == SEQ2SEQ:
             return array("i", tokens[columns.prompt]), array("i", tokens[columns.response])
         if columns.prompt:
@@ -249,43 +255,29 @@ class Tokenizing:
             return array("i", [*prompt, *response]), array("i", [NOT_ASKED_FOR] * len(prompt) + response)
         first, last = (self._put_to(record, columns.column, more) for more in (self.first, self.last))
         ids = array("i", [*first, *tokens[columns.column], *last])
-        return ids, self._label(record.values.get(columns.label)) if columns.label else None
+        return ids, label_of(record.values.get(columns.label), self.label_ids, columns.label) if columns.label else None
 
     @staticmethod
     def _put_to(record: Record, name: str, tokens: list[int]) -> list[int]:
         """The tokens that are put to a text; none to what is given as tokens."""
         return tokens if isinstance(record.values.get(name), str) else []
 
-    def _label(self, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in self.label_ids:
-                known = ", ".join(list(self.label_ids)[:5]) or "none"
-                raise _Unusable(f"label {value[:40]!r} is none of the model's ({known})")
-            return self.label_ids[value]
-        if isinstance(value, list) and value and all(type(part) in (int, float) for part in value):
-            if any(type(part) is int and not -(2**31) <= part < 2**31 for part in value):
-                raise _Unusable(f"a number of more than 32 bits in {self.columns.label}")
-            return array("i", value) if all(type(part) is int for part in value) else value
-        if isinstance(value, (bool, int, float)):
-            return value
-        raise _Unusable(f"no label in {self.columns.label}")
-
     def _fitting(self, ids: Any, labels: Any) -> tuple[Any, Any]:
         """The same, cut where it is too long; labels as what `fields` takes."""
         apart = self.task == SEQ2SEQ
         for what in (ids, labels) if apart and isinstance(labels, array) else (ids,):
             if self.longest is not None and len(what) > self.longest and not self.truncate:
-                raise _Unusable(f"{len(what)} tokens, more than {self.longest}")
+                raise Unusable(f"{len(what)} tokens, more than {self.longest}")
         along = isinstance(labels, array) and not apart
         if along and len(labels) != len(ids):
-            raise _Unusable(f"{len(labels)} labels for {len(ids)} tokens")
+            raise Unusable(f"{len(labels)} labels for {len(ids)} tokens")
         ids = ids[: self.longest] if self._cuts else ids
         if isinstance(labels, array):
             labels = labels[: self.longest] if self._cuts else labels
             if all(
                 label == NOT_ASKED_FOR for label in (labels[1:] if along and self.task in (None, CAUSAL) else labels)
             ):
-                raise _Unusable(f"no label among its {len(labels)} tokens")
+                raise Unusable(f"no label among its {len(labels)} tokens")
             labels = np.array(labels, np.int64)
         return ids, labels
 
@@ -295,7 +287,42 @@ class Tokenizing:
         try:
             return bool(self.condition({**record.values, "length": n}))
         except (ValueError, KeyError) as error:
-            raise _Unusable(f"the filter fails: {' '.join(str(error).split())[:120]}") from None
+            raise Unusable(f"the filter fails: {' '.join(str(error).split())[:120]}") from None
+
+
+def check_first(record: Record, columns: Columns, condition: Condition | None, known: Sequence[str]) -> None:
+    """ValueError for a column that the first record lacks, or a condition on what isn't there.
+
+    ``known`` are the names that a condition may have beside those of the columns, which then mean no column.
+    """
+    for name in columns.names:
+        if name not in record.values:
+            rule = f"name columns of the data ({', '.join(record.values)})"
+            raise ValueError(broken_rule(_WHO, "the columns", rule, repr(name), "Correct the name."))
+    if condition is not None:
+        if any(name in condition.names and name in record.values for name in known):
+            got, remedy = "a column of that name", "Rename it in the data."
+            raise ValueError(broken_rule(_WHO, "filter", "mean the tokens by length", got, remedy))
+        condition.check_names([*record.values, *known])
+
+
+def label_of(value: Any, label_ids: Mapping[str, int], name: str) -> Any:
+    """The label in the column ``name``: a number, numbers as an array or floats as a list; Unusable for what is none.
+
+    ``label_ids`` are the numbers of labels that are texts.
+    """
+    if isinstance(value, str):
+        if value not in label_ids:
+            known = ", ".join(list(label_ids)[:5]) or "none"
+            raise Unusable(f"label {value[:40]!r} is none of the model's ({known})")
+        return label_ids[value]
+    if isinstance(value, list) and value and all(type(part) in (int, float) for part in value):
+        if any(type(part) is int and not -(2**31) <= part < 2**31 for part in value):
+            raise Unusable(f"a number of more than 32 bits in {name}")
+        return array("i", value) if all(type(part) is int for part in value) else value
+    if isinstance(value, (bool, int, float)):
+        return value
+    raise Unusable(f"no label in {name}")
 
 
 def is_plain(tokenizer: Any) -> bool:
@@ -318,5 +345,5 @@ def _given(value: Any, name: str) -> Any:
     if isinstance(value, list) and value and all(type(token) is int and 0 <= token < 2**31 for token in value):
         return value
     if isinstance(value, str):
-        return _Unusable(f"{name} has half of a surrogate pair, which is no text")
-    return _Unusable(f"{name} is {'empty' if value is None or value == [] else f'a {type(value).__name__}'}, no text")
+        return Unusable(f"{name} has half of a surrogate pair, which is no text")
+    return Unusable(f"{name} is {'empty' if value is None or value == [] else f'a {type(value).__name__}'}, no text")

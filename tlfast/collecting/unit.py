@@ -62,6 +62,8 @@ class Runner:
         masks = None if decoded is None else dict.fromkeys(self.decoding, decoded)
         asked: dict[str, Any] = {"batch": batch} if self.cap.asks_for_batch else {}
         asked |= {"at": {name: batch[name] for name in self.cap.positions_asked}}
+        if self.batching.at_inputs:
+            batch = batch.started()
         with self.cap.batch(batch.mask, range(len(batch)), self.grad_scale, masks, **asked):
             loss = checked_loss(self.loss(self.model, batch), len(batch))
             (loss if self.grad_scale == 1.0 else loss * self.grad_scale).backward()

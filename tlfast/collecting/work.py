@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import broken_rule
 from ..hooks.captured import Capture
-from ..hooks.freeze import at_work
+from ..hooks.freeze import at_work, starts_at_inputs
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..hooks.step_inputs import has_functions
 from ..spec import Spec
@@ -113,6 +113,8 @@ class Work:
         self.batching = Batching(
             options.batch_tokens, width, options.padding_side, options.pad_id, buckets, most,
             reader.sizes or None, reader.source, options.collate, one_width=per_token,
+            at_inputs=not has_tokens and options.embedding is None
+            and (starts_at_inputs(self.model) or is_encoder_decoder(self.model)),
         )  # fmt: skip
 
     def graphs_possible(self, wanted: CudaGraph) -> CudaGraph:
@@ -154,7 +156,7 @@ class Work:
         check_left_alone(self.model)
         with (
             alone_with(self.model),
-            at_work(self.model, self.options.embedding),
+            at_work(self.model, self.options.embedding, self.batching.at_inputs),
             deterministic(self.options.deterministic, self.devices),
         ):
             yield

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-from ..dataset import export_dataset, open_dataset
+from ..dataset import MergedDataset, export_dataset, open_dataset
 from ..dataset import import_bergson as bring
+from ..dataset.errors import dataset_error
 from ..dataset.export.bergson_store import read_index
 from ..dataset.export.formats import FORMATS
 from ..dataset.read.hub import download
@@ -68,6 +69,9 @@ def push(args: list[str]) -> int:
     arguments.add_argument("--partial", action="store_true", help="the units that are there, although some are missing")
     wanted = arguments.read(args)
     dataset = open_dataset(wanted.dir, partial=wanted.partial)
+    if isinstance(dataset, MergedDataset):
+        got, remedy = f"{len(dataset.sources)} that were merged in {wanted.dir}", "Push each of them, or export them."
+        raise dataset_error("push", "DIR", "be the folder of one dataset", got, remedy)
     with _connected():
         url = dataset.push_to_hub(wanted.repo, private=wanted.private, revision=wanted.revision)
     print(f"{len(dataset)} rows: {url}")

@@ -123,11 +123,21 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
         True
     """
     refuse_scripted("freeze", "model", "", model)
-    if embedding is None:
-        names = {module: name for name, module in model.named_modules()}
-        found = [(names.get(module, type(module).__name__), module) for module in find_embeddings(model)]
-    else:
-        found = list(find_points("freeze", model, embedding, "embedding").items())
+    with _frozen(model, _starts(model, embedding)):
+        yield model
+
+
+def _starts(model: nn.Module, embedding: Embedding | None) -> list[tuple[str, nn.Module]]:
+    """The modules at which the graph starts, each with its name."""
+    if embedding is not None:
+        return list(find_points("freeze", model, embedding, "embedding").items())
+    names = {module: name for name, module in model.named_modules()}
+    return [(names.get(module, type(module).__name__), module) for module in find_embeddings(model)]
+
+
+@contextmanager
+def _frozen(model: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """No parameter gradients; the graph starts at what these modules put out, each with its name."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     by_name = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     starts = [StartGraph(name, module) for name, module in found]
@@ -136,7 +146,7 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
     try:
         for p, _ in before:
             p.requires_grad_(False)
-        yield model
+        yield
     finally:
         STARTS.remove(starts)
         for handle in handles:
@@ -148,13 +158,32 @@ def freeze(model: nn.Module, embedding: Embedding | None = None) -> Iterator[nn.
                 p.requires_grad_(by_name[name])
 
 
+def starts_at_inputs(model: nn.Module) -> bool:
+    """Whether floats that a model is given are looked up nowhere: it names no embedding of its own.
+
+    Any other ``nn.Embedding`` may belong to something else in it.
+    """
+    return _own_embedding(model) is None and not isinstance(getattr(model, "embed", None), nn.Module)
+
+
 @contextmanager
-def at_work(model: nn.Module, embedding: Embedding | None = None) -> Iterator[None]:
-    """No dropout, no parameter gradients, gradients on; the model is as before afterwards."""
+def at_work(model: nn.Module, embedding: Embedding | None = None, at_inputs: bool = False) -> Iterator[None]:
+    """No dropout, no parameter gradients, gradients on; the model is as before afterwards.
+
+    ``at_inputs``: the graph starts at what the model is given as well, which whoever calls it must see to; so there
+    need be no embedding.
+    """
+    refuse_scripted("freeze", "model", "", model)
+    try:
+        starts = _starts(model, embedding)
+    except ValueError:
+        if not at_inputs:
+            raise
+        starts = []
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with freeze(model, embedding), torch.enable_grad():
+        with _frozen(model, starts), torch.enable_grad():
             yield
     finally:
         for module in training:

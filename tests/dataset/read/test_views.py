@@ -209,6 +209,10 @@ def test_datasets_that_can_not_be_joined(two, kinds, tmp_path):
     with pytest.raises(DatasetError, match=message):
         concat_datasets([two[0], two[1].with_fields("double")])
     assert concat_datasets([two[0].with_fields("loss"), other.with_fields("loss")]).points == ["loss"]
+    third = make_dataset(tmp_path / "third", header={"model": "another"})
+    with pytest.raises(DatasetError, match=r"concat_datasets: header\['model'\] must be the same in all datasets, got"):
+        concat_datasets([*two, third])
+    assert len(concat_datasets([*two, third], may_differ=["model", *two[0].header])) == 3 * len(third)
     with pytest.raises(DatasetError, match=r"concat_datasets: datasets must be open datasets or views, got none. Open"):
         concat_datasets([])
     with pytest.raises(DatasetError, match=r"datasets must be open datasets or views, got str. Open each by open_dat"):

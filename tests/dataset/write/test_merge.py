@@ -92,13 +92,15 @@ def test_damage_is_found_where_it_is(merged, two, capsys):
     assert problem.damaged
     assert main(["verify", str(two / "m")]) == 1
     assert "../b/u000001: verify: " in capsys.readouterr().out
-    with pytest.raises(
-        DatasetError, match=r"repair_dataset: path must be the folder of one dataset, got several that w"
-    ):
-        repair_dataset(two / "m")
+    repair = repair_dataset(two / "m")
+    assert repair.ok
+    assert repair.dropped == ["../b/u000001"]
+    assert [unit.name for unit in open_dataset(two / "b", partial=True).units] == ["u000000", "u000002"]
+    assert len(open_dataset(two / "a").units) == 3
     shutil.rmtree(two / "b")
     (problem,) = verify_dataset(two / "m").problems
     assert problem.unit == "../b"
+    assert repair_dataset(two / "m").left == [problem]
     with pytest.raises(
         DatasetError, match=r"open_dataset: path must be the folder of a dataset, got .*b, no such folder"
     ):
@@ -123,6 +125,13 @@ def test_batches_go_on_and_merged_datasets_join(merged, two):
     assert joined.ids.tolist() == list(range(1, 22, 2))
     assert same_bits(joined.left["loss"][:], joined.right["loss"][:])
     assert repr(joined).splitlines()[1] == f"  {two}/a, {two}/b"
+
+
+def test_what_is_for_one_dataset_names_the_parts(merged, two, capsys):
+    assert main(["push", str(two / "m"), "me/m"]) == 2
+    assert "push: DIR must be the folder of one dataset, got 2 that were merged in" in capsys.readouterr().err
+    with pytest.raises(AttributeError, match=r"Ask one of view\.sources: view\.sources\[0\]\.report\."):
+        merged.report()
 
 
 def test_all_of_it_is_moved(merged, two):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -44,6 +44,8 @@ class Repair:
 def repair_dataset(path: str | PathLike[str], *, progress: Callable[[int], None] | None = None) -> Repair:
     """Re-read every byte of the dataset in folder ``path`` and drop the units that are damaged, nothing else.
 
+    Of a folder of merged datasets these are repaired, each where it lies.
+
     A dropped unit loses its commit, durably, and then its two files; the next run of the same collection makes it
     again, byte for byte. A unit that only can't be read here (no permission, no memory) stays, and so does a commit
     of a unit that the plan doesn't have.
@@ -72,20 +74,38 @@ def repair_dataset(path: str | PathLike[str], *, progress: Callable[[int], None]
     store = as_store(path)
     if not isinstance(store, LocalStore):
         raise dataset_error(_WHO, "path", "be a folder of this machine", path, "Repair a copy of it.")
-    if read_parts(store, _WHO) is not None:
-        got = f"several that were merged in {store.folder}"
-        raise dataset_error(_WHO, "path", "be the folder of one dataset", got, "Repair each of them.")
+    parts = read_parts(store, _WHO)
     repair = Repair(verify_dataset(store, partial=True, progress=progress))
-    description, _ = read_folder(store, _WHO)  # raises where verify could not even begin
+    if parts is None:
+        _drop_damaged(store, repair.found.problems, repair)
+        return repair
+    of_part: dict[str, list[Problem]] = {part.path: [] for part in parts}
     for problem in repair.found.problems:
-        if problem.damaged:
-            _drop(store, description.plan.unit_named(problem.unit), description, repair)
+        folder, _, unit = problem.unit.rpartition("/")
+        if problem.damaged and folder in of_part:
+            of_part[folder].append(replace(problem, unit=unit))
         else:
             repair.left.append(problem)
+    for part in parts:
+        place = part.store(store)
+        if isinstance(place, LocalStore) and of_part[part.path]:
+            _drop_damaged(place, of_part[part.path], repair, f"{part.path}/")
+        else:
+            repair.left += [replace(problem, unit=f"{part.path}/{problem.unit}") for problem in of_part[part.path]]
     return repair
 
 
-def _drop(store: LocalStore, unit: Unit, description: Description, repair: Repair) -> None:
+def _drop_damaged(store: LocalStore, problems: Iterable[Problem], repair: Repair, above: str = "") -> None:
+    """Drop the damaged units of one dataset; ``above`` comes before their names."""
+    description, _ = read_folder(store, _WHO)  # raises where verify could not even begin
+    for problem in problems:
+        if problem.damaged:
+            _drop(store, description.plan.unit_named(problem.unit), description, repair, above)
+        else:
+            repair.left.append(problem)
+
+
+def _drop(store: LocalStore, unit: Unit, description: Description, repair: Repair, above: str = "") -> None:
     """Remove a unit's commit, and then its files, if it is damaged for certain."""
     with locked(store.folder):  # so that no other process gives the unit its names meanwhile
         try:
@@ -93,14 +113,14 @@ def _drop(store: LocalStore, unit: Unit, description: Description, repair: Repai
             return  # another process dropped it, and a third one made it again
         except (DatasetError, OSError) as error:
             if not is_damage(error):
-                repair.left.append(Problem(unit.name, str(error)))
+                repair.left.append(Problem(f"{above}{unit.name}", str(error)))
                 return
         for names in ((commit_path(unit),), (data_path(unit), rows_path(unit))):
             for name in names:
                 _remove(store.folder / name)
             for folder in sorted({str(Path(name).parent) for name in names}):
                 sync_folder(store.folder / folder)
-        repair.dropped.append(unit.name)
+        repair.dropped.append(f"{above}{unit.name}")
 
 
 def _remove(path: Path) -> None:

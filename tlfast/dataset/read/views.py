@@ -26,6 +26,7 @@ from .showing import Sample, described, take_sample
 from .token_columns import TokenColumn
 
 Array = np.ndarray[Any, Any]
+MAY_DIFFER = ("examples", "text", "batching")  # keys of headers that say which examples, and in which batches
 _BLOCK_ROWS = 4096  # whose values are compared at once
 
 
@@ -480,16 +481,21 @@ class DatasetView(Readable):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def concat_datasets(datasets: Sequence[Readable]) -> DatasetView:
+def concat_datasets(datasets: Sequence[Readable], *, may_differ: Iterable[str] = ()) -> DatasetView:
     """Return a view of all rows of some datasets or views, behind each other; nothing is read or copied.
 
     Row numbers count on from one to the next; ids are those of the datasets themselves, so several rows may have one:
     ``view.where(rows)`` says which dataset a row is of. Of the fields that they keep of the examples the view has those
     that all of them keep.
 
+    Args:
+        datasets: open ones, and views.
+        may_differ: which keys of their headers may differ, beside ``examples``, ``text`` and ``batching``: rows of
+            another model, or of another loss, aren't comparable.
+
     Raises:
-        DatasetError: where their points differ in name, dtype, shape or encoding, a kept field in type, or there are
-            none.
+        DatasetError: where their points differ in name, dtype, shape or encoding, a kept field in type, their headers
+            in the model, the loss or the like, or there are none.
 
     Example:
         >>> import tempfile, torch
@@ -509,7 +515,9 @@ def concat_datasets(datasets: Sequence[Readable]) -> DatasetView:
         got = next((type(part).__name__ for part in parts if not isinstance(part, Readable)), "none")
         raise dataset_error(who, "datasets", "be open datasets or views", got, "Open each by open_dataset.")
     check_same_columns(who, [{point: part.column(point) for point in part.points} for part in parts])
-    check_same_types(who, [source.kept for part in parts for source in part.sources])
+    sources = [source for part in parts for source in part.sources]
+    check_same_types(who, [source.kept for source in sources])
+    check_same_headers(who, [source.header for source in sources], [*MAY_DIFFER, *may_differ])
     selections = [part._selection() for part in parts]
     rows = None
     if any(selection.rows is not None for selection in selections):
@@ -518,7 +526,6 @@ def concat_datasets(datasets: Sequence[Readable]) -> DatasetView:
         rows = np.concatenate(among_all)
     loaded = tuple(name for name in parts[0].loaded if all(name in part.loaded for part in parts))
     offsets = [offset for part in parts for offset in part._offsets()]
-    sources = [source for part in parts for source in part.sources]
     return DatasetView(sources, rows, parts[0].points, loaded, offsets=offsets)
 
 
@@ -532,6 +539,16 @@ def check_same_columns(who: str, columns: Sequence[dict[str, Column]]) -> None:
             got = f"{texts[0]} in dataset 1 and {texts[1]} in dataset {number}"
             remedy = "Take the points that they share by ds.with_fields." if name in names else "They can't be joined."
             raise dataset_error(who, f"point {name!r}", "be the same in all datasets", got, remedy)
+
+
+def check_same_headers(who: str, headers: Sequence[dict[str, Any]], may_differ: Sequence[str]) -> None:
+    """Raise DatasetError where another key of the headers than these differs: rows of two models, say."""
+    for number, header in enumerate(headers[1:], 2):
+        for key in [*headers[0], *header]:
+            if key not in may_differ and headers[0].get(key) != header.get(key):
+                got = f"{repr(headers[0].get(key))[:80]} in dataset 1 and {repr(header.get(key))[:80]} in {number}"
+                remedy = f"Rows of different ones don't belong together; if these do: may_differ=[{key!r}]."
+                raise dataset_error(who, f"header[{key!r}]", "be the same in all datasets", got, remedy)
 
 
 def check_same_types(who: str, kept: Sequence[dict[str, str]]) -> None:

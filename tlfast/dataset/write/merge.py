@@ -14,10 +14,9 @@ from ..places.remote import url_of
 from ..places.write_store import WriteFolder, as_write_store
 from ..read.merged import MergedDataset
 from ..read.reader import GradientDataset, open_dataset
-from ..read.views import check_same_columns, check_same_types
+from ..read.views import MAY_DIFFER, check_same_columns, check_same_headers, check_same_types
 from .folder import refuse_stranger
 
-MAY_DIFFER = ("examples", "text", "batching")  # keys of headers that say which examples, and in which batches
 _WHO = "merge_datasets"
 
 
@@ -63,7 +62,7 @@ def merge_datasets(
     columns = [{point: source.column(point) for point in source.points} for source in sources]
     check_same_columns(_WHO, columns)
     _check_kept([source.kept for source in sources])
-    _check_headers([source.header for source in sources], [*MAY_DIFFER, *may_differ])
+    check_same_headers(_WHO, [source.header for source in sources], [*MAY_DIFFER, *may_differ])
     parts = [Part(_named(source, store), source.identity, source.plan.n_examples) for source in sources]
     twice = next((part.path for k, part in enumerate(parts) if part.path in [p.path for p in parts[:k]]), None)
     if twice is not None:
@@ -92,15 +91,6 @@ def _opened(datasets: Any, partial: bool) -> list[GradientDataset]:
             rule, got = "be complete", f"{ds.path} with {len(ds.units)} of {ds.plan.n_units} units"
             raise dataset_error(_WHO, "datasets", rule, got, "Complete it first, or merge with partial=True.")
     return opened
-
-
-def _check_headers(headers: list[dict[str, Any]], may_differ: list[str]) -> None:
-    for number, header in enumerate(headers[1:], 2):
-        for key in [*headers[0], *header]:
-            if key not in may_differ and headers[0].get(key) != header.get(key):
-                got = f"{repr(headers[0].get(key))[:80]} in dataset 1 and {repr(header.get(key))[:80]} in {number}"
-                remedy = f"Rows of different ones don't belong together; if these do: may_differ=[{key!r}]."
-                raise dataset_error(_WHO, f"header[{key!r}]", "be the same in all datasets", got, remedy)
 
 
 def _check_kept(kept: list[dict[str, str]]) -> None:
