@@ -14,8 +14,7 @@ import tlfast
 from tlfast.cli import main
 from tlfast.dataset import export_dataset, import_bergson, open_dataset
 
-bergson = pytest.importorskip("bergson", reason="bergson is not installed")
-pytestmark = pytest.mark.filterwarnings("default")  # theirs
+pytestmark = [pytest.mark.peers("bergson"), pytest.mark.filterwarnings("default")]  # of theirs
 
 QUERY = "a step of a unit"
 # Of float32 sums over at most 2^12 products, in another order, of a model that runs in float32 itself.
@@ -52,6 +51,8 @@ def summed_loss(model, text):
 
 
 def test_its_attributor_traces_a_query(folder, rows):
+    import bergson
+
     model, attributor = tiny_model().eval(), bergson.Attributor(folder / "index")
     with attributor.trace(model.base_model, None) as result:
         summed_loss(model, QUERY).backward()
@@ -108,6 +109,7 @@ def test_by_the_command_line_from_a_text_to_the_nearest_one(folder, tmp_path, mo
 
 def build(folder, texts=tuple(TEXTS), modules=tuple(MODULES), **settings):
     """An index of bergson's own of the texts."""
+    import bergson
     from bergson.collection import collect_gradients
     from bergson.config.config import AttentionConfig, IndexConfig
     from bergson.data import allocate_batches
@@ -133,6 +135,8 @@ def build(folder, texts=tuple(TEXTS), modules=tuple(MODULES), **settings):
     ids=["4", "16", "unprojected", "per token"],
 )
 def test_its_builds_are_imported_and_exported_again(tmp_path, settings):
+    import bergson
+
     made = build(tmp_path / "index", **settings)
     ds = open_dataset(import_bergson(made, tmp_path / "ds", rows_per_unit=2))
     assert ds.points == [f"{name}:weight" for name in MODULES]
@@ -175,6 +179,8 @@ def test_its_builds_are_imported_and_exported_again(tmp_path, settings):
 )  # fmt: skip
 def test_what_is_collected_is_what_it_builds(tmp_path, theirs, ours):
     """To 1e-6 of the largest number of a module, which is what float32 sums in another order differ by."""
+    import bergson
+
     modules = ["h.0.attn.c_attn"] if "heads" in ours else MODULES
     made = build(tmp_path / "index", LONG, modules, **theirs)
     settings = {"of": "weight", "per": ours.get("per", "example"), "bias": ours.get("bias", False)}
@@ -205,8 +211,10 @@ def test_its_builds_are_scored_against_what_is_collected(tmp_path, rows):
     torch.testing.assert_close(found.scores[0].double(), expected.values, **CLOSE)
 
 
+@pytest.mark.peers("faiss")
 def test_its_faiss_index(folder, rows, monkeypatch):
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    import bergson
+    import faiss
     from bergson.query.faiss_index import FaissConfig
 
     monkeypatch.setattr(faiss, "GpuIndex", type("GpuIndex", (), {}), raising=False)  # which it asks for on a CPU, too
