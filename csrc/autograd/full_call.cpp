@@ -83,4 +83,22 @@ void forbid_in_place(const at::Tensor& given, const at::Tensor& alias, bool of_s
                     of_several ? CreationMeta::MULTI_OUTPUT_NODE : CreationMeta::IN_CUSTOM_FUNCTION);
 }
 
+void forbid_in_place_from_now(const at::Tensor& given, const at::Tensor& alias, bool of_several) {
+  const autograd::Edge edge = autograd::impl::gradient_edge(alias);
+  if (alias.is_view() || !alias.grad_fn()) return;
+  auto* const old = autograd::impl::get_autograd_meta(alias);
+  auto hooks = std::move(old->hooks_);
+  auto hooks_list = std::move(old->cpp_hooks_list_);
+  const auto retains_grad = old->retains_grad_;
+  const at::Tensor grad = old->grad_;
+  alias.unsafeGetTensorImpl()->set_autograd_meta(nullptr);
+  forbid_in_place(given, alias, of_several);
+  autograd::impl::set_gradient_edge(alias, edge);
+  auto* const made = autograd::impl::get_autograd_meta(alias);
+  made->hooks_ = std::move(hooks);
+  made->cpp_hooks_list_ = std::move(hooks_list);
+  made->retains_grad_ = retains_grad;
+  made->grad_ = grad;
+}
+
 }  // namespace tlfast

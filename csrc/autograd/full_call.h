@@ -38,6 +38,9 @@ class FullNode {
   // Whether a tensor that the node made is still that: an operation in place makes it another.
   bool made(const at::Tensor& through) const { return through.grad_fn().get() == node_.get(); }
 
+  // How many hold the node: this, the tensors that it made, and what was computed of them.
+  size_t holders() const { return size_t(node_.use_count()); }
+
  private:
   decltype(torch::autograd::Edge::function) node_;
 };
@@ -45,5 +48,8 @@ class FullNode {
 // Let an alias of `given` refuse to be changed in place, with PyTorch's own error: for memory that is known by another
 // name as well, under which the change would have no history. The error tells apart one output of several.
 void forbid_in_place(const at::Tensor& given, const at::Tensor& alias, bool of_several);
+
+// The same for one that has its history, and keeps it.
+void forbid_in_place_from_now(const at::Tensor& given, const at::Tensor& alias, bool of_several);
 
 }  // namespace tlfast

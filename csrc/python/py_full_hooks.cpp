@@ -8,6 +8,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -36,6 +37,8 @@ PyObject* for_ids = nullptr;  // of modules, and of their classes
 
 thread_local bool learning = false;
 Unshared outputs;
+// How often an input's object is referenced behind a forward that has not kept it, learnt as the above.
+std::atomic<Py_ssize_t> names_of_inputs{0};
 
 bool is_named(PyObject* object) {
   const auto id = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(object));
@@ -62,12 +65,28 @@ bool compiled_autograd_is_on() {
 
 py::object wrapped(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
+// An input that the module may change in place: as it was given, and behind the node. Both are others' to hold.
+struct Renewable {
+  using Weak = c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
+
+  Renewable(const at::Tensor& given, const at::Tensor& through, bool of_several)
+      : given(given.getIntrusivePtr()),
+        through(through.getIntrusivePtr()),
+        history(torch::autograd::impl::gradient_edge(given)),
+        of_several(of_several) {}
+
+  Weak given, through;
+  torch::autograd::Edge history;  // of what was given
+  bool of_several;
+  size_t readers = 0;  // how many hold the node of the history: more, once what was given has been read
+};
+
 // The Python object: made as a module is called, gone when its forward has run.
 struct FullHooks {
   PyObject_HEAD std::shared_ptr<PyFullCall> call;
-  // The inputs behind the node, and as they were given: what is changed in place inside the module is the others, too.
   std::optional<FullNode> inputs;
-  std::vector<std::pair<at::Tensor, at::Tensor>> renewed;
+  std::vector<Renewable> renewable;
+  size_t holders;     // of the node of the inputs, as the module begins
   PyObject* instead;  // PyTorch's own, where only that can be equal
 };
 
@@ -92,6 +111,14 @@ struct Items {
       has_tangent |= tensors.back()._fw_grad(/*level=*/0).defined();
     }
     if (!at::GradMode::is_enabled()) n_grad = 0;
+  }
+
+  // Whether another of the tensors that require grad has the memory of the i-th.
+  bool share_memory(size_t i) const {
+    const auto is_other = [&](const at::Tensor& other) {
+      return other.requires_grad() && &other != &tensors[i] && other.is_alias_of(tensors[i]);
+    };
+    return n_grad > 1 && std::any_of(tensors.begin(), tensors.end(), is_other);
   }
 
   PyObject* at(Py_ssize_t i) const { return in_tuple ? PyTuple_GET_ITEM(given, i) : given; }
@@ -147,28 +174,50 @@ py::object setup_inputs(FullHooks& self, PyObject* given) {
     at::Tensor made;
     if (tensor.requires_grad()) {
       // What is changed in place is the tensor that was given, too: see `renew`. A leaf, a view and what has no plain
-      // memory can't be given another history.
-      const bool renewable = is_plain(tensor) && tensor.grad_fn() && !tensor.is_view();
+      // memory can't be given another history, and one of two inputs would not have the history of the other.
+      const bool renewable = is_plain(tensor) && tensor.grad_fn() && !tensor.is_view() && !items.share_memory(i);
       made = detached(items.at(items.places[i]));
       if (!renewable) forbid_in_place(tensor, made, items.n_grad > 1);
-      if (renewable) self.renewed.emplace_back(tensor, made);
+      if (renewable) self.renewable.emplace_back(tensor, made, items.n_grad > 1);
     }
     self.inputs->add(tensor, made);
     through.push_back(std::move(made));
   }
+  for (auto& one : self.renewable) one.readers = size_t(one.history.function.use_count());
+  self.holders = self.inputs->holders();
   return items.with(through);
+}
+
+// Whether something has read or changed an input in the forward under another name than the one that the module has:
+// then one of the two has not the history of what was done to the other.
+bool has_second_name(const FullHooks& self, const Renewable& input, const at::Tensor& given, bool renewed) {
+  if (torch::autograd::impl::gradient_edge(given) != input.history)
+    return renewed || self.inputs->holders() > self.holders;
+  if (!renewed) return false;
+  // Its object and `given` hold it. A view does, too, and whether it was read can't be known.
+  return size_t(input.history.function.use_count()) > input.readers || given.use_count() > 2;
 }
 
 // Inputs that the module has changed in place: under their old names they have the history of the change, too.
 void renew(FullHooks& self) {
-  for (const auto& [given, through] : self.renewed) {
-    if (self.inputs->made(through)) continue;
-    if (through.grad_fn())
-      torch::autograd::impl::set_gradient_edge(given, torch::autograd::impl::gradient_edge(through));
-    else
+  for (const Renewable& input : self.renewable) {
+    const at::Tensor given(input.given.lock()), through(input.through.lock());
+    if (!given.defined() || !through.defined()) continue;  // nobody can use it any more
+    const bool renewed = !self.inputs->made(through);
+    TORCH_CHECK(!has_second_name(self, input, given, renewed),
+                broken_rule("register_full_backward_hook", "an input that the module changes in place",
+                            "be known to it by one name", "another argument, attribute or view of the same memory",
+                            "Clone it there, or don't change it in place."));
+    if (renewed && through.grad_fn())
+      torch::autograd::impl::rebase_history(given, torch::autograd::impl::gradient_edge(through));
+    else if (renewed)
       given.detach_();
+    // Whoever keeps one could change it later on, and use the other.
+    const Py_ssize_t names = Py_REFCNT(wrapped(through).ptr());
+    if (learning) names_of_inputs = names;
+    if (names > names_of_inputs) forbid_in_place_from_now(given, through, input.of_several);
   }
-  self.renewed.clear();
+  self.renewable.clear();
 }
 
 // Whether nobody but the running frames can use the memory of an output under another name.
@@ -282,7 +331,7 @@ py::object make_full_hooks(PyObject* module, PyObject* hooks, PyObject* pre_hook
   auto* const held = reinterpret_cast<FullHooks*>(made.ptr());
   new (&held->call) std::shared_ptr<PyFullCall>(std::make_shared<PyFullCall>(module, hooks, pre_hooks));
   new (&held->inputs) std::optional<FullNode>();
-  new (&held->renewed) decltype(held->renewed)();
+  new (&held->renewable) decltype(held->renewable)();
   return made;
 }
 

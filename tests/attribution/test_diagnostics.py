@@ -96,9 +96,9 @@ def test_the_noise_scale_is_that_of_known_gradients():
 
 
 @pytest.mark.long
+@pytest.mark.peers("opacus")
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # at the embedding
 def test_norms_are_those_of_opacus():
-    pytest.importorskip("opacus")
     from opacus import GradSampleModule
 
     model, x, y = network()

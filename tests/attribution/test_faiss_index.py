@@ -24,10 +24,10 @@ def both(tmp_path_factory):
     return ds, open_dataset(folder / "q")
 
 
+@pytest.mark.peers("faiss")
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("points", [None, ["c", "a"]])
 def test_an_index_answers_as_a_scoring(both, metric, points, monkeypatch):
-    pytest.importorskip("faiss", reason="the extra faiss isn't installed")
     monkeypatch.setattr(converting, "PART_BYTES", 7 * 56)
     ds, queries = both
     index = faiss_index(ds, points, metric=metric)
@@ -37,8 +37,8 @@ def test_an_index_answers_as_a_scoring(both, metric, points, monkeypatch):
     assert torch.allclose(torch.from_numpy(scores), right.scores, rtol=0, atol=2e-5)
 
 
+@pytest.mark.peers("faiss")
 def test_the_example_runs():
-    pytest.importorskip("faiss", reason="the extra faiss isn't installed")
     found = doctest.testmod(sys.modules[faiss_index.__module__])
     assert (found.failed, found.attempted > 5) == (0, True)
 

@@ -55,8 +55,8 @@ def test_a_wrong_way_is_not_timed(monkeypatch):
         weights.run(quick=True, ways={FLOOR: WAYS[FLOOR], "wrong": transposed})
 
 
+@pytest.mark.peers("bergson")
 def test_bergsons_collection_is_checked_like_ours():
-    pytest.importorskip("bergson", reason="bergson is not installed")
     (work,) = weights.works(weights.QUICK)
     way = next(way for way in WAYS.values() if way.run is bergson_collector)
     weights.check_ways(work, {"bergson": way})
@@ -75,7 +75,7 @@ def test_norms_are_checked_and_timed():
         weight_norms.findings(quick=True, ways=wrong)
 
 
+@pytest.mark.peers("opacus")
 def test_norms_of_opacus_are_checked_like_ours():
-    pytest.importorskip("opacus", reason="opacus is not installed")
     work = weight_norms.make_work(**weight_norms.QUICK)
     weight_norms.check_ways(work, {name: weight_norms.WAYS[name] for name in weight_norms.OPACUS})

@@ -154,9 +154,11 @@ def test_there_are_over_a_hundred_kinds():
 
 @pytest.mark.every_model
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.peers("peft")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for what PEFT calls
 def test_peft_itself(tmp_path, side):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
     for wrapped in (
         peft.get_peft_model(tiny_causal_lm("gpt2"), config),

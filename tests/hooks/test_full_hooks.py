@@ -360,6 +360,94 @@ def test_an_input_changed_in_place_and_used_afterwards_under_its_own_name() -> N
     assert torch.equal(grad(True), grad(False))
 
 
+class Function(nn.Module):
+    """A module of one function, and what it keeps."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+def keeping(module: Any, x: torch.Tensor) -> torch.Tensor:
+    module.kept = x
+    return x * 2
+
+
+# What a module computes of the input that it knows by two names, how it is called, and whether an error says so.
+TWO_NAMES: dict[str, tuple[Callable[..., Any], Callable[[Any, torch.Tensor], Any], bool]] = {
+    "given twice": (lambda _, x, y: x.mul_(2) + y, lambda module, h: module(h, h), True),
+    "given twice, the other read": (lambda _, x, y: (x.mul_(2), y.exp())[1], lambda module, h: module(h, h), True),
+    "with a view": (lambda _, x, y: x.mul_(2)[:1] + y, lambda module, h: module(h, h[:1]), True),
+    "by keyword": (lambda _, x, y: x.mul_(2) + y, lambda module, h: module(h, y=h), True),
+    "a view by keyword": (lambda _, x, y: x.mul_(2)[:1] + y, lambda module, h: module(h, y=h[:1]), True),
+    "changed by keyword": (lambda _, x, y: (y.mul_(2), x * 1)[1], lambda module, h: module(h, y=h), True),
+    "changed by keyword alone": (lambda _, x, y: y.mul_(2) * 1, lambda module, h: module(h, y=h), False),
+    "both changed": (lambda _, x, y: x.mul_(2) + y.mul_(3), lambda module, h: module(h, y=h), True),
+    "not changed": (lambda _, x, y: x * 2 + y, lambda module, h: module(h, y=h), False),
+    "read before": (lambda _, x: (x * x.detach(), x.mul_(2))[1], lambda module, h: module(h), False),
+    "kept, then changed": (keeping, lambda module, h: (module(h), h.mul_(5), module.kept * 1)[2], True),
+    "kept and changed": (keeping, lambda module, h: (module(h), module.kept.mul_(5), h * 1)[2], True),
+    "kept": (keeping, lambda module, h: module(h) + module.kept + h, False),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("case", TWO_NAMES)
+def test_an_input_known_by_two_names_and_changed_in_place_is_an_error_or_right(case: str) -> None:
+    function, use, fails = TWO_NAMES[case]
+
+    def grad(hooked: bool) -> Any:
+        module, x = Function(function), torch.tensor([-1.0, 2.0, 0.5], requires_grad=True)
+        if hooked:
+            module.register_full_backward_hook(lambda *_: None)
+        with tlfast.accelerate_hooks():  # not by name: one that keeps its input is never freed
+            use(module, x * 3).square().sum().backward()
+        return x.grad
+
+    if fails:
+        with pytest.raises(RuntimeError, match=r"modified inplace|must be known to it by one name"):
+            grad(True)
+    else:
+        torch.testing.assert_close(grad(True), grad(False))
+
+
+@needs_native
+def test_an_input_changed_in_place_keeps_what_was_asked_of_it() -> None:
+    def told_of(hooked: bool) -> Any:
+        relu, x, seen = nn.ReLU(inplace=True), torch.tensor([-1.0, 2.0], requires_grad=True), Told()
+        if hooked:
+            tlfast.register_full_backward_hook(relu, lambda *_: None)
+        h = x * 3
+        h.retain_grad()
+        h.register_hook(lambda grad: seen.append(("before", told(grad))))
+        out = relu(h)
+        h.register_hook(lambda grad: seen.append(("behind", told(grad))))
+        (out * out).sum().backward()
+        return sorted(seen), told(h.grad), told(x.grad)
+
+    assert told_of(True) == told_of(False)
+
+
+@needs_native
+@pytest.mark.parametrize("keep", [lambda x: x.retain_grad(), lambda x: x.register_hook(lambda grad: 2 * grad)])
+def test_an_input_that_the_module_keeps_has_its_hooks_and_its_gradient(keep: Callable[..., Any]) -> None:
+    def kept(module: Any, x: torch.Tensor) -> torch.Tensor:
+        module.kept = x
+        keep(x)
+        return x * 2
+
+    def run(seen: Told) -> Any:
+        module, x = Function(kept), leaf(3)
+        module.register_full_backward_hook(seen.hook("kept"))
+        (module(x * 3) + module.kept).sum().backward()
+        return x.grad, module.kept.grad if module.kept.retains_grad else None
+
+    same(run)
+
+
 @needs_native
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3)])
 def test_an_output_changed_in_place(shape: tuple[int, ...]) -> None:

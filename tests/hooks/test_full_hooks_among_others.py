@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from checkout import SUPPORT
 from told_hooks import Told, both, same, told
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -440,6 +445,10 @@ def plain_hook(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
     return (3 * grad_input[0],)
 
 
+def plain_pre_hook(module: nn.Module, grad_output: Any) -> Any:
+    return (2 * grad_output[0],)
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_model_copied_inside_comes_out_plain(make_copy: Callable[[Any], Any]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
@@ -455,6 +464,44 @@ def test_a_model_copied_inside_comes_out_plain(make_copy: Callable[[Any], Any]) 
     assert type(out.grad_fn).__name__ == "BackwardHookFunctionBackward"
     out.sum().backward()
     torch.testing.assert_close(x.grad, wanted)
+
+
+class Steps:
+    """Training with hooks that return, a pre-hook and a change in place; the model is copied now and then."""
+
+    def __init__(self, kept: list[Any] | None = None) -> None:
+        self.model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Identity())
+        self.model[0].register_full_backward_hook(plain_hook)
+        self.model[1].register_full_backward_hook(plain_hook)
+        self.model[1].register_full_backward_pre_hook(plain_pre_hook)
+        self.model[2].register_full_backward_hook(nothing)
+        self.kept = kept
+
+    def run(self, n: int) -> tuple[int, int]:
+        """After ``n`` steps: the objects that Python knows, and the bytes that the process has."""
+        for step in range(n):
+            out = self.model(torch.ones(2, 3, requires_grad=True))
+            if step % 2:
+                out.sum().backward()
+            if self.kept is not None:
+                self.kept.append(out.grad_fn)
+            if step % 500 == 0:
+                copy.deepcopy(self.model), pickle.loads(pickle.dumps(self.model))
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(gc.get_objects()), pages * resource.getpagesize()
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("leaks", [False, True])
+def test_ten_thousand_steps_keep_nothing(leaks: bool) -> None:
+    steps = Steps([] if leaks else None)
+    with tlfast.accelerate_hooks():
+        objects, memory = steps.run(100 if leaks else 1000)
+        objects_later, memory_later = steps.run(1500 if leaks else 9000)
+    assert (memory_later - memory < 2**21) is not leaks  # a node and its call have more than 256 bytes
+    assert leaks or objects_later - objects < 100
 
 
 # Several processes.
@@ -546,3 +593,14 @@ def test_ddp() -> None:
         dist.destroy_process_group()
     assert [call[0] for call in calls] == ["tanh", "before", "all", "wrapped"]
     assert error is None
+
+
+@pytest.mark.long
+def test_two_ranks(tmp_path: Any) -> None:
+    from processes import started
+
+    script, store = SUPPORT / "hook_ranks.py", tmp_path / "store"
+    with started(str(script), "0", str(store)) as first, started(str(script), "1", str(store)) as second:
+        for rank in (first, second):
+            _, errors = rank.communicate(timeout=300)
+            assert rank.returncode == 0, errors

@@ -138,8 +138,9 @@ def test_what_the_page_changes_is_found() -> None:
 # Libraries, where they are installed.
 
 
+@pytest.mark.peers("opacus")
 def test_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
-    opacus = pytest.importorskip("opacus", reason="opacus is not installed")
+    import opacus
 
     def samples() -> list[torch.Tensor]:
         model = opacus.GradSampleModule(small())
@@ -153,10 +154,9 @@ def test_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hooked) == 2
 
 
+@pytest.mark.peers("bergson.collector.collector")
 def test_bergson(monkeypatch: pytest.MonkeyPatch) -> None:
-    collectors = pytest.importorskip(
-        "bergson.collector.collector", reason="bergson is not installed", exc_type=ImportError
-    )
+    from bergson.collector import collector as collectors
 
     class Gradients(collectors.HookCollectorBase):
         def setup(self) -> None:
@@ -187,9 +187,11 @@ def test_bergson(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hooked) == 2
 
 
+@pytest.mark.peers("captum.attr")
 @pytest.mark.filterwarnings(r"ignore:\s*Setting (forward, )?backward hooks:UserWarning")
 def test_captum(monkeypatch: pytest.MonkeyPatch) -> None:
-    captum = pytest.importorskip("captum.attr", reason="captum is not installed")
+    import captum.attr as captum
+
     made = adapter()
 
     def attributed() -> list[torch.Tensor]:
@@ -211,8 +213,9 @@ def test_captum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hooked) >= 4
 
 
+@pytest.mark.peers("nnsight")
 def test_nnsight() -> None:
-    nnsight = pytest.importorskip("nnsight", reason="nnsight is not installed", exc_type=ImportError)
+    import nnsight
 
     def gradient(context: Any) -> tuple[torch.Tensor, Told]:
         inner, seen = small(), Told()

@@ -138,8 +138,10 @@ def test_a_wrong_definition_is_found(page):
     assert digest(by_page(page, Projection(11, seed=8), role, 300)) != whole
 
 
+@pytest.mark.peers("bergson.collector.projection_matrix")
 def test_bergson_makes_the_same():
-    theirs = pytest.importorskip("bergson.collector.projection_matrix")
+    from bergson.collector import projection_matrix as theirs
+
     for seed, role, shape in ((None, "left", (16, 700)), (3, "right", (5, 131)), (0, "right", (64, 1))):
         identifier = f"{NAME}/{role}" + ("" if seed is None else f"/seed{seed}")
         for kind, off in (("rademacher", 0), ("normal", 1e-6 * 6.8)):
@@ -148,8 +150,10 @@ def test_bergson_makes_the_same():
             torch.testing.assert_close(made, wanted, rtol=0, atol=off)
 
 
+@pytest.mark.peers("bergson.collector.collector")
 def test_bergson_projects_whole_gradients_to_the_same(monkeypatch):
-    theirs = pytest.importorskip("bergson.collector.collector")
+    from bergson.collector import collector as theirs
+
     monkeypatch.setattr(theirs, "CHUNKED_PROJECTION_INSTANTIATION_NUMEL", 16 * 100)
     monkeypatch.setattr(projection_file, "BERGSON_BLOCK", 16 * 100)
     x = torch.randn(5, 777, generator=torch.Generator().manual_seed(0))

@@ -9,12 +9,14 @@ from lens_models import MODELS, WIDTH, hooked_transformer, state, tokens
 
 import tlfast.transformer_lens as lens
 
-saes = pytest.importorskip("sae_lens", exc_type=ImportError)
+pytestmark = pytest.mark.peers("sae_lens")
 POINT = "blocks.0.hook_resid_post"
 N_FEATURES = 24
 
 
 def sae():
+    import sae_lens as saes
+
     generator = torch.Generator().manual_seed(5)
     config = saes.StandardSAEConfig(d_in=WIDTH, d_sae=N_FEATURES, metadata=saes.saes.sae.SAEMetadata(hook_name=POINT))
     made = saes.StandardSAE(config)
@@ -25,10 +27,14 @@ def sae():
 
 
 def hooked_sae_transformer():
+    import sae_lens as saes
+
     return hooked_transformer(saes.HookedSAETransformer)
 
 
 def sae_bridge():
+    import sae_lens as saes
+
     model = MODELS["gpt2_bridge"]()
     model.__class__ = saes.SAETransformerBridge  # what its boot_transformers does, after a download
     model._acts_to_saes, model._transcoder_output_hooks = {}, {}

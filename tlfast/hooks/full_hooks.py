@@ -110,9 +110,10 @@ def leave(owners: Sequence[object] | None) -> None:
 
 @lru_cache(maxsize=1)
 def _learn() -> None:
-    """Let native hooks learn how often an output is referenced that nobody else holds.
+    """Let native hooks learn how often an input and an output are referenced that nobody else holds.
 
-    Only such an output may be changed in place behind a hook: known by another name, it would lose the change there.
+    Only such an output may be changed in place behind a hook, and only such an input later than by the module: known by
+    another name, they would lose the change there.
     """
     native_code = native()
     if native_code is None or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
@@ -128,7 +129,7 @@ def _learn() -> None:
     native_code.learn_outputs(True)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            probe(torch.zeros(1))
+            probe(torch.zeros(1, requires_grad=True) * 1)
     finally:
         native_code.learn_outputs(False)
         leave([probe])

@@ -30,10 +30,12 @@ def test_what_bergson_has_built_is_collected(tmp_path, setting, golden):
         assert_same(our_rows(folder, setting), golden[setting])
 
 
+@pytest.mark.peers("bergson")
 @pytest.mark.filterwarnings("default")  # theirs
 @pytest.mark.parametrize("setting", BUILDS)
 def test_what_bergson_builds_now_is_collected(tmp_path, setting):
-    bergson = pytest.importorskip("bergson", reason="bergson is not installed")
+    import bergson
+
     modules = modules_of(setting, MODULES)
     theirs = build(tmp_path / "index", setting, modules=modules)
     folder = collected(tmp_path / "ds", setting, modules)

@@ -14,13 +14,12 @@ import tlfast
 from tlfast.cli import main
 from tlfast.dataset import export_dataset, import_bergson, open_dataset
 
-bergson = pytest.importorskip("bergson", reason="bergson is not installed")
-pytestmark = pytest.mark.filterwarnings("default")  # theirs
+pytestmark = [pytest.mark.peers("bergson"), pytest.mark.filterwarnings("default")]  # of theirs
 
 QUERY = "a step of a unit"
 # Of float32 sums over at most 2^12 products, in another order, of a model that runs in float32 itself.
 CLOSE = {"rtol": 2**-13, "atol": 2**-16}
-LONG = [text for text in TEXTS if len(text) > 1]  # what has a next token
+LONG = bergson_builds.LONG
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +50,8 @@ def summed_loss(model, text):
 
 
 def test_its_attributor_traces_a_query(folder, rows):
+    import bergson
+
     model, attributor = tiny_model().eval(), bergson.Attributor(folder / "index")
     with attributor.trace(model.base_model, None) as result:
         summed_loss(model, QUERY).backward()
@@ -116,6 +117,8 @@ def build(folder, **settings):
     ids=["4", "16", "unprojected", "per token"],
 )
 def test_its_builds_are_imported_and_exported_again(tmp_path, settings):
+    import bergson
+
     made = build(tmp_path / "index", **settings)
     ds = open_dataset(import_bergson(made, tmp_path / "ds", rows_per_unit=2))
     assert ds.points == [f"{name}:weight" for name in MODULES]
@@ -150,8 +153,10 @@ def test_its_builds_are_scored_against_what_is_collected(tmp_path, rows):
     torch.testing.assert_close(found.scores[0].double(), expected.values, **CLOSE)
 
 
+@pytest.mark.peers("faiss")
 def test_its_faiss_index(folder, rows, monkeypatch):
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    import bergson
+    import faiss
     from bergson.query.faiss_index import FaissConfig
 
     monkeypatch.setattr(faiss, "GpuIndex", type("GpuIndex", (), {}), raising=False)  # which it asks for on a CPU, too
