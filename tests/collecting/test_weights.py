@@ -125,3 +125,21 @@ def test_a_weight_that_is_shared_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="collect: the point lm_head must have a weight of its own"):
         collect(tiny_model(), tmp_path / "rows", EXAMPLES, **SETTINGS | {"points": "lm_head"})
     assert not (tmp_path / "rows").exists()
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "count-sketch"])
+def test_matrices_are_made_once_for_all_captures_of_a_run(tmp_path, monkeypatch, kind):
+    """The probe alone has several captures."""
+    made, matrix = [], Projection.matrix
+
+    def counted(projection, name, role, columns, start=0):
+        made.append((name, role))
+        return matrix(projection, name, role, columns, start)
+
+    monkeypatch.setattr(Projection, "matrix", counted)
+    spec = Spec("transformer.h.*.mlp.c_fc", of="weight", project=Projection(4, kind))
+    model, examples = tiny_model(), sequences(5)
+    collect(model, tmp_path / "out", examples, points=spec)
+    assert sorted(made) == [(f"transformer.h.{layer}.mlp.c_fc", side) for layer in (0, 1) for side in ("left", "right")]
+    tlfast.running(model, examples, spec)
+    assert len(made) == 8

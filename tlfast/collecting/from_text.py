@@ -94,7 +94,7 @@ class Collection:
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
         self._tokenizing: Tokenizing | None = None
-        self.examples: MadeAnew = self._records(settings) if settings.dataset else self._texts(settings, files)
+        self.examples: MadeAnew = self._made(settings, files)
         if settings.pack:
             self._pack(settings)
         check_labels(self.model, settings, self.loss)
@@ -115,6 +115,13 @@ class Collection:
     def unused(self) -> list[str]:
         """Columns of the data that nobody asks for; known once they were read."""
         return [] if self._tokenizing is None else self._tokenizing.unused
+
+    def examples_of(self, settings: CollectSettings) -> MadeAnew:
+        """The examples of other data, by the same model and tokenizer."""
+        return self._made(settings, _text_files(settings))
+
+    def _made(self, settings: CollectSettings, files: Sequence[TextFile]) -> MadeAnew:
+        return self._records(settings) if settings.dataset else self._texts(settings, files)
 
     def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> MadeAnew:
         most = settings.max_examples or None

@@ -12,6 +12,7 @@ from torch import nn
 from ..backends.reference import accumulator
 from ..errors import broken_rule
 from ..projections.applying import SKETCHES, native_sketch
+from ..projections.kept import once
 from ..projections.projection import Projection, Role
 from ..spec import Spec
 from .layer_trial import conv1d_of_transformers, does_as_known
@@ -217,22 +218,21 @@ def weight_arguments(
             raise ValueError(broken_rule(at_point, "project", rule, repr(projection.form), remedy))
         known = projected_name(model, name, projection)
         n_biases = layer.n_outputs if layer.is_norm else 1
-        right = projection.matrix(known, "right", layer.n_inputs + n_biases * has_bias)
+        right = once(Projection.matrix, projection, known, "right", layer.n_inputs + n_biases * has_bias)
         if layer.is_norm:
             scale = projection.scale
         else:
             scale = projection.scale if row == "factors" else projection.row_scale
             names = [f"{known}.head_{head}" for head in range(n_heads)] or [known]
-            sides = [projection.matrix(one, "left", layer.n_outputs // max(1, n_heads)) for one in names]
+            columns = layer.n_outputs // max(1, n_heads)
+            sides = [once(Projection.matrix, projection, one, "left", columns) for one in names]
             left = torch.stack(sides) if n_heads else sides[0]
             if projection.kind in SKETCHES and layer.kind == "linear" and not n_heads:
                 # What applies them has their scale in it, and so must the matrices, for other devices and dtypes.
                 left, right = projection.scale * left.double(), projection.scale * right.double()
                 scale = 1.0
                 columns_of: tuple[tuple[Role, int], ...] = (("left", layer.n_outputs), ("right", layer.n_inputs))
-                sketches = tuple(
-                    native_sketch(projection, known, role, columns, backend) for role, columns in columns_of
-                )
+                sketches = tuple(once(native_sketch, projection, known, role, n, backend) for role, n in columns_of)
     return (
         layer.kind, row, has_bias, left, right, scale, n_heads, layer.padding_idx,
         (layer.normalized, layer.eps), layer.window, sketches, queries,
