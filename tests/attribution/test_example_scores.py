@@ -219,7 +219,7 @@ def test_the_best_tokens():
     assert near(every.scores[0].nansum(), score_examples(model(), TEXTS, queries, k=None).scores[0].double().sum())
 
 
-@pytest.mark.parametrize("factor", [1e-25, 1e-15, 1e-8, 1e10, 1e25])
+@pytest.mark.parametrize("factor", [1e-25, 1e-15, 1e25])
 def test_cosines_of_tiny_and_huge_gradients_are_right_or_left_out(factor):
     def loss(model, batch):
         logits, labels = model(batch.input_ids)[:, :-1], batch.input_ids[:, 1:]

@@ -71,9 +71,22 @@ def _of_file(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     about: dict[str, Any] = {
         "method": "scores", "points": [], "n_skipped": 0, "n_queries": n_queries, "queries": None,
     }  # fmt: skip
-    said = (table.schema.metadata or {}).get(FOUND.encode())
-    known = json.loads(said) if said else {}
-    return about | {key: value for key, value in known.items() if key in about}, hits
+    return about | _said(table.schema.metadata or {}), hits
+
+
+def _said(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """What the file says of itself, as far as it makes sense."""
+    try:
+        known = json.loads(metadata.get(FOUND.encode(), b"{}"))
+    except ValueError:
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    kinds: dict[str, type] = {"method": str, "points": list, "n_skipped": int, "n_queries": int, "queries": list}
+    found = {key: known[key] for key, kind in kinds.items() if isinstance(known.get(key), kind)}
+    for key in ("points", "queries"):
+        if not all(isinstance(one, str) for one in found.get(key, [])):
+            del found[key]
+    return found
 
 
 def _shown(dataset: GradientDataset, hit: Mapping[str, Any], decode: Decode, number: Any) -> dict[str, Any]:
