@@ -29,8 +29,9 @@ USAGE = """usage: tlfast COMMAND ...
   verify DIR [--repair]                                        re-read every byte against its checksum
   export DIR --to FORMAT [--out PATH] [--points GLOB ...]      parquet, arrow, npy, hf, lance or bergson
   import-bergson INDEX DIR                                     an index that bergson built, as a dataset
-  report DIR [--out PAGE]                                      a page of figures and charts, for a browser
+  report DIR [--out PAGE] [--found FILE]                       a page of figures and charts, for a browser
   score DIR --queries DIR [--method NAME] [--out FILE]         the rows nearest to those of another dataset
+  score MODEL --text T ... --queries T --points GLOB ...       the same of texts through a model, with no row stored
   factors MODEL --text T ... --out FILE [--kinds KIND ...]     factors of the curvature, of which no row is kept
   search DIR TEXT [--method NAME] [--top K]                    the examples nearest to a text
   push DIR USER/NAME [--private]                               to the Hugging Face hub

@@ -133,9 +133,133 @@ def test_examples_that_are_not_finite():
         score_examples(wild, TEXTS, ASKED[:1], points="1", non_finite="stop")
 
 
+def whitened(rows, moments, damping=0.1):
+    """Rows by point times the inverse root of their second moments, by way of eigenvalues; columns side by side."""
+    made = []
+    for point, part in rows.items():
+        values, vectors = torch.linalg.eigh(moments[point])
+        made.append(part @ vectors @ torch.diag((values + damping * values.mean()) ** -0.5) @ vectors.T)
+    return torch.cat(made, 1)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.25])
+def test_trackstar_against_each_example_alone(mix, monkeypatch):
+    """Of projected gradients, by the second moments of the examples themselves and by given ones."""
+    projection = tlfast.Projection(3, seed=5)
+    points = (*POINTS, "2")
+
+    def rows_of(texts):
+        found = {}
+        for point, rows in truth(points, texts_of(texts)).items():
+            right = projection.matrix(point, "right", rows.shape[-1]).double()
+            left = projection.matrix(point, "left", rows.shape[1]).double() if rows.dim() > 2 else None
+            found[point] = projection.scale * rows @ right.T if left is None else (left @ rows @ right.T).flatten(1) / 3
+        return found
+
+    rows, asked = rows_of(TEXTS), rows_of(ASKED)
+    moments = {
+        point: (1 - mix) * part.T @ part / len(part) + mix * asked[point].T @ asked[point] / len(asked[point])
+        for point, part in rows.items()
+    }
+    both = [nn.functional.normalize(whitened(some, moments)) for some in (asked, rows)]
+    settings = {"points": points, "project": projection, "k": None, "mix": mix, "batch_tokens": 8}
+    found = score_examples(model(), TEXTS, ASKED, "trackstar", **settings)
+    assert (found.scores.double() - both[0] @ both[1].T).abs().max() < 1e-5
+    spec = tlfast.Spec(points, of="weight", project=projection)
+    given = tlfast.running(model(), TEXTS, spec, stats="moment2_full")
+    again = tlfast.score(model(), ASKED, "trackstar", examples=TEXTS, moments=given, **settings)
+    assert torch.allclose(again.scores, found.scores, rtol=0, atol=1e-6)
+    if not mix:
+        doubled = tlfast.score(model(), [*ASKED, TEXTS[2]], "trackstar", examples=TEXTS, **settings | {"k": 1})
+        assert (doubled.indices[2].tolist(), round(float(doubled.scores[2, 0]), 5)) == ([2], 1.0)
+        monkeypatch.setattr("tlfast.attribution.moments.MOST_VALUES", 8)
+        with pytest.raises(ValueError, match="points must have at most 8 values a row for their second moments, got"):
+            score_examples(model(), TEXTS, ASKED, "trackstar", **settings)
+
+
+def test_the_best_tokens():
+    draw = torch.Generator().manual_seed(1)
+    queries = {"1": torch.randn(2, 14, 12, generator=draw), "3": torch.randn(2, 10, 14, generator=draw)}
+    wide, of_tokens = Narrow().double(), []
+    wide.load_state_dict(model().state_dict())
+    for number, text in enumerate(TEXTS):
+        seen = {}
+        handles = [
+            wide.get_submodule(point).register_forward_hook(
+                lambda m, a, out, s=seen, p=point: s.update({p: (a[0], out)})
+            )
+            for point in POINTS
+        ]
+        logits = wide(torch.tensor([text]))[0]
+        for handle in handles:
+            handle.remove()
+        loss = nn.functional.cross_entropy(logits[:-1], torch.tensor(text[1:]), reduction="sum")
+        grads = dict(zip(POINTS, torch.autograd.grad(loss, [seen[point][1] for point in POINTS]), strict=True))
+        for token in range(len(text)):
+            full = [grads[p][0, token, :, None] * seen[p][0][0, token] for p in POINTS]
+            dots = [sum((g * queries[p][q]).sum() for p, g in zip(POINTS, full, strict=True)) for q in range(2)]
+            norm = torch.stack([one.square().sum() for one in full]).sum().sqrt()
+            of_tokens.append((number, token, torch.stack(dots).detach(), norm.detach()))
+    scores = torch.stack([one[2] for one in of_tokens], 1)
+    size = torch.stack([queries[p].double().flatten(1).square().sum(1) for p in POINTS]).sum(0).sqrt()
+    cosines = scores / (size[:, None] * torch.stack([one[3] for one in of_tokens])).clamp_min(1e-300)
+    for method, wanted in (("dot", scores), ("cosine", cosines)):
+        for settings in ({}, {"padding_side": "left", "batch_tokens": 12}):
+            found = score_examples(model(), TEXTS, queries, method, k=3, per="token", **settings)
+            best = wanted.topk(3)
+            assert near(found.scores, best.values)
+            places = torch.tensor([one[:2] for one in of_tokens])[best.indices]  # [2, 3, (example, token)]
+            assert torch.equal(torch.stack([found.indices, found.positions], 2), places)
+    assert found.to_dict()["position"] == found.positions.flatten().tolist()
+    assert found[0][0]["position"] == int(places[0, 0, 1])
+    assert "token" in repr(found)
+    assert torch.equal(found.best(2).positions, found.positions[:, :2])
+    every = score_examples(model(), TEXTS, queries, k=100, per="token")
+    assert every.indices.shape == (2, sum(map(len, TEXTS)))
+    assert near(every.scores[0].nansum(), score_examples(model(), TEXTS, queries, k=None).scores[0].double().sum())
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-15, 1e25])
+def test_cosines_of_tiny_and_huge_gradients_are_right_or_left_out(factor):
+    def loss(model, batch):
+        logits, labels = model(batch.input_ids)[:, :-1], batch.input_ids[:, 1:]
+        lost = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+        return factor * (lost if batch.mask is None else lost * batch.mask[:, 1:]).sum()
+
+    settings = {"points": POINTS, "loss": loss, "k": None}
+    found = score_examples(model(), TEXTS, ASKED, "cosine", **settings)
+    wanted = exact(POINTS, truth(tuple(POINTS), texts_of(ASKED)), cosine=True)
+    left_out = found.scores.isnan()
+    assert found.n_skipped == int(left_out[0].sum()) == (5 if factor in (1e-25, 1e25) else 0)
+    assert torch.allclose(found.scores[~left_out].double(), wanted[~left_out], rtol=0, atol=1e-5)
+    whole = score_examples(model(), TEXTS, ASKED, "trackstar", project=3, **settings).scores
+    plain = score_examples(model(), TEXTS, ASKED, "trackstar", project=3, points=POINTS, k=None).scores
+    assert torch.allclose(whole, plain, rtol=0, atol=1e-5)
+
+
 ONE = torch.ones(1, 14, 12)
+TOKENS = {"per": "token"}
 REFUSED = {
-    "score: method must be one of dot, cosine, ekfac, got 'trackstar'.": lambda: (TEXTS, {"1": ONE}, "trackstar"),
+    "score: method must be one of dot, cosine, trackstar, ekfac, got 'l2'.": lambda: (TEXTS, {"1": ONE}, "l2"),
+    "score: per must be one of example, token, got 'tokens'.": lambda: (TEXTS, {"1": ONE}, "dot", {"per": "tokens"}),
+    'score: per must be "example" with trackstar, got \'token\'.': lambda: (TEXTS, {"1": ONE}, "trackstar", TOKENS),
+    'score: k must be a number with per="token", got None.': lambda: (TEXTS, {"1": ONE}, "dot", TOKENS | {"k": None}),
+    'score: out must be left out with per="token", got \'x.npy\'.': lambda: (
+        TEXTS, {"1": ONE}, "dot", TOKENS | {"out": "x.npy"}
+    ),
+    "score: mix must be left out but with trackstar, got it with dot.": lambda: (
+        TEXTS, {"1": ONE}, "dot", {"mix": 0.5}
+    ),
+    "score: queries must have a direction, got zeros alone in query 0. ": lambda: (TEXTS, {"1": ONE * 0}, "trackstar"),
+    "score: queries must be finite, got NaN or infinity in query 0.": lambda: (
+        TEXTS, {"1": ONE * torch.nan}, "cosine"
+    ),
+    "score: queries must have the shape [Q, 2, 2] at '1', got ['Q', 14, 12].": lambda: (
+        TEXTS, {"1": ONE}, "trackstar", {"project": 2}
+    ),
+    "score: queries must be of the points that are scored, got none at '3'.": lambda: (
+        TEXTS, {"1": ONE}, "trackstar", {"points": ["1", "3"]}
+    ),
     "score: points must be given where queries are examples, got None.": lambda: (TEXTS, ASKED),
     "score: queries must be examples, or a mapping from points to tensors, got Tensor.": lambda: (TEXTS, ONE),
     "score: queries must name a point at least, got an empty dict.": lambda: (TEXTS, {}),

@@ -54,7 +54,9 @@ def test_factors_that_are_none_are_refused():
     of_model = {"examples": TEXTS, "points": ["1"]}
     with pytest.raises(TypeError, match=r'^score: moments must be Factors with method="ekfac", got none\. Give mome'):
         tlfast.score(model, TEXTS[:1], "ekfac", **of_model)
-    with pytest.raises(ValueError, match=r"^score: moments must be left out but with ekfac, got it with dot\."):
+    with pytest.raises(
+        ValueError, match=r"^score: moments must be left out but with trackstar, ekfac, got it with dot\."
+    ):
         tlfast.score(model, TEXTS[:1], "dot", moments=factors, **of_model)
     with pytest.raises(ValueError, match=r"^score: project must be left out with ekfac, got 4\."):
         tlfast.score(model, TEXTS[:1], "ekfac", moments=factors, project=4, **of_model)

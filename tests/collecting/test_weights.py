@@ -186,3 +186,21 @@ def test_rows_of_ones_own_loop_say_what_they_are(tmp_path):
         flat = torch.stack(grads).flatten(1)
         wanted = wanted + flat @ Projection(3, form="one-sided").matrix(name, "single", flat.shape[1]).T / 3**0.5
     torch.testing.assert_close(rows["gradients:weight"][:], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "count-sketch"])
+def test_matrices_are_made_once_for_all_captures_of_a_run(tmp_path, monkeypatch, kind):
+    """The probe alone has several captures."""
+    made, matrix = [], Projection.matrix
+
+    def counted(projection, name, role, columns, start=0):
+        made.append((name, role))
+        return matrix(projection, name, role, columns, start)
+
+    monkeypatch.setattr(Projection, "matrix", counted)
+    spec = Spec("transformer.h.*.mlp.c_fc", of="weight", project=Projection(4, kind))
+    model, examples = tiny_model(), sequences(5)
+    collect(model, tmp_path / "out", examples, points=spec)
+    assert sorted(made) == [(f"transformer.h.{layer}.mlp.c_fc", side) for layer in (0, 1) for side in ("left", "right")]
+    tlfast.running(model, examples, spec)
+    assert len(made) == 8

@@ -79,6 +79,35 @@ def test_preconditioned_scores(folder, tmp_path, capsys):
     assert shown[0] == shown[1] != shown[2]
 
 
+LAYERS = ["transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_proj"]
+
+
+def test_texts_through_a_model(folder, tmp_path, capsys):
+    """The first file's first texts find themselves; what is printed and written is what the function finds."""
+    asked, out = tmp_path / "asked.txt", tmp_path / "found.parquet"
+    asked.write_text(text_of(folder, 3), encoding="utf-8")
+    words = ["score", str(folder / "model"), "--text", str(folder / "text"), "--queries", str(asked), "--top", "2"]
+    words += ["--points", *LAYERS, "--seq-len", "32", "--max-examples", "24"]
+    assert main([*words, "--method", "cosine", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"query 0: {text_of(folder, 3)}"
+    assert shown[1].split()[:3] == ["1", "example", "3"]
+    assert shown[-2:] == ["cosine over 2 columns (" + ", ".join(LAYERS) + ")", str(out)]
+    model, tokenizer = (load(str(folder / "model"), *more) for load, more in (
+        (huggingface.load_model, (None, torch.device("cpu"))), (huggingface.load_tokenizer, ()),
+    ))  # fmt: skip
+    examples = [example["input_ids"] for example in open_dataset(folder / "out").examples]
+    right = tlfast.score(model, [examples[3]], "cosine", examples=examples, points=LAYERS, k=2, tokenizer=tokenizer)
+    assert parquet.read_table(out).column("id").to_pylist() == right.indices[0].tolist()
+    assert main([*words, "--per", "token"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[3] == "token"
+    assert (
+        main([*words, "--method", "trackstar", "--project", "3", "--mix", "0.1", "--out", str(tmp_path / "a.npy")]) == 0
+    )
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["1", "example", "3"]
+    assert np.load(tmp_path / "a.npy").shape == (1, len(examples))
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_text_finds_itself(folder, tmp_path, capsys, merged):
     place = folder / "out"
@@ -187,7 +216,10 @@ def test_a_record_finds_itself(tmp_path, capsys, kind):
 
 SCORE = ["score", "OUT", "--queries", "QUERIES"]
 WRONG = [
-    (["score", "OUT"], "tlfast score: the argument must be a dataset folder and --queries DIR, got OUT. The fol"),
+    (
+        ["score", "OUT"],
+        "tlfast score: the argument must be a dataset folder, or a model with --text or --dataset, and --queries",
+    ),
     ([*SCORE, "--out", "x.csv"], "score: out must end in .npy or .parquet, got 'x.csv'. All scores go to a file of"),
     ([*SCORE, "--top", "0"], "score: k must be an int of at least 1, or None, got 0. None gives all scores."),
     (
@@ -196,6 +228,14 @@ WRONG = [
     ),
     ([*SCORE, "--points", "x"], "tlfast score: points must match a module, got 'x'. The model has 2 modules"),
     ([*SCORE[:3], "/nope"], "open_dataset: path must be the folder of a dataset, got /nope, no such folder."),
+    ([*SCORE, "--project", "4"], "tlfast score: --project must be left out where a dataset is scored, got it. Leave"),
+    ([*SCORE, "--seq-len", "4"], "tlfast score: --seq-len must be left out where a dataset is scored, got it. Leave"),
+    (["score", "MODEL", "--queries", "QUERIES"], "tlfast score: data must be given where a model is scored, got none"),
+    (
+        ["score", "MODEL", "--text", "T", "--queries", "T"],
+        "tlfast score: --points must name layers where a model is sc",
+    ),
+    ([*SCORE, "--text", "T", "--where", "id > 3"], "tlfast score: --where must be left out where a model is scored"),
     (["search", "OUT", "a", "--method", "l2"], "score: method must be one of dot, cosine, trackstar, ekfac, got 'l2'."),
     (["search", "OUT", "a", "--mix", "0.5"], "score: mix must be left out but with trackstar, got it with cosine."),
     (["search", "OUT", "a row " * 20], "tlfast search: the text must make one example, got one that makes 4. Shorten"),
@@ -206,7 +246,7 @@ WRONG = [
 @pytest.mark.parametrize("words, text", WRONG)
 def test_wrong_words_are_refused(folder, tmp_path, capsys, monkeypatch, words, text):
     monkeypatch.chdir(tmp_path)
-    places = {"OUT": str(folder / "out"), "QUERIES": str(folder / "queries")}
+    places = {"OUT": str(folder / "out"), "QUERIES": str(folder / "queries"), "MODEL": str(folder / "model")}
     complaint = complaint_of(capsys, [places.get(word, word) for word in words])
     assert complaint.replace(str(folder / "out"), "OUT").startswith(text)
     assert os.listdir(tmp_path) == []

@@ -126,6 +126,16 @@ def test_a_package_that_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.long
+def test_an_example_left_out(tmp_path):
+    shown = said("leave_one_out.py", tmp_path)
+    ekfac, dot = figures(r"without each: ekfac (\S+), dot (\S+),", shown)
+    assert ekfac > 0.8
+    assert ekfac > dot
+    assert figures(r"harm most by ekfac, (\d+) have a wrong label", shown)[0] >= 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
 def test_words_that_decide(tmp_path):
     shown = said("word_weights.py", tmp_path, "--steps", "150", "--html", "words.html")
     assert figures(r"trained: .*correlation (\S+)", shown)[0] > 0.8

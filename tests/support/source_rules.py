@@ -24,7 +24,7 @@ MANY = {
 # theirs. A new module needs a place here.
 ROOMS = (
     ("", (("_C", "_build_info", "_disk", "errors", "markup"),)),
-    ("projections", (("philox",), ("entries",), ("sketches",), ("projection",))),
+    ("projections", (("kept", "philox"), ("entries",), ("sketches",), ("projection",))),
     ("", (("spec",),)),
     (
         "backends",
@@ -192,7 +192,7 @@ ROOMS = (
             ("checks", "identity", "settings", "unit"),
             ("fsdp", "loop", "probe", "resume"),
             ("into", "work"),
-            ("run", "stream"),
+            ("passes", "run", "stream"),
             ("factors", "from_text", "rehearsal", "running"),
             ("ray_cluster",),
         ),
@@ -200,10 +200,10 @@ ROOMS = (
     (
         "attribution",
         (
-            ("diagnostics", "factor_files", "given_examples", "pieces", "queries"),
-            ("every_score", "moments", "passes"),
+            ("bergson_files", "diagnostics", "factor_files", "given_examples", "pieces", "queries"),
+            ("every_score", "moments"),
             ("gradient_queries", "methods"),
-            ("result", "sums"),
+            ("result", "scores_of_batches", "sums"),
             ("example_scores",),
             ("faiss_index", "scores", "text_query"),
             ("__init__",),
@@ -221,12 +221,13 @@ ROOMS = (
     ),
     (
         "report",
-        (("page", "positions", "summary", "texts", "timeline"), ("charts",), ("writing",), ("__init__",)),
+        (("page", "positions", "summary", "texts", "timeline"), ("charts", "nearest"), ("writing",), ("__init__",)),
     ),
     (
         "commands",
         (
             ("__init__", "arguments", "bar", "doctor"),
+            ("model_words",),
             ("collecting", "factoring", "inspecting", "listing", "scoring", "sharing"),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Factors, and second moments, as the files of other libraries."""
+"""Factors of the curvature as the files of kronfluence."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from torch import nn
 from ..dataset.errors import extra
 from ..errors import broken_rule
 from ..hooks.factors import Factors, ModuleFactors
-from ..hooks.layers import projected_name
-from ..hooks.normalizers import AdamNormalizer, Normalizer
-from ..projections.projection import Projection
+from ..hooks.layers import linear_layer
 
 _WHO = "write_kronfluence"
 
@@ -75,37 +73,58 @@ def _of_kronfluence(of: ModuleFactors, with_values: bool) -> dict[str, torch.Ten
     return made
 
 
-def write_bergson_normalizers(
-    normalizers: Mapping[str, Normalizer], path: str | os.PathLike[str], model: nn.Module
-) -> None:
-    """Write normalizers as the ``normalizers.pth`` of bergson 2.5, whose names are those inside the model's base.
+def read_kronfluence(folder: str | os.PathLike[str], model: nn.Module, *, n_examples: int | None = None) -> Factors:
+    """Read the factors that kronfluence 1.0 has fitted, with the strategy "kfac" or "ekfac".
 
     Args:
-        normalizers: by module, as `read_optimizer` and `Factors.normalizers` give them.
-        path: the file.
-        model: in which the modules are.
+        folder: ``OUTPUT_DIR/ANALYSIS/factors_NAME``.
+        model: in which the modules are: linear layers.
+        n_examples: how many examples there were; needed where there are no Lambda matrices, which say it.
+
+    Returns:
+        Factors of "kfac", and of "ekfac" where there are Lambda matrices; with the eigenvectors that are there.
 
     Raises:
-        ValueError: for a module that the model hasn't.
+        ValueError: for another folder or strategy, other modules or shapes.
     """
-    who, base = "write_bergson_normalizers", Projection(1, scheme="bergson-2")
-    modules, saved = dict(model.named_modules()), {}
-    for name, normalizer in normalizers.items():
-        if name not in modules:
-            rule, remedy = "be of modules of the model", "Give the model that they were made of."
-            raise ValueError(broken_rule(who, "normalizers", rule, repr(name), remedy))
-        if isinstance(normalizer, AdamNormalizer):
-            n_inputs = modules[name]._parameters["weight"].numel() // len(normalizer.second_moment)
-            v, bias = normalizer.second_moment, None
-            if v.shape[1] == n_inputs + 1:
-                v, bias = v[:, :-1], v[:, -1]
-            said = {"__class__": "AdamNormalizer", "weight_avg_sq": v, "bias_avg_sq": bias}
-        else:
-            row, col, bias = normalizer.row, normalizer.col, normalizer.bias
-            said = {"__class__": "AdafactorNormalizer", "row": row, "col": col, "bias_avg_sq": bias}
-        saved[projected_name(model, name, base)] = {
-            key: value.float().contiguous() if isinstance(value, torch.Tensor) else value
-            for key, value in said.items()
-            if value is not None
-        }
-    torch.save(saved, path)
+    who, place = "read_kronfluence", Path(folder)
+    said = place / "factor_arguments.json"
+    strategy = json.loads(said.read_text(encoding="utf-8")).get("strategy") if said.is_file() else None
+    if strategy not in ("kfac", "ekfac"):
+        rule, got = 'hold factor_arguments.json with the strategy "kfac" or "ekfac"', f"{os.fspath(folder)}: {strategy}"
+        raise ValueError(broken_rule(who, "folder", rule, got, "Give factors_NAME of an analysis."))
+    load = extra("safetensors.torch", who).load_file
+    read = {path.stem: load(path) for path in sorted(place.glob("*.safetensors"))}
+    needed = ("activation_covariance", "gradient_covariance", "num_activation_covariance_processed")
+    absent = next((name for name in needed if name not in read), None)
+    if absent is not None:
+        remedy = "Aggregate the partitions of an analysis first."
+        raise ValueError(broken_rule(who, "folder", f"hold {absent}.safetensors", os.fspath(folder), remedy))
+    has_values = "lambda_matrix" in read and "activation_eigenvectors" in read
+    if n_examples is None and not has_values:
+        rule, remedy = "be given where there are no Lambda matrices", "Say n_examples=, of how many the factors are."
+        raise ValueError(broken_rule(who, "n_examples", rule, "none", remedy))
+    modules = {name: _read_module(who, name, model, read, has_values, n_examples) for name in read[needed[0]]}
+    return Factors(["kfac", *(["ekfac"] if has_values else [])], modules, identity="kronfluence")
+
+
+def _read_module(
+    who: str, name: str, model: nn.Module, read: Mapping[str, Mapping[str, torch.Tensor]], has_values: bool,
+    n_examples: int | None,
+) -> ModuleFactors:  # fmt: skip
+    known = dict(model.named_modules())
+    layer = linear_layer(known[name]) if name in known else None
+    a, s = (read[f"{side}_covariance"][name].double() for side in ("activation", "gradient"))
+    n_inputs = -1 if layer is None else layer.n_inputs + layer.has_bias  # kronfluence counts each bias
+    if layer is None or (len(s), len(a)) != (layer.n_outputs, n_inputs):
+        rule, got = "be of linear layers of the model", f"{name!r} of [{len(s)}, {len(a)}]"
+        raise ValueError(broken_rule(who, "folder", rule, got, "Give the model that it was made of."))
+    sums, n = {"inputs": (a + a.T) / 2, "outputs": (s + s.T) / 2}, n_examples
+    if has_values:
+        sums["eigenvalues"] = read["lambda_matrix"][name].double()
+        n = int(read["num_lambda_processed"][name])
+    basis = None
+    if "activation_eigenvectors" in read:
+        basis = read["gradient_eigenvectors"][name].double(), read["activation_eigenvectors"][name].double()
+    n_tokens = int(read["num_activation_covariance_processed"][name])
+    return ModuleFactors(name, len(s), len(a), layer.has_bias, n or 0, n_tokens, sums, basis)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..collecting.options import CollectOptions
+from ..collecting.passes import Passes
+from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from ..hooks.captured import Capture
 from ..hooks.layers import find_layer
 from ..spec import Query, Spec
-from .passes import Passes
 from .queries import WHO
+
+
+class QueryExamples(NamedTuple):
+    """The examples that queries are the gradients of."""
+
+    ids: list[int]  # -1 of a mean
+    examples: Sequence[Example]
 
 
 def gradients_of(
     model: nn.Module, examples: Iterable[Any], options: CollectOptions, mean: bool
-) -> tuple[dict[str, Query], list[int]]:
-    """The weight gradients of examples by point, [Q, ...], or one query that is their mean; and the examples' ids.
+) -> tuple[dict[str, Query], QueryExamples]:
+    """The weight gradients of examples by point, [Q, ...], or one query that is their mean; and the examples.
 
     Of a linear layer a gradient is a pair of factors, (sum over tokens of) g a^T, where its tokens are fewer numbers.
     """
-    passes = Passes(model, examples, options)
+    passes = Passes(WHO, model, examples, options)
     lengths = list(passes.examples.lengths())
     n, rank = len(lengths), sum(lengths) if mean else max(lengths)
     kept: dict[str, list[torch.Tensor | None]] = {}
@@ -62,7 +70,7 @@ def gradients_of(
     for point, parts in kept.items():
         rows = [part for part in parts if part is not None]
         found[point] = _factors(rows, sizes[point], mean) if point in sizes else _whole(rows, mean)
-    return found, [-1] if mean else ids
+    return found, QueryExamples([-1] if mean else ids, passes.examples)
 
 
 def _whole(rows: Sequence[torch.Tensor], mean: bool) -> torch.Tensor:
@@ -78,8 +86,13 @@ def _factors(rows: Sequence[torch.Tensor], n_outputs: int, mean: bool) -> tuple[
     return (left / len(rows) if mean else left).contiguous(), right.contiguous()
 
 
+def as_tensors(queries: Mapping[str, Query]) -> dict[str, torch.Tensor]:
+    """The queries as whole tensors, the products of those that are pairs."""
+    return {name: query[0] @ query[1] if isinstance(query, tuple) else query for name, query in queries.items()}
+
+
 def query_norms(queries: Mapping[str, Query]) -> torch.Tensor:
-    """The norm of each query over all points, float64 [Q] on the host; ValueError for one of zeros."""
+    """The norm of each query over all points, float64 [Q] on the host; ValueError for one of zeros, or of NaN."""
     total = torch.zeros(count(queries), dtype=torch.float64)
     for given in queries.values():
         if isinstance(given, torch.Tensor):
@@ -87,10 +100,26 @@ def query_norms(queries: Mapping[str, Query]) -> torch.Tensor:
         else:
             left, right = (one.double() for one in given)
             total += (left.mT @ left * (right @ right.mT)).sum((1, 2)).clamp_min(0).cpu()
+    if not bool(total.isfinite().all()):
+        got = f"NaN or infinity in query {int((~total.isfinite()).nonzero()[0])}"
+        raise ValueError(broken_rule(WHO, "queries", "be finite", got, "Leave it out."))
     if not bool((total > 0).all()):
         got = f"zeros alone in query {int((total == 0).nonzero()[0])}"
         raise ValueError(broken_rule(WHO, "queries", "have a direction", got, "Leave it out."))
     return total.sqrt()
+
+
+def divided(queries: Mapping[str, Query], norms: torch.Tensor) -> dict[str, Query]:
+    """The queries divided by their norms."""
+
+    def by_norm(given: torch.Tensor) -> torch.Tensor:
+        wide = given.double() / norms.to(given.device).view(-1, *[1] * (given.dim() - 1))
+        return wide.to(given.dtype)
+
+    return {
+        name: (by_norm(query[0]), query[1]) if isinstance(query, tuple) else by_norm(query)
+        for name, query in queries.items()
+    }
 
 
 def count(queries: Mapping[str, Query]) -> int:

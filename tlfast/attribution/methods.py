@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import broken_rule
 from ..hooks.factors import Factors
-from .moments import check_sizes, given_moments, moments_of, whitening
+from ..spec import one_of
+from .moments import check_sizes, given_moments, mixed, moments_of, whitening
 from .queries import WHO, Queries, check_directions
+
+DAMPING = 0.1
 
 
 class Asked(NamedTuple):
@@ -54,8 +57,13 @@ def _check_cosine(ds: Any, queries: Queries) -> None:
 
 
 def _check_trackstar(ds: Any, queries: Queries) -> None:
-    check_sizes(ds, queries.points)
+    check_sizes(widths_of(queries))
     check_directions(queries)
+
+
+def widths_of(queries: Queries) -> dict[str, int]:
+    """How many values a row has in each column."""
+    return {point: query.shape[1] for point, query in queries.rows.items()}
 
 
 def _trackstar(asked: Asked) -> Prepared:
@@ -64,11 +72,8 @@ def _trackstar(asked: Asked) -> Prepared:
     if asked.moments is None:
         moments = moments_of(asked.ds, points, asked.progress)
     else:
-        moments = given_moments(asked.ds, points, asked.moments)
-    if asked.mix:
-        of_queries = {point: query.cpu().T @ query.cpu() / len(query) for point, query in rows.items()}
-        moments = {point: (1 - asked.mix) * m + asked.mix * of_queries[point] for point, m in moments.items()}
-    maps = whitening(moments, asked.damping)
+        moments = given_moments(widths_of(asked.queries), asked.moments)
+    maps = whitening(mixed(moments, rows, asked.mix), asked.damping)
     return Prepared({point: query @ maps[point].to(query.device) for point, query in rows.items()}, maps, True)
 
 
@@ -99,3 +104,25 @@ METHODS = {
     "trackstar": Method(_trackstar, ("moments", "damping", "mix"), _check_trackstar),
     "ekfac": Method(_ekfac, ("moments", "damping")),
 }
+
+
+def check_arguments(method: str, k: int | None, given: Mapping[str, Any]) -> None:
+    """ValueError for a method or numbers that `score` refuses."""
+    one_of(WHO, "method", method, tuple(METHODS))
+    if k is not None and (type(k) is not int or k < 1):
+        raise ValueError(broken_rule(WHO, "k", "be an int of at least 1, or None", repr(k), "None gives all scores."))
+    plain = {"moments": None, "damping": DAMPING, "mix": 0.0}
+    for name, value in given.items():
+        if name not in METHODS[method].takes and value != plain[name]:
+            others = ", ".join(other for other, entry in METHODS.items() if name in entry.takes)
+            rule, got = f"be left out but with {others}", f"it with {method}"
+            raise ValueError(broken_rule(WHO, name, rule, got, "Leave it out, or choose that method."))
+    if method == "ekfac":
+        given_factors(given["moments"])
+    damping, mix = given["damping"], given["mix"]
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < float("inf"):
+        remedy = "0.1 is a tenth of the mean eigenvalue."
+        raise ValueError(broken_rule(WHO, "damping", "be a number above 0", repr(damping), remedy))
+    if isinstance(mix, bool) or not isinstance(mix, (int, float)) or not 0 <= mix <= 1:
+        remedy = "0 takes the rows' second moments alone."
+        raise ValueError(broken_rule(WHO, "mix", "be a number from 0 to 1", repr(mix), remedy))

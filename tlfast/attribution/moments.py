@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -18,35 +18,47 @@ _SMALLEST = 2.0**-60  # of the root's diagonal: its inverse is used in float32
 MOST_VALUES = 8192  # of a row, whose second moment is a matrix of 512 MiB in float64
 
 
-def check_sizes(ds: Any, points: Sequence[str]) -> None:
-    """ValueError for a column whose second moment would fill the memory."""
-    for point in points:
-        width = prod(ds.column(point).row_shape)
+def check_sizes(widths: Mapping[str, int]) -> None:
+    """ValueError for a column, of so many values a row, whose second moment would fill the memory."""
+    for point, width in widths.items():
         if width > MOST_VALUES:
             rule, got = f"have at most {MOST_VALUES} values a row for their second moments", f"{point!r} with {width}"
-            raise ValueError(broken_rule(WHO, "points", rule, got, "Project rows when they are collected."))
+            raise ValueError(broken_rule(WHO, "points", rule, got, "Project rows: project=16."))
 
 
-def given_moments(ds: Any, points: Sequence[str], moments: Any) -> dict[str, torch.Tensor]:
-    """Return the second moments that the user gives, sums or their file: float64 [D, D] by point."""
+def given_moments(widths: Mapping[str, int], moments: Any, ending: str = "") -> dict[str, torch.Tensor]:
+    """Return the second moments that the user gives, sums or their file: float64 [D, D] by point.
+
+    ``ending`` may stand behind the names that the sums have.
+    """
     sums = RunningSums.load(moments) if isinstance(moments, (str, os.PathLike)) else moments
     if not isinstance(sums, RunningSums):
         got, remedy = type(moments).__name__, 'Make them by tlfast.running(..., stats="moment2_full").'
         raise TypeError(broken_rule(WHO, "moments", "be RunningSums or their file", got, remedy))
     found = {}
-    for point in points:
-        if point not in sums or not sums[point].n:
+    for point, width in widths.items():
+        name = f"{point}{ending}" if f"{point}{ending}" in sums else point
+        if name not in sums or not sums[name].n:
             remedy = "Name by points= those that they have; see moments.names."
             raise ValueError(broken_rule(WHO, "moments", "have rows of each point", f"none of {point!r}", remedy))
         if "moment2_full" not in sums.stats:
             got, remedy = ", ".join(sums.stats), 'Make them with stats="moment2_full".'
             raise ValueError(broken_rule(WHO, "moments", "have moment2_full", got, remedy))
-        width = prod(ds.column(point).row_shape)
-        if prod(sums[point].shape) != width:
+        if prod(sums[name].shape) != width:
             rule, remedy = f"be of rows of {width} values at {point!r}", "They are of other columns."
-            raise ValueError(broken_rule(WHO, "moments", rule, list(sums[point].shape), remedy))
-        found[point] = sums[point].moment2_full.cpu()
+            raise ValueError(broken_rule(WHO, "moments", rule, list(sums[name].shape), remedy))
+        found[point] = sums[name].moment2_full.cpu()
     return found
+
+
+def mixed(
+    moments: Mapping[str, torch.Tensor], queries: Mapping[str, torch.Tensor], mix: float
+) -> dict[str, torch.Tensor]:
+    """Return the second moments with a part ``mix`` of those of the queries, float64 [Q, D] by point."""
+    if not mix:
+        return dict(moments)
+    own = {point: query.cpu().T @ query.cpu() / len(query) for point, query in queries.items()}
+    return {point: (1 - mix) * moment + mix * own[point] for point, moment in moments.items()}
 
 
 def moments_of(ds: Any, points: Sequence[str], progress: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
@@ -56,6 +68,11 @@ def moments_of(ds: Any, points: Sequence[str], progress: Callable[[int], None] |
         sums.add(rows)
         if progress is not None and piece.is_last:
             progress(piece.end - piece.first)
+    return finite_moments(sums, points)
+
+
+def finite_moments(sums: RunningSums, points: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return the second moments that were added up; ValueError for a point without a finite row."""
     for point in points:
         if point not in sums or not sums[point].n:
             rule, got = "hold a finite row at each point", f"none at {point!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ..dataset.errors import extra
 from ..dataset.places.durable import write_small
 from ..dataset.read.decoding import text_of
-from ..dataset.read.found import SearchResult
+from ..dataset.read.found import FOUND, SearchResult
 from ..dataset.read.search import Best, Block
 from .every_score import check_out, exists
 
@@ -29,7 +30,8 @@ class Scores(SearchResult):
         metric: the method.
         points: the columns whose scores were added up.
         n_skipped: rows that were left out, as they aren't finite.
-        queries: the dataset or view that the queries are of; None where they were tensors.
+        positions: with ``per="token"`` int64 [Q, k]: which token of the example; else None.
+        queries: the dataset or view that the queries are of, or the ids of query examples; None of tensors.
         is_all: whether these are the scores of all rows in order.
     """
 
@@ -41,17 +43,29 @@ class Scores(SearchResult):
         method: str,
         points: list[str],
         *,
+        positions: torch.Tensor | None = None,
         n_skipped: int = 0,
         queries: Any = None,
+        asked: Any = None,
         is_all: bool = False,
     ) -> None:
-        super().__init__(ds, indices, scores, None, method, points)
+        super().__init__(ds, indices, scores, positions, method, points)
         self.dataset = ds
         self.n_skipped, self.queries, self.is_all = n_skipped, queries, is_all
+        self._asked = asked  # what has the examples of the queries, where that isn't `queries`
+
+    def query_texts(self) -> list[str] | None:
+        """Return the text of each query, by its dataset's tokenizer, without one as numbers; None of other queries."""
+        asked = self._asked if isinstance(self.queries, (list, type(None))) else self.queries
+        if asked is None:
+            return None
+        tokenizer = asked.tokenizer()
+        return [text_of(tokenizer, asked.examples[row]["input_ids"]) for row in range(len(asked))]
 
     def best(self, k: int) -> Scores:
         """Return the ``k`` best rows of each query, of those that are here."""
         n_queries, n = self.scores.shape
+        positions = None if self.positions is None else self.positions[:, :k]
         if not self.is_all:
             indices, scores = self.indices[:, :k], self.scores[:, :k]
         else:
@@ -61,11 +75,13 @@ class Scores(SearchResult):
                 part = self.scores[:, start : start + _PART]
                 kept.add(slice(0, n_queries), part, Block({}, rows, None, len(rows)))
             indices, scores = kept.rows, kept.scores
-        more: dict[str, Any] = {"n_skipped": self.n_skipped, "queries": self.queries}
-        return Scores(self._ds, indices, scores, self.metric, self.points, **more)
+        more: dict[str, Any] = {"n_skipped": self.n_skipped, "queries": self.queries, "asked": self._asked}
+        return Scores(self._ds, indices, scores, self.metric, self.points, positions=positions, **more)
 
     def to_dict(self, *, texts: bool = False) -> dict[str, list[Any]]:
         """Return the rows that were found as columns: query, rank, score, row, id, source, start and length.
+
+        With ``per="token"`` there is also the token's position in its example.
 
         Args:
             texts: the text of each, too, by the dataset's tokenizer; without one the tokens as numbers.
@@ -78,6 +94,8 @@ class Scores(SearchResult):
         found: dict[str, list[Any]] = {
             "query": query.tolist(), "rank": rank.tolist(), "score": self.scores[there].tolist(), "row": rows.tolist(),
         }  # fmt: skip
+        if self.positions is not None:
+            found["position"] = self.positions[there].tolist()
         found |= {name: table.column(name).to_pylist() for name in names[:4]}
         if texts:
             found["text"] = [text_of(self._tokenizer, tokens) for tokens in table.column("input_ids").to_pylist()]
@@ -88,14 +106,21 @@ class Scores(SearchResult):
         return extra("pandas", "Scores.to_pandas", "hub").DataFrame(self.to_dict(texts=texts))
 
     def to_parquet(self, out: str | os.PathLike[str], *, texts: bool = True) -> None:
-        """Write `to_dict` as a Parquet file, whole or not at all; ValueError where there is one of this name."""
+        """Write `to_dict` as a Parquet file, whole or not at all; ValueError where there is one of this name.
+
+        The file's metadata say the method, the points and the texts of the queries, for ``tlfast report --found``.
+        """
         path = check_out(out, (".parquet",))
         pa, parquet = extra("pyarrow", "Scores.to_parquet"), extra("pyarrow.parquet", "Scores.to_parquet")
         kinds = {"score": pa.from_numpy_dtype(self.scores.numpy().dtype), "source": pa.string(), "text": pa.string()}
         said = self.to_dict(texts=texts)
         columns = {name: pa.array(values, kinds.get(name, pa.int64())) for name, values in said.items()}
         made = io.BytesIO()
-        parquet.write_table(pa.table(columns), made)
+        about = {"method": self.metric, "points": self.points, "n_skipped": self.n_skipped}
+        table = pa.table(columns).replace_schema_metadata(
+            {FOUND: json.dumps({**about, "n_queries": len(self), "queries": self.query_texts() if texts else None})}
+        )
+        parquet.write_table(table, made)
         if not write_small(path, made.getvalue(), replace=False):
             raise exists(path)
 

@@ -18,12 +18,10 @@ from ..hooks.running import RunningSums
 from ..spec import Query, one_of
 from .every_score import InFile, InMemory, check_out, check_room
 from .example_scores import score_examples
-from .methods import METHODS, Asked, Method, given_factors
+from .methods import DAMPING, METHODS, Asked, Method, check_arguments
 from .queries import WHO, chosen_queries, opened
 from .result import Scores
 from .sums import Sums, dtype_of
-
-DAMPING = 0.1
 
 
 def score(
@@ -92,9 +90,9 @@ def score(
         (tensor([[0]]), tensor([[3.]]))
     """
     if isinstance(dataset, nn.Module):
-        left = {"where": where, "mix": mix}
+        left = {"where": where}
         shared: dict[str, Any] = {"points": points, "k": k, "non_finite": non_finite, "out": out, "progress": progress}
-        shared |= {"moments": moments, "damping": damping}
+        shared |= {"moments": moments, "damping": damping, "mix": mix}
         return _of_model(dataset, queries, method, left, shared | of_model)
     if of_model:
         rule, got = "be left out where a dataset is scored", ", ".join(of_model)
@@ -127,8 +125,7 @@ def score(
 
 def _of_model(model: nn.Module, queries: Any, method: str, left: Mapping[str, Any], asked: dict[str, Any]) -> Scores:
     """Score examples that go through a model; ``left`` are arguments that have no meaning there."""
-    plain = {"where": None, "mix": 0.0}
-    odd = next((name for name, value in left.items() if value is not plain[name] and value != plain[name]), None)
+    odd = next((name for name, value in left.items() if value is not None), None)
     if odd is not None:
         raise ValueError(broken_rule(WHO, odd, "be left out where a model is scored", "it", "Leave it out."))
     if "examples" not in asked:
@@ -150,25 +147,3 @@ def _scored(
         takers = [taker for taker in (best, every) if taker is not None]
         take_scores(sums.blocks(), sums.most_rows, sums, takers, asked.progress)
     return best, sums.n_skipped
-
-
-def check_arguments(method: str, k: int | None, given: Mapping[str, Any]) -> None:
-    """ValueError for a method or numbers that `score` refuses."""
-    one_of(WHO, "method", method, tuple(METHODS))
-    if k is not None and (type(k) is not int or k < 1):
-        raise ValueError(broken_rule(WHO, "k", "be an int of at least 1, or None", repr(k), "None gives all scores."))
-    plain = {"moments": None, "damping": DAMPING, "mix": 0.0}
-    for name, value in given.items():
-        if name not in METHODS[method].takes and value != plain[name]:
-            others = ", ".join(other for other, entry in METHODS.items() if name in entry.takes)
-            rule, got = f"be left out but with {others}", f"it with {method}"
-            raise ValueError(broken_rule(WHO, name, rule, got, "Leave it out, or choose that method."))
-    if method == "ekfac":
-        given_factors(given["moments"])
-    damping, mix = given["damping"], given["mix"]
-    if not isinstance(damping, (int, float)) or not 0 < damping < float("inf"):
-        remedy = "0.1 is a tenth of the mean eigenvalue."
-        raise ValueError(broken_rule(WHO, "damping", "be a number above 0", repr(damping), remedy))
-    if not isinstance(mix, (int, float)) or not 0 <= mix <= 1:
-        remedy = "0 takes the rows' second moments alone."
-        raise ValueError(broken_rule(WHO, "mix", "be a number from 0 to 1", repr(mix), remedy))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dataset.format.strict_json import sha256_of
 from ..errors import broken_rule
 from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored
 from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors
@@ -18,17 +17,12 @@ from ..hooks.layers import linear_layer, weighted_modules
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..hooks.points import as_list, find_points, is_glob
 from ..spec import Points, Spec, one_of
-from .fsdp import is_sharded
-from .identity import describe_collection, describe_loss
 from .options import CollectOptions
+from .passes import Passes
 from .probe import Probed
 from .stream import SETTINGS, row_options
-from .unit import Runner
-from .work import Work
 
 _WHO = "factors"
-_SORTED = 2048  # examples that are sorted by length at a time
-_OF_BATCHES = ("batching", "examples", "calls", "missing")  # what a header says beside what the sums are of
 _ALLOWED = [
     name for name in SETTINGS
     if name not in ("reduce", "of", "side", "ref", "heads", "at", "per", "project", "over", "dtype", "output",
@@ -149,28 +143,20 @@ def _basis_of(basis: Factors, name: str, sizes: tuple[int, int]) -> tuple[torch.
     return of.basis
 
 
-class _Factoring(Work):
+class _Factoring(Passes):
     """All examples through the model, batch by batch, into sums; twice for eigenvalues of their own eigenvectors."""
-
-    squeezes = True
 
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], options: CollectOptions, layers: Mapping[str, nn.Module]
     ) -> None:
-        if is_sharded(model):
-            remedy = "Give each process a whole model, and a part of the examples."
-            raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
         self._sizes = {name: check_factored(_WHO, name, layer, options.bias) for name, layer in layers.items()}
-        super().__init__(model, options)
-        self.read(batches, with_graphs=False)
-        # Nothing is kept of a batch, so each may have positions of its own.
-        self.batching = replace(self.batching, one_width=False)
+        super().__init__(_WHO, model, batches, options)
 
     def factors(self, kinds: Sequence[str], basis: Factors | None) -> Factors:
         """Add up what these kinds need."""
         made = self._empty([kind for kind in kinds if kind != "ekfac" or basis is not None], basis)
         with self.at_work():
-            probed = self.look(None)
+            probed = self.look()
             self._add_up(made, probed)
             if len(made.kinds) < len(set(kinds)):
                 made = made.eigen()
@@ -180,26 +166,19 @@ class _Factoring(Work):
         return made
 
     def _empty(self, kinds: Sequence[str], basis: Factors | None) -> Factors:
-        said = describe_loss(self.loss, "", None)[0]
-        header = describe_collection(self.model, self.specs, said, self.batching, {}, self.options)
-        identity = sha256_of({key: value for key, value in header.items() if key not in _OF_BATCHES})
         modules = {}
         for name, (n_outputs, n_inputs, has_bias) in self._sizes.items():
             known = None if basis is None else _basis_of(basis, name, (n_outputs, n_inputs))
             modules[name] = ModuleFactors(name, n_outputs, n_inputs, has_bias, basis=known)
-        made = Factors(kinds, modules, identity=identity)
-        made.skipped = [(str(source), int(start), str(reason)) for source, start, reason in self.bad.skipped]
+        made = Factors(kinds, modules, identity=self.identity)
+        made.skipped = self.skipped
         return made
 
     def _add_up(self, made: Factors, probed: Probed) -> None:
         """Take all examples through the model."""
-        options, batching = self.options, self.batching
         added = {_ADDED[kind] for kind in made.kinds}
         specs = [replace(self.specs[0], name=name) for name in sorted(added)]
-        parts = [self.examples[start : start + _SORTED] for start in range(0, len(self.examples), _SORTED)]
-        cut = [batching.parts(part, batching.order(part)) for part in parts]
-        most = max(len(rows) for batches in cut for rows, _ in batches)
-        known = CaptureOptions(specs=specs, rows=most, **taken(TapOptions, options))
+        known = CaptureOptions(specs=specs, rows=self.most, **taken(TapOptions, self.options))
         cap = FactorCapture(self.model, known, made)
         unmasked, decoding = (
             {f"{name}:{label}" for name, label in cap.sums if f"{name}:weight:norm" in columns}
@@ -207,13 +186,9 @@ class _Factoring(Work):
         )
         counts = {name: _Counts() for name in made}
         with cap.unmasked(unmasked):
-            runner = Runner(self.model, cap, batching, self.loss, options.grad_scale, decoding=decoding)
-            for part in parts:
-                for _, batch in batching.batches(part, batching.order(part)):
-                    runner.step(batch.to(runner.device))
-                    for name, count in counts.items():
-                        count.add(cap, f"{name}:{specs[0].label}")
-                    cap.clear()
+            for _ in self.through(cap, decoding):
+                for name, count in counts.items():
+                    count.add(cap, f"{name}:{specs[0].label}")
         for name, count in counts.items():
             of = made[name]
             of.n_examples, of.n_tokens = count.totals()

@@ -102,11 +102,8 @@ class Collection:
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
         self._made_by: Tokenizing | MediaExamples | None = None
-        self.examples: MadeAnew | MediaExamples
-        if kind != "text":
-            self.examples = self._made_by = self._media(settings, name)
-        else:
-            self.examples = self._records(settings) if settings.dataset else self._texts(settings, files)
+        self._name = name
+        self.examples = self._made(settings, files)
         if settings.pack:
             self._pack(settings)
         check_labels(self.model, settings, self.loss)
@@ -127,6 +124,16 @@ class Collection:
     def unused(self) -> list[str]:
         """Columns of the data that nobody asks for; known once they were read."""
         return [] if self._made_by is None else self._made_by.unused
+
+    def examples_of(self, settings: CollectSettings) -> MadeAnew | MediaExamples:
+        """The examples of other data, by the same model and what prepares its inputs."""
+        return self._made(settings, _text_files(settings))
+
+    def _made(self, settings: CollectSettings, files: Sequence[TextFile]) -> MadeAnew | MediaExamples:
+        if kind_asked(settings) != "text":
+            self._made_by = made = self._media(settings, self._name)
+            return made
+        return self._records(settings) if settings.dataset else self._texts(settings, files)
 
     def _texts(self, settings: CollectSettings, files: Sequence[TextFile]) -> MadeAnew:
         most = settings.max_examples or None

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
-from ..dataset.format.strict_json import sha256_of
-from ..errors import broken_rule
 from ..hooks.running import RunningSums, Stat
 from ..spec import Points, Spec
-from .fsdp import is_sharded
-from .identity import describe_collection, describe_loss
-from .options import CollectOptions
+from .passes import Passes
 from .stream import SETTINGS, row_options
-from .unit import Runner
-from .work import Work
 
 _WHO = "running"
-_SORTED = 2048  # examples that are sorted by length at a time
-_OF_BATCHES = ("batching", "examples", "calls", "missing")  # what a header says beside what the sums are of
 
 
 def running(
@@ -64,39 +55,12 @@ def running(
     """
     sums = RunningSums(stats, non_finite=non_finite)
     options = row_options(_WHO, [name for name in SETTINGS if name != "rows_per_unit"], points, settings)
-    return _Summing(model, batches, options).into(sums)
-
-
-class _Summing(Work):
-    """All examples through the model, batch by batch, into sums."""
-
-    squeezes = True
-
-    def __init__(self, model: nn.Module, batches: Iterable[Any], options: CollectOptions) -> None:
-        super().__init__(model, options)
-        if is_sharded(model):
-            remedy = "Give each process a whole model, and a part of the examples."
-            raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
-        self.read(batches, with_graphs=False)
-        # Rows are added up behind each batch, so batches may have positions of their own.
-        self.batching = replace(self.batching, one_width=False)
-
-    def into(self, sums: RunningSums) -> RunningSums:
-        """Add up the rows of all examples."""
-        options, batching = self.options, self.batching
-        said = describe_loss(self.loss, "", None)[0]
-        header = describe_collection(self.model, self.specs, said, batching, {}, options)
-        sums.identity = sha256_of({key: value for key, value in header.items() if key not in _OF_BATCHES})
-        sums.skipped = [(str(source), int(start), str(reason)) for source, start, reason in self.bad.skipped]
-        parts = [self.examples[start : start + _SORTED] for start in range(0, len(self.examples), _SORTED)]
-        cut = [batching.parts(part, batching.order(part)) for part in parts]
-        most = max(len(rows) for batches in cut for rows, _ in batches)
-        with self.at_work():
-            probed = self.look(None)
-            cap = self.enter(most, self.specs).unmasked(probed.unmasked)
-            with cap, cap.into(sums):
-                runner = Runner(self.model, cap, batching, self.loss, options.grad_scale, decoding=probed.decoding)
-                for part in parts:
-                    for _, batch in batching.batches(part, batching.order(part)):
-                        runner.step(batch.to(runner.device))
-        return sums
+    passes = Passes(_WHO, model, batches, options)
+    sums.identity, sums.skipped = passes.identity, passes.skipped
+    with passes.at_work():
+        probed = passes.look()
+        cap = passes.enter(passes.most, passes.specs).unmasked(probed.unmasked)
+        with cap, cap.into(sums):
+            for _ in passes.through(cap, probed.decoding, clears=False):
+                pass
+    return sums

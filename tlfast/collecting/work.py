@@ -13,6 +13,7 @@ from ..hooks.captured import Capture
 from ..hooks.freeze import at_work, starts_at_inputs
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..hooks.step_inputs import has_functions
+from ..projections.kept import keeping
 from ..spec import Spec
 from .batches import Batching, bucket_lengths
 from .checks import (
@@ -67,6 +68,7 @@ class Work:
             check_task(model, named)
         self.devices = {p.device for p in model.parameters()}
         self.bad = BadExamples(options.bad_examples, options.skipped)
+        self._projections: dict[Any, Any] = {}  # that all captures of this run share
 
     def read(
         self, batches: Iterable[Any], with_graphs: bool, spool_in: str | None = None, kept_in: str | None = None
@@ -147,7 +149,8 @@ class Work:
         kind: Any = Capture
         if self.options.lens:
             from ..transformer_lens.capturing import LensCapture as kind
-        made: Capture = kind(self.model, CaptureOptions(specs=specs, rows=rows, **taken(TapOptions, self.options)))
+        with keeping(self._projections):
+            made: Capture = kind(self.model, CaptureOptions(specs=specs, rows=rows, **taken(TapOptions, self.options)))
         return made if self.squeezes else made.as_written()
 
     @contextmanager

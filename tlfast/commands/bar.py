@@ -13,8 +13,8 @@ _LINE_EVERY_S = 30.0
 
 
 @contextmanager
-def bar(command: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Give a function that is called with how many more ``unit`` (rows, bytes) are done, of ``total``."""
+def bar(command: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """Give a function that is called with how many more ``unit`` (rows, bytes) are done; of ``total``, or who knows."""
     if sys.stderr.isatty():
         tqdm = extra("tqdm", f"tlfast {command}").tqdm
         with tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as shown:
@@ -29,7 +29,9 @@ def bar(command: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - last > _LINE_EVERY_S:
             last = now
-            left_s = (total - done) * (now - start) / max(done, 1)
-            print(f"{command}: {done}/{total} {unit}, {left_s:.0f} s left", file=sys.stderr, flush=True)
+            said = f"{done} {unit}"
+            if total is not None:
+                said = f"{done}/{total} {unit}, {(total - done) * (now - start) / max(done, 1):.0f} s left"
+            print(f"{command}: {said}", file=sys.stderr, flush=True)
 
     yield line

@@ -6,24 +6,16 @@ import os
 import sys
 from contextlib import redirect_stdout
 from functools import reduce
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..collecting.factors import factors as add_up
-from ..collecting.from_text import Collection
-from ..collecting.settings import CollectSettings
 from ..errors import broken_rule
 from ..hooks.factors import FACTOR_KINDS, Factors
 from ..spec import one_of
 from .arguments import OK, Arguments
+from .model_words import add_model_words, loaded, model_words
 
 _WHO = "tlfast factors"
-# Flags of `tlfast collect` that say what the model, its loss and the examples are.
-_WORDS = (
-    "dataset", "split", "name", "column", "prompt_column", "response_column", "messages_column", "label_column",
-    "filter", "loss", "task", "adapter", "device", "model_dtype", "bos", "eos", "pattern",
-)  # fmt: skip
-_NUMBERS, _FLAGS = ("seq_len", "max_examples", "batch_tokens"), ("truncate", "trust_remote_code")
 
 
 def factors(args: list[str]) -> int:
@@ -48,7 +40,6 @@ def _read(args: list[str]) -> Any:
     arguments = Arguments("factors", "Factors of the curvature of a model.", "a model with data, or --merge FILE ...")
     arguments.add_argument("model", nargs="?", metavar="MODEL", help="a folder or name of transformers' models")
     arguments.add_argument("--out", required=True, metavar="FILE", help="a new .npz file")
-    arguments.add_argument("--text", nargs="+", default=[], metavar="T", help="files or folders of text")
     arguments.add_argument("--points", nargs="+", default=["**"], metavar="GLOB", help="linear layers; without it all")
     arguments.add_argument("--kinds", nargs="+", default=["kfac"], metavar="KIND", help=", ".join(FACTOR_KINDS))
     arguments.add_argument("--bias", action="store_true", help="with the bias of each layer")
@@ -56,11 +47,7 @@ def _read(args: list[str]) -> Any:
     arguments.add_argument("--part", nargs=2, type=int, metavar=("K", "N"), help="each N-th example, from number K on")
     arguments.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="add up the parts in these files")
     arguments.add_argument("--eigen", action="store_true", help="of --merge: with the eigenvectors of all parts")
-    for name in (*_WORDS, *_NUMBERS):
-        kind = int if name in _NUMBERS else str
-        arguments.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="as tlfast collect has it")
-    for name in _FLAGS:
-        arguments.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="as tlfast collect has it")
+    add_model_words(arguments)
     return arguments.read(args)
 
 
@@ -76,8 +63,7 @@ def _check(wanted: Any) -> None:
     if wanted.eigen and not wanted.merge:
         rule, remedy = "be given with --merge", "Say --kinds kfac ekfac, which makes them, too."
         raise ValueError(broken_rule(_WHO, "--eigen", rule, "it alone", remedy))
-    given = {"--basis": wanted.basis, "--part": wanted.part, "--text": wanted.text, "--bias": wanted.bias}
-    given |= {f"--{name.replace('_', '-')}": getattr(wanted, name) for name in (*_WORDS, *_NUMBERS, *_FLAGS)}
+    given = {"--basis": wanted.basis, "--part": wanted.part, "--bias": wanted.bias} | model_words(wanted)
     odd = next((flag for flag, value in given.items() if wanted.merge and value), None)
     if odd is not None:
         raise ValueError(broken_rule(_WHO, odd, "be left out with --merge", "both", "Files say what they are of."))
@@ -89,18 +75,10 @@ def _check(wanted: Any) -> None:
 
 
 def _added_up(wanted: Any, basis: Factors | None) -> Factors:
-    said = {name: getattr(wanted, name) for name in (*_WORDS, *_NUMBERS, *_FLAGS) if getattr(wanted, name)}
-    with TemporaryDirectory(prefix="tlfast-") as folder:  # in which no dataset is made
-        settings = CollectSettings(
-            model=wanted.model, text=tuple(wanted.text), points=tuple(wanted.points),
-            out=os.path.join(folder, "none"), of="weight", **said,
-        )  # fmt: skip
-        collection = Collection(settings)
-        examples: Any = collection.examples
+    with loaded(wanted, wanted.points) as ours:
+        examples: Any = ours.examples
         if wanted.part is not None:
             examples = list(examples)[wanted.part[0] :: wanted.part[1]]
-        more = {"batch_tokens": wanted.batch_tokens} if wanted.batch_tokens else {}
         return add_up(
-            collection.model, examples, list(wanted.points), kinds=wanted.kinds, basis=basis, bias=wanted.bias,
-            loss=collection.loss, pad_id=collection.tokenizer.pad_token_id or 0, **more,
-        )  # fmt: skip
+            ours.model, examples, list(wanted.points), kinds=wanted.kinds, basis=basis, bias=wanted.bias, **ours.options
+        )

@@ -111,9 +111,11 @@ def report(args: list[str]) -> int:
     arguments.add_argument("dir", metavar="DIR", help="the dataset's folder")
     arguments.add_argument("--out", metavar="PAGE", help="the page; without it, DIR-report.html")
     arguments.add_argument("--tokenizer", metavar="NAME", help="a folder or a name on the hub; to decode texts")
+    arguments.add_argument("--found", metavar="FILE", help="of tlfast score --out FILE.parquet: shown with their text")
     wanted = arguments.read(args)
     n_rows = len(open_dataset(wanted.dir, partial=True))
     with bar("report", n_rows, "rows") as progress:
-        made = write_report(wanted.dir, wanted.out, tokenizer=wanted.tokenizer, progress=progress)
+        options = {"tokenizer": wanted.tokenizer, "found": wanted.found}
+        made = write_report(wanted.dir, wanted.out, **options, progress=progress)
     print(f"{n_rows} rows: {made}")
     return OK

@@ -63,10 +63,17 @@ class ModuleFactors:
 
         The product of an eigenvalue of S with one of A, divided by the numbers of tokens and of examples.
         """
+        of_outputs, of_inputs = self.factor_eigenvalues
+        return of_outputs[:, None] * of_inputs
+
+    @property
+    def factor_eigenvalues(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[O] and [I]: those of S and of A, each divided by the root of the number of tokens and of examples."""
         output_basis, input_basis = self.output_basis, self.input_basis
         of_outputs = torch.einsum("ok,op,pk->k", output_basis, self.outputs, output_basis)
         of_inputs = torch.einsum("ik,ij,jk->k", input_basis, self.inputs, input_basis)
-        return of_outputs.clamp_min(0)[:, None] * of_inputs.clamp_min(0) / (self.n_tokens * self.n_examples)
+        both = (self.n_tokens * self.n_examples) ** 0.5
+        return of_outputs.clamp_min(0) / both, of_inputs.clamp_min(0) / both
 
     @property
     def second_moment(self) -> torch.Tensor:

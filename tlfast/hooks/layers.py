@@ -13,6 +13,7 @@ from ..backends.reference import accumulator
 from ..backends.whole import Whole
 from ..errors import broken_rule
 from ..projections.applying import SKETCHES, native_sketch
+from ..projections.kept import once
 from ..projections.projection import Projection, Role
 from ..spec import Spec
 from .experts import ExpertLayer, expert_layers, is_experts
@@ -272,7 +273,7 @@ class _Parts:
         has_bias, n_heads = spec.bias and layer.has_bias, 0 if spec.heads is None else spec.heads[0]
         role: Role = "right" if projection.form == "two-sided" else "single"
         if layer.is_norm:
-            self.right = projection.matrix(known, role, layer.n_inputs + layer.n_outputs * has_bias)
+            self.right = once(Projection.matrix, projection, known, role, layer.n_inputs + layer.n_outputs * has_bias)
             self.scale = projection.scale
             return
         factor = None if normalizer is None else normalizer.factor
@@ -280,10 +281,11 @@ class _Parts:
             columns = layer.n_outputs * (layer.n_inputs + has_bias)
             self.whole, self.scale = single_sided(projection, known, columns, factor, backend)
             return
-        self.right = projection.matrix(known, "right", layer.n_inputs + has_bias)
+        self.right = once(Projection.matrix, projection, known, "right", layer.n_inputs + has_bias)
         self.scale = projection.scale if _row(spec) == "factors" else projection.row_scale
         names = [f"{known}.head_{head}" for head in range(n_heads)] or [known]
-        sides = [projection.matrix(one, "left", layer.n_outputs // max(1, n_heads)) for one in names]
+        columns = layer.n_outputs // max(1, n_heads)
+        sides = [once(Projection.matrix, projection, one, "left", columns) for one in names]
         self.left = torch.stack(sides) if n_heads else sides[0]
         if isinstance(normalizer, AdafactorNormalizer) and not has_bias:  # which is normalized as its factors are
             outputs, inputs = (scale.cpu() for scale in normalizer.scales)
@@ -296,8 +298,8 @@ class _Parts:
             self.left, self.right = projection.scale * self.left.double(), projection.scale * self.right.double()
             self.scale = 1.0
             self.sketches = (
-                native_sketch(projection, known, "left", layer.n_outputs, backend),
-                native_sketch(projection, known, "right", layer.n_inputs, backend),
+                once(native_sketch, projection, known, "left", layer.n_outputs, backend),
+                once(native_sketch, projection, known, "right", layer.n_inputs, backend),
             )
 
 

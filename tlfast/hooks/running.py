@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -164,6 +164,13 @@ class RunningSums:
         self.non_finite, self.identity = non_finite, identity
         self.skipped: list[tuple[str, int, str]] = []  # examples that were left out: see `tlfast.running`
         self._columns: dict[str, RowSums] = {}
+
+    @classmethod
+    def of_columns(cls, stats: Sequence[Stat], columns: Iterable[RowSums], *, identity: str = "") -> RunningSums:
+        """Sums that were made elsewhere, with the totals of all of ``stats``."""
+        made = cls(stats, identity=identity)
+        made._columns = {column.name: column for column in columns}
+        return made
 
     @property
     def names(self) -> list[str]:

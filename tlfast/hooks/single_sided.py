@@ -8,6 +8,7 @@ import torch
 
 from ..backends.whole import Whole
 from ..projections.applying import MOST_KEPT, Projector, native_sketch, projector
+from ..projections.kept import once
 from ..projections.projection import Projection
 from ..spec import Backend
 
@@ -39,6 +40,6 @@ def single_sided(
     A dense matrix is kept where it is small; of others column blocks are made again for each batch.
     """
     if not projection.is_sketch and projection.dim * columns <= MOST_KEPT:
-        return Whole(factor, projection.matrix(module, "single", columns), None, None), projection.scale
-    sketch = native_sketch(projection, module, "single", columns, backend)
+        return Whole(factor, once(Projection.matrix, projection, module, "single", columns), None, None), projection.scale
+    sketch = once(native_sketch, projection, module, "single", columns, backend)
     return Whole(factor, None, sketch, Projecting(projection, module, columns, backend)), 1.0

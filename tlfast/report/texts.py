@@ -24,19 +24,20 @@ def decoder(dataset: GradientDataset, tokenizer: Any = None) -> tuple[Decode, st
         own = dataset.tokenizer()
         if own is None:
             return tokens_only, "No tokenizer at hand (--tokenizer names one): these are token numbers."
-        return lambda tokens: _cut(text_of(own, tokens)), ""
+        return lambda tokens: cut(text_of(own, tokens)), ""
     used = given_tokenizer(tokenizer)
     said = dataset.header.get("tokenizer")
     fingerprint = said.get("fingerprint") if isinstance(said, dict) else None
     if fingerprint is not None and hasattr(used, "get_vocab") and tokenizer_fingerprint(used) != fingerprint:
         return tokens_only, "The tokenizer at hand is another than the dataset's: these are token numbers."
-    return lambda tokens: _cut(text_of(used, tokens)), ""
+    return lambda tokens: cut(text_of(used, tokens)), ""
 
 
 def tokens_only(tokens: Sequence[int]) -> str:
     """The numbers of the tokens."""
-    return _cut(" ".join(map(str, list(tokens)[:_LONGEST])))
+    return cut(" ".join(map(str, list(tokens)[:_LONGEST])))
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """A text, or its beginning where it is long."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}\u2026"

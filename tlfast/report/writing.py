@@ -18,6 +18,7 @@ from ..dataset.format.layout import DTYPE_NAMES
 from ..dataset.places.durable import write_small
 from ..markup import Page
 from . import charts
+from .nearest import nearest_examples
 from .page import render
 from .positions import norms_by_position, points_with_positions
 from .summary import Summary, summarize
@@ -34,6 +35,7 @@ def write_report(
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
+    found: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write one HTML page about the dataset in folder ``path``, complete or not: a file that needs no other.
@@ -46,13 +48,15 @@ def write_report(
         out: the page; an older one of this name is replaced. None: ``<path>-report.html``; of a URL, in this folder.
         tokenizer: an object with ``decode``, or the name of a tokenizer, for the texts of the largest rows; None: that
             of the dataset if it is on this machine, else tokens are shown.
+        found: what a search found in this dataset, `tlfast.score` or ``ds.search``, or the Parquet file of it: the page
+            shows these examples with their text.
         progress: called with the number of rows just read.
 
     Returns:
         The path of the page.
 
     Raises:
-        DatasetError: where the folder is no dataset, is damaged or is empty.
+        DatasetError: where the folder is no dataset, is damaged or is empty, and for what was found elsewhere.
         ImportError: naming the extra where matplotlib or Jinja is missing.
 
     Example:
@@ -70,14 +74,16 @@ def write_report(
     target = beside(dataset, "-report.html") if out is None else Path(out)
     if target.is_dir():
         raise dataset_error(_WHO, "out", "be a file", f"{target}, a folder", "Name a file.")
-    page = _page(dataset, tokenizer, progress)
+    page = _page(dataset, tokenizer, found, progress)
     write_small(target, page.encode("utf-8", errors="replace"), replace=True)
     return target
 
 
-def report_page(dataset: Any, *, tokenizer: Any = None, progress: Callable[[int], None] | None = None) -> Page:
+def report_page(
+    dataset: Any, *, tokenizer: Any = None, found: Any = None, progress: Callable[[int], None] | None = None
+) -> Page:
     """Return the page about an open dataset, to be shown in a notebook: ``ds.report()``. See write_report."""
-    page = _page(_checked(dataset, dataset.path), tokenizer, progress)
+    page = _page(_checked(dataset, dataset.path), tokenizer, found, progress)
     return Page(page, f"Report of {dataset.path}")
 
 
@@ -92,9 +98,10 @@ def _checked(dataset: Any, path: object) -> GradientDataset:
     return dataset
 
 
-def _page(dataset: GradientDataset, tokenizer: Any, progress: Callable[[int], None] | None) -> str:
+def _page(dataset: GradientDataset, tokenizer: Any, found: Any, progress: Callable[[int], None] | None) -> str:
     decode, note = decoder(dataset, tokenizer)
-    return render(**_values(dataset, summarize(dataset, progress), decode, note))
+    nearest = None if found is None else nearest_examples(dataset, found, decode, _number)
+    return render(**_values(dataset, summarize(dataset, progress), decode, note), nearest=nearest)
 
 
 def _values(dataset: GradientDataset, summary: Summary, decode: Decode, note: str) -> dict[str, Any]:

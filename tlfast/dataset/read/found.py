@@ -12,6 +12,7 @@ from ...markup import shortened, table
 from ..format.row_table import ExampleRow
 from .decoding import given_tokenizer, text_of
 
+FOUND = "tlfast"  # among the metadata of a Parquet file: what its rows were found by, as JSON
 _SHOWN_QUERIES, _SHOWN_ROWS = 4, 8
 _TEXT_WIDTH = 60
 
@@ -62,6 +63,15 @@ class SearchResult(Sequence[list[dict[str, Any]]]):
             more = {} if self.positions is None else {"position": int(self.positions[query, at])}
             found.append(ExampleRow({"row": row, "score": scores[at], **more, **self._ds.examples[row]}))
         return found
+
+    def best(self, k: int) -> SearchResult:
+        """Return the ``k`` best rows of each query, of those that are here."""
+        positions = None if self.positions is None else self.positions[:, :k]
+        return SearchResult(self._ds, self.indices[:, :k], self.scores[:, :k], positions, self.metric, self.points)
+
+    def query_texts(self) -> list[str] | None:
+        """Return the text of each query; None where nobody knows it."""
+        return None
 
     def texts(self, tokenizer: Any = None) -> list[list[str]]:
         """Return the text of each row that was found, by a tokenizer as of ``ds.sample``."""

@@ -265,13 +265,15 @@ class GradientDataset(Readable, OnHub):
             | ({"kept": self.kept} if self.kept else {})
         )
 
-    def report(self, *, tokenizer: Any = None) -> Any:
+    def report(self, *, tokenizer: Any = None, found: Any = None) -> Any:
         """Return the page of `tlfast report` for a notebook, which shows it in place; needs the extra ``plot``.
 
         Args:
             tokenizer: an object with ``decode``, or the name of one, for texts; None: the dataset's, if it is here.
+            found: what a search found here, `tlfast.score` or ``ds.search``, or the Parquet file of it: the page shows
+                these examples with their text.
         """
-        return makers["report"](self, tokenizer=tokenizer)
+        return makers["report"](self, tokenizer=tokenizer, found=found)
 
     def __repr__(self) -> str:
         n_bytes = sum(commit.n_bytes for commit in self._commits)
