@@ -61,6 +61,7 @@ TOGETHER = {
         "recipe",
         "rows",
         "sketcher",
+        "step_input",
         "streams",
         "tap",
         "tensor_cache",

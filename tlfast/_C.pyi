@@ -73,9 +73,7 @@ class Column:
     name: str
     total: Column | None
     masked: bool
-    own_mask: torch.Tensor | None
     ref: torch.Tensor | None
-    at: torch.Tensor | None
     rows: torch.Tensor | None
     n_writes: int
     counters: torch.Tensor
@@ -117,10 +115,17 @@ class Ledger:
 class Backwards:
     n_calls: int
     def __init__(self, ledger: Ledger, missing: str) -> None: ...
-    def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float) -> None: ...
+    def set_batch(
+        self,
+        mask: torch.Tensor | None,
+        n_expected: int,
+        scale: float,
+        own: Sequence[tuple[Column, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]],
+    ) -> None: ...
     def open(self, anchor: torch.Tensor | None) -> None: ...
     def close(self) -> None: ...
     run: int
+    runs_here: bool
     anchor: torch.Tensor | None
 
 class TensorCache:

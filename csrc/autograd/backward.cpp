@@ -6,22 +6,14 @@
 
 namespace tlfast {
 
-Mask::Mask(at::Tensor given, bool recording) : tensor(std::move(given)), recorded(recording) {
-  if (!on_gpu(tensor)) return;
-  stream = current_stream(tensor.device());
-  made = done_by_now(*stream);
-}
-
-const at::Tensor& Mask::here(bool recording) const {
-  if (!stream) return tensor;
-  const c10::Stream current = current_stream(tensor.device());
-  if (current == *stream) return tensor;
-  if (recorded == recording) wait_for(made, current);  // else the device was idle between the two
-  read_on(current, tensor);
-  return tensor;
+Step Backward::step_at(const Column& column, const std::optional<at::Tensor>& mask) const {
+  static const OwnInputs none;
+  const auto found = batch->own.find(&column);
+  return {.mask = mask, .scale = batch->scale, .own = found == batch->own.end() ? none : found->second};
 }
 
 std::optional<at::Tensor> Backward::mask_on(const at::Device& device) {
+  const auto& mask = batch->mask;
   if (!mask) return {};
   const bool recording = block && block->cursor;
   const at::Device& there = mask->tensor.device();

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -11,17 +12,12 @@
 
 namespace tlfast {
 
-// The mask of a step on one device, and where it was made.
-struct Mask {
-  Mask(at::Tensor tensor, bool recording);
-
-  // The mask for the current stream of its device: another one than that which made it comes after that.
-  const at::Tensor& here(bool recording) const;
-
-  at::Tensor tensor;
-  bool recorded;                      // made while a step was recorded: only that recording can wait for it
-  std::optional<c10::Stream> stream;  // of a GPU
-  Done made;
+// What a batch says of the backwards that begin in it. It stays as it was for each of these, whatever batch is next.
+struct Batch {
+  std::optional<StepInput> mask;
+  int64_t n_expected = -1;  // examples; -1: unknown
+  double scale = 1.0;       // of rows
+  std::map<const Column*, OwnInputs> own;
 };
 
 // What waits for the end of a backward at one point, where it is called several times.
@@ -42,9 +38,10 @@ struct Backward {
   std::vector<int> fired;
   std::vector<Pending> pending;  // of each point
   std::shared_ptr<Block> block;
-  std::optional<Mask> mask;
-  int64_t n_expected;
-  double scale;
+  std::shared_ptr<const Batch> batch;
+
+  // What a column is given, whose gradient is on a device.
+  Step step_at(const Column& column, const std::optional<at::Tensor>& mask) const;
 
   // The mask where a gradient is: a model may be spread over several GPUs, each of which has a thread of its own.
   std::optional<at::Tensor> mask_on(const at::Device& device);
@@ -63,7 +60,7 @@ struct Backward {
 
  private:
   std::mutex copying_;
-  std::vector<Mask> masks_elsewhere_;
+  std::vector<StepInput> masks_elsewhere_;
   std::vector<c10::Stream> streams_;  // on which gradients were written
   std::vector<Done> waited_;          // what they have come after
 };

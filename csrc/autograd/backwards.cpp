@@ -71,7 +71,8 @@ void finish(const Point& point, Backward& run) {
   for (size_t number = 0; number < point.columns.size(); ++number) {
     Column& column = *point.columns[number];
     if (column.calls == Calls::sum && column.recipe.adds_gradients() && held.sum.defined())
-      column.write(run.block->place(), {.grad = held.sum, .act = {}}, run.mask_on(held.sum.device()), run.scale);
+      column.write(run.block->place(), {.grad = held.sum, .act = {}},
+                   run.step_at(column, run.mask_on(held.sum.device())));
     if (number < held.sums.size() && held.sums[number].defined()) {
       here(held.sums[number]);
       column.put_sum(run.block->place(), held.sums[number]);
@@ -128,12 +129,9 @@ void Backwards::add(const std::shared_ptr<Point>& point) {
   }
 }
 
-void Backwards::set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale) {
+void Backwards::set_batch(std::shared_ptr<const Batch> batch) {
   std::lock_guard<std::mutex> lock(mutex_);
-  mask_.reset();
-  if (mask) mask_.emplace(std::move(*mask), ledger->recording());
-  n_expected_ = n_expected;
-  scale_ = scale;
+  batch_.swap(batch);  // the one before is freed behind the lock: that may take the GIL
 }
 
 void Backwards::look_around() {
@@ -153,9 +151,12 @@ void Backwards::look_around() {
 void Backwards::open(at::Tensor anchor_) {
   look_around();
   anchor = std::move(anchor_);
+  opened_in_ = std::this_thread::get_id();
   ++run;
   active = true;
 }
+
+bool Backwards::runs_here() const { return opened_in_.load() == std::this_thread::get_id() || current_task() != -1; }
 
 void Backwards::enter_forward() {
   const int64_t task = current_task();
@@ -189,9 +190,7 @@ std::shared_ptr<Backward> Backwards::open(int64_t task) {
   run->root = task;
   run->fired.resize(points.size());
   run->pending.resize(points.size());
-  run->mask = mask_;
-  run->n_expected = n_expected_;
-  run->scale = scale_;
+  run->batch = batch_;
   follow(task, run);
   met_[std::this_thread::get_id()] = run;
   return run;
@@ -235,8 +234,8 @@ Backwards::Begun Backwards::begin(const Point& point, const at::Tensor& grad) {
 
 void Backwards::check_rows(const Point& point, Backward& run, int64_t n) {
   TORCH_CHECK_VALUE(
-      run.n_expected < 0 || n == run.n_expected,
-      broken_rule(point.who, "a step", c10::str("have the ", run.n_expected, " rows that batch() announced"), n,
+      run.batch->n_expected < 0 || n == run.batch->n_expected,
+      broken_rule(point.who, "a step", c10::str("have the ", run.batch->n_expected, " rows that batch() announced"), n,
                   "Check mask and ids; a reduced batch makes one row."));
   if (!run.block) run.block = ledger->reserve(point.who, n);
   TORCH_CHECK_VALUE(

@@ -26,8 +26,8 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   // finds them, and is called again as each of them ends.
   void look_around();
 
-  // What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows.
-  void set_batch(std::optional<at::Tensor> mask, int64_t n_expected, double scale);
+  // What holds for the next backwards.
+  void set_batch(std::shared_ptr<const Batch> batch);
 
   // Count a point, before the first backward.
   void add(const std::shared_ptr<Point>& point);
@@ -59,6 +59,10 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   void open(at::Tensor anchor);
   void close() { active = false; }
 
+  // Whether a call is one of the run: of the thread that has opened it, or made again in a backward. What another
+  // thread does with the model meanwhile is none.
+  bool runs_here() const;
+
   // Remember which other outputs of a point have a graph, to name them where the one that was chosen has no gradient.
   void note_others(Point& point, std::string others);
 
@@ -83,15 +87,14 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   void abort_locked(int64_t task);
   std::string no_gradient(const Backward& run, const std::vector<int64_t>& missing) const;
 
+  std::atomic<std::thread::id> opened_in_{};
   std::atomic<int64_t> n_around_{0}, task_around_{-1};  // the backwards around the capture, and the innermost of them
   mutable std::mutex mutex_;
   std::map<int64_t, std::shared_ptr<Backward>> running_;  // by the ids of its graph tasks
   // The backward that was last met in each thread: what runs inside another one in this thread is a part of it.
   std::map<std::thread::id, std::shared_ptr<Backward>> met_;
   std::pair<std::thread::id, Backward*> met_last_{};  // the same, without a search
-  std::optional<Mask> mask_;
-  int64_t n_expected_ = -1;
-  double scale_ = 1.0;
+  std::shared_ptr<const Batch> batch_ = std::make_shared<const Batch>();
   int64_t calls_before_ = 0;  // those until the last backward ended
 };
 

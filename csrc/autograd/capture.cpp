@@ -124,7 +124,8 @@ CudaCapture call_of(const Plan& plan, const Operands& with, const OnDevice& ther
           .cursor = there.cursor,
           .row_elements = there.row_elements,
           .counters = there.counters,
-          .scratch = there.scratch.defined() ? there.scratch.mutable_data_ptr() : nullptr};
+          .scratch = there.scratch.defined() ? there.scratch.mutable_data_ptr() : nullptr,
+          .gather = with.gather};
 }
 
 void capture(const at::Tensor& out, const at::Tensor& given, const std::optional<at::Tensor>& given_ref,
@@ -145,6 +146,41 @@ void capture_op(at::Tensor out, const at::Tensor& grad, c10::string_view reduce,
 void capture_product_op(at::Tensor out, const at::Tensor& grad, const at::Tensor& ref, c10::string_view reduce,
                         at::IntArrayRef over, const std::optional<at::Tensor>& mask, double scale) {
   capture(out, grad, ref, reduce, over, mask, scale);
+}
+
+// out[k, b] = sum_d grad[b, positions[k], d] * directions[k, d]: [K, B] of [B, P, D], int64 [K] and [K, D].
+void gather_op(at::Tensor out, const at::Tensor& given, const at::Tensor& positions, const at::Tensor& directions) {
+  const std::string who = "gather_into";
+  const at::Tensor grad = plain(who, "grad", given), ref = plain(who, "directions", directions);
+  const at::Tensor chosen = plain(who, "positions", positions);
+  check_destination(who, "out", out);
+  const bool fits = grad.dim() == 3 && ref.dim() == 2 && chosen.dim() == 1 && ref.size(1) == grad.size(2) &&
+                    ref.size(0) == chosen.size(0) && grad.size(1) > 0 && chosen.is_contiguous() &&
+                    chosen.scalar_type() == at::kLong && chosen.device() == grad.device();
+  TORCH_CHECK_VALUE(
+      fits, broken_rule(who, "grad, positions and directions", "be [B, P, D], int64 [K] and [K, D]",
+                        c10::str(list_of(grad.sizes()), ", ", list_of(chosen.sizes()), " and ", list_of(ref.sizes())),
+                        "Check the widths."));
+  const auto* const numbers = chosen.const_data_ptr<int64_t>();
+  const int64_t n = chosen.numel(), length = grad.size(1);
+  for (int64_t k = 0; grad.is_cpu() && k < n; ++k)  // on a GPU who calls has looked
+    TORCH_CHECK_VALUE(
+        0 <= numbers[k] && numbers[k] < length,
+        broken_rule(who, "positions", c10::str("lie within ", length, " positions"), numbers[k], "Count from 0."));
+  // The inner dimension must be one that both have side by side, not that of the positions.
+  const at::Tensor held = grad.stride(2) == 1 || grad.size(2) == 1 ? grad : grad.contiguous();
+  const std::vector<int64_t> sizes{n, held.size(0), held.size(2)};
+  const at::Tensor first = held.select(1, 0).unsqueeze(0).expand(sizes), factor = ref.unsqueeze(1).expand(sizes);
+  const Plan plan = make_plan(who, out, first, Reduction::sum, {2}, {}, factor);
+  if (plan.empty) return;
+  const Operands with{.grad = first.const_data_ptr(),
+                      .ref = factor.const_data_ptr(),
+                      .mask = nullptr,
+                      .out = out.mutable_data_ptr(),
+                      .scale = 1.0,
+                      .gather = {.positions = numbers, .n = n, .stride = held.stride(1)}};
+  if (!on_gpu(held)) return void(plan.run(with));
+  plan.launch(who, current_stream(held.device()), with, {.scratch = plan.scratch(held)});
 }
 
 }  // namespace
@@ -255,12 +291,14 @@ TORCH_LIBRARY_FRAGMENT(tlfast, library) {
       "capture_product(Tensor(a!) out, Tensor grad, Tensor ref, str reduce, int[] over, Tensor? mask=None, "
       "float scale=1.0) -> ()",
       {at::Tag::pt2_compliant_tag});
+  library.def("gather(Tensor(a!) out, Tensor grad, Tensor positions, Tensor directions) -> ()");
 }
 
 // For every device and layout: what can't be done is refused in our own words.
 TORCH_LIBRARY_IMPL(tlfast, CompositeExplicitAutograd, library) {
   library.impl("capture", capture_op);
   library.impl("capture_product", capture_product_op);
+  library.impl("gather", gather_op);
 }
 
 }  // namespace tlfast

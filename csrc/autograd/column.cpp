@@ -91,34 +91,45 @@ std::shared_ptr<const Column::Known> Column::learn(const Read& read, const Place
   return made;
 }
 
-// What holds for this column: the mask of a step where it is about its gradients, or the one that it has for itself.
-Given Column::given(const std::optional<at::Tensor>& mask, double scale) const {
+// What is read for this column: with the mask of the step where it is about its gradients, or the one that it has for
+// itself.
+Read Column::read(const Place& place, const Seen& seen, const Step& step) const {
   static const std::optional<at::Tensor> none;
-  return {.mask = own_mask ? own_mask
-                  : masked ? mask
-                           : none,
-          .ref = ref,
-          .at = at,
-          .own_mask = own_mask.has_value(),
-          .scale = scale};
+  const bool recording = place.cursor;
+  std::optional<at::Tensor> own_mask, factor;
+  if (step.own.mask) own_mask = step.own.mask->here(recording);
+  if (const auto& given = step.own.ref ? step.own.ref : ref) factor = given->here(recording);
+  const Given given{.mask = own_mask ? own_mask
+                            : masked ? step.mask
+                                     : none,
+                    .ref = factor,
+                    .at = step.own.at,
+                    .own_mask = own_mask.has_value(),
+                    .scale = step.scale};
+  return recipe.read(seen, given);
 }
 
-void Column::write(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step, double scale) {
-  const Read read = recipe.read(seen, given(mask_of_step, scale));
+void Column::check(const Place& place, const Seen& seen, const Step& step) {
+  static const std::optional<at::Tensor> none;
+  fitting(read(place, seen, {.mask = none, .scale = 1.0, .own = step.own}));
+}
+
+void Column::write(const Place& place, const Seen& seen, const Step& step) {
+  const Read found = read(place, seen, step);
   std::optional<c10::Stream> stream;
-  if (on_gpu(read.tensor)) stream = current_stream(read.tensor.device());
-  auto known = recall(read, stream);
-  if (!known) known = learn(read, place, stream);
-  const Operands with{.grad = read.tensor.const_data_ptr(),
-                      .ref = read.ref ? read.ref->const_data_ptr() : nullptr,
-                      .mask = read.mask ? read.mask->const_data_ptr() : nullptr,
+  if (on_gpu(found.tensor)) stream = current_stream(found.tensor.device());
+  auto known = recall(found, stream);
+  if (!known) known = learn(found, place, stream);
+  const Operands with{.grad = found.tensor.const_data_ptr(),
+                      .ref = found.ref ? found.ref->const_data_ptr() : nullptr,
+                      .mask = found.mask ? found.mask->const_data_ptr() : nullptr,
                       .out = known->rows + place.base * known->row_bytes,
-                      .scale = recipe.scale(scale)};
+                      .scale = recipe.scale(step.scale)};
   if (!stream) return rows.count(known->plan.run(with));
-  if (!known->plan.empty) launch(*known, place, with, rows.device_counters(place, read.tensor));
+  if (!known->plan.empty) launch(*known, place, found, with, rows.device_counters(place, found.tensor));
 }
 
-void Column::launch(const Known& known, const Place& place, const Operands& with, int64_t* counters) {
+void Column::launch(const Known& known, const Place& place, const Read& read, const Operands& with, int64_t* counters) {
   const OnDevice there{place.cursor, known.row_elements, counters, known.scratch};
   {
     // Of a reduction that is split, the merge must come right behind its parts, whose scratch others may use.
@@ -127,9 +138,16 @@ void Column::launch(const Known& known, const Place& place, const Operands& with
     known.plan.launch(who, *known.stream, with, there);
   }
   rows.launched(place);
-  if (!place.cursor || !known.scratch.defined()) return;
+  hold_recorded(place, read, known.scratch);
+}
+
+// A replay reads its operands where they were; the model's own are the graph's.
+void Column::hold_recorded(const Place& place, const Read& read, const at::Tensor& scratch) {
+  if (!place.cursor) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  recorded_.push_back(known.scratch);
+  if (scratch.defined()) recorded_.push_back(scratch);
+  if (read.ref && recipe.of == Of::with_ref) recorded_.push_back(*read.ref);
+  if (read.mask) recorded_.push_back(*read.mask);
 }
 
 std::vector<at::Tensor> Column::take_recorded_scratch() {
@@ -146,18 +164,19 @@ void Column::count_plan(const Place& place, const Plan& plan, const at::Tensor& 
   if (gpu) rows.launched(place);
 }
 
-at::Tensor Column::part(const Place& place, const Seen& seen, const std::optional<at::Tensor>& mask_of_step,
-                        double scale) {
-  const Read read = recipe.read(seen, given(mask_of_step, scale));
+at::Tensor Column::part(const Place& place, const Seen& seen, const Step& step) {
+  const Read found = read(place, seen, step);
   const bool added = calls == Calls::sum || total;
-  const auto dtype = added ? accumulator(read.tensor.scalar_type()) : recipe.row_dtype(read.tensor);
-  const at::Tensor out = recipe.empty_for(read, dtype);
-  const Plan plan = recipe.plan(out, read);
+  const auto dtype = added ? accumulator(found.tensor.scalar_type()) : recipe.row_dtype(found.tensor);
+  const at::Tensor out = recipe.empty_for(found, dtype);
+  const Plan plan = recipe.plan(out, found);
+  const double scale = recipe.scale(step.scale);
   if (added)
-    run_plan(who, plan, out, read.tensor, read.mask, recipe.scale(scale), nullptr, read.ref);
+    run_plan(who, plan, out, found.tensor, found.mask, scale, nullptr, found.ref);
   else
-    count_plan(place, plan, out, read, recipe.scale(scale));
-  return recipe.keeps_batch(read.tensor.dim()) ? out : out.unsqueeze(0);
+    count_plan(place, plan, out, found, scale);
+  hold_recorded(place, found, {});
+  return recipe.keeps_batch(found.tensor.dim()) ? out : out.unsqueeze(0);
 }
 
 void Column::put_sum(const Place& place, const at::Tensor& sum) {

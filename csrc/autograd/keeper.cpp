@@ -58,9 +58,10 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& all) {
   for (size_t number = 0; number < columns_.size(); ++number) {
     Column& column = *columns_[number];
     const Seen seen{.grad = all.grad, .act = column.recipe.weight ? all.kept->at(n_weights++) : all.act};
+    const Step step = run->step_at(column, mask);
     if (column.total) {
       held.totals.resize(columns_.size());
-      at::Tensor part = column.part(place, seen, mask, run->scale);
+      at::Tensor part = column.part(place, seen, step);
       if (column.calls == Calls::sum)
         add_to(held.totals[number], point.who, part);
       else
@@ -70,23 +71,23 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& all) {
     switch (column.calls) {
       case Calls::stack:
         held.parts.resize(columns_.size());
-        held.parts[number].push_back(column.part(place, seen, mask, run->scale));
+        held.parts[number].push_back(column.part(place, seen, step));
         break;
       case Calls::sum:
         if (column.recipe.of == Of::act) {
           TORCH_CHECK_VALUE(n_fired == 1,
                             broken_rule(column.who, "a point", "be called once where activations are to be summed",
                                         "another call", "Choose calls=\"last\" or \"stack\"."));
-          column.write(place, seen, mask, run->scale);
+          column.write(place, seen, step);
           break;
         }
         TORCH_CHECK(!written, broken_rule(point.who, "a point", "fire as often as it was called since the last step",
                                           "once more", "Run one backward for each forward."));
         if (!alone) {
-          if (column.recipe.of != Of::weight) column.check(seen);
+          if (column.recipe.of != Of::weight) column.check(place, seen, step);
           if (column.recipe.adds_rows()) {  // of sums it would be another one
             held.sums.resize(columns_.size());
-            add_to(held.sums[number], point.who, column.part(place, seen, mask, run->scale));
+            add_to(held.sums[number], point.who, column.part(place, seen, step));
           } else if (!std::exchange(summed, true)) {
             add_to(held.sum, point.who, seen.grad);
           }
@@ -95,7 +96,7 @@ void ColumnsKeeper::gradient(const Call& call, const Seen& all) {
         [[fallthrough]];
       case Calls::raise:
       case Calls::last:
-        column.write(place, seen, mask, run->scale);
+        column.write(place, seen, step);
         break;
     }
   }

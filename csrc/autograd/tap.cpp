@@ -228,18 +228,14 @@ std::vector<at::Tensor> Tap::keep_of_input(const at::Tensor& input) const {
   return keeper->keep_of_input(point->who, plain(point->who, kInput, input));
 }
 
-void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept) {
+void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept,
+                        bool heard) {
   auto* const made = new IdentityNode(shared_from_this());
   auto node = made_identity(made);
-  if (keeper->reads_outputs()) {
-    // A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more, and
-    // the model would take our output for a tensor of its own.
-    const Unheard unheard(!entered_);
+  {
+    const Unheard unheard(!heard);
     // Without its history: of an output that is changed in place later, by `through`, this node is a part of that.
-    made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
-  }
-  if (!kept.empty()) {
-    const Unheard unheard(!entered_);
+    if (keeper->reads_outputs()) made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
     for (const at::Tensor& tensor : kept) made->call.of_input.emplace_back(alias_of(tensor), /*is_output=*/false);
   }
   const at::Tensor& anchor = backwards->anchor;

@@ -27,8 +27,14 @@ class Tap : public std::enable_shared_from_this<Tap> {
 
   // Put an identity node behind an output, which sees the gradient through this module alone, and let it lead to
   // `through`, an alias of the output. It leads to the anchor of the run, too.
-  // `kept`: what the call keeps of its input.
-  void attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept = {});
+  // `kept`: what the call keeps of its input. `heard`: whether hooks on saved tensors hear of what it keeps; a
+  // checkpoint that runs a forward from before the capture again goes by the order of what it saves, and with one more
+  // the model would take our output for a tensor of its own.
+  void attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept = {},
+                     bool heard = true);
+
+  // Whether the module was entered outside of a backward.
+  bool entered() const { return entered_; }
 
   // Give the keeper the gradient of a call, and its output where the keeper reads that. Needs no GIL, and touches no
   // Python object but through a sink or a change made of one.

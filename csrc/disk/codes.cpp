@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "kernel/choose.h"
 #include "kernel/isa.h"
@@ -11,7 +12,7 @@ namespace tlfast {
 namespace {
 
 constexpr float kSmallestScale = 0x1p-126f;  // the smallest normal float32
-constexpr int64_t kPiece = 64;               // int4 codes that are put in pairs, or taken apart, at a time
+constexpr int64_t kPiece = 64;               // codes that are drawn, put in pairs, or taken apart at a time
 
 // As an integer, which orders magnitudes as they are, NaN last: unlike that of floats, its maximum is vectorised.
 TLFAST_INLINE int32_t magnitude(float x) { return int32_t(bits_of(x) & 0x7fffffffu); }
@@ -31,6 +32,13 @@ TLFAST_INLINE float largest_of(const G* __restrict values, int64_t n) {
 struct Integer {
   // Numbers near 1.5 * 2^23 are integers: the sum rounds, and its last byte is the code in two's complement.
   static TLFAST_INLINE uint8_t nearest(float quotient) { return uint8_t(bits_of(quotient + 0x1.8p23f)); }
+  // The one below, or the one above where what is between them is more than a number of [0, 1).
+  static TLFAST_INLINE uint8_t drawn(float quotient, float uniform, float largest) {
+    const float rounded = float_of(bits_of(quotient + 0x1.8p23f)) - 0x1.8p23f;
+    const float below = rounded > quotient ? rounded - 1 : rounded;
+    const float code = quotient - below > uniform ? below + 1 : below;
+    return nearest(std::max(-largest, std::min(code, largest)));
+  }
   static TLFAST_INLINE float value(uint8_t code) { return float(int8_t(code)); }
 };
 struct Float8 {
@@ -61,13 +69,60 @@ TLFAST_INLINE void from_bytes(const uint8_t* __restrict bytes, float scale, int6
   for (int64_t i = 0; i < n; ++i) values[i] = Code::value(bytes[i]) * scale;
 }
 
+// The nearest codes of values of a row, `first` of which lie before them.
+struct Nearest {
+  template <class Code, class G>
+  TLFAST_INLINE void bytes(const G* values, float scale, int64_t, int64_t n, uint8_t* to) const {
+    to_bytes<Code>(values, scale, n, to);
+  }
+};
+
+// Codes by random numbers: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, 2011), 16 counters at a time in vectors.
+struct Drawn {
+  static constexpr int64_t kCounters = kPiece / 4;
+  uint32_t key[2], position, number[2];
+  float largest;
+
+  TLFAST_INLINE void uniforms(int64_t first, float* __restrict to) const {
+    uint32_t x[4][kCounters], k0 = key[0], k1 = key[1];
+    for (int64_t j = 0; j < kCounters; ++j) {
+      x[0][j] = uint32_t(first / 4 + j);
+      x[1][j] = position, x[2][j] = number[0], x[3][j] = number[1];
+    }
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      for (int64_t j = 0; j < kCounters; ++j) {
+        const uint64_t a = uint64_t(x[0][j]) * 0xD2511F53u, b = uint64_t(x[2][j]) * 0xCD9E8D57u;
+        x[0][j] = uint32_t(b >> 32) ^ x[1][j] ^ k0;
+        x[2][j] = uint32_t(a >> 32) ^ x[3][j] ^ k1;
+        x[1][j] = uint32_t(b), x[3][j] = uint32_t(a);
+      }
+    }
+    for (int64_t j = 0; j < kCounters; ++j)
+      for (int64_t word = 0; word < 4; ++word) to[4 * j + word] = float(int32_t(x[word][j] >> 8)) * 0x1p-24f;
+  }
+
+  // `first` is a multiple of 4.
+  template <class Code, class G>
+  TLFAST_INLINE void bytes(const G* __restrict values, float scale, int64_t first, int64_t n,
+                           uint8_t* __restrict to) const {
+    for (int64_t i = 0; i < n; i += kPiece) {
+      float uniform[kPiece];
+      uniforms(first + i, uniform);
+      const int64_t here = std::min(kPiece, n - i);
+      for (int64_t j = 0; j < here; ++j) to[i + j] = Code::drawn(widen(values[i + j]) / scale, uniform[j], largest);
+    }
+  }
+};
+
 // Where the codes of one block lie, a byte each.
 template <class Code>
 struct Bytes {
+  static constexpr float kLargest = 127;
   static TLFAST_INLINE int64_t size(int64_t n) { return n; }
-  template <class G>
-  static TLFAST_INLINE void fill(const G* values, float scale, int64_t n, uint8_t* codes) {
-    to_bytes<Code>(values, scale, n, codes);
+  template <class How, class G>
+  static TLFAST_INLINE void fill(const How& how, const G* values, float scale, int64_t first, int64_t n,
+                                 uint8_t* codes) {
+    how.template bytes<Code>(values, scale, first, n, codes);
   }
   static TLFAST_INLINE void read(const uint8_t* codes, float scale, int64_t n, float* values) {
     from_bytes<Code>(codes, scale, n, values);
@@ -76,13 +131,15 @@ struct Bytes {
 
 // Two integers in a byte; 0 beside a last one.
 struct Pairs {
+  static constexpr float kLargest = 7;
   static TLFAST_INLINE int64_t size(int64_t n) { return (n + 1) / 2; }
-  template <class G>
-  static TLFAST_INLINE void fill(const G* values, float scale, int64_t n, uint8_t* __restrict codes) {
+  template <class How, class G>
+  static TLFAST_INLINE void fill(const How& how, const G* values, float scale, int64_t first, int64_t n,
+                                 uint8_t* __restrict codes) {
     for (int64_t i = 0; i < n; i += kPiece, codes += kPiece / 2) {
       uint8_t bytes[kPiece] = {};
       const int64_t here = std::min(kPiece, n - i);
-      to_bytes<Integer>(values + i, scale, here, bytes);
+      how.template bytes<Integer>(values + i, scale, first + i, here, bytes);
       for (int64_t j = 0; j < (here + 1) / 2; ++j) codes[j] = uint8_t((bytes[2 * j] & 15) | bytes[2 * j + 1] << 4);
     }
   }
@@ -99,17 +156,25 @@ struct Pairs {
   }
 };
 
-template <class Codes, class G>
+template <class Codes, class G, bool kRandom>
 struct Encode {
   static TLFAST_INLINE void run(const G* values, float per_code, int64_t n_rows, int64_t n_values, int64_t block,
-                                uint8_t* codes, float* scales) {
+                                uint8_t* codes, float* scales, const Rounding* rounding) {
     for (int64_t r = 0; r < n_rows; ++r) {
+      std::conditional_t<kRandom, Drawn, Nearest> how;
+      if constexpr (kRandom) {
+        const auto example = uint64_t(rounding->examples[r]);
+        how = {{rounding->key[0], rounding->key[1]},
+               uint32_t(rounding->positions[r]),
+               {uint32_t(example), uint32_t(example >> 32)},
+               Codes::kLargest};
+      }
       for (int64_t start = 0; start < n_values; start += block) {
         const int64_t n = std::min(block, n_values - start);
         const float largest = largest_of(values, n);
         if (is_finite(largest)) {
           *scales = std::max(largest * per_code, kSmallestScale);
-          Codes::fill(values, *scales, n, codes);
+          Codes::fill(how, values, *scales, start, n, codes);
         } else {
           *scales = std::numeric_limits<float>::quiet_NaN();
           std::memset(codes, 0, size_t(Codes::size(n)));
@@ -149,19 +214,24 @@ void with_codes(CodeKind kind, const Then& then) {
 }
 
 template <class G>
-void encode_as(const G* rows, float per_code, const CodedRows& to) {
+void encode_as(const G* rows, float per_code, const CodedRows& to, const Rounding* rounding) {
   with_codes(to.kind, [&](auto codes) {
-    For<Encode<typename decltype(codes)::type, G>>::here(rows, per_code, to.n_rows, to.n_values, to.block, to.codes,
-                                                         to.scales);
+    using Codes = typename decltype(codes)::type;
+    constexpr bool integers = !std::is_same_v<Codes, Bytes<Float8>>;  // between which alone codes are drawn
+    if constexpr (integers)
+      if (rounding)
+        return For<Encode<Codes, G, true>>::here(rows, per_code, to.n_rows, to.n_values, to.block, to.codes, to.scales,
+                                                 rounding);
+    For<Encode<Codes, G, false>>::here(rows, per_code, to.n_rows, to.n_values, to.block, to.codes, to.scales, rounding);
   });
 }
 
 }  // namespace
 
-void encode_rows(const void* rows, Dtype dtype, float per_code, const CodedRows& coded) {
-  if (dtype == Dtype::f32) encode_as(static_cast<const float*>(rows), per_code, coded);
-  if (dtype == Dtype::bf16) encode_as(static_cast<const bf16*>(rows), per_code, coded);
-  if (dtype == Dtype::f16) encode_as(static_cast<const f16*>(rows), per_code, coded);
+void encode_rows(const void* rows, Dtype dtype, float per_code, const CodedRows& coded, const Rounding* rounding) {
+  if (dtype == Dtype::f32) encode_as(static_cast<const float*>(rows), per_code, coded, rounding);
+  if (dtype == Dtype::bf16) encode_as(static_cast<const bf16*>(rows), per_code, coded, rounding);
+  if (dtype == Dtype::f16) encode_as(static_cast<const f16*>(rows), per_code, coded, rounding);
 }
 
 void decoded_norms(const CodedRows& coded, const std::vector<int64_t>& lengths, float* norms) {

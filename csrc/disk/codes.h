@@ -23,8 +23,16 @@ struct CodedRows {
   int64_t row_bytes() const { return kind == CodeKind::int4 ? (n_values + 1) / 2 : n_values; }
 };
 
+// By which random numbers rows of int8 or int4 are rounded: of each row its example and its place among the example's.
+struct Rounding {
+  uint32_t key[2];
+  const int64_t *examples, *positions;
+};
+
 // Fill codes and scales from rows of float32, bfloat16 or float16; a scale is the largest magnitude times `per_code`.
-void encode_rows(const void* rows, Dtype dtype, float per_code, const CodedRows& coded);
+// Codes are the nearest, or, with a rounding, one of the two around a value.
+void encode_rows(const void* rows, Dtype dtype, float per_code, const CodedRows& coded,
+                 const Rounding* rounding = nullptr);
 
 // norms[i] = that of the decoded rows of example i together, which has lengths[i] of them; 0 where it has none.
 void decoded_norms(const CodedRows& coded, const std::vector<int64_t>& lengths, float* norms);

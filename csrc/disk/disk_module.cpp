@@ -115,15 +115,29 @@ CodedRows coded_rows(const std::string& who, const Coded& coded) {
   return {parsed, n_rows, n_values, block, reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(scales)};
 }
 
-void encode_from(uintptr_t rows, const std::string& row_dtype, float per_code, const Coded& coded) {
+// By which random numbers rows are rounded: the two halves of the key, and the addresses of the numbers of examples and
+// of the positions.
+using Random = std::tuple<uint32_t, uint32_t, uintptr_t, uintptr_t>;
+
+void encode_from(uintptr_t rows, const std::string& row_dtype, float per_code, const Coded& coded,
+                 const std::optional<Random>& random) {
   const char* who = "encode_rows";
   const CodedRows to = coded_rows(who, coded);
   if (row_dtype != "F32" && row_dtype != "F16" && row_dtype != "BF16")
     throw py::value_error(broken_rule(who, "row_dtype", "be F32, F16 or BF16", row_dtype, "Cast the rows."));
   if (!rows) throw py::value_error(broken_rule(who, "rows", "have an address", rows, "Pass what is allocated."));
   const Dtype dtype = *parse_dtype(row_dtype);
+  std::optional<Rounding> rounding;
+  if (random) {
+    const auto& [first, second, examples, positions] = *random;
+    if (to.kind == CodeKind::float8 || to.block % 4 * (to.block < to.n_values) || !examples || !positions)
+      throw py::value_error(broken_rule(who, "random", "be of integer codes, with addresses", "another",
+                                        "Round to the nearest, or encode in Python."));
+    rounding = Rounding{
+        {first, second}, reinterpret_cast<const int64_t*>(examples), reinterpret_cast<const int64_t*>(positions)};
+  }
   const py::gil_scoped_release release;
-  encode_rows(reinterpret_cast<const void*>(rows), dtype, per_code, to);
+  encode_rows(reinterpret_cast<const void*>(rows), dtype, per_code, to, rounding ? &*rounding : nullptr);
 }
 
 void norms_of_codes(const Coded& coded, const std::vector<int64_t>& lengths, uintptr_t norms) {

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kBlock = 2048;   // accumulators of a task: 8 KiB of the L1 cache in float32
 constexpr int64_t kCut = 64;       // elements; where few outer indices are to keep many threads busy
+constexpr int64_t kShort = 1024;   // elements of a row that is reduced among others
 constexpr int64_t kGrain = 32768;  // elements worth a thread, as at::internal::GRAIN_SIZE
 // Bytes above which the next four rows are fetched into L2 ahead of use, half of a common L2: a gradient that lies in
 // a cache is up to 15 % slower for it, one that doesn't up to 2.5 times as fast (bench kernel).
@@ -71,6 +72,54 @@ void store_task(void* out, int64_t at, const A* acc, int64_t length, int64_t str
     Store<A, O, false>::run(o, acc, length, stride, reduction, n, scale, counts);
 }
 
+// Results of short rows, one row each, that are finished and stored together.
+template <class A>
+struct ShortResults {
+  int64_t n = 0, out[RowOffsets::kMost];
+  A values[RowOffsets::kMost];
+  bool real[RowOffsets::kMost];
+
+  // In runs whose results lie at equal steps.
+  template <class Store>
+  void store(Store store_run) const {
+    for (int64_t first = 0; first < n;) {
+      const int64_t step = first + 1 < n ? out[first + 1] - out[first] : 1;
+      int64_t end = first + 1;
+      while (end < n && out[end] - out[end - 1] == step && real[end] == real[first]) ++end;
+      store_run(out[first], values + first, end - first, step, real[first]);
+      first = end;
+    }
+  }
+};
+
+// The tasks begin to end, each of which is one short row: reduced many at a time, since what a task costs beside its
+// elements is more than these.
+template <class R, class Source, class A = typename Source::A>
+void run_short(const View& v, Reduction reduction, const Source& source, const Operands& with, StoreTask<A> store,
+               int64_t begin, int64_t end, Counts* counts) {
+  const auto* const mask = static_cast<const uint8_t*>(with.mask);
+  Walk walk(v.outer);
+  walk.seek(begin);
+  RowOffsets rows;
+  ShortResults<A> results;
+  A sums[RowOffsets::kMost];
+  for (int64_t task = begin; task < end;) {
+    rows.n = results.n = 0;
+    for (; task < end && results.n < RowOffsets::kMost; ++task, ++results.n, walk.next()) {
+      results.out[results.n] = walk.out;
+      results.real[results.n] = !mask || mask[walk.mask];
+      if (!results.real[results.n]) continue;
+      if (Source::kPair) rows.ref[rows.n] = walk.ref;
+      rows.grad[rows.n++] = walk.grad + with.gathered(task, v.n_outer);
+    }
+    source.template short_rows<R>(sums, rows, v.inner);
+    for (int64_t k = 0, taken = 0; k < results.n; ++k) results.values[k] = results.real[k] ? sums[taken++] : A(0);
+    results.store([&](int64_t at, const A* values, int64_t n, int64_t step, bool real) {
+      store(with.out, at, values, n, step, reduction, real ? v.inner.size : 0, A(with.scale), counts);
+    });
+  }
+}
+
 template <class R, class Source, class A = typename Source::A>
 Counts run(const View& v, Reduction reduction, const Source& source, const Operands& with, StoreTask<A> store) {
   const auto* const mask = static_cast<const uint8_t*>(with.mask);
@@ -85,15 +134,23 @@ Counts run(const View& v, Reduction reduction, const Source& source, const Opera
   const int64_t work = std::max<int64_t>(v.n_reduced, 1) * (row ? v.inner.size : std::min(whole, block));
   const bool ahead = v.n_outer * v.n_reduced * v.inner.size * source.element_bytes() > kHot;
   std::atomic<int64_t> nonfinite{0}, saturated{0};
+  const bool is_short = row && v.n_reduced == 1 && v.inner.size <= kShort && source.takes_short(v.inner);
 
   const auto do_tasks = [&](int64_t begin, int64_t end) {
     alignas(64) A acc[kBlock];
     Counts counts;
+    if (is_short) {
+      run_short<R>(v, reduction, source, with, store, begin, end, &counts);
+      nonfinite += counts.nonfinite;
+      saturated += counts.saturated;
+      return;
+    }
     Walk walk(v.outer);
     walk.seek(begin / n_blocks);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = (task % n_blocks) * block, length = std::min(block, whole - first);
-      const Source here = source.from(walk.grad + first * v.inner.grad, walk.ref + first * v.inner.ref);
+      const int64_t of_grad = walk.grad + with.gathered(task / n_blocks, v.n_outer);
+      const Source here = source.from(of_grad + first * v.inner.grad, walk.ref + first * v.inner.ref);
       int64_t n;
       For<Start<A>>::here(acc, row ? kLanes : length);
       const uint8_t* m = mask ? mask + walk.mask : nullptr;
@@ -101,8 +158,7 @@ Counts run(const View& v, Reduction reduction, const Source& source, const Opera
         n = v.inner.size * for_real_rows<Source::kPair>(v, m, false, [&](const RowOffsets& rows) {
               here.template lanes<R>(acc, rows, v.inner);
             });
-        for (int64_t half = kLanes / 2; half > 0; half /= 2)
-          for (int64_t j = 0; j < half; ++j) acc[j] = R::combine(acc[j], acc[j + half]);
+        Fold<R, kLanes / 2>::run(acc);
       } else {
         n = for_real_rows<Source::kPair>(v, m, reduction == Reduction::last, [&](const RowOffsets& rows) {
           here.template columns<R>(acc, rows, length, v.inner, ahead);

@@ -50,7 +50,7 @@ bool lies_in_vectors(const View& view, int64_t Dim::* stride, int64_t v) {
 // different dtypes are taken in one by one: kernels for each pair would be most of all, and a point's gradient and
 // activation have one dtype.
 bool lies_in_vectors(const CudaCapture& c, int64_t v) {
-  return c.view.inner.size % v == 0 && lies_in_vectors(c.view, &Dim::grad, v) &&
+  return c.view.inner.size % v == 0 && lies_in_vectors(c.view, &Dim::grad, v) && c.gather.stride % v == 0 &&
          (!c.ref || (c.ref_dtype == c.grad_dtype && lies_in_vectors(c.view, &Dim::ref, v)));
 }
 
@@ -76,31 +76,32 @@ void split(Cut& cut, int64_t n_blocks, int64_t n_parts, int64_t bytes_of_part) {
 }
 
 // One part, and the divisors of what `n_across` and the view say.
-Cut whole(const View& v, int tile, int64_t n_across) {
+Cut whole(const View& v, int64_t n_gathered, int tile, int64_t n_across) {
   Cut cut{};
   cut.tile = tile;
   cut.warps = cut.splits = 1;
   cut.n_across = n_across;
   cut.n_items = v.n_outer * n_across;
   cut.by_across = Divisor::of(n_across);
+  cut.by_gathered = Divisor::of(v.n_outer / n_gathered);
   cut.by_width = Divisor::of(v.inner_reduced ? 1 : v.inner.size);
   for (int d = 0; d < v.outer.size(); ++d) cut.by_outer[d] = Divisor::of(v.outer[d].size);
   for (int d = 0; d < v.reduced.size(); ++d) cut.by_reduced[d] = Divisor::of(v.reduced[d].size);
   return cut;
 }
 
-Cut cut_columns(const View& v, int64_t width, int64_t element_bytes) {
+Cut cut_columns(const View& v, int64_t n_gathered, int64_t width, int64_t element_bytes) {
   int tile = kLanesOfWarp;
   while (tile > kLeastTile && v.n_outer * over(width, tile) < kManyBlocks) tile /= 2;
-  Cut cut = whole(v, tile, over(width, tile));
+  Cut cut = whole(v, n_gathered, tile, over(width, tile));
   const int64_t rows_of_warp = kLanesOfWarp / cut.tile;
   while (cut.warps < kMostWarps && cut.warps * rows_of_warp * kInFlight < v.n_reduced) cut.warps *= 2;
   split(cut, cut.n_items, v.n_reduced, std::min(width, int64_t(cut.tile)) * element_bytes);
   return cut;
 }
 
-Cut cut_rows(const View& v, int64_t width, int64_t element_bytes) {
-  Cut cut = whole(v, kLanesOfWarp, over(width, kLanesOfWarp * kPieceLoads));
+Cut cut_rows(const View& v, int64_t n_gathered, int64_t width, int64_t element_bytes) {
+  Cut cut = whole(v, n_gathered, kLanesOfWarp, over(width, kLanesOfWarp * kPieceLoads));
   const int64_t n_pieces = v.n_reduced * cut.n_across;
   cut.warps = n_pieces > kPieceLoads ? kPickWarps : 1;
   cut.n_items = over(v.n_outer, kPickWarps / cut.warps);
@@ -119,7 +120,8 @@ int64_t vector_of(const CudaCapture& c) {
 Cut cut_of(const CudaCapture& c) {
   const int64_t vector = vector_of(c), width = over(c.view.inner.size, vector);
   const int64_t bytes = vector * int64_t(size_of(c.grad_dtype));
-  return c.view.inner_reduced ? cut_rows(c.view, width, bytes) : cut_columns(c.view, width, bytes);
+  return c.view.inner_reduced ? cut_rows(c.view, c.gather.n, width, bytes)
+                              : cut_columns(c.view, c.gather.n, width, bytes);
 }
 
 int64_t scratch_of(const CudaCapture& c, const Cut& cut) {
@@ -175,7 +177,8 @@ template <class L, class O>
 cudaError_t pick(const CudaCapture& c, void* stream) {
   constexpr int kVector = kMostAtOnce<L>;
   const auto go = [&](auto kernel, int64_t v) {
-    const Cut cut = whole(c.view, kLanesOfWarp, over(over(c.view.inner.size, v), kLanesOfWarp * kPieceLoads));
+    const Cut cut =
+        whole(c.view, c.gather.n, kLanesOfWarp, over(over(c.view.inner.size, v), kLanesOfWarp * kPieceLoads));
     return launch(kernel, over(cut.n_items, kPickWarps), 1, kPickWarps * kLanesOfWarp, 0, stream, c, cut);
   };
   const bool vectors = lies_in_vectors(c, kVector) && loads_wide(c) && stores_vectors(c, kVector);

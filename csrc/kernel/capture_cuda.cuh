@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanesOfWarp, kBlocksAtOnce)
   Results<A> results{c, cut};
   for (int64_t item = blockIdx.x; item < cut.n_items; item += gridDim.x) {
     const int64_t outer = cut.by_across(item), first = (item - outer * cut.n_across) * cut.tile * V;
-    const Offsets at = offsets_of(v.outer, cut.by_outer, outer);
+    const Offsets at = outer_offsets(c, cut, outer);
     const uint8_t* const mask = c.mask ? c.mask + at.mask : nullptr;
     const int64_t mine = first + across * V;
     // Beyond the edge a lane reads what its neighbour reads; nobody asks for its result.
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
   for (int64_t item = blockIdx.x; item < cut.n_items; item += gridDim.x) {
     const int64_t outer = item * n_together + own;
     const bool there = outer < v.n_outer;
-    const Offsets at = offsets_of(v.outer, cut.by_outer, there ? outer : 0);
+    const Offsets at = outer_offsets(c, cut, there ? outer : 0);
     const S source = S::of(c, at);
     A acc[V] = {};
     int64_t n = 0;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kPickWarps* kLanesOfWarp, kBlocksAtOnce)
   for (int64_t item = int64_t(blockIdx.x) * kPickWarps + threadIdx.x / kLanesOfWarp; item < cut.n_items;
        item += n_warps) {
     const int64_t outer = cut.by_across(item), part = item - outer * cut.n_across;
-    const Offsets at = offsets_of(v.outer, cut.by_outer, outer);
+    const Offsets at = outer_offsets(c, cut, outer);
     int64_t k = v.n_reduced - 1;
     if (c.mask) {  // the last real one, 32 at a time from the end
       k = -1;

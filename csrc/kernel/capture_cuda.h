@@ -22,6 +22,7 @@ struct CudaCapture {
   int64_t row_elements;   // elements of `out` from one row to the next
   int64_t* counters;      // or null; kCounters numbers that are added to
   void* scratch;          // tlfast_cuda_scratch_bytes of memory, or null where that is 0
+  Gather gather;
 };
 
 // What is there; `error` is the answer to the question for devices.

@@ -46,6 +46,7 @@ struct Cut {
   int64_t n_across;   // tiles or pieces of the inner dimension
   int64_t n_items;    // what the first grid dimension walks over
   Divisor by_across, by_width;  // n_across; the results of one outer index
+  Divisor by_gathered;          // outer indices of one position of a gather
   Divisor by_outer[Dims::kMost], by_reduced[Dims::kMost];
 };
 
@@ -61,6 +62,13 @@ __device__ __forceinline__ Offsets offsets_of(const Dims& dims, const Divisor* b
     at.mask += index * dim.mask;
     at.ref += index * dim.ref;
   }
+  return at;
+}
+
+// The same for the n-th outer index; where positions say so, the gradient is read elsewhere.
+__device__ __forceinline__ Offsets outer_offsets(const CudaCapture& c, const Cut& cut, int64_t n) {
+  Offsets at = offsets_of(c.view.outer, cut.by_outer, n);
+  if (c.gather.positions) at.grad += c.gather.positions[cut.by_gathered(n)] * c.gather.stride;
   return at;
 }
 

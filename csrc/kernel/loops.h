@@ -55,6 +55,16 @@ struct Columns {
   }
 };
 
+// Combine 2 * kHalf lanes, always in this order, into the first.
+template <class R, int64_t kHalf>
+struct Fold {
+  template <class A>
+  static TLFAST_INLINE void run(A* acc) {
+    for (int64_t j = 0; j < kHalf; ++j) acc[j] = R::combine(acc[j], acc[j + kHalf]);
+    if constexpr (kHalf > 1) Fold<R, kHalf / 2>::run(acc);
+  }
+};
+
 // The same where the inner dimension is reduced: element i of a row goes to lane i % kLanes.
 template <class G, class R, bool kUnit>
 struct Lanes {
@@ -72,6 +82,26 @@ struct Lanes {
       for (int64_t j = 0; i + j < length; ++j) acc[j] = R::step(acc[j], A(widen(row[(i + j) * stride])));
     }
     for (int64_t j = 0; j < kLanes; ++j) lanes[j] = acc[j];
+  }
+};
+
+// results[r] = the row at offsets[r], reduced as by Lanes and then by Fold: for many short rows, each of which is one
+// result.
+template <class G, class R>
+struct ShortRows {
+  using A = typename AccumulatorOf<G>::type;
+  static TLFAST_INLINE void run(A* __restrict results, const G* __restrict grad, const int64_t* offsets, int64_t n,
+                                int64_t length) {
+    const int64_t whole = length / kLanes * kLanes;
+    for (int64_t k = 0; k < n; ++k) {
+      const G* __restrict row = grad + offsets[k];
+      A acc[kLanes] = {};
+      for (int64_t i = 0; i < whole; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) acc[j] = R::step(acc[j], A(widen(row[i + j])));
+      for (int64_t j = 0; whole + j < length; ++j) acc[j] = R::step(acc[j], A(widen(row[whole + j])));
+      Fold<R, kLanes / 2>::run(acc);
+      results[k] = acc[0];
+    }
   }
 };
 

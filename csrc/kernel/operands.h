@@ -36,6 +36,13 @@ struct Alone {
       For<Columns<G, R, false>>::here(acc, grad, rows.grad, rows.n, length, inner.grad, false);
   }
 
+  // Reduce each row, whole, to a result of its own.
+  static bool takes_short(const Dim& inner) { return inner.grad == 1; }
+  template <class R>
+  void short_rows(A* results, const RowOffsets& rows, const Dim& inner) const {
+    For<ShortRows<G, R>>::here(results, grad, rows.grad, rows.n, inner.size);
+  }
+
   // Take each row, whole, into kLanes accumulators.
   template <class R>
   void lanes(A* acc, const RowOffsets& rows, const Dim& inner) const {
@@ -102,6 +109,21 @@ struct Products {
         multiply(held, part.grad, part.ref, rows.grad + k, rows.ref + k, n, here, inner, more);
         For<Columns<A, R, true>>::here(acc + first, static_cast<const A*>(held), at, n, here, int64_t(1), false);
       }
+    }
+  }
+
+  static bool takes_short(const Dim& inner) { return inner.size <= kHeld; }
+  template <class R>
+  void short_rows(A* results, const RowOffsets& rows, const Dim& inner) const {
+    alignas(64) A held[kHeld];
+    const int64_t together = std::min(kHeld / std::max<int64_t>(inner.size, 1), RowOffsets::kMost);
+    int64_t at[RowOffsets::kMost];
+    for (int64_t r = 0; r < std::min(together, rows.n); ++r) at[r] = r * inner.size;
+    for (int64_t k = 0; k < rows.n; k += together) {
+      const int64_t n = std::min(together, rows.n - k);
+      multiply(held, grad, ref, rows.grad + k, rows.ref + k, n, inner.size, inner, false);
+      For<ShortRows<A, R>>::here(results + k, static_cast<const A*>(held), static_cast<const int64_t*>(at), n,
+                                 inner.size);
     }
   }
 

@@ -104,6 +104,13 @@ class ViewBuilder {
   View view_;
 };
 
+// Positions by which the gradient is read: those of the slowest outer dimension, along which the view lets it stand
+// still.
+struct Gather {
+  const int64_t* positions = nullptr;  // where the gradient is: each from 0 on
+  int64_t n = 1, stride = 0;           // how many, and the gradient's stride between two positions
+};
+
 // The numbers of a call: where they lie, in which formats. All but `grad` and `out` may be null.
 struct Dtypes {
   Dtype grad, out, ref;
@@ -113,6 +120,12 @@ struct Operands {
   const void* mask;        // one byte an element
   void* out;
   double scale;
+  Gather gather = {};
+
+  // How far the gradient of an outer index lies from where the view has it.
+  int64_t gathered(int64_t outer, int64_t n_outer) const {
+    return gather.positions ? gather.positions[outer / (n_outer / gather.n)] * gather.stride : 0;
+  }
 };
 
 // Elements from the start of the tensors.

@@ -110,8 +110,34 @@ std::shared_ptr<CacheKeeper> make_cache_keeper(std::shared_ptr<TensorCache> cach
   return std::make_shared<CacheKeeper>(std::move(cache), name, std::move(change), known);
 }
 
-void set_batch(Backwards& backwards, const std::optional<at::Tensor>& mask, int64_t n_expected, double scale) {
-  backwards.set_batch(mask ? std::optional(plain("batch", "mask", *mask)) : std::nullopt, n_expected, scale);
+// For each column that is given something of its own: its mask, what it is multiplied with, its positions.
+using OwnOfColumn =
+    std::tuple<const Column*, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+
+void set_batch(Backwards& backwards, const std::optional<at::Tensor>& mask, int64_t n_expected, double scale,
+               const std::vector<OwnOfColumn>& own) {
+  const auto input = [recording = backwards.ledger->recording()](const char* what,
+                                                                 const std::optional<at::Tensor>& given) {
+    return given ? std::optional<StepInput>(std::in_place, plain("batch", what, *given), recording) : std::nullopt;
+  };
+  const auto batch = std::make_shared<Batch>();
+  batch->mask = input("mask", mask);
+  batch->n_expected = n_expected;
+  batch->scale = scale;
+  for (const auto& [column, own_mask, ref, at] : own) {
+    TORCH_CHECK_TYPE(column, broken_rule("batch", "own", "name native columns", "None", "Make them by Column."));
+    batch->own.insert_or_assign(column, OwnInputs{input("mask", own_mask), input("ref", ref), at});
+  }
+  backwards.set_batch(batch);
+}
+
+void set_ref(Column& column, const std::optional<at::Tensor>& ref) {
+  column.ref.reset();
+  if (ref) column.ref.emplace(plain("capture", "ref", *ref), /*recording=*/false);
+}
+
+std::optional<at::Tensor> ref_of(const Column& column) {
+  return column.ref ? std::optional(column.ref->tensor) : std::nullopt;
 }
 
 // An argument for which None doesn't stand: pybind11 would make a null pointer of it.
@@ -146,9 +172,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("name", &Column::name)
       .def_readwrite("total", &Column::total)
       .def_readwrite("masked", &Column::masked)
-      .def_readwrite("own_mask", &Column::own_mask)
-      .def_readwrite("ref", &Column::ref)
-      .def_readwrite("at", &Column::at)
+      .def_property("ref", &ref_of, &set_ref)
       .def_property_readonly("rows", [](const Column& column) { return defined(column.rows.tensor()); })
       .def_property_readonly("n_writes", [](const Column& column) { return column.rows.n_writes(); })
       .def_property_readonly("counters", [](const Column& column) { return column.rows.counters(); })
@@ -187,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("anchor"))
       .def("close", &Backwards::close)
+      .def_property_readonly("runs_here", &Backwards::runs_here)
       .def_property_readonly("run", [](const Backwards& backwards) { return backwards.run.load(); })
       .def_property_readonly("anchor", [](const Backwards& backwards) { return defined(backwards.anchor); })
       .def_property_readonly("n_calls", [](const Backwards& backwards) { return backwards.n_calls.load(); });

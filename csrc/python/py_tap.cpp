@@ -1,6 +1,7 @@
 // The Python end of a tap, with the GIL held but for the firing itself.
 #include "py_tap.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -155,6 +156,7 @@ at::Tensor PyTap::checked(const py::handle& tensor, const py::handle& given) con
 
 // A cache keeps the output, too, also where no gradient can reach it. Its one hook counts the call as well.
 py::object PyTap::forward_cached(const py::handle& given) {
+  if (!tap->backwards->runs_here()) return py::none();
   tap->forward_pre();
   PyObject* found = given.ptr();
   if (PyTuple_Check(found) && PyTuple_GET_SIZE(found)) found = PyTuple_GET_ITEM(found, 0);
@@ -170,8 +172,15 @@ py::object PyTap::forward_cached(const py::handle& given) {
   return found == given.ptr() ? through : from_outputs("replace_output")(given, 0, through);
 }
 
+// Whether hooks on saved tensors hear of what a call keeps: Python knows the checkpoints.
+bool PyTap::heard(bool keeps) {
+  if (!keeps || !at::SavedTensorDefaultHooks::get_hooks()) return true;
+  if (!heard_) heard_ = py::module_::import("tlfast.backends.checkpoints").attr("Heard")();
+  return heard_.attr("hears")(tap->entered()).cast<bool>();
+}
+
 // The output behind an identity node, whose call keeps what the tap reads of the input.
-py::object PyTap::behind(const py::handle& output, const py::handle& input) const {
+py::object PyTap::behind(const py::handle& output, const py::handle& input) {
   const at::Tensor through = detached(output);
   std::vector<at::Tensor> kept;
   if (input) {
@@ -179,7 +188,8 @@ py::object PyTap::behind(const py::handle& output, const py::handle& input) cons
     const py::gil_scoped_release release;
     kept = tap->keep_of_input(given);
   }
-  tap->attach_behind(THPVariable_Unpack(output.ptr()), through, kept);
+  const bool keeps = tap->keeper->reads_outputs() || !kept.empty();
+  tap->attach_behind(THPVariable_Unpack(output.ptr()), through, kept, heard(keeps));
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(through));
 }
 

@@ -51,12 +51,14 @@ class PyTap {
   at::Tensor checked(const pybind11::handle& tensor, const pybind11::handle& given) const;
   void note_others(const pybind11::handle& given, const pybind11::handle& key);
   Py_ssize_t index_in(const pybind11::handle& given) const;
-  pybind11::object behind(const pybind11::handle& output, const pybind11::handle& input) const;
+  pybind11::object behind(const pybind11::handle& output, const pybind11::handle& input);
+  bool heard(bool keeps);
   pybind11::object forward_slowly(const pybind11::handle& given, const pybind11::handle& input);
   pybind11::object forward_cached(const pybind11::handle& given);
 
   bool learning_ = false;
   bool others_noted_ = false;
+  pybind11::object heard_;     // tlfast.backends.checkpoints.Heard, where hooks on saved tensors were met
   Py_ssize_t full_place_ = 0;  // where in the output the tensor was, for PyTorch's own full hook
 };
 

@@ -67,6 +67,8 @@ BY_NAME = {
         None, 1, (), ("int2", 0, 1, 1, 0, 0), ("int8", -1, 1, 1, 4, 4), ("int8", 1, 1, 1, 0, 4),
         ("int8", 1, 1, 1, 4, 0), ("int8", 0, 0, 1, 0, 0), ("int8", 0, 1, 0, 0, 0), ("int4", 0, 4, 3, 0, 0),
     ],
+    "random": [1, (), (0, 0, 4), (0, 0, 0, 4), (0, 0, 4, 0), (-1, 0, 4, 4), (2**32, 0, 4, 4), ("0", 0, 4, 4)],
+    "own": [None, 1, [None], [(None, None, None, None)], [(1, None, None, None)], [()]],
     "lengths": [[1], [-1], [-1, 1], None, ["1"]],
     "norms": [0, -1, None, "1"],
     "width": [0, -1, 3, None, "1", 2**70],
@@ -149,7 +151,7 @@ class Made:
             "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {}, "layer": "linear", "row": "gradient", "padding_idx": -1,
-            "norm": (1, 1e-5), "instead": (None, None, None), "queries": (), "factor": torch.ones(2, 2),
+            "norm": (1, 1e-5), "own": [], "instead": (None, None, None), "queries": (), "factor": torch.ones(2, 2),
             "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
             "input_signs": torch.ones(1, 8), "shifts": torch.zeros(1, 2).long(),
         }  # fmt: skip
@@ -246,7 +248,7 @@ WORDS = {
         "crc32c: data must be contiguous, got a buffer with gaps. Make bytes of it.",
     ),
     "codes": (
-        lambda m: native_writer.loaded().encode_rows(4, "F32", 1.0, ("int2", 0, 1, 1, 0, 0)),
+        lambda m: native_writer.loaded().encode_rows(4, "F32", 1.0, ("int2", 0, 1, 1, 0, 0), None),
         "encode_rows: codes must be int8, float8_e4m3fn or int4, got int2. Encode in Python.",
     ),
     "blocks": (
@@ -257,11 +259,11 @@ WORDS = {
         ),
     ),
     "row_dtype": (
-        lambda m: native_writer.loaded().encode_rows(4, "F64", 1.0, ("int8", 0, 1, 1, 0, 0)),
+        lambda m: native_writer.loaded().encode_rows(4, "F64", 1.0, ("int8", 0, 1, 1, 0, 0), None),
         "encode_rows: row_dtype must be F32, F16 or BF16, got F64. Cast the rows.",
     ),
     "no rows": (
-        lambda m: native_writer.loaded().encode_rows(0, "F32", 1.0, ("int8", 0, 1, 1, 0, 0)),
+        lambda m: native_writer.loaded().encode_rows(0, "F32", 1.0, ("int8", 0, 1, 1, 0, 0), None),
         "encode_rows: rows must have an address, got 0. Pass what is allocated.",
     ),
     "lengths": (

@@ -182,6 +182,23 @@ def test_a_mask_is_there_and_stays_for_the_stream_that_reads_it(gpu):
                 assert notes.index(f"wait 3 {made}") < notes.index("launch 3")
 
 
+@pytest.mark.parametrize("kind", ["masks", "refs", "chosen", "constant"])
+def test_what_a_column_is_given_is_there_and_stays_for_the_stream_that_reads_it(gpu, kind):
+    backend, ops = gpu
+    model, ref, mask = nn.Sequential(nn.Identity()), torch.full((D,), 2.0), torch.ones(B, P, dtype=torch.bool)
+    more = {"refs": {"of": "grad*ref"}, "constant": {"of": "grad*ref", "ref": ref}, "chosen": {"at": "where"}}
+    given = {"masks": {"masks": {"0": mask}}, "refs": {"refs": {"0": ref}}, "chosen": {"at": {"where": mask}}}
+    ops.start_notes()
+    with tlfast.capture(model, tlfast.Spec("0", "sum", **more.get(kind, {})), rows=2 * B, backend=backend) as cap:
+        with cap.batch(**given.get(kind, {})):
+            step(ops, model, (3,))
+        notes = ops.take_notes()
+        (made,) = {note.split()[2] for note in notes if note.startswith("record 0")}
+        assert "read 3" in notes
+        assert notes.index(f"wait 3 {made}") < notes.index("launch 3")
+        assert cap.rows == B
+
+
 def test_rows_that_one_stream_fills_are_written_on_another(gpu):
     """The native rows are filled on the stream of the first gradient; a geometry that is known on one stream is learnt
     on the next.

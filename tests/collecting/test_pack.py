@@ -167,3 +167,11 @@ def test_a_unit_with_more_tokens_than_there_is_room_for():
     message = "Drain: a unit must have at most 3 tokens, got 4. Make the Drain for the largest unit."
     with pytest.raises(ValueError, match=re.escape(message)):
         drain.drain(rings, [], torch.tensor([0, 1]), lambda: None, Tokens([2, 2]))
+
+
+def test_rows_that_are_rounded_by_their_example_need_its_number():
+    pack = Pack({"h": Column(torch.float32, (3,), per="token", encoding="int8:stochastic")})
+    with pytest.raises(ValueError, match=r"^Pack: first_example must be known to encode 'h' as int8:stochastic"):
+        pack.roundings(None, 2, Tokens([1, 2]))
+    (rounding,) = pack.roundings(7, 2, Tokens([1, 2])).values()
+    assert (rounding.column, rounding.examples.tolist(), rounding.positions.tolist()) == ("h", [7, 8, 8], [0, 0, 1])

@@ -8,10 +8,11 @@ import torch
 from comparison import assert_close_to_truth, assert_same_bits, rounded_once, truth
 from models import HookPoint, Pair, Repeated, inputs, uneven
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import tlfast
 from tlfast import Spec
+from tlfast.backends import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
 REDUCTIONS = ["none", "sum", "mean", "last"]
@@ -365,6 +366,46 @@ def test_a_checkpoint_from_before_the_capture(backend):
         assert_same_bits(x.grad, right)
         uneven(checkpoint(model, x, use_reentrant=False)).backward()
     assert_same_bits(cap["0:act"], x.detach().sin())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_checkpoint_from_before_the_capture_whose_module_was_called_again(backend, nested, early_stop):
+    """Which forward is run again, nobody tells a hook; and with metadata as here a shift by one tensor isn't seen."""
+    model, x, other = nn.Sequential(*(Sine() for _ in range(4))), inputs(), inputs() * 0.5
+
+    def run(given):
+        if nested:
+            return checkpoint(lambda y: checkpoint(model, y.sin(), use_reentrant=False), given, use_reentrant=False)
+        return checkpoint(model, given, use_reentrant=False)
+
+    def alone(given):
+        return torch.autograd.grad(uneven(model(given.sin() if nested else given)), given)[0]
+
+    rights = {given: alone(given) for given in (x, other)}
+    with set_checkpoint_early_stop(early_stop):
+        before = uneven(run(x))
+        with tlfast.capture(model, "0", of=("act", "grad*act"), rows=8, backend=backend) as cap:
+            inside = uneven(run(other))
+            assert_same_bits(torch.autograd.grad(before, x)[0], rights[x])
+            assert cap.rows == 0
+            assert_same_bits(torch.autograd.grad(inside, other)[0], rights[other])
+            again = uneven(run(other))
+            assert_same_bits(torch.autograd.grad(again, other)[0], rights[other])
+    given = other.detach().sin() if nested else other.detach()
+    assert_same_bits(cap["0:act"], given.sin().repeat(2, 1, 1))
+
+
+def test_checkpoints_of_a_torch_that_has_changed(backend, monkeypatch):
+    """Not to know one is an error, where it would be a guess."""
+    model, x = nn.Sequential(*(Sine() for _ in range(2))), inputs()
+    monkeypatch.setattr(checkpoints, "_AGAIN", "another name")
+    with tlfast.capture(model, "0", of="act", rows=4, backend=backend):
+        loss = uneven(checkpoint(model, x, use_reentrant=False))
+        with pytest.raises(
+            RuntimeError, match=r"^capture: a checkpoint must be one that tlfast knows, got another, of"
+        ):
+            loss.backward()
 
 
 # What is refused.

@@ -65,6 +65,26 @@ def test_sums_are_within_their_bound_of_float64_for_any_split(dtype):
     torch.testing.assert_close(full.diagonal(), found[1].moment2.flatten(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
+def test_a_million_rows():
+    """Each split is within the bound, and so are parts that are merged; a plain sum in float32 is not."""
+    rows = drawn(1_000_000, 6) + 1.0
+    for size in (4096, 777):
+        sums = RunningSums(STATS)
+        for part in rows.split(size):
+            sums.add({"h": part})
+        check(sums["h"], rows)
+    merged = RunningSums(STATS)
+    for part in (rows[:1], rows[1:333_333], rows[333_333:]):
+        more = RunningSums(STATS)
+        more.add({"h": part})
+        merged.merge(more)
+    check(merged["h"], rows)
+    true, off = bounds(rows)["mean"]
+    plain = np.add.accumulate(rows.numpy(), dtype=np.float32)[-1] / np.float64(len(rows))
+    assert (np.abs(plain - true.numpy()) > off.numpy()).any()
+
+
 def test_a_check_that_can_fail():
     sums = RunningSums(STATS)
     sums.add({"h": drawn(100, 4)})

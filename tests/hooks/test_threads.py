@@ -8,10 +8,12 @@ import pytest
 import torch
 from comparison import assert_rows, assert_same_bits
 from fresh_python import run
-from models import Setup, activation_gradients, chain, hooks_left, inputs, uneven
+from models import HookPoint, Setup, activation_gradients, chain, hooks_left, inputs, uneven
 from threads import in_threads
+from torch import nn
 
 import tlfast
+from tlfast import Spec
 
 
 @contextmanager
@@ -93,6 +95,56 @@ def test_forward_here_backward_there(backend, attach):
             in_threads(loss.backward)
     for name in cap.names:
         assert_rows(cap, name, right[name][0].repeat(2, 1, 1))
+
+
+def test_a_backward_keeps_what_its_batch_said(backend):
+    """Also where it ends in another thread, behind the block in which it began."""
+    model, x = nn.Sequential(HookPoint(), HookPoint()), inputs()
+    mask, begun, go_on = torch.arange(4).expand(3, 4) > 1, threading.Event(), threading.Event()
+    specs = [Spec("0", "sum"), Spec("0", of="grad*ref"), Spec("1", "sum")]
+
+    def wait(grad):
+        begun.set()
+        assert go_on.wait(60)
+
+    with tlfast.capture(model, specs, rows=3, backend=backend) as cap:
+        hidden = model[0](x)
+        hidden.register_hook(wait)
+        thread = threading.Thread(target=uneven(model[1](hidden)).backward)
+        refs = {"0:grad*ref": torch.full((6,), 3.0)}
+        block = cap.batch(masks={"0": mask}, refs=refs)
+        block.__enter__()
+        thread.start()
+        assert begun.wait(60)
+        with pytest.raises(RuntimeError, match="no committed row"):
+            block.__exit__(None, None, None)
+        go_on.set()
+        thread.join(60)
+    assert cap.rows == 3
+    assert_same_bits(cap["0:grad*ref"], x.grad * 3)
+    torch.testing.assert_close(cap["0"], (x.grad * mask[..., None]).sum(1))
+    torch.testing.assert_close(cap["1"], x.grad.sum(1))
+
+
+def test_blocks_of_two_threads_are_refused(backend):
+    setup = chain()
+    with tlfast.capture(setup.model, "hook", rows=7, backend=backend) as cap:
+
+        def beside():
+            rule = "^batch: the block must be the only one that is open in a capture, got one beside that of another"
+            with pytest.raises(RuntimeError, match=rule), cap.batch(ids="xyz"):
+                pass
+
+        with cap.batch(ids="abc"):
+            in_threads(beside)
+            in_threads(setup.loss().backward)
+        in_threads(lambda: batch_of(cap, setup, "def"))
+    assert cap.ids == [*"abcdef"]
+
+
+def batch_of(cap, setup, ids):
+    with cap.batch(ids=ids):
+        setup.loss().backward()
 
 
 def test_trap_28_a_busy_python_thread_beside(backend, attach):

@@ -89,7 +89,10 @@ def test_a_token_has_one_position_to_reduce():
         ({"per": "word"}, "Spec: per must be one of example, token, got 'word'. Check the spelling."),
         (
             {"encoding": "int3"},
-            "Spec: encoding must be one of int8, int8:64, float8_e4m3fn, int4:64, got 'int3'. Check the spelling.",
+            (
+                "Spec: encoding must be one of int8, int8:64, float8_e4m3fn, int4:64, "
+                "int8:stochastic, int8:64:stochastic, int4:64:stochastic, got 'int3'. Check the spelling."
+            ),
         ),
         (
             {"per": "token", "reduce": "norm", "over": ("pos", -1)},

@@ -27,9 +27,12 @@ def test_outer_adds_the_dots_of_all_pairs(dtype, monkeypatch):
     assert everything.isnan().sum() == 9 * 8 - 7 * 3
 
 
+@pytest.mark.simt
+@pytest.mark.parametrize("few", [0, 99], ids=["matrices", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gather_takes_each_direction_at_its_position(dtype, monkeypatch):
+def test_gather_takes_each_direction_at_its_position(dtype, few, monkeypatch):
     monkeypatch.setattr(products, "BLOCK", 16)
+    monkeypatch.setattr(products, "FEW", few)
     draw = torch.Generator().manual_seed(0)
     grad, directions = torch.randn(3, 5, 8, generator=draw).to(dtype), torch.randn(20, 8, generator=draw).to(dtype)
     positions = torch.randint(-5, 5, (20,), generator=draw)
@@ -39,6 +42,12 @@ def test_gather_takes_each_direction_at_its_position(dtype, monkeypatch):
     assert ((out[:, ::2].double() - terms.sum(-1).T).abs() <= 8 * EPS * terms.abs().sum(-1).T).all()
     assert out[:, 1::2].isnan().all()
     assert gather_into(torch.empty(0, 3), grad, positions[:0], directions[:0]).shape == (0, 3)
+    for layout in (
+        grad.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        grad.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        again = gather_into(torch.empty(20, 3), layout, positions.int(), directions.double())
+        torch.testing.assert_close(again, out[:, ::2], rtol=1e-5, atol=1e-5)
 
 
 def outer(out=(2, 2), writers=(2, 4), readers=(2, 4), dtype=torch.float32):

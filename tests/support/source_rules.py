@@ -29,7 +29,7 @@ ROOMS = (
     (
         "backends",
         (
-            ("__init__", "interface", "plain", "streams"),
+            ("__init__", "checkpoints", "interface", "plain", "streams"),
             ("cuda_status", "outputs", "reference"),
             ("calls", "factor_sums", "no_graph", "queries", "rows", "tensor_cache"),
             ("whole",),
@@ -111,7 +111,8 @@ ROOMS = (
     (
         "dataset.format",
         (
-            ("__init__", "encodings", "kept_fields", "plan", "row_limits", "strict_json"),
+            ("__init__", "kept_fields", "plan", "rounding", "row_limits", "strict_json"),
+            ("encodings",),
             ("coverage", "extension", "layout"),
             ("description", "norms"),
             ("commits", "merged"),
@@ -254,7 +255,7 @@ NATIVE_ROOMS = (
         (
             ("moved", "plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
-            ("capture", "factor_sums"),
+            ("capture", "factor_sums", "step_input"),
             ("queries", "rows", "sketcher"),
             ("whole",),
             ("weight",),

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from lens_models import MODELS, WIDTH, root_module, tokens
+from threads import in_threads
 
 import tlfast.transformer_lens as lens
 from tlfast.transformer_lens import caching_taps, running
@@ -226,6 +227,23 @@ def test_a_gradient_that_comes_after_its_run_is_nothing_to_the_next(monkeypatch)
     _, found = lens.run_with_cache(model, x, metric=lambda output: (while_it_comes(output), output)[1], **options)
     for name in truth:
         torch.testing.assert_close(found[name], truth[name])
+
+
+@pytest.mark.parametrize("backend", ["native", "python"])
+def test_what_another_thread_does_with_the_model_meanwhile(model, backend):
+    """Neither its plain step nor its cached run is a part of this one, and the other way round."""
+
+    def cached(seed, metric=total):
+        return dict(lens.run_with_cache(model, tokens(seed=seed), metric=metric, backend=backend)[1].items())
+
+    first, second, found = cached(0), cached(1), {}
+
+    def meanwhile(output):
+        in_threads(lambda: model(tokens(seed=1)).sum().backward(), lambda: found.update(cached(1)))
+        return output.sum()
+
+    same(cached(0, meanwhile), first)
+    same(found, second)
 
 
 @pytest.mark.parametrize("kind", KINDS)

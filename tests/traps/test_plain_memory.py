@@ -283,7 +283,7 @@ def test_the_op_and_the_taps_check_for_themselves(native):
     with pytest.raises(RuntimeError, match=r"attach: sink must be a tensor with memory of its own, got a lazy view. "):
         _C.SinkKeeper(LAZY["negated"][0](), "none", [])
     with pytest.raises(ValueError, match=r"batch: mask must be dense, got torch.sparse_coo. Use to_dense"):
-        _C.Backwards(_C.Ledger(1), "nan").set_batch(torch.ones(2, 2, dtype=torch.bool).to_sparse(), -1, 1.0)
+        _C.Backwards(_C.Ledger(1), "nan").set_batch(torch.ones(2, 2, dtype=torch.bool).to_sparse(), -1, 1.0, [])
     assert out.isnan().all()
 
 

@@ -17,10 +17,11 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 
 from ..errors import broken_rule
-from .column import Column
+from .column import Column, OwnInputs, Step
+from .interface import OwnOfColumn
 from .ledger import Block, Ledger
 from .recipe import Seen
-from .streams import Mask, current_stream, read_on
+from .streams import StepInput, current_stream, read_on
 
 
 @dataclass
@@ -53,29 +54,44 @@ class Pending:
         return self.sum is not None or bool(self.sums)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a batch says of the backwards that begin in it. It stays as it was for each, whatever batch is next."""
+
+    mask: StepInput | None = None
+    n_expected: int = -1  # examples; -1: unknown
+    scale: float = 1.0  # of rows
+    own: dict[Column, OwnInputs] = field(default_factory=dict)
+
+
 class Backward:
     """One outermost backward: those that run inside it (of reentrant checkpoints, or in hooks) are part of it."""
 
-    def __init__(self, root: int, n_points: int, mask: Mask | None, n_expected: int, scale: float):
+    def __init__(self, root: int, n_points: int, batch: Batch):
         self.root = root  # the graph task at whose end the rows are committed
         self.spoilt = False  # a part of it has failed, and the error was caught
         self.fired = [0] * n_points
         self.pending: dict[int, Pending] = {}  # by points
         self.block: Block | None = None
-        self.mask, self.n_expected, self.scale = mask, n_expected, scale
-        self._masks = {} if mask is None else {mask.tensor.device: mask}
+        self.batch = batch
+        self._masks = {} if batch.mask is None else {batch.mask.tensor.device: batch.mask}
         self._streams: list[torch.cuda.Stream] = []  # on which gradients were written
         self._waited: list[torch.cuda.Event] = []  # what they have come after
 
     def mask_on(self, device: torch.device) -> torch.Tensor | None:
         """The mask where a gradient is: a model may be spread over several devices of one kind."""
-        if self.mask is None:
+        mask = self.batch.mask
+        if mask is None:
             return None
-        if self.mask.tensor.device.type != device.type:
-            return self.mask.tensor
+        if mask.tensor.device.type != device.type:
+            return mask.tensor
         if device not in self._masks:
-            self._masks[device] = Mask(self.mask.here().to(device, non_blocking=True))
+            self._masks[device] = StepInput(mask.here().to(device, non_blocking=True))
         return self._masks[device].here()
+
+    def step_at(self, column: Column, mask: torch.Tensor | None) -> Step:
+        """What a column is given, whose gradient is on the device of ``mask``."""
+        return Step(mask, self.batch.scale, self.batch.own.get(column, OwnInputs()))
 
     def write_on(self, stream: torch.cuda.Stream | None, again: bool, ledger: Ledger) -> None:
         """Note that a gradient is written on a stream, after what a backward that failed has begun to write. One of
@@ -183,11 +199,12 @@ class Backwards:
         self.active = True
         self.run = 0
         self.anchor: torch.Tensor | None = None  # of the run
+        self._opened_in = threading.get_ident()
         self.n_calls = 0  # of the modules of all points
         self.running: dict[int, Backward] = {}  # by the ids of its graph tasks
         # The backward that was last met in each thread: what runs inside another one in this thread is a part of it.
         self._met: dict[int, Backward] = {}
-        self._batch: tuple[Mask | None, int, float] = (None, -1, 1.0)
+        self._batch = Batch()
         self._calls_before = 0  # those until the last backward ended
         self._lock = threading.RLock()
         self.look_around(n_leaving=0)
@@ -209,9 +226,14 @@ class Backwards:
         if self._task_around != -1:
             torch.autograd.Variable._execution_engine.queue_callback(_Ended(self))
 
-    def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float) -> None:
-        """What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows."""
-        self._batch = (None if mask is None else Mask(mask), n_expected, scale)
+    def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float, own: Sequence[OwnOfColumn]) -> None:
+        """What holds for the next backwards: the mask, the number of examples (-1: unknown), the factor on rows, and
+        what columns are given of their own.
+        """
+        inputs = {
+            column: OwnInputs(_input(own_mask), _input(ref), positions) for column, own_mask, ref, positions in own
+        }
+        self._batch = Batch(_input(mask), n_expected, scale, inputs)
 
     def enter_forward(self) -> None:
         """A captured module runs forward; inside a backward (of a checkpoint, a hook) that is the step to come."""
@@ -239,7 +261,7 @@ class Backwards:
 
     def _open(self, task: int, device: torch.device) -> Backward:
         refuse_compiled_autograd()
-        opened = Backward(task, len(self.points), *self._batch)
+        opened = Backward(task, len(self.points), self._batch)
         self._follow(task, opened, self._nested(device))
         self._met[threading.get_ident()] = opened
         return opened
@@ -290,10 +312,10 @@ class Backwards:
             return run, run.block
 
     def _check_rows(self, point: Point, run: Backward, n: int) -> None:
-        if run.n_expected >= 0 and n != run.n_expected:
+        if run.batch.n_expected >= 0 and n != run.batch.n_expected:
             raise ValueError(
                 broken_rule(
-                    point.who, "a step", f"have the {run.n_expected} rows that batch() announced", n,
+                    point.who, "a step", f"have the {run.batch.n_expected} rows that batch() announced", n,
                     "Check mask and ids; a reduced batch makes one row.",
                 )
             )  # fmt: skip
@@ -410,12 +432,24 @@ class Backwards:
         """
         self.look_around(n_leaving=0)
         self.anchor = anchor
+        self._opened_in = threading.get_ident()
         self.run += 1
         self.active = True
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether a call is one of the run: of the thread that has opened it, or made again in a backward. What another
+        thread does with the model meanwhile is none.
+        """
+        return self._opened_in == threading.get_ident() or torch._C._current_graph_task_id() != -1
 
     def close(self) -> None:
         """From now on a firing tap does nothing."""
         self.active = False
+
+
+def _input(given: torch.Tensor | None) -> StepInput | None:
+    return None if given is None else StepInput(given)
 
 
 def _finish(point: Point, held: Pending, run: Backward) -> None:
@@ -428,7 +462,8 @@ def _finish(point: Point, held: Pending, run: Backward) -> None:
         if number in held.sums:
             column.put_sum(run.block.base, held.sums[number])
         elif column.calls == "sum" and column.recipe.adds_gradients and held.sum is not None:
-            column.write(run.block.base, Seen(held.sum), run.mask_on(held.sum.device), run.scale)
+            step = run.step_at(column, run.mask_on(held.sum.device))
+            column.write(run.block.base, Seen(held.sum), step)
         elif number in held.parts:
             # The last call of the forward fires first: turned around, index k is call k.
             column.put_stack(run.block.base, run.block.n, held.parts[number][::-1])

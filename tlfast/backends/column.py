@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from .recipe import Given, Read, Recipe, Seen
 from .reference import accumulator, capture
 from .rows import Rows
-from .streams import current_stream
+from .streams import StepInput, current_stream
 from .weight import Weight
+
+
+@dataclass(frozen=True)
+class OwnInputs:
+    """What a step gives one column for itself."""
+
+    mask: StepInput | None = None  # in place of the step's
+    ref: StepInput | None = None  # what the gradient is multiplied with
+    at: torch.Tensor | None = None  # positions of each example: see `Given`
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a column is given of a step."""
+
+    mask: torch.Tensor | None  # of the step
+    scale: float
+    own: OwnInputs = OwnInputs()
 
 
 class Column:
@@ -30,13 +49,19 @@ class Column:
         # To which its rows are added, with those of other points: it has none of its own.
         self.total: Column | None = None
         self.masked = True  # False: the gradients have no positions, and a step's mask is not about them
-        # Of this step, or of all:
-        self.own_mask: torch.Tensor | None = None  # in place of the step's mask
-        self.ref: torch.Tensor | None = None  # what the gradient is multiplied with
-        self.at: torch.Tensor | None = None  # positions of each example: see `Given`
+        self._ref: StepInput | None = None
         at = tuple(at) if isinstance(at, Sequence) else at
         self.recipe = Recipe(f"capture at {name}", reduce, dims, dtype, of, heads, at, weight)
         self.memory = Rows(self.recipe.who, capacity)
+
+    @property
+    def ref(self) -> torch.Tensor | None:
+        """What the gradients of all steps are multiplied with."""
+        return None if self._ref is None else self._ref.tensor
+
+    @ref.setter
+    def ref(self, given: torch.Tensor | None) -> None:
+        self._ref = None if given is None else StepInput(given)
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -59,32 +84,34 @@ class Column:
         n_nonfinite, n_saturated, _ = self.counters.tolist()
         return n_nonfinite, n_saturated
 
-    def check(self, seen: Seen) -> torch.Tensor:
+    def check(self, seen: Seen, step: Step) -> torch.Tensor:
         """Return the rows, allocated at the first call; ValueError when what a later one shows doesn't fit them."""
-        return self._fitting(self.recipe.read(seen, self._given(None, 1.0)))
+        return self._fitting(self._read(seen, replace(step, mask=None, scale=1.0)))
 
     def _fitting(self, read: Read) -> torch.Tensor:
         return self.memory.fitting(self.recipe.row_shape(read), self.recipe.row_dtype(read.tensor), read.tensor)
 
-    def write(self, base: int, seen: Seen, mask: torch.Tensor | None, scale: float) -> None:
+    def write(self, base: int, seen: Seen, step: Step) -> None:
         """Reduce, cast and copy what was seen into the rows from ``base`` on."""
-        read = self.recipe.read(seen, self._given(mask, scale))
+        read = self._read(seen, step)
         rows, tensor = self._fitting(read), read.tensor
         self.memory.used_on(current_stream(rows.device))
         out = rows[base : base + tensor.shape[0]] if self.recipe.keeps_batch(tensor.dim()) else rows[base]
-        self.memory.count(self.recipe.write(out, read, scale))
+        self.memory.count(self.recipe.write(out, read, step.scale))
 
-    def _given(self, mask: torch.Tensor | None, scale: float) -> Given:
-        """What holds for this column: the mask of a step where it is about its gradients, or one of its own."""
-        own = self.own_mask if self.own_mask is not None else mask if self.masked else None
-        return Given(own, self.ref, self.at, self.own_mask is not None, scale)
+    def _read(self, seen: Seen, step: Step) -> Read:
+        """What is read: with the mask of the step where that is about the column's gradients, or one of its own."""
+        own, ref = step.own.mask, step.own.ref or self._ref
+        mask = own.here() if own is not None else step.mask if self.masked else None
+        given = Given(mask, None if ref is None else ref.here(), step.own.at, own is not None, step.scale)
+        return self.recipe.read(seen, given)
 
-    def part(self, seen: Seen, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    def part(self, seen: Seen, step: Step) -> torch.Tensor:
         """The same into rows of its own, for one call. Those that are to be added up aren't rounded, nor counted."""
-        read, added = self.recipe.read(seen, self._given(mask, scale)), self.calls == "sum" or self.total is not None
+        read, added = self._read(seen, step), self.calls == "sum" or self.total is not None
         dtype = accumulator(read.tensor.dtype) if added else self.recipe.row_dtype(read.tensor)
         out = self.recipe.empty_for(read, dtype)
-        counts = self.recipe.write(out, read, scale)
+        counts = self.recipe.write(out, read, step.scale)
         if not added:
             self.memory.count(counts)
         return out if self.recipe.keeps_batch(read.tensor.dim()) else out.unsqueeze(0)

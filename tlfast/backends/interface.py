@@ -15,14 +15,16 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 See = Callable[[torch.Tensor, torch.Tensor | None, list[torch.Tensor]], Any]
 
 
+# A column that a step gives something of its own: its mask, what its gradient is multiplied with, its positions.
+OwnOfColumn = tuple[Any, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class Column(Protocol):
     """What one spec keeps at one point: a recipe, its rows, and what to do about several calls."""
 
     total: Any
     masked: bool
-    own_mask: torch.Tensor | None
     ref: torch.Tensor | None
-    at: torch.Tensor | None
 
     @property
     def name(self) -> str: ...
@@ -58,8 +60,12 @@ class Backwards(Protocol):
     @property
     def run(self) -> int: ...
     @property
+    def runs_here(self) -> bool: ...
+    @property
     def anchor(self) -> torch.Tensor | None: ...
-    def set_batch(self, mask: torch.Tensor | None, n_expected: int, scale: float) -> None: ...
+    def set_batch(
+        self, mask: torch.Tensor | None, n_expected: int, scale: float, own: Sequence[OwnOfColumn]
+    ) -> None: ...
     def open(self, anchor: torch.Tensor | None) -> None: ...
     def close(self) -> None: ...
 

@@ -61,13 +61,14 @@ class ColumnsKeeper(Keeper):
         alone = call.alone and not held.adds
         written = run.fired[point.index] > 1 and not held.adds  # by a call that was taken for the only one
         for number, column in enumerate(self.columns):
+            step = run.step_at(column, mask)
             seen = everything if column.recipe.weight is None else Seen(grad, next(of_weights))
             if column.total is not None:
-                part = column.part(seen, mask, run.scale)
+                part = column.part(seen, step)
                 before = held.totals.get(number) if column.calls == "sum" else None
                 held.totals[number] = _added(before, point.who, part)
             elif column.calls == "stack":
-                held.parts.setdefault(number, []).append(column.part(seen, mask, run.scale))
+                held.parts.setdefault(number, []).append(column.part(seen, step))
             elif column.calls == "sum" and column.recipe.of == "act":
                 if run.fired[point.index] > 1:
                     rule, remedy = (
@@ -75,7 +76,7 @@ class ColumnsKeeper(Keeper):
                         'Choose calls="last" or "stack".',
                     )
                     raise ValueError(broken_rule(column.recipe.who, "a point", rule, "another call", remedy))
-                column.write(block.base, seen, mask, run.scale)
+                column.write(block.base, seen, step)
             elif column.calls == "sum" and written:
                 raise RuntimeError(
                     broken_rule(
@@ -85,14 +86,14 @@ class ColumnsKeeper(Keeper):
                 )  # fmt: skip
             elif column.calls == "sum" and not alone:
                 if column.recipe.weight is None:
-                    column.check(seen)
+                    column.check(seen, step)
                 if column.recipe.adds_rows:  # of sums it would be another one
-                    part = column.part(seen, mask, run.scale)
+                    part = column.part(seen, step)
                     held.sums[number] = _added(held.sums.get(number), point.who, part)
                 elif not summed:
                     held.sum, summed = _added(held.sum, point.who, grad), True
             else:
-                column.write(block.base, seen, mask, run.scale)
+                column.write(block.base, seen, step)
 
 
 def _added(total: torch.Tensor | None, who: str, more: torch.Tensor) -> torch.Tensor:

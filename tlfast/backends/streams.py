@@ -18,15 +18,15 @@ def read_on(stream: torch.cuda.Stream, tensor: torch.Tensor) -> None:
     tensor.record_stream(stream)
 
 
-class Mask:
-    """The mask of a step on one device, and where it was made."""
+class StepInput:
+    """A tensor that a step is given, a mask or what gradients are multiplied with; and where it was made."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor, self._stream = tensor, current_stream(tensor.device)
         self._made = None if self._stream is None else self._stream.record_event()
 
     def here(self) -> torch.Tensor:
-        """The mask for the current stream of its device: another one than that which made it comes after that."""
+        """The tensor for the current stream of its device: another one than that which made it comes after that."""
         stream = current_stream(self.tensor.device)
         if stream is not None and self._made is not None and stream != self._stream:
             stream.wait_event(self._made)

@@ -15,6 +15,7 @@ from ..errors import broken_rule
 from ..spec import one_of
 from .backwards import Backwards, Point
 from .calls import Call
+from .checkpoints import Heard
 from .interface import See
 from .keepers import Keeper
 from .no_graph import no_graph
@@ -108,6 +109,7 @@ class Tap:
         # or by a full backward hook, are among none that are counted.
         self._unseen_since = -1
         self._entered = False  # whether the module was entered outside of a backward
+        self._heard = Heard()
         self.recomputed = False  # with full hooks: whether the last call was a recomputation
         self._seen_ended = -1  # and when the calls in flight were counted from 0
         self._key: int | str | None = None  # where in the output the tensor was, for the full hook
@@ -183,6 +185,8 @@ class Tap:
 
     def _forward_kept(self, output: object) -> object | None:
         """A keeper of outputs keeps them also where no gradient can reach them. Its one hook counts the call, too."""
+        if not self.backwards.runs_here:
+            return None
         self.forward_pre()
         if not self.backwards.active:
             return None
@@ -204,7 +208,8 @@ class Tap:
         kind = _KeptIdentity if self.keeper.keeps_outputs else _Identity
         # A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more,
         # and the model would take our output for a tensor of its own.
-        with _unheard() if (self.reads_outputs or of_input) and not self._entered else nullcontext():
+        heard = not (self.reads_outputs or of_input) or self._heard.hears(self._entered)
+        with nullcontext() if heard else _unheard():
             return kind.apply(tensor, self, self.backwards.anchor, *of_input)  # type: ignore[no-untyped-call]
 
     def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None) -> None:

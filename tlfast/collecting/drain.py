@@ -196,6 +196,7 @@ class Drain:
         places: torch.Tensor,
         wait_for_room: Callable[[], object],
         tokens: Tokens | None = None,
+        first_example: int | None = None,
     ) -> Arrived:
         """Queue all that brings one unit to the host; the rings may be overwritten by what is queued after this.
 
@@ -205,6 +206,7 @@ class Drain:
             places: where the row of each example lies in the ring, int64 [examples], on the host.
             wait_for_room: waits until the unit before the last is written: its memory on the host is used again.
             tokens: which positions of each example are real, for columns with a row for each token.
+            first_example: the number of the unit's first example, for columns that are rounded by it.
 
         Returns:
             A function for the thread that writes: it waits until the rows are there, and returns them by field with
@@ -216,10 +218,11 @@ class Drain:
             raise ValueError(broken_rule("Drain", "a unit", rule, size[1], remedy))
         slot, streams = self._slots[self._n_drained % N_SLOTS], self.streams
         chosen = self.pack.choose(rings, places, tokens, streams.device is not None and streams.device.type == "cuda")
+        roundings = self.pack.roundings(first_example, len(places), tokens)
         self._n_drained += 1
 
         def gather() -> None:
-            self.pack.put(rings, chosen, slot.device.block(*size))
+            self.pack.put(rings, chosen, slot.device.block(*size), roundings)
             for kept, counted in zip(slot.device_counters, counters, strict=True):
                 kept.copy_(counted, non_blocking=streams.device is not None)
 

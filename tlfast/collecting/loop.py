@@ -114,7 +114,7 @@ def submit_unit(
     ``rings`` are the rows by column, as `rings_of` gives them; ``filled`` says whose they are.
     """
     missing = torch.stack(list(cap.missing.values())).any(0)[filled.places] if with_missing else None
-    arrived = drain.drain(rings, cap.counters, filled.places, wait_for_room, filled.tokens)
+    arrived = drain.drain(rings, cap.counters, filled.places, wait_for_room, filled.tokens, unit.start)
     finish = partial(_finish, oddities, unit, arrived, drain.pack, missing, cap.n_writes, filled.tokens)
     background.submit_unfinished(unit, finish, examples)
 

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import torch
 
-from ..dataset.format.encodings import ENCODED_DTYPES, Encoded, encode
+from ..dataset.format.encodings import ENCODED_DTYPES, STOCHASTIC, Encoded, encode
 from ..dataset.format.layout import CODES, SCALES, Column
+from ..dataset.format.rounding import Rounding, rounding_of
 from ..errors import broken_rule
 from ..hooks.tokens import Tokens as Tokens
 from ..hooks.tokens import token_rows
@@ -65,8 +66,32 @@ class Pack:
             places, chosen = places.pin_memory(), {width: rows.pin_memory() for width, rows in chosen.items()}
         return {name: chosen[widths[name]] if name in widths else places for name in rings}
 
-    def put(self, rings: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor], block: Block) -> None:
-        """Fill the fields of a block; waits for no device."""
+    def roundings(self, first_example: int | None, n_examples: int, tokens: Tokens | None) -> dict[str, Rounding]:
+        """Whose rows the block has, for the columns that are rounded by that.
+
+        Args:
+            first_example: the number of the first example in the plan; those of the others follow.
+            n_examples: how many there are.
+            tokens: as in `choose`.
+        """
+        found = {}
+        for name, column in self.columns.items():
+            if column.encoding in STOCHASTIC:
+                if first_example is None:
+                    rule, remedy = f"be known to encode {name!r} as {column.encoding}", "Say the unit's first example."
+                    raise ValueError(broken_rule("Pack", "first_example", rule, "none", remedy))
+                lengths = tokens.lengths if tokens is not None and column.per == "token" else [1] * n_examples
+                found[name] = rounding_of(name, first_example, lengths)
+        return found
+
+    def put(
+        self,
+        rings: Mapping[str, torch.Tensor],
+        chosen: Mapping[str, torch.Tensor],
+        block: Block,
+        roundings: Mapping[str, Rounding] | None = None,
+    ) -> None:
+        """Fill the fields of a block; waits for no device. ``roundings``: see there."""
         there: dict[tuple[int, torch.device], torch.Tensor] = {}
         for name, ring in rings.items():
             column, place = self.columns[name], (id(chosen[name]), ring.device)
@@ -77,7 +102,8 @@ class Pack:
                 _gather(rows, there[place], block[name])
             else:
                 out = Encoded(block[name + CODES], block[name + SCALES])
-                _encode(rows, there[place], column.encoding, out, self._native)
+                rounding = (roundings or {}).get(name)
+                _encode(rows, there[place], column.encoding, out, self._native, rounding)
 
     def take(self, rings: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> Block:
         """Return the rows by column as they are in the rings, and where these lie: not encoded."""
@@ -121,13 +147,22 @@ def _gather(rows: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor) -> None
         out.copy_(rows.index_select(0, chosen))
 
 
-def _encode(rows: torch.Tensor, chosen: torch.Tensor, encoding: str, out: Encoded, native: ModuleType | None) -> None:
+def _encode(
+    rows: torch.Tensor,
+    chosen: torch.Tensor,
+    encoding: str,
+    out: Encoded,
+    native: ModuleType | None,
+    rounding: Rounding | None,
+) -> None:
+    rounding = None if rounding is None else rounding.to(rows.device)
     n_bytes = _CPU_BYTES if rows.device.type == "cpu" else _DEVICE_BYTES
     step = max(1, n_bytes // max(1, 4 * prod(rows.shape[1:])))
     for part in (slice(start, start + step) for start in range(0, len(chosen), step)):
         values, target = rows.index_select(0, chosen[part]), Encoded(out.codes[part], out.scales[part])
+        of_part = None if rounding is None else rounding.part(part)
         if out.codes.device == rows.device:
-            encode(values, encoding, target, native)
+            encode(values, encoding, target, native, of_part)
         else:
-            for there, here in zip(target, encode(values, encoding, native=native), strict=True):
+            for there, here in zip(target, encode(values, encoding, None, native, of_part), strict=True):
                 there.copy_(here)

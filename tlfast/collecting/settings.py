@@ -130,7 +130,8 @@ class TextOptions(DataOptions):
     bias: bool = False
     """of --of weight: with the gradient of the bias, where a module has one"""
     encoding: str = ""
-    """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64 (see docs/format.md); empty: by --dtype"""
+    """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64, an integer one also rounded at random
+    (int8:stochastic, see docs/format.md); empty: by --dtype"""
     output: str = ""
     """index or key of the output to take where a module has several; empty: the first tensor"""
     embedding: tuple[str, ...] = ()

@@ -180,6 +180,8 @@ class CacheHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         backwards = self.tap.backwards
+        if not backwards.runs_here:
+            return None
         if backwards.anchor is None or not fires_at_output(args, output):
             return self.tap.forward(args, output)
         run = backwards.run

@@ -87,7 +87,8 @@ def capture(
         at: a position, a list of them, or the name by which each step gives them: see `Spec`.
         per: "example", or "token": ``cap[name]`` is Tensor[tokens, ...], of the real tokens that the mask of
             `Capture.batch` keeps, and ``cap.where(name)`` says whose they are.
-        encoding: how `Capture.into` stores rows in a dataset: "int8", "int8:64", "float8_e4m3fn" or "int4:64".
+        encoding: how `Capture.into` stores rows in a dataset: "int8", "int8:64", "float8_e4m3fn" or "int4:64",
+            integer ones perhaps with ":stochastic" behind them.
         project: of "weight": the size of each side of a projected gradient, or a `Projection`. See `Spec`.
         bias: of "weight": with the gradient of the bias, where a module has one.
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from .layers import engine_weight, factor_size, weight_arguments, weighted_modul
 from .options import CaptureOptions
 from .points import find_points
 from .running import RunningSums
-from .step_inputs import StepInputs, as_mask, constant_ref, has_functions
+from .step_inputs import OpenBatch, StepInputs, as_mask, constant_ref, has_functions
 from .tokens import Tokens, positions_within, token_rows, tokens_of
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -100,12 +101,12 @@ class Capture:
                 at_place = [spec for spec in here if spec.place(name) == place]
                 if at_place:
                     self._add_tap(name, modules[name], at_place, alone, options)
-        self._mask: torch.Tensor | None = None  # of the batch that is open
         self._routed = self._routed_calls()
         self.unmasked(self.routed)
         self.names: list[str] = list(self._columns)
         self._handles: list[Any] = []
-        self._inside: list[bool] = []  # the batches that are open: whether they gave a column something
+        self._batch: OpenBatch | None = None  # while a block of `batch` is open
+        self._opening = threading.Lock()
         self._ids: list[Any] = []
         self._spans: list[tuple[int, int] | None] = []  # of each row the first token and how many; None: all positions
         self._per_token = {name for name, (_, spec) in self.wanted.items() if spec.per == "token"}
@@ -122,9 +123,7 @@ class Capture:
         for module, _ in self._taps:
             if isinstance(module, ExpertLayer):
                 layers.setdefault(names[id(module.experts)], []).append(module)
-        return [
-            RoutedCalls("capture", name, self._model, several, lambda: self._mask) for name, several in layers.items()
-        ]
+        return [RoutedCalls("capture", name, self._model, several, self._open_mask) for name, several in layers.items()]
 
     @property
     def factor_sizes(self) -> dict[str, int]:
@@ -508,7 +507,8 @@ class Capture:
             ValueError: if mask and ids don't fit each other, or later the gradients; for a ref or positions that are
                 missing, or that no column reads; for positions at padding.
             TypeError: for ids that are no sequence.
-            RuntimeError: if no backward was committed inside.
+            RuntimeError: if no backward was committed inside; inside another block of this capture, or beside one that
+                another thread has open: what it says holds for the backwards of all threads.
         """
         who = "batch"
         mask = None if mask is None else as_mask(who, mask)
@@ -527,36 +527,25 @@ class Capture:
         unmasked = {column for column in self._columns if not any(held.masked for held in self._held(column))}
         inputs = StepInputs(mask, masks or {}, refs or {}, at or {}, batch)
         own = inputs.of_columns(self.wanted, unmasked, self._ledger.recording)
-        if self._inside and (own or any(self._inside)):
-            rule = "be outside of another batch of this capture where masks=, refs= or at= are given"
-            raise RuntimeError(broken_rule(who, "the block", rule, "one inside", "Leave the outer one first."))
-        if self.receiver is not None:
-            self.receiver.expect(ids, tokens)
-        ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
-        self._ids += [None] * (self.rows - len(self._ids))
-        self._spans += [None] * (self.rows - len(self._spans))
-        self._backwards.set_batch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale)
-        before = {column: self._set(column, given) for column, given in own.items()}
-        self._inside.append(bool(own))
-        outer, self._mask = self._mask, mask
-        try:
-            yield
-        except BaseException:
+        with self._opened(OpenBatch(mask, -1 if ids is None else len(ids), 1.0 / grad_scale, own)):
             if self.receiver is not None:
-                self.receiver.failed()
-            raise
-        finally:
-            self._inside.pop()
-            self._mask = outer
-            self._backwards.set_batch(None, -1, 1.0)
-            for column, given in before.items():
-                self._set(column, given)
-            written = self.rows - len(self._ids)  # clear() inside the block empties both
-            if ids is not None and len(ids):
-                self._ids += list(ids) * (written // len(ids))
-            else:
-                self._ids += [None] * written
-            self._spans += _spans(tokens, self.rows - len(self._spans))
+                self.receiver.expect(ids, tokens)
+            ended, calls_before = self._ledger.n_ended, self._backwards.n_calls
+            self._ids += [None] * (self.rows - len(self._ids))
+            self._spans += [None] * (self.rows - len(self._spans))
+            try:
+                yield
+            except BaseException:
+                if self.receiver is not None:
+                    self.receiver.failed()
+                raise
+            finally:
+                written = self.rows - len(self._ids)  # clear() inside the block empties both
+                if ids is not None and len(ids):
+                    self._ids += list(ids) * (written // len(ids))
+                else:
+                    self._ids += [None] * written
+                self._spans += _spans(tokens, self.rows - len(self._spans))
         if self._ledger.n_ended == ended:
             raise RuntimeError(
                 broken_rule(
@@ -567,18 +556,28 @@ class Capture:
         if self.receiver is not None:
             self.receiver.took()
 
+    @contextmanager
+    def _opened(self, batch: OpenBatch) -> Iterator[None]:
+        """It holds inside; RuntimeError where another one does, of this thread or another."""
+        with self._opening:
+            if self._batch is not None:
+                raise self._batch.beside(batch)
+            self._batch = batch
+        try:
+            batch.tell(self._backwards, self._held)
+            yield
+        finally:
+            OpenBatch(None, -1, 1.0, {}).tell(self._backwards, self._held)
+            self._batch = None
+
     def given(self, column: str) -> Given:
         """What a step gives a column now."""
-        held = self._held(column)[0]
-        return Given(held.own_mask, held.ref, held.at, held.own_mask is not None)
+        own = {} if self._batch is None else self._batch.own[column]
+        mask, ref = own.get("own_mask"), own.get("ref", self._held(column)[0].ref)
+        return Given(mask, ref, own.get("at"), mask is not None)
 
-    def _set(self, column: str, given: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-        """Let a column have what a step gives it; returns what it had."""
-        before = {name: getattr(self._held(column)[0], name) for name in given}
-        for held in self._held(column):
-            for name, value in given.items():
-                setattr(held, name, value)
-        return before
+    def _open_mask(self) -> torch.Tensor | None:
+        return None if self._batch is None else self._batch.mask
 
     def _held(self, column: str) -> list[Column]:
         """What is asked for a column's rows: itself, or those whose rows it adds up, by its name or theirs."""

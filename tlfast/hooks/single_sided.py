@@ -40,6 +40,7 @@ def single_sided(
     A dense matrix is kept where it is small; of others column blocks are made again for each batch.
     """
     if not projection.is_sketch and projection.dim * columns <= MOST_KEPT:
-        return Whole(factor, once(Projection.matrix, projection, module, "single", columns), None, None), projection.scale
+        matrix = once(Projection.matrix, projection, module, "single", columns)
+        return Whole(factor, matrix, None, None), projection.scale
     sketch = once(native_sketch, projection, module, "single", columns, backend)
     return Whole(factor, None, sketch, Projecting(projection, module, columns, backend)), 1.0

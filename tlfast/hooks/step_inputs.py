@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -100,6 +101,35 @@ class StepInputs:
                 remedy = f"Say refs={{{column!r}: tensor}}, or Spec(ref=...)."
                 raise ValueError(broken_rule("batch", "refs", f"have one for {column}", "none", remedy))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class OpenBatch:
+    """What holds for the backwards that begin in a block of `Capture.batch`, and the thread that has opened it."""
+
+    mask: torch.Tensor | None
+    n_expected: int  # examples; -1: unknown
+    scale: float
+    own: Mapping[str, Mapping[str, torch.Tensor]]  # by column: see `StepInputs.of_columns`
+    thread: int = field(default_factory=threading.get_ident)
+
+    def beside(self, another: OpenBatch) -> RuntimeError:
+        """The error for another block while this one is open."""
+        rule, got, remedy = "be outside of another batch of this capture", "one inside", "Leave the outer one first."
+        if another.thread != self.thread:
+            rule, got = "be the only one that is open in a capture", "one beside that of another thread"
+            remedy = "Let threads take turns, or have a model and a capture each."
+        return RuntimeError(broken_rule("batch", "the block", rule, got, remedy))
+
+    def tell(self, backwards: Any, held: Callable[[str], Iterable[Any]]) -> None:
+        """Let it hold from now on; ``held`` says which columns of the engine have a name."""
+        own = [
+            (column, *(given.get(name) for name in ("own_mask", "ref", "at")))
+            for name, given in self.own.items()
+            if given
+            for column in held(name)
+        ]
+        backwards.set_batch(self.mask, self.n_expected, self.scale, own)
 
 
 def as_mask(who: str, given: torch.Tensor) -> torch.Tensor:

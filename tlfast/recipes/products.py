@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..backends.choice import native, pick_native
 from ..backends.plain import destination, plain
 from ..errors import broken_rule
 
 BLOCK = 1 << 22  # numbers of one operand that are converted, or gathered, at a time: 16 MiB of float32
+FEW = 8  # rows of gradients up to which a kernel is sooner done on the CPU than matrix products
 
 
 def _sums_in(dtype: torch.dtype) -> torch.dtype:
@@ -83,8 +85,9 @@ def gather_into(
     """Dots of gradients with directions that each have a position: ``out[k, b] = sum_d grad[b, positions[k], d] *
     directions[k, d]``.
 
-    What feature attribution asks for many latents at once, each active at a position of its own (circuit tracing). The
-    directions of one position are taken together, a matrix product each, so nothing of the size [K, B, D] is made.
+    What feature attribution asks for many latents at once, each active at a position of its own (circuit tracing).
+    Nothing of the size [K, B, D] is made: one kernel finds each position by its index, on a GPU and where B is small.
+    Else, on the CPU, the directions of one position are taken together, a matrix product each.
 
     Args:
         out: [K, B], float32 (float64 for float64 gradients).
@@ -93,10 +96,12 @@ def gather_into(
         directions: [K, D], floating point: decoder rows, say.
 
     Returns:
-        ``out``. On a device other than the CPU the host waits once, for the positions.
+        ``out``. Products and sums are made in its dtype. On a GPU nobody waits for the positions: one that isn't there
+        makes a row of NaN.
 
     Raises:
-        ValueError: for shapes, dtypes, devices or positions that don't go together, before anything is written.
+        ValueError: for shapes, dtypes or devices that don't go together, and for positions that aren't there, before
+            anything is written.
 
     Example:
         >>> import torch
@@ -122,17 +127,50 @@ def gather_into(
         rule = f"be integers, one for each of the {len(directions)} directions"
         raise ValueError(broken_rule(who, "positions", rule, got, "Pass a tensor of indices."))
     _check_out(who, memory, [len(directions), len(grad)], grad)
+    with torch.no_grad():
+        if memory.numel() and _has_kernel(who, grad):
+            _by_kernel(who, memory, grad, positions, directions)
+        elif memory.numel():
+            _by_matrices(who, memory, grad, positions, directions)
+    return out
+
+
+def _has_kernel(who: str, grad: torch.Tensor) -> bool:
+    """Whether one kernel is used, and not a matrix product for each position."""
+    where = grad.device.type
+    if where == "cuda":
+        return pick_native(who, "auto", {where}) is not None
+    return where == "cpu" and len(grad) <= FEW and native() is not None
+
+
+def _by_kernel(
+    who: str, out: torch.Tensor, grad: torch.Tensor, positions: torch.Tensor, directions: torch.Tensor
+) -> None:
+    """All directions at once, each of which is found by its position."""
+    n, positions = grad.shape[1], positions.to(grad.device, torch.int64).contiguous()
+    wrapped = torch.where(positions < 0, positions + n, positions)
+    if grad.device.type == "cpu":
+        _check_within(who, wrapped, positions, n)
+        torch.ops.tlfast.gather(out, grad, wrapped, directions)
+        return
+    there = (wrapped >= 0) & (wrapped < n)
+    torch.ops.tlfast.gather(out, grad, torch.where(there, wrapped, 0), directions)
+    out.masked_fill_(~there.unsqueeze(1), torch.nan)
+
+
+def _by_matrices(
+    who: str, out: torch.Tensor, grad: torch.Tensor, positions: torch.Tensor, directions: torch.Tensor
+) -> None:
+    """The directions of each position together."""
     order, places, counts = _by_position(who, positions, grad.shape[1])
     at_once = max(1, BLOCK // max(1, grad.shape[2]))
-    with torch.no_grad():
-        start = 0
-        for place, count in zip(places, counts, strict=True):
-            there = grad[:, place].to(memory.dtype).T
-            for begin in range(start, start + count, at_once):
-                rows = order[begin : min(begin + at_once, start + count)]
-                memory[rows] = directions[rows].to(memory.dtype) @ there
-            start += count
-    return out
+    start = 0
+    for place, count in zip(places, counts, strict=True):
+        there = grad[:, place].to(out.dtype).T
+        for begin in range(start, start + count, at_once):
+            rows = order[begin : min(begin + at_once, start + count)]
+            out[rows] = directions[rows].to(out.dtype) @ there
+        start += count
 
 
 def _by_position(who: str, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, list[int], list[int]]:
@@ -140,8 +178,11 @@ def _by_position(who: str, positions: torch.Tensor, length: int) -> tuple[torch.
     wrapped = torch.where(positions < 0, positions + length, positions)
     order = wrapped.argsort(stable=True)
     found, counts = torch.unique_consecutive(wrapped[order], return_counts=True)
-    places = found.tolist()
-    if places and (places[0] < 0 or places[-1] >= length):
+    _check_within(who, found, positions, length)
+    return order, found.tolist(), counts.tolist()
+
+
+def _check_within(who: str, wrapped: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+    if len(wrapped) and (int(wrapped.min()) < 0 or int(wrapped.max()) >= length):
         got = f"{int(positions.min())} to {int(positions.max())}"
         raise ValueError(broken_rule(who, "positions", f"lie within {length} positions", got, "Check their order."))
-    return order, places, counts.tolist()

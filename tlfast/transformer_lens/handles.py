@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -88,10 +89,12 @@ class OwnHooks:
             with torch.no_grad():  # to keep it, and to attach nowhere
                 tap.forward((), value)
 
-        run = tap.backwards.run
+        run, thread = tap.backwards.run, threading.get_ident()
 
         def keep_grad(grad: Any, hook: Any = None) -> None:
-            if tap.backwards.run == run:
+            # Of a call in another thread; a GPU has a thread of its own.
+            elsewhere = threading.get_ident() != thread and grad is not None and grad.device.type == "cpu"
+            if tap.backwards.run == run and not elsewhere:
                 tap.full((grad,))
 
         self._point = point

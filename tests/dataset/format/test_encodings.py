@@ -8,8 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlfast.dataset.format import encodings
-from tlfast.dataset.format.encodings import BLOCKS, SMALLEST_SCALE, Encoded, decode, encode, wrong_codes
+from tlfast.dataset.format.encodings import (
+    BLOCKS,
+    NEAREST,
+    SMALLEST_SCALE,
+    STOCHASTIC,
+    Encoded,
+    decode,
+    encode,
+    wrong_codes,
+)
+from tlfast.dataset.format.rounding import Rounding, rounding_of
 from tlfast.dataset.write import native as native_writer
+from tlfast.projections.philox import philox
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 SLACK = 2.0**-16  # of a scale: the quotient and the product are rounded to float32, each at most 128 scales large
@@ -72,7 +83,7 @@ def check_bound(rows, stored, encoding):
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@given(st.sampled_from(list(BLOCKS)), st.sampled_from([1, 2, 63, 64, 65, 130]), st.data())
+@given(st.sampled_from(list(NEAREST)), st.sampled_from([1, 2, 63, 64, 65, 130]), st.data())
 @settings(max_examples=150)
 def test_codes_scales_and_bound_for_any_rows(encoding, n_values, data):
     few = data.draw(st.lists(FLOATS, min_size=1, max_size=8))
@@ -84,14 +95,14 @@ def test_codes_scales_and_bound_for_any_rows(encoding, n_values, data):
     check_bound(rows, stored, encoding)
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 @pytest.mark.parametrize("scale", [1.0, 1e-38, 1e-42, 1e30])
 def test_the_bound_holds_for_normal_and_subnormal_rows(encoding, scale):
     rows = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * scale
     check_bound(rows, encode(rows, encoding), encoding)
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 def test_the_check_of_the_bound_finds_a_wrong_scale(encoding):
     rows = torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
     codes, scales = encode(rows, encoding)
@@ -99,7 +110,7 @@ def test_the_check_of_the_bound_finds_a_wrong_scale(encoding):
         check_bound(rows, Encoded(codes, scales * 1.01), encoding)
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_rows_are_encoded_as_their_float32(encoding, dtype):
     rows = torch.randn(9, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -107,7 +118,7 @@ def test_narrow_rows_are_encoded_as_their_float32(encoding, dtype):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 def test_zeros(encoding):
     codes, scales = encode(torch.tensor([[0.0, -0.0] * 40]), encoding)
     assert not plain(codes, encoding, 80).any()
@@ -126,7 +137,7 @@ def test_subnormal_values_keep_half_of_the_smallest_scale(encoding):
     assert scales.unique().tolist() == [SMALLEST_SCALE]
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 def test_the_largest_values_stay_finite(encoding):
     rows = torch.tensor([[FLOAT_MAX, -FLOAT_MAX, FLOAT_MAX / 2]])
     stored = encode(rows, encoding)
@@ -146,7 +157,7 @@ def test_no_decoded_value_exceeds_the_largest_of_its_block():
 def test_a_value_that_is_not_finite_makes_its_block_nan(bad):
     rows = torch.ones(3, 130)
     rows[1, 65] = bad
-    for encoding in BLOCKS:
+    for encoding in NEAREST:
         touched = slice(64, 128) if BLOCKS[encoding] else slice(None)
         codes, scales = encode(rows, encoding)
         assert not plain(codes, encoding, 130)[1, touched].any()
@@ -157,7 +168,7 @@ def test_a_value_that_is_not_finite_makes_its_block_nan(bad):
         assert torch.equal(decode(codes, scales, encoding, (130,)).isnan(), expected)
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 @pytest.mark.parametrize("shape", [(), (1,), (3, 50)])
 def test_rows_of_any_shape_and_none_at_all(encoding, shape):
     for n in (0, 1, 4):
@@ -174,7 +185,7 @@ def test_rows_of_any_shape_and_none_at_all(encoding, shape):
             assert torch.equal(decode(codes[i], scales[i], encoding, shape), decoded[i])
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 def test_given_memory_is_filled(encoding):
     rows = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
     expected = encode(rows, encoding)
@@ -188,7 +199,7 @@ def test_given_memory_is_filled(encoding):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 def test_native_codes_and_norms_have_the_same_bits(native, encoding):
     check_codes(native_writer.loaded(), [encoding])
 
@@ -198,7 +209,7 @@ def test_the_check_of_native_codes_finds_a_wrong_bit(native):
         check_codes(wrong(native_writer.loaded()), ["int8"], widths=[64])
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", NEAREST)
 def test_native_codes_of_rows_in_any_memory(native, encoding):
     rows = hard_rows(torch.float32, 65)
     n = len(rows) // 6 * 6
@@ -242,3 +253,93 @@ def test_codes_that_no_rows_have(encoding, size, code, got):
     rule, found = wrong_codes(stored, encoding, (size,))
     assert rule == f"have codes from -{LARGEST[encoding]} to {LARGEST[encoding]}"
     assert found.startswith(got)
+
+
+# Stochastic rounding.
+
+
+def drawn(n_rows, column="h", first=0):
+    """Whose rows are those of so many examples, from a number on."""
+    return rounding_of(column, first, [1] * n_rows)
+
+
+def test_random_numbers_are_philox_of_the_column_the_example_and_the_place():
+    names = Rounding("a point", torch.tensor([0, 5, 2**31, 2**40 + 3]), torch.tensor([0, 7, 1, 0]))
+    numbers = names.examples.numpy()
+    counter = (np.arange(18)[None], names.positions.numpy()[:, None], numbers[:, None] % 2**32, numbers[:, None] >> 32)
+    words = philox(names.key, counter).reshape(4, 72)[:, :70]
+    assert (names.uniforms(70).double().numpy() == (words >> 8) * 2.0**-24).all()
+    assert names.key != names._replace(column="another").key
+    assert rounding_of("h", 3, [2, 0, 1])[1:][0].tolist() == [3, 3, 5]
+    assert rounding_of("h", 3, [2, 0, 1])[1:][1].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("encoding", STOCHASTIC)
+def test_drawn_codes_are_one_of_the_two_around_a_value(encoding):
+    rows, nearest = hard_rows(torch.float32, 130), STOCHASTIC[encoding]
+    rows = rows[rows.isfinite().all(1)]
+    rounding = drawn(len(rows))
+    stored = encode(rows, encoding, rounding=rounding)
+    assert torch.equal(stored.scales, encode(rows, nearest).scales)
+    block, largest = block_of(encoding, 130), LARGEST[nearest]
+    scales = stored.scales.reshape(len(rows), -1).repeat_interleave(block, 1)[:, :130].numpy()
+    quotients = rows.numpy() / scales
+    below = np.floor(quotients)
+    codes = np.clip(below + (quotients - below > rounding.uniforms(130).numpy()), -largest, largest)
+    np.testing.assert_array_equal(plain(stored.codes, nearest, 130), codes)
+    off = (rows.double() - decode(*stored, encoding, (130,)).double()).abs()
+    assert (off <= torch.from_numpy(scales).double() * (1 + SLACK)).all()
+    assert wrong_codes(stored, encoding, (130,)) is None
+
+
+def worst_mean(encoding, n=20_000):
+    """How far the mean over many examples is from the row that all have, in what it may be; and in scales."""
+    row = torch.randn(1, 70, generator=torch.Generator().manual_seed(0))
+    rounding = drawn(n) if encoding in STOCHASTIC else None
+    stored = encode(row.expand(n, 70), encoding, rounding=rounding)
+    mean = decode(*stored, encoding, (70,)).double().mean(0)
+    scales = stored.scales[0].reshape(-1).repeat_interleave(block_of(encoding, 70))[:70].double()
+    share = (row[0].double() / scales) % 1
+    deviation = (share * (1 - share) / n).sqrt()
+    off = (mean - row[0].double()).abs() / scales
+    return (off / (6 * deviation + 2.0**-14)).max(), off.max()
+
+
+def test_the_mean_over_examples_is_the_row():
+    """Within six standard deviations of what a draw between two codes has; that of nearest codes is not."""
+    for encoding in STOCHASTIC:
+        assert worst_mean(encoding)[0] <= 1
+    assert worst_mean("int8")[0] > 10
+
+
+@pytest.mark.parametrize("encoding", STOCHASTIC)
+def test_a_row_is_rounded_the_same_among_any_others(encoding):
+    rows = torch.randn(40, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounding, order = drawn(40, first=1000), torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    stored = encode(rows, encoding, rounding=rounding)
+    mixed = encode(rows[order], encoding, rounding=rounding.part(order))
+    for ours, theirs in zip(mixed, stored, strict=True):
+        assert torch.equal(ours, theirs[order])
+    others = [encode(rows, encoding, rounding=other) for other in (drawn(40), drawn(40, "another", 1000))]
+    assert all(not torch.equal(other.codes, stored.codes) for other in others)
+    halves = [encode(rows[half], encoding, rounding=rounding.part(half)) for half in (slice(0, 17), slice(17, 40))]
+    assert torch.equal(torch.cat([half.codes for half in halves]), stored.codes)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("encoding", STOCHASTIC)
+def test_native_drawn_codes_have_the_same_bits(native, encoding):
+    check_codes(native_writer.loaded(), [encoding])
+
+
+def test_whose_rows_are_rounded_must_be_known():
+    with pytest.raises(ValueError, match=r"^encode: rounding for int8:stochastic must be given where an encoding is"):
+        encode(torch.ones(2, 3), "int8:stochastic")
+    with pytest.raises(
+        ValueError, match=r"^encode: rounding for int8 must be given where an encoding is stochastic, and"
+    ):
+        encode(torch.ones(2, 3), "int8", rounding=drawn(2))
+    with pytest.raises(
+        ValueError, match=r"^encode: rounding must have a number for each of 2 rows, got \[\[3\], \[3\]\]"
+    ):
+        encode(torch.ones(2, 3), "int8:stochastic", rounding=drawn(3))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import broken_rule
+from .rounding import Rounding
 
 
 class _Kind(NamedTuple):
@@ -26,6 +27,10 @@ _KINDS = {
     "float8_e4m3fn": _Kind(None, 448, torch.float8_e4m3fn),
     "int4:64": _Kind(64, 7, torch.uint8, per_byte=2),
 }
+NEAREST = tuple(_KINDS)
+_STOCHASTIC = ":stochastic"  # rounded to one of the two codes around it, at random, so that the mean is right
+STOCHASTIC = {name + _STOCHASTIC: name for name in NEAREST if not _KINDS[name].dtype.is_floating_point}
+_KINDS |= {name: _KINDS[nearest] for name, nearest in STOCHASTIC.items()}
 BLOCKS = {name: kind.block for name, kind in _KINDS.items()}
 ENCODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly can be encoded
 
@@ -61,18 +66,26 @@ def scale_shape(encoding: str, row_shape: tuple[int, ...]) -> tuple[int, ...]:
     return () if block is None else (-(-prod(row_shape) // block),)
 
 
-def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None, native: ModuleType | None = None) -> Encoded:
+def encode(
+    rows: torch.Tensor,
+    encoding: str,
+    into: Encoded | None = None,
+    native: ModuleType | None = None,
+    rounding: Rounding | None = None,
+) -> Encoded:
     """Return the codes and scales of rows [rows, *row shape] of float32, bfloat16 or float16.
 
     A value is its code times the scale of its block, to half a scale: ``|x - decoded| <= scale * (1/2 + 2**-16)``; of
-    float8 codes, to ``max(|x| / 16, scale / 1024) * (1 + 2**-16)``. A block with a NaN or an infinity has a NaN as its
-    scale, and reads back as NaN.
+    float8 codes, to ``max(|x| / 16, scale / 1024) * (1 + 2**-16)``. Rounded stochastically it is off by less than
+    ``scale * (1 + 2**-16)``, and the mean over all random numbers by ``scale * 2**-14`` at most. A block with a NaN or
+    an infinity has a NaN as its scale, and reads back as NaN.
 
     Args:
         rows: on any device; each row has a value.
         encoding: one of BLOCKS.
         into: where to put them, on the same device; None: in new tensors.
         native: tlfast._disk, which makes the same bits of rows on the CPU; None: torch does.
+        rounding: whose rows they are, on their device; needed by a stochastic encoding, and by no other.
 
     Example:
         >>> import torch
@@ -87,13 +100,34 @@ def encode(rows: torch.Tensor, encoding: str, into: Encoded | None = None, nativ
         scales = torch.empty((n, *scale_shape(encoding, shape)), dtype=torch.float32, device=rows.device)
         into = Encoded(codes, scales)
     size = prod(shape)
+    _check_rounding(encoding, n, rounding)
     if native is not None and n and _at_hand(rows, into):
         flat = rows.reshape(n, size).resolve_neg().contiguous()  # memory, and no tensor, is read
         name, per_code = _NATIVE_NAMES[rows.dtype], _PER_CODE[kind.largest]
-        native.encode_rows(flat.data_ptr(), name, per_code, native_codes(into, encoding, shape))
+        told = native_codes(into, encoding, shape)
+        if rounding is None:
+            native.encode_rows(flat.data_ptr(), name, per_code, told, None)
+        else:
+            examples, positions = (part.contiguous() for part in (rounding.examples, rounding.positions))
+            random = (*rounding.key, examples.data_ptr(), positions.data_ptr())
+            native.encode_rows(flat.data_ptr(), name, per_code, told, random)
         return into
-    _encode(rows.reshape(n, size).to(torch.float32), kind, into)
+    uniforms = None if rounding is None else rounding.uniforms(size)
+    _encode(rows.reshape(n, size).to(torch.float32), kind, into, uniforms)
     return into
+
+
+def _check_rounding(encoding: str, n: int, rounding: Rounding | None) -> None:
+    """ValueError unless it is given where it is needed, for as many rows."""
+    wanted = encoding in STOCHASTIC
+    if wanted != (rounding is not None):
+        rule = "be given where an encoding is stochastic, and there alone"
+        got = "none" if rounding is None else "one"
+        raise ValueError(broken_rule("encode", f"rounding for {encoding}", rule, got, "Say whose rows they are."))
+    if rounding is not None and {tuple(part.shape) for part in rounding[1:]} != {(n,)}:
+        shapes = [list(part.shape) for part in rounding[1:]]
+        rule = f"have a number for each of {n} rows"
+        raise ValueError(broken_rule("encode", "rounding", rule, shapes, "Count them."))
 
 
 def _at_hand(rows: torch.Tensor, into: Encoded) -> bool:
@@ -104,31 +138,40 @@ def _at_hand(rows: torch.Tensor, into: Encoded) -> bool:
 
 def native_codes(stored: Encoded, encoding: str, row_shape: tuple[int, ...]) -> tuple[str, int, int, int, int, int]:
     """Return what tlfast._disk is told of codes and scales that lie contiguous on the CPU."""
-    size, what = prod(row_shape), encoding.partition(":")[0]
+    size, what = prod(row_shape), encoding.partition(":")[0]  # the norms of codes don't depend on how they were found
     return what, len(stored.codes), size, BLOCKS[encoding] or size, stored.codes.data_ptr(), stored.scales.data_ptr()
 
 
-def _encode(values: torch.Tensor, kind: _Kind, into: Encoded) -> None:
-    """Encode rows of float32 [rows, values]."""
+def _encode(values: torch.Tensor, kind: _Kind, into: Encoded, uniforms: torch.Tensor | None) -> None:
+    """Encode rows of float32 [rows, values], to the nearest codes, or by random numbers of the same shape."""
     n, size = values.shape
     block = kind.block or size
     n_whole, whole = size // block, size // block * block
     packed = kind.per_byte == 2
     codes = torch.empty((n, size), dtype=torch.int8, device=values.device) if packed else into.codes.view(n, size)
     scales = into.scales.view(n, -(-size // block))
+    first = None if uniforms is None else uniforms[:, :whole].unflatten(1, (n_whole, block))
     _quantize(
         values[:, :whole].unflatten(1, (n_whole, block)),
         codes[:, :whole].unflatten(1, (n_whole, block)),
         scales[:, :n_whole],
         kind.largest,
+        first,
     )
     if whole < size:
-        _quantize(values[:, None, whole:], codes[:, None, whole:], scales[:, n_whole:], kind.largest)
+        rest = None if uniforms is None else uniforms[:, None, whole:]
+        _quantize(values[:, None, whole:], codes[:, None, whole:], scales[:, n_whole:], kind.largest, rest)
     if packed:
         into.codes.view(n, -(-size // 2)).copy_(_in_pairs(codes))
 
 
-def _quantize(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, largest_code: int) -> None:
+def _quantize(
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    largest_code: int,
+    uniforms: torch.Tensor | None,
+) -> None:
     """Fill codes [rows, blocks, values] and scales [rows, blocks]; the same operations, so the same bits, anywhere."""
     if not values.numel():
         return
@@ -136,7 +179,10 @@ def _quantize(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, l
     scale = (largest * _PER_CODE[largest_code]).clamp_min_(SMALLEST_SCALE)
     scales.copy_(torch.where(largest.isfinite(), scale, torch.nan))
     quotients = values / scales.unsqueeze(-1)
-    if not codes.dtype.is_floating_point:
+    if uniforms is not None:
+        below = quotients.floor()
+        quotients = below.add_((quotients - below) > uniforms).clamp_(-largest_code, largest_code)
+    elif not codes.dtype.is_floating_point:
         quotients.round_()  # half to even, as the cast to float8 rounds
     codes.copy_(quotients.nan_to_num_(nan=0.0))  # what a NaN becomes as an int is the CPU's
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from ..errors import dataset_error
-from ..format.encodings import ENCODED_DTYPES, Encoded, encode, wrong_codes
+from ..format.encodings import ENCODED_DTYPES, STOCHASTIC, Encoded, encode, wrong_codes
 from ..format.layout import CODES, SCALES, Column, Field, has_tokens
 from ..format.norms import decoded_norms
 from ..format.plan import Example, Unit
+from ..format.rounding import Rounding, rounding_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def unit_contents(
     fields: dict[str, torch.Tensor] = {}
     for name, column in columns.items():
         n = sum(counts or ()) if column.per == "token" else len(unit)
-        fields |= _fields(who, name, column, n, tensors[name], native)
+        rounding = None
+        if column.encoding in STOCHASTIC:
+            rounding = rounding_of(name, unit.start, (counts or ()) if column.per == "token" else [1] * n)
+        fields |= _fields(who, name, column, n, tensors[name], native, rounding)
     return UnitContents(columns, fields, counts)
 
 
@@ -95,7 +99,13 @@ def _token_counts(who: str, examples: Sequence[Example]) -> list[int]:
 
 
 def _fields(
-    who: str, name: str, column: Column, n: int, given: torch.Tensor | Encoded, native: ModuleType | None
+    who: str,
+    name: str,
+    column: Column,
+    n: int,
+    given: torch.Tensor | Encoded,
+    native: ModuleType | None,
+    rounding: Rounding | None,
 ) -> dict[str, torch.Tensor]:
     if column.encoding is None:
         if isinstance(given, Encoded):
@@ -106,7 +116,7 @@ def _fields(
     if not isinstance(given, Encoded):
         row = Field(column.dtype, column.row_shape, column.per)
         _check(who, name, column, n, given, row, ENCODED_DTYPES)
-        given = encode(given.detach(), column.encoding, native=native)
+        given = encode(given.detach(), column.encoding, None, native, rounding and rounding.to(given.device))
     else:
         for part, (field, expected) in zip(given, column.fields(name).items(), strict=True):
             _check(who, field, column, n, part, expected)
