@@ -60,6 +60,7 @@ TOGETHER = {
         "queries",
         "recipe",
         "rows",
+        "shared_inputs",
         "sketcher",
         "streams",
         "tap",

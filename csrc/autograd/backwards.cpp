@@ -235,6 +235,7 @@ void Backwards::end(int64_t task) {
     if (!run->pending[point->index].empty()) finish(*point, *run);
   ledger->commit(block, std::move(missing));
   calls_before_ = n_calls;
+  shared_inputs.forget();
   forget(run);
 }
 

@@ -33,7 +33,7 @@ ROOMS = (
             ("cuda_status", "outputs", "reference"),
             ("calls", "factor_sums", "no_graph", "queries", "rows", "tensor_cache"),
             ("weight",),
-            ("recipe",),
+            ("recipe", "shared_inputs"),
             ("column",),
             ("ledger",),
             ("backwards",),
@@ -245,12 +245,12 @@ NATIVE_ROOMS = (
     (
         "autograd",
         (
-            ("moved", "plain.h", "streams.h"),
+            ("bare", "moved", "plain.h", "streams.h"),
             ("device", "no_streams", "streams"),
             ("capture", "factor_sums"),
             ("queries", "rows", "sketcher"),
             ("weight",),
-            ("recipe",),
+            ("recipe", "shared_inputs"),
             ("column",),
             ("ledger", "tensor_cache"),
             ("backward",),

@@ -19,6 +19,7 @@ from ..errors import broken_rule
 from .column import Column
 from .ledger import Block, Ledger
 from .recipe import Seen
+from .shared_inputs import SharedInputs
 from .streams import Mask, current_stream, read_on
 
 
@@ -188,6 +189,7 @@ class Backwards:
         self._batch: tuple[Mask | None, int, float] = (None, -1, 1.0)
         self._calls_before = 0  # those until the last backward ended
         self._lock = threading.RLock()
+        self.shared_inputs = SharedInputs()
         self.look_around(n_leaving=0)
 
     def add(self, point: Point) -> None:
@@ -323,6 +325,7 @@ class Backwards:
                 _finish(self.points[index], held, run)
             self.ledger.commit(run.block, missing)
             self._calls_before = self.n_calls
+            self.shared_inputs.forget()
             self._forget(run)
 
     def _check_whole(self, task: int, run: Backward, missing: list[int]) -> None:
