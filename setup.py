@@ -60,6 +60,7 @@ TOGETHER = {
         "queries",
         "recipe",
         "rows",
+        "shared_inputs",
         "sketcher",
         "step_input",
         "streams",

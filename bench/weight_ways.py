@@ -173,7 +173,7 @@ def bergson_collector(work: Work, out: Path) -> Path:
     starts = np.cumsum([0, *(len(batch.input_ids) for batch in work.batches)]).tolist()
     batches = [list(range(start, stop)) for start, stop in pairwise(starts)]
     settings = IndexConfig(run_path=str(out / "index"), projection_dim=work.dim)
-    with tlfast.freeze(work.model), _silent():
+    with tlfast.freeze(work.model), silent():
         work.model.transformer.ln_f.bias.requires_grad_(True)
         collect_gradients(
             work.model, data, GradientProcessor(projection_dim=work.dim), settings, batches=batches,
@@ -192,7 +192,7 @@ def read_index(found: Path, work: Work, point: str) -> torch.Tensor:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without what bergson prints, logs and draws."""
     logging.disable(logging.INFO)
     try:

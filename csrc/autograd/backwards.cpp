@@ -267,6 +267,7 @@ void Backwards::end(int64_t task) {
   finish_totals(points, *run);
   ledger->commit(block, std::move(missing));
   calls_before_ = n_calls;
+  shared_inputs.forget();
   forget(run);
 }
 

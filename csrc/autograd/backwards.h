@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "backward.h"
+#include "shared_inputs.h"
 
 namespace tlfast {
 
@@ -73,6 +74,7 @@ class Backwards : public std::enable_shared_from_this<Backwards> {
   at::Tensor anchor;                // of the run
   std::atomic<int64_t> n_calls{0};  // of the modules of all points
   std::vector<std::shared_ptr<Point>> points;
+  SharedInputs shared_inputs;
 
  private:
   Backwards(std::shared_ptr<Ledger> ledger, bool missing_is_nan)

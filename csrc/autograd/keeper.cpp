@@ -36,10 +36,13 @@ ColumnsKeeper::ColumnsKeeper(std::vector<std::shared_ptr<Column>> columns)
       reads_inputs_(std::any_of(columns_.begin(), columns_.end(),
                                 [](const auto& column) { return bool(column->recipe.weight); })) {}
 
-std::vector<at::Tensor> ColumnsKeeper::keep_of_input(const std::string& who, const at::Tensor& input) const {
+std::vector<at::Tensor> ColumnsKeeper::keep_of_input(const std::string& who, const at::Tensor& input,
+                                                     Backwards* sharing) const {
   std::vector<at::Tensor> kept;
   for (const auto& column : columns_)
-    if (const auto& weight = column->recipe.weight) kept.push_back(weight->keep(who, input));
+    if (const auto& weight = column->recipe.weight)
+      kept.push_back(sharing ? sharing->shared_inputs.keep(who, weight, input, sharing->ledger->n_ended)
+                             : weight->keep(who, input));
   return kept;
 }
 

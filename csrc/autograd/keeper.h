@@ -26,8 +26,11 @@ class Keeper {
   // Whether each call is to keep its output for its backward.
   virtual bool reads_outputs() const { return false; }
 
-  // What each call is to keep of its input, and whether it is to keep something.
-  virtual std::vector<at::Tensor> keep_of_input(const std::string&, const at::Tensor&) const { return {}; }
+  // What each call is to keep of its input, and whether it is to keep something. `sharing`: the capture's backwards
+  // where what several modules read may be projected for all of them at once.
+  virtual std::vector<at::Tensor> keep_of_input(const std::string&, const at::Tensor&, Backwards* /*sharing*/) const {
+    return {};
+  }
   virtual bool reads_inputs() const { return false; }
 
   // Whether outputs are kept, and a call without a gradient passes zeros on, as a full backward hook does.
@@ -41,7 +44,8 @@ class ColumnsKeeper : public Keeper {
   void gradient(const Call& call, const Seen& seen) override;
   std::vector<std::shared_ptr<Column>> columns() const override { return columns_; }
   bool reads_outputs() const override { return reads_outputs_; }
-  std::vector<at::Tensor> keep_of_input(const std::string& who, const at::Tensor& input) const override;
+  std::vector<at::Tensor> keep_of_input(const std::string& who, const at::Tensor& input,
+                                        Backwards* sharing) const override;
   bool reads_inputs() const override { return reads_inputs_; }
 
  private:

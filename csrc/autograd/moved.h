@@ -11,19 +11,23 @@ namespace tlfast {
 class Moved {
  public:
   // A matrix, which its owner keeps, where a tensor is, and in its dtype.
-  at::Tensor like(const at::Tensor& matrix, const at::Tensor& tensor) const { return found(matrix, tensor, false); }
+  at::Tensor like(const at::Tensor& matrix, const at::Tensor& tensor) const {
+    return found(matrix, tensor.options(), false);
+  }
 
   // The same, turned: products are faster with its columns side by side.
-  at::Tensor turned(const at::Tensor& matrix, const at::Tensor& tensor) const { return found(matrix, tensor, true); }
+  at::Tensor turned(const at::Tensor& matrix, const at::TensorOptions& there) const {
+    return found(matrix, there, true);
+  }
 
  private:
-  at::Tensor found(const at::Tensor& matrix, const at::Tensor& tensor, bool turned) const {
+  at::Tensor found(const at::Tensor& matrix, const at::TensorOptions& options, bool turned) const {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [of, is_turned, moved] : moved_)
-      if (of == matrix.unsafeGetTensorImpl() && is_turned == turned && moved.device() == tensor.device() &&
-          moved.scalar_type() == tensor.scalar_type())
+      if (of == matrix.unsafeGetTensorImpl() && is_turned == turned && moved.device() == options.device() &&
+          moved.scalar_type() == options.dtype())
         return moved;
-    const at::Tensor there = matrix.to(tensor.options());
+    const at::Tensor there = matrix.to(options);
     moved_.push_back({matrix.unsafeGetTensorImpl(), turned, (turned ? there.transpose(-2, -1) : there).contiguous()});
     return moved_.back().matrix;
   }

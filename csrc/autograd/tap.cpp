@@ -139,7 +139,7 @@ void fire_op(at::Tensor, const at::Tensor& grad, int64_t number, const std::opti
   const auto tap = Tap::by_number(number);
   if (!tap) return;
   std::vector<at::Tensor> kept;
-  if (input && tap->backwards->active) kept = tap->keep_of_input(*input);
+  if (input && tap->backwards->active) kept = tap->keep_of_input(*input, /*compiled=*/true);
   tap->fire(Call(tap, Call::Of::compiled), grad, output.value_or(at::Tensor()), kept);
 }
 
@@ -224,8 +224,8 @@ bool Tap::attach_to_node(const at::Tensor& output) {
   return true;
 }
 
-std::vector<at::Tensor> Tap::keep_of_input(const at::Tensor& input) const {
-  return keeper->keep_of_input(point->who, plain(point->who, kInput, input));
+std::vector<at::Tensor> Tap::keep_of_input(const at::Tensor& input, bool compiled) const {
+  return keeper->keep_of_input(point->who, plain(point->who, kInput, input), compiled ? nullptr : backwards.get());
 }
 
 void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through, const std::vector<at::Tensor>& kept,

@@ -41,8 +41,9 @@ class Tap : public std::enable_shared_from_this<Tap> {
   void fire(const Call& call, const at::Tensor& grad, const at::Tensor& output = {},
             const std::vector<at::Tensor>& kept = {});
 
-  // What a call is to keep of its input.
-  std::vector<at::Tensor> keep_of_input(const at::Tensor& input) const;
+  // What a call is to keep of its input. In compiled code a tensor may be changed without a new version, so that
+  // nothing of it is shared with other modules.
+  std::vector<at::Tensor> keep_of_input(const at::Tensor& input, bool compiled = false) const;
 
   // A module called with a full backward hook, and the gradient that the hook found: it doesn't say of which call.
   void called_with_full_hook();

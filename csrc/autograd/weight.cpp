@@ -1,12 +1,13 @@
 // Weight gradients: products of what was kept and what came back. The products are ATen's.
 #include "weight.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/pad.h>
 
@@ -15,6 +16,7 @@
 #include <cmath>
 #include <utility>
 
+#include "bare.h"
 #include "capture.h"
 #include "kernel/errors.h"
 #include "plain.h"
@@ -22,17 +24,31 @@
 namespace tlfast {
 namespace {
 
-// What is computed here has no history, and the dtypes that it says: autocast would make other ones of them.
-class Bare {
- public:
-  Bare() : no_autocast_(c10::autocast_dispatch_keyset) {}
-
- private:
-  const at::AutoDispatchBelowADInplaceOrView no_autograd_;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast_;
-};
-
 at::Tensor wide(const at::Tensor& tensor) { return tensor.to(accumulator(tensor.scalar_type())); }
+at::TensorOptions wide_there(const at::Tensor& tensor) {
+  return tensor.options().dtype(accumulator(tensor.scalar_type()));
+}
+
+// x [..., I] times a matrix [I, p] in the dtype of sums. What has 16 bits is made wide in parts: these stay in a cache,
+// and elsewhere the memory isn't held of all of it.
+at::Tensor product(const at::Tensor& x, const at::Tensor& matrix) {
+  if (x.scalar_type() == matrix.scalar_type()) return at::matmul(x, matrix);
+  const int64_t elements = int64_t(1) << (x.is_cpu() ? 18 : 25);
+  const at::Tensor rows = x.reshape({-1, x.size(-1)});
+  const int64_t n = rows.size(0), step = std::max<int64_t>(elements / std::max<int64_t>(x.size(-1), 1), 64);
+  if (n <= step) return at::matmul(wide(x), matrix);
+  const at::Tensor out = at::empty({n, matrix.size(1)}, matrix.options());
+  const at::Tensor room = at::empty({step, x.size(-1)}, matrix.options());
+  for (int64_t start = 0; start < n; start += step) {
+    const int64_t some = std::min(step, n - start);
+    const at::Tensor part = room.narrow(0, 0, some).copy_(rows.narrow(0, start, some));
+    at::Tensor made = out.narrow(0, start, some);
+    at::mm_out(made, part, matrix);
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = matrix.size(1);
+  return out.view(shape);
+}
 
 // Positions [B, T, 1] that count for nothing, whatever lies there.
 using Left = std::optional<at::Tensor>;
@@ -146,18 +162,44 @@ at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {
 
 // [B, T, I] to R a, [B, T, p].
 at::Tensor Weight::project_input(const at::Tensor& input) const {
-  const at::Tensor a = wide(input), right = moved_.turned(*form_.right, a);
-  if (!form_.bias) return applied(right, form_.right_sketch, a);
+  const at::Tensor right = moved_.turned(*form_.right, wide_there(input));
+  if (!form_.bias) return applied(right, form_.right_sketch, input);
   const int64_t n = right.size(0) - 1;
-  return applied(right.narrow(0, 0, n), form_.right_sketch, a).add_(right.select(0, n));
+  return applied(right.narrow(0, 0, n), form_.right_sketch, input).add_(right.select(0, n));
 }
 
-// [..., I] times a turned matrix [I, p], or what does the same.
+bool Weight::shares(const at::Tensor& input) const {
+  return form_.layer == Layer::linear && early_ && !form_.right_sketch && input.dim() >= 2 &&
+         at::isFloatingType(input.scalar_type()) && input.size(-1) == form_.right->size(1) - int64_t(form_.bias);
+}
+
+at::Tensor Weight::right_for(const at::TensorOptions& there) const {
+  const Bare bare;
+  return moved_.turned(*form_.right, there).narrow(0, 0, form_.right->size(1) - int64_t(form_.bias));
+}
+
+std::vector<at::Tensor> Weight::keep_for(const std::vector<std::shared_ptr<const Weight>>& weights,
+                                         const at::Tensor& input, const at::Tensor& matrix) {
+  const Bare bare;
+  const at::Tensor all = product(in_positions(input.detach()), matrix);
+  std::vector<at::Tensor> parts;
+  int64_t first = 0;
+  for (const auto& weight : weights) {
+    const at::Tensor& right = *weight->form_.right;
+    parts.push_back(all.narrow(2, first, right.size(0)));
+    if (weight->form_.bias)
+      parts.back().add_(weight->moved_.turned(right, matrix.options()).select(0, right.size(1) - 1));
+    first += right.size(0);
+  }
+  return parts;
+}
+
+// [..., I] times a turned matrix [I, p], or what does the same; in the dtype of sums.
 at::Tensor Weight::applied(const at::Tensor& turned, const std::shared_ptr<const Sketcher>& sketch,
                            const at::Tensor& x) const {
-  if (!sketch || !x.is_cpu() || x.scalar_type() != at::kFloat) return at::matmul(x, turned);
+  if (!sketch || !x.is_cpu() || turned.scalar_type() != at::kFloat) return product(x, turned);
   auto shape = x.sizes().vec();
-  const at::Tensor rows = x.reshape({-1, shape.back()}).contiguous();
+  const at::Tensor rows = wide(x).reshape({-1, shape.back()}).contiguous();
   shape.back() = turned.size(1);
   return sketch->rows(rows)->view(shape);
 }
@@ -165,7 +207,7 @@ at::Tensor Weight::applied(const at::Tensor& turned, const std::shared_ptr<const
 // The same of a convolution's windows: one more convolution, whose weights are the matrix.
 at::Tensor Weight::convolved(const at::Tensor& input) const {
   const Window& window = form_.window;
-  const at::Tensor a = wide(input), right = moved_.turned(*form_.right, a).t();
+  const at::Tensor a = wide(input), right = moved_.turned(*form_.right, a.options()).t();
   const int64_t p = right.size(0), n = right.size(1) - form_.bias, groups = window.groups;
   std::vector<int64_t> shape{groups * p, a.size(1) / groups};
   shape.insert(shape.end(), window.kernel.begin(), window.kernel.end());
@@ -199,24 +241,26 @@ at::Tensor Weight::normal(const at::Tensor& input) const {
   return a.mul(a.square().mean(dims, /*keepdim=*/true).add(form_.eps).rsqrt());
 }
 
-// The gradient as [B, T, O]; of a convolution as [B * groups, T, O / groups], beside the windows of each group.
+// The gradient as [B, T, O]; of a convolution as [B * groups, T, O / groups], beside the windows of each group, and
+// wide.
 at::Tensor Weight::outputs_of(const std::string& who, const at::Tensor& grad) const {
   TORCH_CHECK_VALUE(grad.dim() >= 2, broken_rule(who, "a gradient", "have the batch before its last dimension",
                                                  list_of(grad.sizes()), "Give the model a batch."));
-  if (form_.layer != Layer::conv) return in_positions(wide(grad));
+  if (form_.layer != Layer::conv) return in_positions(grad);
   return wide(grad).flatten(2).unflatten(1, {groups(), -1}).flatten(0, 1).transpose(1, 2);
 }
 
-// [B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p]. The groups of a convolution have other columns of L.
-at::Tensor Weight::project_outputs(const at::Tensor& g) const {
-  if (!form_.left || form_.whole) return g;
-  const at::Tensor left = moved_.turned(*form_.left, g);
+// [B, T, O] to L g, [B, T, p], or of n heads [B, T, n * p], wide. The groups of a convolution have other columns of L.
+at::Tensor Weight::project_outputs(const at::Tensor& given) const {
+  if (!form_.left || form_.whole) return wide(given);
+  const at::Tensor left = moved_.turned(*form_.left, wide_there(given));
+  if (groups() == 1 && left.dim() == 2) return applied(left, form_.left_sketch, given);
+  const at::Tensor g = wide(given);
   if (groups() > 1) {
     const at::Tensor each = left.unflatten(0, {groups(), -1});  // [groups, O / groups, p]
     const at::Tensor by_group = g.unflatten(0, {-1, groups()}).transpose(0, 1).flatten(1, 2);    // [groups, B * T, O']
     return at::bmm(by_group, each).unflatten(1, {-1, g.size(1)}).transpose(0, 1).flatten(0, 1);  // [B * groups, T, p]
   }
-  if (left.dim() == 2) return applied(left, form_.left_sketch, g);
   const int64_t n = left.size(0);
   const at::Tensor by_head = g.unflatten(2, {n, -1}).flatten(0, 1).transpose(0, 1);  // [n, B * T, O / n]
   return at::bmm(by_head, left).transpose(0, 1).reshape({g.size(0), g.size(1), -1});
@@ -254,7 +298,7 @@ at::Tensor Weight::of_norm(const std::string& who, const at::Tensor& kept, const
   at::Tensor each = g.mul(without(flat(kept), left_out));
   if (form_.bias) each = at::cat({each, g}, -1);
   if (!per_token()) each = each.sum(1);
-  if (form_.right) each = at::matmul(each, moved_.turned(*form_.right, each));
+  if (form_.right) each = at::matmul(each, moved_.turned(*form_.right, each.options()));
   if (scores())
     return form_.queries->of_gradients(each.flatten(0, -2)).unflatten(0, each.sizes().slice(0, each.dim() - 1));
   if (form_.row == WeightRow::gradient || form_.row == WeightRow::factors) return each;
@@ -278,7 +322,9 @@ at::Tensor Weight::inputs_of(const at::Tensor& kept, const at::Tensor& given) co
     case Layer::embedding: {
       const at::Tensor tokens = kept.flatten(1);
       if (!form_.right) return tokens;
-      return moved_.turned(*form_.right, given).index_select(0, tokens.flatten()).unflatten(0, tokens.sizes());
+      return moved_.turned(*form_.right, wide_there(given))
+          .index_select(0, tokens.flatten())
+          .unflatten(0, tokens.sizes());
     }
     case Layer::layer_norm:
     case Layer::rms_norm:

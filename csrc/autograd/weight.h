@@ -58,6 +58,13 @@ class Weight {
   // What a forward keeps of its input: projected, where that is smaller.
   at::Tensor keep(const std::string& who, const at::Tensor& input) const;
 
+  // Whether `keep` is a product with R of this input, which may be made for several weights at once; R without its bias
+  // there, turned; and for each of these weights what it keeps, of a matrix that has theirs side by side.
+  bool shares(const at::Tensor& input) const;
+  at::Tensor right_for(const at::TensorOptions& there) const;
+  static std::vector<at::Tensor> keep_for(const std::vector<std::shared_ptr<const Weight>>& weights,
+                                          const at::Tensor& input, const at::Tensor& matrix);
+
   // The rows of one call [B, ...], float32 or float64. `scale`: the factor on the gradient, which is on the rows, too,
   // but where these are pairs of factors.
   at::Tensor rows(const std::string& who, const at::Tensor& kept, const at::Tensor& grad,
@@ -81,7 +88,7 @@ class Weight {
   at::Tensor normal(const at::Tensor& input) const;
   at::Tensor inputs_of(const at::Tensor& kept, const at::Tensor& given) const;
   at::Tensor outputs_of(const std::string& who, const at::Tensor& grad) const;
-  at::Tensor project_outputs(const at::Tensor& g) const;
+  at::Tensor project_outputs(const at::Tensor& given) const;
   at::Tensor sums_of(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const;
   at::Tensor of_whole(const at::Tensor& outputs, const at::Tensor& inputs, bool one) const;
   at::Tensor row_of_whole(const at::Tensor& gradients) const;

@@ -10,7 +10,7 @@ from checkout import ROOT
 
 sys.path.append(str(ROOT))
 
-from bench import weight_norms, weights
+from bench import weight_factors, weight_norms, weight_queries, weights
 from bench.measure import WrongResult
 from bench.weight_ways import CAPTURE, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, bergson_collector, read_index
 
@@ -79,3 +79,36 @@ def test_norms_are_checked_and_timed():
 def test_norms_of_opacus_are_checked_like_ours():
     work = weight_norms.make_work(**weight_norms.QUICK)
     weight_norms.check_ways(work, {name: weight_norms.WAYS[name] for name in weight_norms.OPACUS})
+
+
+def test_factors_are_checked_and_timed():
+    ways = weight_factors.WAYS
+    found = weight_factors.findings(quick=True, ways=ways)
+    assert [row["variant"] for row in found.tables[0].rows] == list(ways)
+    assert len(found.claims) == 1
+
+    def wrong(work):
+        return {name: (a, s * 1.01) for name, (a, s) in weight_factors.python_hooks(work).items()}
+
+    with pytest.raises(WrongResult, match=r"wrong, S at .*: values must be within the computed bound"):
+        weight_factors.findings(quick=True, ways={"wrong": wrong})
+
+
+def test_kronfluences_factors_are_checked_like_ours():
+    pytest.importorskip("kronfluence", reason="kronfluence is not installed")
+    work = weight_factors.make_work(**weight_factors.QUICK)
+    ways = weight_factors.ways_for(work)
+    weight_factors.check_ways(work, {name: ways[name] for name in (weight_factors.KRONFLUENCE,)})
+
+
+def test_scores_of_queries_are_checked_and_timed():
+    (work,) = weights.works(weights.QUICK)
+    found = weight_queries.findings(True, work, weights.factors)
+    assert [row["variant"] for table in found.tables for row in table.rows] == 2 * list(weight_queries.WAYS)
+    assert len(found.claims) == 4
+    assert [weight_queries.products(of)[0] for of in weight_queries.make_works(work).values()] == [
+        12 * 32**2 * (1 + 8 / 8), 12 * 32**2 * (1 + 8 / 8)
+    ]  # fmt: skip
+    wrong = {"wrong": lambda work: weight_queries.python_hooks(work) * 1.01}
+    with pytest.raises(WrongResult, match="wrong: values must be within the computed bound"):
+        weight_queries.findings(True, work, weights.factors, wrong)

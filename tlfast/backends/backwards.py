@@ -21,6 +21,7 @@ from .column import Column, OwnInputs, Step
 from .interface import OwnOfColumn
 from .ledger import Block, Ledger
 from .recipe import Seen
+from .shared_inputs import SharedInputs
 from .streams import StepInput, current_stream, read_on
 
 
@@ -207,6 +208,7 @@ class Backwards:
         self._batch = Batch()
         self._calls_before = 0  # those until the last backward ended
         self._lock = threading.RLock()
+        self.shared_inputs = SharedInputs()
         self.look_around(n_leaving=0)
 
     def add(self, point: Point) -> None:
@@ -352,6 +354,7 @@ class Backwards:
             _finish_totals(self.points, run)
             self.ledger.commit(run.block, missing)
             self._calls_before = self.n_calls
+            self.shared_inputs.forget()
             self._forget(run)
 
     def _check_whole(self, task: int, run: Backward, missing: list[int]) -> None:

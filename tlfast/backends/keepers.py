@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import broken_rule
-from .backwards import Pending, Point
+from .backwards import Backwards, Pending, Point
 from .calls import Call
 from .column import Column
 from .recipe import Seen
@@ -30,8 +30,10 @@ class Keeper(ABC):
     def gradient(self, call: Call, seen: Seen) -> None:
         """What was seen of one call: plain memory, without a history."""
 
-    def keep_of_input(self, who: str, given: torch.Tensor) -> list[torch.Tensor]:
-        """What each call is to keep of its input."""
+    def keep_of_input(self, who: str, given: torch.Tensor, sharing: Backwards | None) -> list[torch.Tensor]:
+        """What each call is to keep of its input. ``sharing``: the capture's backwards where what several modules read
+        may be projected for all of them at once.
+        """
         return []
 
     def output(self, kept: torch.Tensor | None) -> None:  # noqa: B027 (most keep none)
@@ -46,9 +48,12 @@ class ColumnsKeeper(Keeper):
         self.reads_outputs = any(column.recipe.reads_act for column in columns)
         self.reads_inputs = any(column.recipe.weight is not None for column in columns)
 
-    def keep_of_input(self, who: str, given: torch.Tensor) -> list[torch.Tensor]:
-        weights = [column.recipe.weight for column in self.columns]
-        return [weight.keep(who, given) for weight in weights if weight is not None]
+    def keep_of_input(self, who: str, given: torch.Tensor, sharing: Backwards | None) -> list[torch.Tensor]:
+        weights = [column.recipe.weight for column in self.columns if column.recipe.weight is not None]
+        if sharing is None:
+            return [weight.keep(who, given) for weight in weights]
+        n_ended = sharing.ledger.n_ended
+        return [sharing.shared_inputs.keep(who, weight, given, n_ended) for weight in weights]
 
     def gradient(self, call: Call, seen: Seen) -> None:
         everything, grad = seen, seen.grad

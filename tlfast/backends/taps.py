@@ -84,7 +84,7 @@ def _fire(
     """Fire a tap from compiled code, where a tap is a number; ``token`` only keeps the call from being dropped."""
     tap = _ALIVE.get(number)
     if tap is not None:
-        kept = [] if input is None or not tap.backwards.active else tap.keep_of_input(input)
+        kept = [] if input is None or not tap.backwards.active else tap.keep_of_input(input, compiled=True)
         tap.fire(grad, Call(tap, "compiled"), output, kept)
 
 
@@ -135,9 +135,12 @@ class Tap:
         """Whether each call keeps something of its input for its backward."""
         return self.keeper.reads_inputs
 
-    def keep_of_input(self, given: torch.Tensor) -> list[torch.Tensor]:
-        """What a call is to keep of its input."""
-        return self.keeper.keep_of_input(self.who, plain(self.who, SIDES["input"], given))
+    def keep_of_input(self, given: torch.Tensor, compiled: bool = False) -> list[torch.Tensor]:
+        """What a call is to keep of its input. In compiled code a tensor may be changed without a new version, so that
+        nothing of it is shared with other modules.
+        """
+        sharing = None if compiled else self.backwards
+        return self.keeper.keep_of_input(self.who, plain(self.who, SIDES["input"], given), sharing)
 
     @property
     def others(self) -> str | None:

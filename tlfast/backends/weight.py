@@ -111,6 +111,26 @@ class Weight:
                 return given
             return self._normal(given)
 
+    def shares(self, given: torch.Tensor) -> bool:
+        """Whether `keep` is a product with R of this input, which may be made for several weights at once."""
+        if self.layer != "linear" or not self._early or given.dim() < 2 or not given.is_floating_point():
+            return False
+        return self.right is not None and given.shape[-1] == self.right.shape[1] - self.bias
+
+    @staticmethod
+    def keep_for(weights: Sequence[Weight], given: torch.Tensor) -> list[torch.Tensor]:
+        """What each of these weights, which share an input, keeps of it."""
+        with _bare(given):
+            a = _wide(_in_positions(given.detach()))
+            rights = [weight._like(weight.right, a) for weight in weights if weight.right is not None]
+            turned = [right[:, : a.shape[-1]].T for right in rights]
+            product = a @ (turned[0] if len(turned) == 1 else torch.cat(turned, 1))
+            parts = list(product.split([len(right) for right in rights], -1))
+            for weight, right, part in zip(weights, rights, parts, strict=True):
+                if weight.bias:
+                    part += right[:, -1]
+            return parts
+
     def rows(
         self, who: str, kept: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, scale: float = 1.0
     ) -> torch.Tensor:
