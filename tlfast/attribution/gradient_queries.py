@@ -11,6 +11,7 @@ from torch import nn
 from ..collecting.options import CollectOptions
 from ..errors import broken_rule
 from ..hooks.captured import Capture
+from ..hooks.experts import submodule
 from ..hooks.layers import find_layer
 from ..spec import Query, Spec
 from .passes import Passes
@@ -34,7 +35,7 @@ def gradients_of(
         chosen = []
         for point in passes.enter(1, passes.specs).wanted.values():
             name, spec = point
-            layer = find_layer(WHO, name, model.get_submodule(name))
+            layer = find_layer(WHO, name, submodule(model, name))
             smaller = rank * (layer.n_outputs + layer.n_inputs) < layer.n_outputs * layer.n_inputs
             tokens = passes.has_tokens and name not in unmasked and spec.project is None and options.calls == "raise"
             if tokens and smaller and layer.kind == "linear":
