@@ -191,3 +191,17 @@ def test_refusals():
         with pytest.raises(ValueError, match=text), cap.batch(mask=mask[:, 1:]):
             loss(model, ids, mask).backward()
         loss(model, ids, mask).backward()
+
+
+def test_some_experts_by_their_names(backend):
+    model, (ids, mask) = made("qwen3"), inputs()
+    points = ["layers.1.mlp.experts.expert_3.down_proj", "layers.*.mlp.experts.expert_[01].gate_*"]
+    with tlfast.capture(model, Spec(points, of="weight"), rows=4, backend=backend) as cap, cap.batch(mask=mask):
+        loss(model, ids, mask).backward()
+    wanted = truths(model, POINTS)
+    of_both = [f"{point}.expert_{k}.gate_up_proj:weight" for point in POINTS for k in (0, 1)]
+    assert sorted(cap.names) == sorted([*of_both, "layers.1.mlp.experts.expert_3.down_proj:weight"])
+    for name in cap.names:
+        assert_near(cap[name], wanted[name.removesuffix(":weight")], 1)
+    with pytest.raises(ValueError, match=r'expert_3.down_proj must be of="weight" at a matrix of an expert'):
+        tlfast.capture(model, points[0], rows=4)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import broken_rule
 from ..hooks.captured import Capture
+from ..hooks.experts import ExpertLayer, submodule
 from ..spec import Per, Spec, one_of
 
 
@@ -69,7 +70,10 @@ def mean_gradient_norm(model: nn.Module, cap: Capture) -> float:
         if spec.project is not None:
             rule, remedy = "have norms of whole gradients", "Leave project= out."
             raise ValueError(broken_rule(who, "cap", rule, f"projected ones at {point!r}", remedy))
-        module: Any = model.get_submodule(point)
+        module: Any = submodule(model, point)
+        if isinstance(module, ExpertLayer):
+            rule, remedy = "be of layers that have a weight of their own", "Leave experts out."
+            raise ValueError(broken_rule(who, "cap", rule, repr(point), remedy))
         bias = getattr(module, "bias", None) if spec.bias else None
         for parameter in [module.weight, *([] if bias is None else [bias])]:
             if parameter.grad is None:

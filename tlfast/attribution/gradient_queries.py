@@ -13,6 +13,7 @@ from ..collecting.passes import Passes
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from ..hooks.captured import Capture
+from ..hooks.experts import submodule
 from ..hooks.layers import find_layer
 from ..spec import Query, Spec
 from .queries import WHO
@@ -42,7 +43,7 @@ def gradients_of(
         chosen = []
         for point in passes.enter(1, passes.specs).wanted.values():
             name, spec = point
-            layer = find_layer(WHO, name, model.get_submodule(name))
+            layer = find_layer(WHO, name, submodule(model, name))
             smaller = rank * (layer.n_outputs + layer.n_inputs) < layer.n_outputs * layer.n_inputs
             tokens = passes.has_tokens and name not in unmasked and spec.project is None and options.calls == "raise"
             if tokens and smaller and layer.kind == "linear":

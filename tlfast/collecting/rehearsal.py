@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -105,12 +106,17 @@ def rehearse(run: Run, unused: Sequence[str] = ()) -> Rehearsal:
         type(model).__name__, task_of(run.model), ", ".join(sorted(map(str, probed.devices))),
         describe_loss(run.loss, options.identity, options.header)[0]["loss"], probed.columns,
         {
-            column: f"{len(summed[column])} modules" if column in summed else type(names.get(point)).__name__
+            column: f"{len(summed[column])} modules" if column in summed else _kind(names, point)
             for column, (point, _) in points.items()
         },
         plan, sum(run.examples.lengths()), len(run.bad), sum(map(len, parts)),
         seconds * n_positions / n_timed, n_tried, str(run.out), has_units(run.out), unused,
     )  # fmt: skip
+
+
+def _kind(names: Mapping[str, Any], point: str) -> str:
+    """What a point is: a module, or that of the experts of which it is one's matrix."""
+    return type(names.get(point, names.get(point.rpartition(".expert_")[0]))).__name__
 
 
 def _sizes(run: Run, examples: Sequence[Example]) -> list[int]:

@@ -284,7 +284,13 @@ class Capture:
 
     def _find_for(self, spec: Spec) -> dict[str, Any]:
         found = self._find(spec.points)
-        return weighted_modules("capture", self._model, spec, found) if spec.of == "weight" else found
+        if spec.of == "weight":
+            return weighted_modules("capture", self._model, spec, found)
+        expert = next((name for name, module in found.items() if isinstance(module, ExpertLayer)), None)
+        if expert is not None:
+            rule, remedy = 'be of="weight" at a matrix of an expert', "Nothing is called there in the forward."
+            raise ValueError(broken_rule("capture", f"the point {expert}", rule, f"of={spec.of!r}", remedy))
+        return found
 
     def _find(self, points: Points) -> dict[str, Any]:
         return find_points("capture", self._model, points)

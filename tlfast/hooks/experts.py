@@ -8,7 +8,7 @@ what is captured there is the gradient of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,21 +54,46 @@ def is_experts(module: Any) -> bool:
     return known and all(isinstance(one, nn.Parameter) and one.dim() == 3 for one in (down, up))
 
 
-def expert_layers(who: str, name: str, module: nn.Module) -> dict[str, ExpertLayer]:
-    """The matrices of the experts of a module by their names, ``{name}.expert_{number}.{parameter}``, as bergson's are.
-
-    Raises:
-        ValueError: for a module that does another thing than experts do, as a trial shows.
-    """
-    made = {
+def expert_layers(name: str, module: nn.Module) -> dict[str, ExpertLayer]:
+    """The matrices of a module's experts by their names, ``{name}.expert_{number}.{parameter}``, as bergson's are."""
+    return {
         f"{name}.expert_{number}.{parameter}".removeprefix("."): ExpertLayer(module, parameter, number)
         for number in range(getattr(module, _DOWN).shape[0])
         for parameter in (_up_of(module), _DOWN)
     }
-    if not _does_as_experts(module):
-        rule, got = "do what experts do", f"{name}, a {type(module).__name__} that does another thing"
-        raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
-    return made
+
+
+def all_expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of all experts of a model."""
+    return {
+        layer: one
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for layer, one in expert_layers(name, module).items()
+    }
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """A module, or a matrix of an expert, by its name."""
+    inside, _, rest = name.rpartition(".expert_")
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        number, _, parameter = rest.partition(".")
+        return ExpertLayer(model.get_submodule(inside), parameter, int(number))
+
+
+def check_experts(who: str, layers: Mapping[str, nn.Module]) -> None:
+    """ValueError for matrices of experts whose module does another thing than experts do, as a trial shows."""
+    tried: set[int] = set()
+    for name, layer in layers.items():
+        if not isinstance(layer, ExpertLayer) or id(layer.experts) in tried:
+            continue
+        tried.add(id(layer.experts))
+        if not _does_as_experts(layer.experts):
+            inside, kind = name.rpartition(".expert_")[0], type(layer.experts).__name__
+            rule, got = "do what experts do", f"{inside}, a {kind} that does another thing"
+            raise ValueError(broken_rule(who, "points", rule, got, "Leave this point out."))
 
 
 class RoutedCalls:
@@ -210,12 +235,12 @@ def _activated(module: Any, up: torch.Tensor) -> torch.Tensor:
 def _does_as_experts(module: Any) -> bool:
     """Whether a module makes of drawn tokens what its experts would, each by its matrices and its activation."""
     weight = getattr(module, _DOWN)
-    n_experts, draw = weight.shape[0], torch.Generator().manual_seed(0)
+    n_experts, draw = min(2, weight.shape[0]), torch.Generator().manual_seed(0)  # all may be too many to try
     size = ExpertLayer(module, _DOWN, 0).n_outputs
     try:
         with torch.no_grad():
             hidden = torch.randn(_TOKENS, size, generator=draw).to(weight)
-            index = torch.stack([torch.randperm(n_experts, generator=draw)[:2] for _ in range(_TOKENS)])
+            index = torch.stack([torch.randperm(n_experts, generator=draw) for _ in range(_TOKENS)])
             index = index.to(weight.device)
             weights = (torch.rand(index.shape, generator=draw) + 0.5).to(weight)
             found = module.forward(hidden, index, weights)

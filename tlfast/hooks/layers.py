@@ -16,7 +16,7 @@ from ..projections.applying import SKETCHES, native_sketch
 from ..projections.kept import once
 from ..projections.projection import Projection, Role
 from ..spec import Spec
-from .experts import ExpertLayer, expert_layers, is_experts
+from .experts import ExpertLayer, check_experts, expert_layers, is_experts
 from .layer_trial import conv1d_of_transformers, does_as_known
 from .points import as_list, is_glob, named_points
 from .queries import check_named, queries_at
@@ -51,7 +51,7 @@ class Layer:
 
 def owns_weight(module: nn.Module) -> bool:
     """Whether a module has parameters of its own, which a glob for weights means."""
-    return any(parameter is not None for parameter in module._parameters.values())
+    return isinstance(module, ExpertLayer) or any(parameter is not None for parameter in module._parameters.values())
 
 
 def find_layer(who: str, name: str, module: nn.Module) -> Layer:
@@ -148,16 +148,18 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
         rule = 'match a module with a weight of its own with of="weight"'
         raise ValueError(broken_rule(who, "points", rule, "none", "Name layers."))
     owners: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
     for name, module in kept.items():
         own = [module._parameters.get("weight")]
-        own = [*module._parameters.values()] if is_experts(module) else own
+        experts = module.experts if isinstance(module, ExpertLayer) else module
+        own = [*experts._parameters.values()] if is_experts(experts) else own
         sharing = [owners.get(id(one), []) for one in own]
         shared = next((names for names in sharing if len(names) > 1), None)
-        around = model.get_submodule(name.rpartition(".")[0])
+        around = modules.get(name.rpartition(".")[0])
         if isinstance(around, nn.MultiheadAttention) and name:
             rule, got = "be modules that are called", f"{name}, whose weight a MultiheadAttention takes by itself"
             raise TypeError(broken_rule(who, "points", rule, got, "Leave it out: what it is given isn't seen."))
@@ -168,8 +170,9 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
     kept = {
         layer: one
         for name, module in kept.items()
-        for layer, one in (expert_layers(who, name, module) if is_experts(module) else {name: module}).items()
+        for layer, one in (expert_layers(name, module) if is_experts(module) else {name: module}).items()
     }
+    check_experts(who, kept)
     check_named(who, spec, kept)
     check_normalizers(who, spec.normalizer, kept)
     return kept

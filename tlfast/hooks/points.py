@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import broken_rule
 from ..spec import Points
+from .experts import all_expert_layers
 
 
 def glob_to_regex(glob: str) -> re.Pattern[str]:
@@ -126,8 +127,10 @@ def find_points(who: str, model: nn.Module, points: Points, argument: str = "poi
     points = named_points(who, model, points, argument)
     names = [] if callable(points) else as_list(points)
     modules = once = dict(model.named_modules())
+    if any(isinstance(name, str) and ".expert_" in name for name in names):
+        modules = once = once | {name: one for name, one in all_expert_layers(model).items() if name not in once}
     if any(name not in once for name in names if isinstance(name, str) and not is_glob(name)):
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = modules | dict(model.named_modules(remove_duplicate=False))
     if "" not in names:  # the model itself is a point only by its name
         modules.pop("", None)
     found = {name: modules[name] for name in match_names(who, modules, points, argument, once.keys())}

@@ -193,13 +193,13 @@ OWN = some_rows(columns=("h.0", "x"))
 REFUSED = {
     "own scheme": ({"specs": odd({"scheme": "tlfast-1"})}, "scheme of the projection must be bergson-2, got tlfast-1"),
     "no scheme": ({"specs": [SPEC | {"project": {"dim": 4}}]}, r"be bergson-2, got tlfast-1\. Bergson makes matri"),
-    "one-sided": ({"specs": odd({"form": "one-sided"})}, "projection must be two-sided for each module, got one-s"),
+    "one-sided": ({"specs": odd({"form": "one-sided"})}, "for each module, or one-sided and summed, got one-s"),
     "sketch": ({"specs": odd({"nonzeros": 2})}, "must have no other settings than dim, .*, got nonzeros"),
     "normalized": ({"specs": odd({}, normalize="adam")}, "spec of rows of weights must say nothing .*'adam'"),
     "norms": ({"specs": [SPEC | {"reduce": "norm"}]}, "rows of weights must say nothing .* got reduce='norm'"),
-    "per token": ({"specs": [SPEC], "per": "token"}, r"point 'h\.0:weight' must be projected to have rows per token"),
+    "per token": ({"specs": [SPEC], "per": "token"}, r"point 'h\.0:weight' must be projected to have rows per tok"),
     "nothing said": ({"specs": []}, "dataset must say in its header, under specs, how rows of weights were"),
-    "two": ({"specs": [SPEC, *odd({})]}, r"projection and bias must be the same .*, got \(None, False\) and \({'dim'"),
+    "two": ({"specs": [SPEC, *odd({})]}, r"projection, bias and summed must be the same .*, got \(None, False"),
     "shape": ({"specs": odd({"dim": 5})}, r"point 'h\.0:weight' must have rows of \[5, 5\], got \[4, 4\]\. Leave it"),
     "not all of weights": ({"of": {"h.0:weight": "weight", "x:weight": "grad"}}, "point 'x:weight' must be of weig"),
     "outside": (

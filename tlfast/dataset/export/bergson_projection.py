@@ -164,7 +164,7 @@ def modules_of(
         rule = f"have rows of [{dim}, {dim}]"
         raise dataset_error(_WHO, f"point {name!r}", rule, list(shape), remedy)
     if dim is None and column.per == "token":
-        rule = "say of rows per token how many numbers of the outputs they have"
+        rule = "be projected to have rows per token, or be factors whose sizes the dataset notes"
         raise dataset_error(_WHO, f"point {name!r}", rule, f"rows of {list(shape)}", remedy)
     size = prod(one) if dim is None else dim * dim
     return {f"{module}.head_{head}": size for head in range(n_heads)} or {module: size}
