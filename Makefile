@@ -138,6 +138,8 @@ test-peers: build/peers/installed ## beside bergson, nnsight, SAELens, Transform
 
 build/peers/installed: $(STAMPS)/torch | $(STAMPS)/install
 	$(call BESIDE,build/peers,$(PEERS))
+	@# bergson asks for them, and imports neither. Theirs on the registry fit a torch for CUDA, and transformers takes what it finds.
+	@build/peers/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio
 
 bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
 	$(PY) -m bench $(BENCH_ARGS)
