@@ -55,7 +55,7 @@ def test_gradients_are_those_that_the_rules_make(backend, attach, monkeypatch):
     model, x = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6), Gate()), inputs()
     setup = Setup(model, POINTS, lambda: uneven(model(x)))
     plain = activation_gradients(setup)
-    cap = tlfast.capture(model, POINTS, rows=3, attach=attach, backend=backend)  # made before, entered inside
+    cap = tlfast.capture(model, POINTS, rows=4, attach=attach, backend=backend)  # made before, entered inside
     for kind, forward in RULES:
         monkeypatch.setattr(kind, "forward", forward)
     right = activation_gradients(setup)

@@ -150,7 +150,8 @@ class Run:
         return CachingTaps(self.engine, self.points, names, selects, self.calls, lists)
 
     def _entered(self, place: int, point: Any, args: Any) -> None:
-        self.entered.setdefault(place, self.taps.cache.n_outputs)
+        if self.taps.backwards.runs_here:
+            self.entered.setdefault(place, self.taps.cache.n_outputs)
 
     def backward(self, value: Any, params: bool) -> None:
         """The gradients of one scalar."""
