@@ -129,9 +129,7 @@ def test_layers_that_lose_the_gradient_are_refused(tmp_path):
     model = quantised_model()
     layer = model.model.layers[1].mlp.up_proj.base
     layer.weight = torch.nn.Parameter(LosesTheGradient(layer.weight.codes, layer.weight.scales), requires_grad=False)
-    text = (
-        r"collect: model must have layers with a backward, got .*LosesTheGradient at model\.layers\.1\.mlp\."
-    )
+    text = r"collect: model must have layers with a backward, got .*LosesTheGradient at model\.layers\.1\.mlp\."
     with pytest.raises(ValueError, match=text):
         collect(model, tmp_path / "out", EXAMPLES, points=POINTS)
     assert not (tmp_path / "out").exists()

@@ -96,6 +96,14 @@ def test_sounds_of_several_lengths(folder, tmp_path, capsys):
             assert torch.allclose(ds[point][k], grad[0].sum(0), rtol=1e-3, atol=1e-5), (k, point)
 
 
+def test_a_mean_over_what_padding_adds_is_refused(folder, tmp_path, capsys):
+    complaint = complaint_of(capsys, words(folder, "sound", "sounds.parquet", tmp_path / "out", audio_column="audio"))
+    assert (
+        "(a batch of 2). The loss must be a sum over examples, and no mean go over what pads shorter ones" in complaint
+    )
+    assert main(words(folder, "sound", "sounds.parquet", tmp_path / "o", audio_column="audio", batch_examples=1)) == 0
+
+
 def test_speech_and_its_text(folder, tmp_path, capsys):
     given = words(
         folder, "whisper", "sounds.parquet", tmp_path / "out", audio_column="audio", response_column="text",

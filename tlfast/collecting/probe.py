@@ -329,7 +329,12 @@ class Probe:
         got = f"a row at {column} that is off by {off:.2g} of its size, where rounding explains {explained:.2g}"
         if not self.pads:
             remedy = "The loss must be a sum over examples; batch_tokens=1 (--batch-tokens 1) takes each alone."
-            got += f" (a batch of {lengths} tokens)"
+            got += f" (a batch of {f'{lengths} tokens' if self.has_tokens else len(together.examples)})"
+            if not self.has_tokens:
+                remedy = (
+                    "The loss must be a sum over examples, and no mean go over what pads shorter ones (--reduce sum);"
+                    " batch_examples=1 (--batch-examples 1) takes each alone."
+                )
         else:
             remedy = self._without_padding()
             other: PaddingSide = "right" if side == "left" else "left"
