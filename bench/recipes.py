@@ -228,7 +228,7 @@ def run(quick: bool = False) -> Result:
     """Measure all of them."""
     warnings.simplefilter("ignore")  # TransformerLens says at every norm which path it takes
     found = version("transformer-lens")
-    rounds, pairs = (2, 4) if quick else (5, PAIRS)
+    rounds, pairs = (2, 4) if quick else (7, PAIRS)
     settings = {"transformer_lens": found, "rounds": rounds, "pairs": pairs, "length": LENGTH, "batch": BATCH}
     result = Result(f"recipes-{found}", PREDICTION, settings | {"quick": quick})
     model, (clean, corrupted) = build(LAYERS, WIDTH, HEADS, LENGTH).eval(), prompts(pairs, LENGTH)

@@ -152,6 +152,9 @@ def first(logits, batch):
     [
         (r"metric must return \[1\], a number each, got \[1, 6\]", {"metric": lambda logits, batch: logits[:, :, 0]}),
         (r"metric must return a tensor, got float", {"metric": lambda logits, batch: 1.0}),
+        ("metric must have a gradient, got a value without a graph",
+         {"metric": lambda logits, batch: logits.argmax(2)[:, -1].float()}),
+        ("batches must hold examples, got none", {"batch": []}),
         ("tokenizer must be given for texts, got None", {"batch": ["text"]}),
         ('padding_side must be "right" or "left", got \'both\'', {"padding_side": "both"}),
         ("batch_examples must be a positive number, got 0", {"batch_examples": 0}),
@@ -164,7 +167,7 @@ def first(logits, batch):
 def test_what_is_refused(function, text, changed):
     settings = {"batch": EXAMPLES[:1], "metric": first} | changed
     model = tiny_model("gpt2")
-    with pytest.raises((ValueError, TypeError), match=text):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=f"{function.__name__}: {text}"):
         function(model, settings.pop("batch"), settings.pop("metric"), **settings)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -175,6 +178,11 @@ def test_what_is_refused(function, text, changed):
     [
         ("steps must be a positive number, got 0", {"steps": 0}),
         ("baseline must be a tensor, the number of a token, or None, got '", {"baseline": "zero"}),
+        ("baseline must be a token of the 256, got 256", {"baseline": 256}),
+        (r"baseline must be \[D\], or \[P, D\] where all have one length, got \[1, 3, 16\] for examples of several",
+         {"inputs": [[1, 2, 3], [4, 5]], "baseline": torch.zeros(1, 3, 16)}),
+        (r"baseline must be \[D\], or \[P, D\] where all have one length, got \[2, 3, 16\] for several examples",
+         {"inputs": [[1, 2, 3], [4, 5, 6]], "baseline": torch.zeros(2, 3, 16)}),
         (r"baseline must broadcast to \[1, 6, 16\], got \[7\]", {"baseline": torch.zeros(7)}),
         ("embedding must be left out for a floating-point input, got str",
          {"inputs": torch.zeros(2, 3), "embedding": "0"}),

@@ -10,7 +10,7 @@ from stream_model import HEADS, WIDTH, Stream, difference, pairs
 from tiny_models import N_TOKENS, tiny_model
 from torch import nn
 
-from tlfast.recipes import attribution_patching
+from tlfast.recipes import attribution_patching, native_forms
 
 POINTS = {
     "gpt2": ("transformer.h.*", "transformer.h.*.attn.c_proj", 2),
@@ -84,7 +84,10 @@ def test_scores_are_the_plain_formula_on_hugging_face_models(kind):
         for name, scores in found.scores.items():
             terms = truth[name].unflatten(2, (heads, -1)) if granularity == "head" else truth[name]
             assert close(scores, terms, dims), (name, granularity)
-    assert torch.equal(found.metric, difference(model(corrupted).logits).detach())
+    assert torch.allclose(found.metric, difference(model(corrupted).logits).detach(), rtol=1e-4, atol=1e-6)
+    if kind == "llama":  # two heads of keys, shared by four of queries
+        keys = attribution_patching(model, *given, difference, "model.layers.*.self_attn.k_proj", "head", side="output")
+        assert {scores.shape for scores in keys.scores.values()} == {(5, 2)}
 
 
 @pytest.mark.parametrize("padded", ["left", "right"])
@@ -270,6 +273,22 @@ WRONG = {
         dict(model=TWICE, points="1", metric=first_logit),
         "a point must be called once in a forward, got 1, 2 times",
     ),
+    "no heads there": (
+        dict(points="transformer.h.0.attn", granularity="head"),
+        "what an output projection is given, or queries, keys and values, got transformer.h.0.attn (input)",
+    ),
+    "a stream": (dict(points="transformer.h.0", granularity="head", side="output"), "points must be a point of heads"),
+    "an MLP": (dict(points="transformer.h.0.mlp.c_proj", granularity="head"), "points must be a point of heads"),
+    "no heads": (dict(points="transformer.h.0.attn.c_proj", granularity="head", heads=0), "heads must be a positive"),
+    "one prompt": (
+        dict(clean=TOKENS[0], corrupted=TOKENS[0]),
+        "clean must be [pairs, P], of a position or more, got [7]",
+    ),
+    "no tokens": (
+        dict(clean=TOKENS[:, :0], corrupted=TOKENS[:, :0]),
+        "clean must be [pairs, P], of a position or more",
+    ),
+    "a name": (dict(model="gpt2"), "model must be an nn.Module, got str"),
     "no point": (dict(points="transformer.z"), "points must match a module, got 'transformer.z'"),
 }
 
@@ -281,6 +300,33 @@ def test_what_does_not_go_together_is_an_error(case):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=re.escape(text)) as error:
         attribution_patching(**{**given, **changed})
     assert str(error.value).startswith("attribution_patching: ")
+
+
+def test_activations_that_are_written_out_run_as_torchs_own():
+    """But not one that somebody has put a rule in the place of, nor in 16 bits, where each operation rounds."""
+    model, x = tiny_model(), torch.linspace(-4, 4, 101)
+    first, second = (block.mlp.act for block in model.transformer.h)
+    written, narrow = first(x), first(x.bfloat16())
+    second.forward = lambda x: 2 * x
+    with native_forms.native_forms(model, []):
+        assert type(first(x.clone().requires_grad_()).grad_fn).__name__ == "GeluBackward0"
+        assert torch.allclose(first(x), written, atol=1e-6)
+        assert torch.equal(first(x.bfloat16()), narrow)
+        assert torch.equal(second(x), 2 * x)
+    assert "forward" not in vars(first)
+    assert torch.equal(first(x), written)
+    kind, before = type(first), type(first).forward
+    try:
+        kind.forward = lambda self, x: 3 * x  # as rules of relevance do
+        with native_forms.native_forms(model, []):
+            assert torch.equal(first(x), 3 * x)
+    finally:
+        kind.forward = before
+
+
+def test_a_recipe_is_not_called_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"must be made outside of torch\.inference_mode"):
+        attribution_patching(tiny_model(), TOKENS, TOKENS, difference, "transformer.h.0")
 
 
 def test_a_point_that_the_metric_does_not_reach_is_an_error():

@@ -73,7 +73,7 @@ ROOMS = (
     (
         "recipes",
         (
-            ("pairs", "places", "products"),
+            ("native_forms", "pairs", "places", "products"),
             ("norms", "patching"),
             ("projection_heads", "residual_graph"),
             ("additivity", "decoder_graph"),

@@ -8,6 +8,7 @@ from host_adapter import adapter, adopt, counting
 from lens_models import MODELS, WIDTH, hooked_transformer, state, tokens
 
 import tlfast.transformer_lens as lens
+from tlfast.recipes import attribution_patching
 
 pytestmark = pytest.mark.peers("sae_lens")
 POINT = "blocks.0.hook_resid_post"
@@ -128,3 +129,22 @@ def test_a_capture_of_features_of_an_sae_in_a_context(model, backend):
         model(tokens(), return_type="loss").backward()
     assert cap.rows == 2
     assert not [name for name in model.hook_dict if "sae" in name]
+
+
+@pytest.mark.parametrize("kind, more", [("Standard", {}), ("JumpReLU", {}), ("Gated", {}), ("TopK", {"k": 5})])
+def test_latents_and_what_they_do_not_explain_add_up_to_the_node(kind, more):
+    made, draw = hooked_transformer(saes.HookedSAETransformer).eval(), torch.Generator().manual_seed(5)
+    config = getattr(saes, f"{kind}SAEConfig")(
+        d_in=WIDTH, d_sae=N_FEATURES, metadata=saes.saes.sae.SAEMetadata(hook_name=POINT), **more
+    )
+    own = getattr(saes, f"{kind}SAE")(config)
+    with torch.no_grad():
+        for param in own.parameters():
+            param.copy_(torch.randn(param.shape, generator=draw) * 0.3)
+    given = (made, tokens(5, 1), tokens(5, 2), lambda logits, pairs: logits[:, -1, 0] - logits[:, -1, 1])
+    found = attribution_patching(*given, {POINT: own}, "latent", batch_size=2)
+    node = attribution_patching(*given, POINT)[POINT]
+    assert found[POINT].shape == (5, N_FEATURES)
+    both = found[POINT].sum(1) + found[f"{POINT}:error"]
+    assert torch.allclose(both, node, atol=1e-5 * float(node.abs().max()))
+    assert all(param.grad is None for param in own.parameters())

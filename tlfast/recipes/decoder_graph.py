@@ -220,13 +220,15 @@ def _check_sum(who: str, name: str, whole: torch.Tensor, terms: list[torch.Tenso
 
 def _matrix(who: str, call: _Call) -> torch.Tensor:
     """The weight of a linear module as [out, in], float32 or wider, whichever way it keeps it."""
-    weight, bias = call.module.weight, getattr(call.module, "bias", None)  # type: ignore[union-attr]
+    weight: Any = call.module.weight
+    bias: Any = getattr(call.module, "bias", None)
     given = call.read
     for matrix in (weight.detach(), weight.detach().T):
         if matrix.shape == (call.out.shape[-1], given.shape[-1]) and matrix.dtype == given.dtype:
             made = linear(given, matrix, bias)
             if _apart(call.made, [made])[0] <= 1:
-                return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+                wide: torch.Tensor = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+                return wide
     remedy = "Merge adapters into the weights, and load them without quantization."
     got = f"{call.name}, a {type(call.module).__name__}"
     raise ValueError(broken_rule(who, "every projection", "be a product with its weight", got, remedy))

@@ -14,8 +14,9 @@ from ..errors import broken_rule
 from ..hooks.freeze import Embedding, at_work
 from .additivity import Additivity
 from .decoder_graph import decoder_graph
+from .native_forms import native_forms
 from .norms import Norm
-from .pairs import Inputs, Metric, Pairs, call, check_pairs, in_batches, metric_of
+from .pairs import Inputs, Metric, Pairs, call, check_model, check_pairs, in_batches, metric_of
 from .places import Place, Watch, hook_dict_of
 from .products import outer_into
 from .residual_graph import Reader, ResidualGraph, residual_graph
@@ -116,6 +117,7 @@ def eap(
             print(writer, reader, score)
     """
     who = "eap"
+    check_model(who, model)
     n_pairs = check_pairs(who, clean, corrupted)
     if type(ig_steps) is not int or ig_steps < 1:
         raise ValueError(broken_rule(who, "ig_steps", "be 1 or more", repr(ig_steps), "1 is EAP, more EAP-IG."))
@@ -165,7 +167,7 @@ class Edges:
     ) -> torch.Tensor:
         """Take all pairs through the model, which is at work; returns the metric of the corrupted inputs."""
         n_pairs, values = check_pairs(self.who, clean, corrupted), []
-        with _Watched(self, model):
+        with native_forms(model, [place.module for place in self.places]), _Watched(self, model):
             for _, pairs in in_batches(self.who, clean, corrupted, batch_size, n_pairs):
                 for step in range(ig_steps):
                     out = self.forward(model, pairs, step / ig_steps)

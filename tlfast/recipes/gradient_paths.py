@@ -18,6 +18,7 @@ from ..errors import broken_rule
 from ..hooks.freeze import at_work
 from .attributions import Attributions, token_texts
 from .metric import Examples, Metric, checked_values, device_of, embedding_of, values_of
+from .pairs import check_model
 
 _WHO = "integrated_gradients"
 # Runs the model where the point of the path is put in: (points [n * B, ...], n copies) -> the metric [n * B].
@@ -73,6 +74,7 @@ def integrated_gradients(
         >>> torch.allclose(torch.stack(found.scores), x * model.weight[0] * (x @ model.weight[0])[:, None], atol=1e-5)
         True
     """
+    check_model(_WHO, model)
     if type(steps) is not int or steps < 1:
         raise ValueError(broken_rule(_WHO, "steps", "be a positive number", repr(steps), "Give 32."))
     if type(batch_examples) is not int or batch_examples < 1:
@@ -256,6 +258,10 @@ class _Put:
 
     def of_token(self, token: int, device: torch.device) -> torch.Tensor:
         """What the module makes of one token [D]."""
+        most = getattr(self._module, "num_embeddings", None)
+        if token < 0 or (most is not None and token >= most):
+            rule = "be a token from 0 on" if most is None else f"be a token of the {most}"
+            raise ValueError(broken_rule(_WHO, "baseline", rule, token, "Check the tokenizer."))
         with torch.no_grad():
             self._module(torch.tensor([[token]], device=device))
         assert self._seen is not None

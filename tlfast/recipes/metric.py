@@ -19,6 +19,7 @@ from ..hooks.points import find_points
 
 # Of the logits [B, P, V] and the batch, whose mask says which tokens are real and whose fields are the examples'.
 Metric = Callable[[torch.Tensor, Any], torch.Tensor]
+_READER = "collect: "  # what reads examples says who it is that it reads them for, as a rule
 
 
 class Examples:
@@ -42,7 +43,13 @@ class Examples:
         single = isinstance(given, (torch.Tensor, Mapping, str))
         items = [_tokenized(who, item, tokenizer) for item in ([given] if single else given)]
         reader = ExampleReader(BadExamples("stop"), 1, pad_id=pad_id)
-        self.all: Sequence[Example] = reader.read(items)
+        try:
+            self.all: Sequence[Example] = reader.read(items)
+        except (ValueError, TypeError) as error:
+            text = str(error)
+            if not text.startswith(_READER):
+                raise
+            raise type(error)(f"{who}: {text.removeprefix(_READER)}") from None
         self._batching = Batching(
             2**62, None, padding_side, pad_id, batch_examples=batch_examples, source=reader.source  # type: ignore[arg-type]
         )  # fmt: skip
@@ -96,10 +103,13 @@ def values_of(who: str, metric: Metric, model: nn.Module, batch: Batch) -> torch
 
 
 def checked_values(who: str, found: object, n: int) -> torch.Tensor:
-    """What a metric returned as [n]; TypeError or ValueError if it isn't a number for each example."""
+    """What a metric returned as [n]; an error if it isn't a number for each, with a gradient."""
     remedy = "Return a tensor [B], not its sum or mean."
     if not isinstance(found, torch.Tensor):
         raise TypeError(broken_rule(who, "metric", "return a tensor", type(found).__name__, remedy))
     if found.numel() != n or found.dim() > 1:
         raise ValueError(broken_rule(who, "metric", f"return [{n}], a number each", list(found.shape), remedy))
+    if torch.is_grad_enabled() and not found.requires_grad:
+        remedy = "Make it of the logits, without argmax(), detach() or no_grad()."
+        raise RuntimeError(broken_rule(who, "metric", "have a gradient", "a value without a graph", remedy))
     return found.reshape(n)

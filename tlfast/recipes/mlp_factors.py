@@ -16,6 +16,7 @@ from ..hooks.freeze import at_work
 from ..hooks.points import find_points
 from ..spec import Points, Spec
 from .metric import Examples, Metric, device_of, values_of
+from .pairs import check_model
 
 _WHO = "backward_lens"
 # The matrices of an MLP as the models of transformers call them, within a module that is called after it.
@@ -105,6 +106,7 @@ def backward_lens(
         >>> found["1"].inputs[0].shape, found["1"].output_gradients[0].shape
         (torch.Size([3, 4]), torch.Size([3, 9]))
     """
+    check_model(_WHO, model)
     names = list(find_points(_WHO, model, _matrices(model) if points is None else points))
     examples = Examples(_WHO, batch, tokenizer, batch_examples, padding_side, pad_id)
     inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}

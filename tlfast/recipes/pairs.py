@@ -49,10 +49,27 @@ def _check_kind(who: str, argument: str, inputs: object) -> None:
         got = type(inputs).__name__ if not found else "a tensor without dimensions"
         remedy = "Tokenize the prompts, all to one length."
         raise TypeError(broken_rule(who, argument, "be a tensor, or a mapping of tensors", got, remedy))
+    if isinstance(inputs, torch.Tensor) and (inputs.dim() < 2 or 0 in inputs.shape[1:]):
+        remedy = "Add the dimension of the pairs: tokens[None]."
+        raise ValueError(broken_rule(who, argument, "be [pairs, P], of a position or more", list(inputs.shape), remedy))
     sizes = {len(tensor) for tensor in found.values()}
     if len(sizes) != 1 or 0 in sizes:
         rule, remedy = "hold one or more examples, as many in each tensor", "Begin each tensor with the examples."
         raise ValueError(broken_rule(who, argument, rule, sorted(sizes), remedy))
+
+
+def check_model(who: str, model: object) -> None:
+    """TypeError for what is no module; RuntimeError where no gradient can be made.
+
+    Raises:
+        TypeError: for another object.
+        RuntimeError: inside `torch.inference_mode`, which nothing ends but its own context.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(broken_rule(who, "model", "be an nn.Module", type(model).__name__, "Load it first."))
+    if torch.is_inference_mode_enabled():
+        got, remedy = "a call inside", "Leave it: the recipe runs what needs no gradient without any."
+        raise RuntimeError(broken_rule(who, "the call", "be made outside of torch.inference_mode", got, remedy))
 
 
 def check_pairs(who: str, clean: Inputs, corrupted: Inputs) -> int:

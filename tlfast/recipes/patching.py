@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,18 @@ from ..backends.choice import reduce_product_into
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding, at_work
 from ..spec import Points, one_of
-from .pairs import Inputs, Metric, Pairs, call, check_pairs, in_batches, metric_of
+from .native_forms import native_forms
+from .pairs import Inputs, Metric, Pairs, call, check_model, check_pairs, in_batches, metric_of
 from .places import Place, Watch, find_places, hook_dict_of
 
 Granularity = Literal["node", "head", "position", "latent"]
 GRANULARITIES = ("node", "head", "position", "latent")
+# Where heads lie side by side, by the names of modules and of hook points.
+_GIVEN = re.compile(r"(?i:att(?:n|ention)\b.*\.)(o_proj|out_proj|c_proj|dense|out_lin|wo|o|proj)$")
+_MADE = re.compile(r"(?i:att(?:n|ention)\b.*\.)(q|k|v|query|key|value)(_proj|_lin)?$")
+_HOOKED = re.compile(r"(?:^|\.)(hook_z|hook_result|hook_(?:rot_)?[qkv]|hook_[qkv]_input|[qkv]\.hook_out|o\.hook_in)$")
+_KEYS_VALUES = re.compile(r"^(hook_(rot_)?)?([kv]|key|value)(_proj|_lin|\.hook_out)?$")
+_SHARED = ("num_key_value_heads", "n_key_value_heads")
 BATCH_SIZE = 16  # pairs: enough for matrix products at their full speed, at the lengths of such prompts
 ERROR = ":error"  # behind the name of a point: what its SAE doesn't explain
 
@@ -78,15 +86,17 @@ def attribution_patching(
     the difference towards the *clean* one. It is positive where the patch would raise the metric: denoising. For
     noising, from the clean run towards the corrupted one, give the two in the other order.
 
-    The model runs in eval mode, makes no parameter gradient, and is as before afterwards. The clean run ends behind the
-    last point. Of each point one activation is kept, of ``batch_size`` pairs: that of the clean run, which the
+    The model runs in eval mode, makes no parameter gradient, and is as before afterwards. In float32 and float64 norms
+    and GELUs that are written out in Python run as torch's own, the same but for rounding. The clean run ends behind
+    the last point. Of each point one activation is kept, of ``batch_size`` pairs: that of the clean run, which the
     difference replaces as the corrupted run passes. Its product with the gradient is added up in float32 (float64 for
     float64) where the backward brings it, and no gradient is kept.
 
     Args:
         model: any module that begins with an embedding: of Hugging Face, a HookedTransformer, a TransformerBridge.
         clean, corrupted: token ids [pairs, P], or mappings of the model's arguments with one shape in both. Of an
-            ``attention_mask``, the same in both, padding is left out of all sums.
+            ``attention_mask``, the same in both, padding is left out of all sums; with padding on the left the
+            positions of the real tokens are given to a model that takes ``position_ids``, if they aren't there.
         metric: ``metric(logits, pairs)`` gives [pairs], or one number where all pairs go at once; ``pairs.index`` says
             which they are (`Pairs`). A row of the scores is of one pair: with a mean over the pairs, its part in that.
         points: names, globs, modules or a predicate; hook points by their names and aliases on a TransformerLens model.
@@ -98,7 +108,8 @@ def attribution_patching(
         per_position: keep the positions of "head" and "latent" as well: [pairs, P, heads].
         side: "output", or "input" for what a module is given. None: "input" for "head", since the heads lie side by
             side in what the output projection is given, but "output" at hook points.
-        heads: how many; None is what the config says.
+        heads: how many lie side by side; None is what the config says, at what an output projection is given, at
+            queries, keys and values, and at the hook points of these.
         batch_size: pairs in a pass; None is all of them. No score depends on it but by rounding.
         output: which output (or input) of a module, as in `tlfast.Spec`.
         embedding: what starts the graph, as in `tlfast.freeze`.
@@ -124,6 +135,7 @@ def attribution_patching(
         (True, tensor(0.))
     """
     who = "attribution_patching"
+    check_model(who, model)
     one_of(who, "granularity", granularity, GRANULARITIES)
     n_pairs = check_pairs(who, clean, corrupted)
     saes = _saes(who, points, granularity)
@@ -136,9 +148,9 @@ def attribution_patching(
         side = "input" if granularity == "head" and not hook_dict_of(model) else "output"
     one_of(who, "side", side, ("output", "input"))
     places = find_places(who, model, list(points) if saes else points, side, output)  # type: ignore[arg-type]
-    n_heads = (heads or heads_of(who, model)) if granularity == "head" else None
+    n_heads = [_heads_at(who, model, place, heads) if granularity == "head" else None for place in places]
     by_position = per_position or granularity == "position"
-    study = Study(who, places, n_pairs, by_position, [n_heads] * len(places), saes)
+    study = Study(who, places, n_pairs, by_position, n_heads, saes)
     value = study.run(model, clean, corrupted, metric, batch_size, embedding)
     return Attribution(study.named(), value, granularity)
 
@@ -156,11 +168,32 @@ def _saes(who: str, points: Any, granularity: str) -> list[Any] | None:
     return list(points.values())
 
 
-def heads_of(who: str, model: nn.Module) -> int:
-    """How many heads the config of a model says that its attention has."""
+def _heads_at(who: str, model: nn.Module, place: Place, heads: int | None) -> int:
+    """How many heads lie side by side at a place; ValueError where none are known to.
+
+    A stream of the same width can be cut into as many parts, which are nobody's.
+    """
+    if heads is not None:
+        if type(heads) is not int or heads < 1:
+            raise ValueError(broken_rule(who, "heads", "be a positive number", repr(heads), "Leave it out."))
+        return heads
+    hooked = bool(hook_dict_of(model))
+    found = (_HOOKED if hooked else _GIVEN if place.side == "input" else _MADE).search(place.name)
+    if found is None:
+        rule = "be a point of heads: what an output projection is given, or queries, keys and values"
+        example = "blocks.*.attn.hook_z" if hooked else "model.layers.*.self_attn.o_proj"
+        got = f"{place.name} ({place.side})"
+        remedy = f'Take "{example}", or say heads= if there are heads.'
+        raise ValueError(broken_rule(who, "points", rule, got, remedy))
+    repeated = getattr(getattr(model, "cfg", None), "ungroup_grouped_query_attention", False)
+    return heads_of(who, model, shared=bool(_KEYS_VALUES.match(found.group(1))) and not repeated)
+
+
+def heads_of(who: str, model: nn.Module, shared: bool = False) -> int:
+    """How many heads the config of a model says that its attention has; ``shared`` for those of keys and values."""
     for config in (getattr(model, "cfg", None), getattr(model, "config", None)):
         inner: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-        for name in ("n_heads", "num_attention_heads", "n_head"):
+        for name in (*(_SHARED if shared else ()), "n_heads", "num_attention_heads", "n_head"):
             found = getattr(inner, name, None)
             if isinstance(found, int):
                 return found
@@ -204,8 +237,8 @@ class Study:
         embedding: Embedding | None = None,
     ) -> torch.Tensor:
         """Take all pairs through the model; returns the metric of the corrupted inputs."""
-        values = []
-        with at_work(model, embedding), Watch(self.who, model, self.places) as watch:
+        values, watched = [], [place.module for place in self.places]
+        with at_work(model, embedding), native_forms(model, watched), Watch(self.who, model, self.places) as watch:
             for rows, pairs in in_batches(self.who, clean, corrupted, batch_size, self.n_pairs):
                 self.begin(rows, pairs)
                 with torch.no_grad():

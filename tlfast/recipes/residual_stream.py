@@ -15,6 +15,7 @@ from ..collecting.loss import accepted_names
 from ..errors import broken_rule
 from ..hooks.points import find_points
 from ..spec import Points
+from .pairs import check_model
 from .places import layers_of
 
 _WHO = "fit_jacobian_lens"
@@ -72,8 +73,7 @@ def residual_stream(model: nn.Module, tokenizer: Any = None, blocks: Points | No
     Raises:
         TypeError, ValueError: where it isn't found, or isn't the one that the model has by itself.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(broken_rule(_WHO, "model", "be an nn.Module", type(model).__name__, "Pass the model."))
+    check_model(_WHO, model)
     points: Any = getattr(model, "hook_dict", None)
     if isinstance(points, dict):
         return _of_bridge(model, points, tokenizer, blocks)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .native_forms import native_norms
+
 # Those that take each number by itself, by the names of their classes. Written out in Python, as those of transformers
 # are, one is a dozen operations in each backward; its derivative is one product.
 _ELEMENTWISE = {
@@ -46,12 +48,6 @@ def _sloped(module: nn.Module, args: Any, output: Any) -> Any:
     return _Sloped.apply(x, output.detach(), slope)  # type: ignore[no-untyped-call]
 
 
-def _writes_out_torchs_own(module: Any) -> bool:
-    if getattr(module, "use_native_layernorm_autograd", None) is not False:
-        return False
-    return type(getattr(module, "original_component", None)) is nn.LayerNorm
-
-
 @contextmanager
 def slopes_once(model: nn.Module) -> Iterator[None]:
     """Let activation functions that run inside keep their derivative; those that somebody hooked stay as they are.
@@ -65,14 +61,10 @@ def slopes_once(model: nn.Module) -> Iterator[None]:
         if type(module).__name__ in _ELEMENTWISE.get(type(module).__module__, ())
         and not any(getattr(module, name) for name in _HOOKS)
     ]
-    norms: list[Any] = [module for module in model.modules() if _writes_out_torchs_own(module)]
-    hooks = [module.register_forward_hook(_sloped) for module in found]
-    try:
-        for norm in norms:
-            norm.use_native_layernorm_autograd = True
-        yield
-    finally:
-        for norm in norms:
-            norm.use_native_layernorm_autograd = False
-        for hook in hooks:
-            hook.remove()
+    with native_norms(model):
+        hooks = [module.register_forward_hook(_sloped) for module in found]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -11,6 +11,7 @@ from ..hooks.capture import capture
 from ..hooks.freeze import at_work
 from .attributions import Attributions, token_texts
 from .metric import Examples, Metric, device_of, embedding_of, values_of
+from .pairs import check_model
 
 _WHO = "saliency"
 
@@ -58,6 +59,7 @@ def saliency(
         >>> torch.allclose(found.scores[0], torch.stack([found.values[0].float(), *torch.zeros(2)]))
         True
     """
+    check_model(_WHO, model)
     name, _ = embedding_of(_WHO, model, embedding)
     examples = Examples(_WHO, batch, tokenizer, batch_examples, padding_side, pad_id)
     scores: dict[int, torch.Tensor] = {}
