@@ -44,6 +44,8 @@ TOGETHER = {
         "py_callable",
         "py_full_call",
         "py_full_hooks",
+        "py_module_call",
+        "py_point_hooks",
         "py_reduce",
         "py_tap",
     ),

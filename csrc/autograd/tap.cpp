@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <string_view>
@@ -59,25 +60,30 @@ struct IdentityNode : Node {
   }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    call.output.reset_data();
-    for (auto& saved : call.of_input) saved.reset_data();
+    output.reset_data();
+    for (auto& saved : of_input) saved.reset_data();
   }
   std::string name() const override { return "TlfastIdentity"; }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse_compiled_autograd(); }
   Call call;
+
+  // What the call keeps for the backward, as autograd keeps what a formula needs: in place it may not be changed until
+  // then, and it goes with the graph.
+  autograd::SavedVariable output;
+  std::vector<autograd::SavedVariable> of_input;
 
  private:
   // The output of the call; undefined where none was kept, or nobody asks for it any more.
   at::Tensor kept() {
     if (!call.tap->keeper->reads_outputs() || !call.tap->backwards->active) return {};
     std::lock_guard<std::mutex> lock(mutex_);
-    return call.output.unpack();
+    return output.unpack();
   }
   std::vector<at::Tensor> kept_of_input() {
     std::vector<at::Tensor> kept;
-    if (call.of_input.empty() || !call.tap->backwards->active) return kept;
+    if (of_input.empty() || !call.tap->backwards->active) return kept;
     std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& saved : call.of_input) kept.push_back(saved.unpack());
+    for (const auto& saved : of_input) kept.push_back(saved.unpack());
     return kept;
   }
 };
@@ -144,12 +150,6 @@ void fire_op(at::Tensor, const at::Tensor& grad, int64_t number, const std::opti
 }
 
 }  // namespace
-
-at::Tensor alias_of(const at::Tensor& output) {
-  if (!is_plain(output)) return output.detach();
-  at::TensorImpl* impl = output.unsafeGetTensorImpl();
-  return at::Tensor::wrap_tensor_impl(impl->shallow_copy_and_detach(impl->version_counter(), false));
-}
 
 Tap::Tap(std::shared_ptr<Backwards> backwards_, const std::string& name, std::shared_ptr<Keeper> keeper_)
     : backwards(std::move(backwards_)),
@@ -235,8 +235,8 @@ void Tap::attach_behind(const at::Tensor& output, const at::Tensor& through, con
   {
     const Unheard unheard(!heard);
     // Without its history: of an output that is changed in place later, by `through`, this node is a part of that.
-    if (keeper->reads_outputs()) made->call.output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
-    for (const at::Tensor& tensor : kept) made->call.of_input.emplace_back(alias_of(tensor), /*is_output=*/false);
+    if (keeper->reads_outputs()) made->output = autograd::SavedVariable(alias_of(output), /*is_output=*/false);
+    for (const at::Tensor& tensor : kept) made->of_input.emplace_back(alias_of(tensor), /*is_output=*/false);
   }
   const at::Tensor& anchor = backwards->anchor;
   node->set_next_edges(anchor.defined() ? autograd::collect_next_edges(output, anchor)

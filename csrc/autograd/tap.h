@@ -3,7 +3,6 @@
 
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include "keeper.h"
@@ -97,15 +96,7 @@ struct Call {
   const Of of;
   const int64_t run;      // in which it was made: in a later one it fires nothing
   const bool recomputed;  // made inside a backward: of a checkpoint, whose other calls may still come
-
-  // What is kept for the backward, as autograd keeps what a formula needs: in place it may not be changed until then,
-  // and it goes with the graph.
-  torch::autograd::SavedVariable output;
-  std::vector<torch::autograd::SavedVariable> of_input;
 };
-
-// The same memory without a history, as output.detach() gives it, at a fifth of its cost.
-at::Tensor alias_of(const at::Tensor& output);
 
 // What waits for gradients in the graph of a value: the leaves, and the nodes that are hooked or whose backward is
 // Python code or a tap of a run without an anchor. Nodes that stand for `value` itself are among them.

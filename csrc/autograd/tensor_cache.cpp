@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "kernel/errors.h"
+#include "plain.h"
 
 namespace tlfast {
 
@@ -110,7 +111,7 @@ TensorCache::Kept TensorCache::gradients() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     // Of its own, or points that share a gradient would share a tensor.
     for (const size_t point : gradients_)
-      if (places_[point].clash.empty()) kept.emplace_back(point, places_[point].gradient.detach());
+      if (places_[point].clash.empty()) kept.emplace_back(point, alias_of(places_[point].gradient));
   }
   for (auto& [point, gradient] : kept) {
     const Place& place = places_[point];

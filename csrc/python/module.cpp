@@ -11,6 +11,8 @@
 #include "kernel/errors.h"
 #include "py_callable.h"
 #include "py_full_hooks.h"
+#include "py_module_call.h"
+#include "py_point_hooks.h"
 #include "py_reduce.h"
 #include "py_tap.h"
 
@@ -158,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_capability", &cuda_capability);
   m.add_object("reduce_at_once", py::reinterpret_steal<py::object>(PyCFunction_New(&reduce_at_once, nullptr)));
   m.def("call_natively", &PyTap::call_natively);
+  m.def("call_modules_natively", &ModuleCall::call_natively);
   m.def("choose_natively", &choose_natively);
   m.def("choose_for", &choose_for);
   m.def("learn_outputs", &learn_outputs);
@@ -258,4 +261,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("others", [](const PyTap& tap) { return tap.tap->point->others; })
       .def_property_readonly("number", [](const PyTap& tap) { return tap.tap->number; })
       .def_property_readonly("last_call", [](const PyTap& tap) { return tap.tap->point->last_call.load(); });
+
+  py::class_<ModuleCall>(m, "ModuleCall")
+      .def(py::init<py::object, py::object, py::object, int64_t>(), py::arg("module"), py::arg("hook"),
+           py::arg("before"), py::arg("holders"));
+  py::class_<PointHooks>(m, "PointHooks")
+      .def(py::init<const std::vector<PointHooks::Given>&, const py::int_&, std::vector<py::str>,
+                    std::vector<py::str>>(),
+           py::arg("points"), py::arg("hook_id"), py::arg("lists"), py::arg("own_ways"))
+      .def("put", &PointHooks::put)
+      .def("take_off", py::overload_cast<>(&PointHooks::take_off));
 }

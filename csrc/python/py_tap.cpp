@@ -11,14 +11,14 @@
 #include "autograd/plain.h"
 #include "kernel/errors.h"
 #include "py_callable.h"
-#include "references.h"
 
 namespace py = pybind11;
 
 namespace tlfast {
-namespace {
 
-Unshared unshared;  // as a forward hook sees an output: taps on nodes come after it is learnt
+Unshared unshared_in_hook;
+
+namespace {
 
 py::object from_outputs(const char* name) { return py::module_::import("tlfast.backends.outputs").attr(name); }
 
@@ -59,12 +59,6 @@ PyObject* call_pre_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
   });
 }
 
-// Whether a module put out the one tensor that it was given.
-bool passed_on(PyObject* inputs, PyObject* output) {
-  return PyTuple_Check(inputs) && PyTuple_GET_SIZE(inputs) == 1 && PyTuple_GET_ITEM(inputs, 0) == output &&
-         THPVariable_Check(output);
-}
-
 // hook(module, args, output), or (module, args, kwargs, output) where the tap reads what is given by name, too
 PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
   return guarded([&] {
@@ -82,6 +76,11 @@ PyObject* call_forward_hook(PyObject* hook, PyObject* args, PyObject* kwargs) {
 }
 
 }  // namespace
+
+bool passed_on(PyObject* inputs, PyObject* output) {
+  return PyTuple_Check(inputs) && PyTuple_GET_SIZE(inputs) == 1 && PyTuple_GET_ITEM(inputs, 0) == output &&
+         THPVariable_Check(output);
+}
 
 PyTap& tap_of(PyObject* hook) {
   static PyObject* const name = PyUnicode_InternFromString("tap");
@@ -193,7 +192,8 @@ py::object PyTap::behind(const py::handle& output, const py::handle& input) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(through));
 }
 
-py::object PyTap::forward(const py::handle& given, const py::handle& inputs, const py::handle& named) {
+py::object PyTap::forward(const py::handle& given, const py::handle& inputs, const py::handle& named,
+                          Unshared& unshared) {
   if (tap->keeper->keeps_outputs()) return forward_cached(given);
   if (!tap->backwards->active || !at::GradMode::is_enabled()) return py::none();
   py::object input;

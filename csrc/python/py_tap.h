@@ -5,8 +5,12 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "autograd/tap.h"
+#include "references.h"
 
 namespace tlfast {
+
+// An output that nobody else holds, as a forward hook sees it; taps on nodes come after it is learnt.
+extern Unshared unshared_in_hook;
 
 class PyTap {
  public:
@@ -23,8 +27,9 @@ class PyTap {
 
   // Attach to a module's output, or inputs; returns the output to use instead, or None where it stays as it is.
   // `inputs`: the tuple of what the module was given, and `named` the mapping, for a tap that keeps something of it.
+  // `unshared`: how often an output is referenced here that nobody but the caller holds.
   pybind11::object forward(const pybind11::handle& given, const pybind11::handle& inputs = {},
-                           const pybind11::handle& named = {});
+                           const pybind11::handle& named = {}, Unshared& unshared = unshared_in_hook);
 
   // Where in an output the tensor is that a full backward hook reads, or -1 where that can have no gradient; an error
   // for an output that such hooks can't take.
@@ -42,6 +47,7 @@ class PyTap {
   // From now on this tap attaches to nothing: `forward` learns how often an output is referenced that nobody but its
   // caller holds, for all taps. What is learnt first stays.
   void learn_references() { learning_ = true; }
+  bool learning() const { return learning_; }
 
   const std::shared_ptr<Tap> tap;
   const pybind11::object output;
@@ -64,6 +70,9 @@ class PyTap {
 
 // The tap of a hook written in Python.
 PyTap& tap_of(PyObject* hook);
+
+// Whether a module put out the one tensor that it was given.
+bool passed_on(PyObject* inputs, PyObject* output);
 
 // An output as torch.Tensor.detach() gives it, but of its own class and with its attributes.
 at::Tensor detached(const pybind11::handle& output);

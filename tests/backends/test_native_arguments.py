@@ -54,6 +54,13 @@ BY_NAME = {
     "pre_hook": [None, 1, int, type("Bare", (), {})],
     "forward_hook": [None, 1, int, type("Bare", (), {})],
     "chooser": [None, 1, int, type("Bare", (), {})],
+    "caller": [None, 1, int, type("Bare", (), {})],
+    "module": [None, 1, object()],
+    "hook": [None, 1, object()],
+    "points": [None, 1, [None], [(nn.Identity(),)], [(1, None, None, None, None, False)]],
+    "hook_id": [None, "1", 1.5, object()],
+    "lists": [None, 1, [1]],
+    "own_ways": [None, 1, [1]],
     "ours": [None, 1],
     "plain": [None, 1],
     "checked": [None, 1],
@@ -111,7 +118,7 @@ BY_ANNOTATION = {
     "tuple[torch.Tensor | None, ...]": [None, 1, [torch.ones(2)]],
 }
 UNCHECKED = {  # any value will do
-    ("Tap", "output"), ("PayloadStream", "path"), ("forward", "inputs"),
+    ("Tap", "output"), ("PayloadStream", "path"), ("forward", "inputs"), ("ModuleCall", "before"),
 }  # fmt: skip
 
 
@@ -151,7 +158,9 @@ class Made:
             "pre_hook": self.hooks[0],
             "forward_hook": self.hooks[1], "chooser": self.hooks[0], "ours": self.hooks[1], "plain": self.hooks[0],
             "checked": self.hooks[0], "ids": {}, "layer": "linear", "row": "gradient", "padding_idx": -1,
-            "norm": (1, 1e-5), "own": [], "instead": (None, None, None), "queries": (), "factor": torch.ones(2, 2),
+            "caller": self.hooks[0], "module": nn.Identity(), "hook": attachment.Hook(self.owner("Tap")), "points": [],
+            "lists": (), "own_ways": (), "own": [], "instead": (None, None, None),
+            "norm": (1, 1e-5), "queries": (), "factor": torch.ones(2, 2),
             "row_dtype": "F32", "coded": ("int8", 0, 1, 1, 0, 0), "lengths": [],
             "input_signs": torch.ones(1, 8), "shifts": torch.zeros(1, 2).long(),
         }  # fmt: skip
@@ -174,6 +183,7 @@ class Made:
         if name == "Tap":
             return self.module.Tap(self.backwards, "0", self.keeper, None)
         made = {"Ledger": self.ledger, "Backwards": self.backwards, "Column": self.column}
+        made["PointHooks"] = self.module.PointHooks([], 1, (), ())
         made["FactorSums"] = self.module.FactorSums("products")
         made["Sketcher"] = hadamard_sketcher(self.module, 3)
         return {**made, "TensorCache": self.module.TensorCache()}[name]

@@ -14,7 +14,8 @@ STUB = {node.name: node for node in ast.parse((Path(tlfast.__file__).parent / "_
 # What only native code needs: about the module itself, hooks that are called natively, recorded steps. The twin of a
 # sketch is in tlfast/projections/applying.py.
 NATIVE_ONLY = {
-    "describe", "cuda_status", "cuda_capability", "call_natively", "choose_natively", "choose_for",
+    "describe", "cuda_status", "cuda_capability", "call_natively", "call_modules_natively",
+    "choose_natively", "choose_for", "ModuleCall", "PointHooks",
     "learn_outputs", "reduce_at_once", "Sketcher", "Recording", "Ledger.cursor",
     "Ledger.start_trial", "Ledger.stop_trial", "Ledger.start_recording", "Ledger.stop_recording", "Ledger.replay",
     "Ledger.take_back", "Tap.learn_references",

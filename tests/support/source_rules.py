@@ -271,10 +271,11 @@ NATIVE_ROOMS = (
     (
         "python",
         (
-            ("cuda_status", "python_result", "references"),
+            ("cuda_status", "py_objects", "python_result", "references"),
             ("plain", "py_callable", "py_reduce"),
+            ("py_point_hooks",),
             ("py_full_call", "py_tap"),
-            ("py_full_hooks",),
+            ("py_full_hooks", "py_module_call"),
             ("module",),
         ),
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+import weakref
 from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
@@ -10,7 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import (
+    _global_forward_hooks,
+    _global_forward_hooks_always_called,
+    _global_forward_hooks_with_kwargs,
+)
 from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from ..backends.interface import Backend
@@ -149,6 +155,87 @@ class _NativeLayerHook(_LayerHook):
     """The same."""
 
 
+class ModuleCall(Hook):
+    """The call of a module on which no hook is but a tap's: what its `__call__` calls in place of `_call_impl`.
+
+    PyTorch's path of hooks costs more than a tap does. A module looks for a compiled call first; this one calls the
+    module and its tap natively, and goes PyTorch's way as soon as there is anything else. The hooks are registered all
+    the same: others see them there, and add theirs. It isn't copied or pickled with the module, as PyTorch sees to.
+    """
+
+    def __init__(self, module: nn.Module, hook: Hook, before: Hook | None, native: Any, holders: int = 0):
+        super().__init__(hook.tap)
+        self.native = native.ModuleCall(module, hook, before, holders)
+        self._module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As Dynamo reads it; called by the interpreter it runs natively."""
+        module: Any = self._module()
+        return module._call_impl(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the module has no compiled call."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def rest(self, module: nn.Module, args: Any, kwargs: Any, result: Any, error: Exception | None) -> Any:
+        """What is left of `_call_impl` where others have registered forward hooks while the module ran."""
+        hooks = {**_global_forward_hooks, **module._forward_hooks}
+        with_kwargs = {**_global_forward_hooks_with_kwargs, **module._forward_hooks_with_kwargs}
+        always = {**_global_forward_hooks_always_called, **module._forward_hooks_always_called}
+        called = set()
+
+        def call(hook_id: int) -> Any:
+            called.add(hook_id)
+            given = (args, kwargs) if hook_id in with_kwargs else (args,)
+            other = hooks[hook_id](module, *given, result)
+            return result if other is None else other
+
+        def call_silently(hook_id: int) -> Any:
+            try:
+                return call(hook_id)
+            except Exception as silenced:
+                text = "module forward hook with ``always_call=True`` raised an exception that was silenced as another "
+                warnings.warn(f"{text}error was raised in forward: {silenced}", stacklevel=3)
+                return result
+
+        try:
+            if error is not None:
+                raise error
+            for hook_id in hooks:
+                result = call(hook_id)
+            return result
+        except Exception:
+            for hook_id in [one for one in hooks if one in always and one not in called]:
+                result = call_silently(hook_id)
+            raise
+
+
+class CallHandle:
+    """Takes such a call from its module. It doesn't hold it: see `_C.ModuleCall`."""
+
+    def __init__(self, module: nn.Module, call: ModuleCall):
+        self._module, self._call = weakref.ref(module), weakref.ref(call)
+
+    def remove(self) -> None:
+        """Take it away; somebody's compiled call in its place stays."""
+        module, call = self._module(), self._call()
+        if module is not None and call is not None and vars(module).get(_CALL) is call:
+            del module.__dict__[_CALL]
+
+
+_CALL = "_compiled_call_impl"
+
+
+def call_natively(module: nn.Module, hook: Hook, before: Hook | None, native: Any) -> list[Any]:
+    """Let a module with these hooks be called natively as long as there are no others; a handle takes it back."""
+    if vars(module).get(_CALL) is not None or not hasattr(nn.Module, _CALL):
+        return []
+    call = module.__dict__[_CALL] = ModuleCall(module, hook, before, native)
+    return [CallHandle(module, call)]
+
+
 def fires_at_output(args: Any, output: Any) -> bool:
     """Whether a full backward hook of a module fires at its output, with a warning of PyTorch's.
 
@@ -241,15 +328,21 @@ def _learn_references(native: Any) -> None:
     probe = Doubled()
     tap = native.Tap(native.Backwards(native.Ledger(1), "raise"), "probe", native.ColumnsKeeper([]), None)
     tap.learn_references()
-    probe.register_forward_hook(_NativeForwardHook(tap))
+    hook = _NativeForwardHook(tap)
+    probe.register_forward_hook(hook)
     with torch.inference_mode(False), torch.enable_grad():
-        probe(torch.zeros(1, requires_grad=True))
+        x = torch.zeros(1, requires_grad=True)
+        probe(x)
+        call_natively(probe, hook, None, native)
+        probe(x)
 
 
 def _prepare(native: Any) -> None:
     """Make the native hooks native; without what is learnt here, every output gets an identity node."""
     native.call_natively(_NativePreHook, _NativeForwardHook)
     native.call_natively(_NativeLayerPreHook, _NativeLayerHook)
+    native.call_natively(_NativePreHook, _NativeCacheHook)
+    native.call_modules_natively(ModuleCall)
     if not _global_forward_hooks:  # one that keeps what it sees would be taken for nobody
         _learn_references(native)
 
@@ -275,11 +368,14 @@ def hook_module(module: nn.Module, tap: Any, attach: str, backend: Backend) -> l
         handles.append(module.register_forward_pre_hook(_CheckInputsHook(tap)))
         handles.append(module.register_full_backward_hook(FullHook(tap)))
     elif tap.reads_inputs:
-        hook = _NativeLayerHook(tap) if native else _LayerHook(tap)
+        hook: _ForwardHook = _NativeLayerHook(tap) if native else _LayerHook(tap)
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     else:
-        handles.append(module.register_forward_hook(_NativeForwardHook(tap) if native else _ForwardHook(tap)))
+        hook = _NativeForwardHook(tap) if native else _ForwardHook(tap)
+        handles.append(module.register_forward_hook(hook))
     pre.hook_id = handles[1].id
+    if native:
+        handles[:0] = call_natively(module, hook, pre, backend)
     return handles
 
 
@@ -296,16 +392,16 @@ class CachingHooks:
     this one the last: it is registered when the run begins, behind all that are there. And the hook counts the call.
     """
 
-    __slots__ = ("_hook", "id", "module")
+    __slots__ = ("hook", "id", "module")
 
     def __init__(self, hook: CacheHook, handle_id: int):
-        self._hook, self.id = hook, handle_id
+        self.hook, self.id = hook, handle_id
         self.module: nn.Module | None = None  # while it is on one
 
     def register(self, module: nn.Module) -> None:
         """Stand behind the hooks that are there."""
         self.module = module
-        module._forward_hooks[self.id] = self._hook
+        module._forward_hooks[self.id] = self.hook
 
     def remove(self) -> None:
         if self.module is not None:
@@ -321,7 +417,7 @@ def caching_hook(tap: Any, backend: Backend) -> CacheHook:
 def caching_id(backend: Any) -> int:
     """The id under which a run's hooks stand."""
     if backend.NAME == "native":
-        backend.call_natively(_NativePreHook, _NativeCacheHook)
+        _prepare(backend)
     handle: int = RemovableHandle(OrderedDict()).id
     return handle
 
@@ -333,7 +429,9 @@ def check_not_compiled(who: str, model: nn.Module) -> None:
     from torch._dynamo import eval_frame
 
     for name, module in model.named_modules():
-        compiled = isinstance(module, eval_frame.OptimizedModule) or module._compiled_call_impl is not None
+        compiled = isinstance(module, eval_frame.OptimizedModule) or not isinstance(
+            module._compiled_call_impl, ModuleCall | None
+        )
         inner = getattr(module, "_orig_mod", module)
         if compiled and _has_compiled_code(inner):
             raise RuntimeError(

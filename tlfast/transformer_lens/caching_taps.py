@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..backends.interface import Backend, Change
-from ..hooks.attachment import CachingHooks, caching_hook, caching_id
+from ..hooks.attachment import CachingHooks, ModuleCall, caching_hook, caching_id
 from .handles import CheckedCacheHook, ListedTap
 from .names import conversion_of
+from .theirs import OF_POINTS
 
 _SETS_OF_A_MODEL = 4  # of points and settings, those used last
 
@@ -44,6 +45,7 @@ class CachingTaps:
         self._id = caching_id(engine)
         self._taps: dict[tuple[int, bool], Any] = {}
         self._hooks: dict[Any, ListedTap] = {}  # by the taps
+        self._at_once = self._all_at_once(points) if engine.NAME == "native" else None
 
     def are_at(self, points: Sequence[Any]) -> bool:
         """Whether they are at these points."""
@@ -70,16 +72,42 @@ class CachingTaps:
                 self._taps[key].set_convert(convert, None)
         return self._taps[key]
 
-    def hook(self, place: int, point: Any) -> ListedTap:
-        """Put a tap on its point, behind the hooks that are there."""
-        tap = self.tap(place, _Conversion(point) if conversion_of(point) is not None else None)
-        if point._forward_hooks:  # which may put another tensor in the place of the point's
-            hooks = CachingHooks(CheckedCacheHook(tap), self._id)
-            return ListedTap(hooks, self._lists, permanent=False).hook(point)
+    def _all_at_once(self, points: Sequence[Any]) -> Any:
+        engine: Any = self._engine
+        given = []
+        for place, point in enumerate(points):
+            handle, converts = self._listed(place, point).handle, conversion_of(point) is not None
+            hook = handle.hook.hook
+            call = ModuleCall(point, hook, None, engine, holders=1)  # the list that is made here
+            given.append((point, handle.hook, hook, call, handle, converts))
+        return engine.PointHooks(given, self._id, self._lists, OF_POINTS)
+
+    def _tap_at(self, place: int, point: Any) -> Any:
+        return self.tap(place, _Conversion(point) if conversion_of(point) is not None else None)
+
+    def _listed(self, place: int, point: Any) -> ListedTap:
+        tap = self._tap_at(place, point)
         if tap not in self._hooks:
             hooks = CachingHooks(caching_hook(tap, self._engine), self._id)
             self._hooks[tap] = ListedTap(hooks, self._lists, permanent=False)
-        return self._hooks[tap].hook(point)
+        return self._hooks[tap]
+
+    def put(self) -> Sequence[int]:
+        """Put the taps on all points that nobody has hooked, at once; the places of the others."""
+        left: Sequence[int] = range(len(self._names)) if self._at_once is None else self._at_once.put()
+        return left
+
+    def take_off(self) -> None:
+        """Take off what was put."""
+        if self._at_once is not None:
+            self._at_once.take_off()
+
+    def hook(self, place: int, point: Any) -> ListedTap:
+        """Put a tap on its point, behind the hooks that are there."""
+        if point._forward_hooks:  # which may put another tensor in the place of the point's
+            hooks = CachingHooks(CheckedCacheHook(self._tap_at(place, point)), self._id)
+            return ListedTap(hooks, self._lists, permanent=False).hook(point)
+        return self._listed(place, point).hook(point)
 
 
 class _Conversion:

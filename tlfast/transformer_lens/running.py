@@ -27,7 +27,7 @@ from .caching_taps import CachingTaps, leave, take
 from .handles import ListedTap, OwnHooks
 from .library import position_slice
 from .names import is_by_head, position_dim
-from .theirs import Asked, is_bridge, is_hooked, of_users_classes
+from .theirs import Asked, is_bridge, is_hooked, of_users_classes, users_classes
 
 Select = Callable[[torch.Tensor], torch.Tensor]
 Found = list[tuple[int, Any]]  # places of points, and what was kept there
@@ -111,14 +111,17 @@ class Run:
         backward: its components look there to choose their path.
         """
         handles: list[ListedTap | OwnHooks | RemovableHandle] = []
-        own_ways = {id(point) for point in of_users_classes(self.points)}
         names = [names[0] for names in self.names]
         key = (*names, self.anchor is None, self.calls, self.engine.NAME) if self.kept.everything else None
         self.taps = taps = (key and take(self.asked.model, key, self.points)) or self._new_taps(names)
         self.asked.look_once()
         try:
             taps.open(self.anchor)
-            for place, point in enumerate(self.points):
+            # Where one of them is of a user's class, all are looked at one by one.
+            left = range(len(self.points)) if users_classes(self.points) else taps.put()
+            own_ways = {id(point) for point in of_users_classes([self.points[place] for place in left])}
+            for place in left:
+                point = self.points[place]
                 if id(point) in own_ways or (self.kept.as_theirs and is_hooked(point)):
                     handles.append(OwnHooks(point, taps.tap(place), backward=self.anchor is not None))
                     continue
@@ -134,6 +137,7 @@ class Run:
         finally:
             self.asked.forget()
             taps.close()
+            taps.take_off()
             for handle in handles:
                 handle.remove()
             if key is not None:

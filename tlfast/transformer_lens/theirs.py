@@ -21,7 +21,7 @@ _OF_MODELS = (
     "_pos_slice_dim", "_remove_temporary_hook", "add_hook", "check_and_add_hook", "check_hooks_to_add",
     "clear_contexts", "get_caching_hooks", "hook_points", "hooks", "remove_all_hook_fns", "reset_hooks",
 )  # fmt: skip
-_OF_POINTS = ("add_hook", "forward", "register_forward_hook", "register_full_backward_hook", "remove_hooks")
+OF_POINTS = ("add_hook", "forward", "register_forward_hook", "register_full_backward_hook", "remove_hooks")
 # Whose functions those may be. The globals tell: a decorator takes the name and module of what it wraps, not these.
 _OURS = ("transformer_lens.", "tlfast.transformer_lens.", "torch.nn.modules.")
 # The lists and dictionaries in which a point keeps its hooks.
@@ -47,8 +47,7 @@ def _overridden(owner: Any, names: Sequence[str]) -> bool:
 
 
 def _replaced(owner: Any, names: Sequence[str]) -> bool:
-    own = vars(owner)
-    return any(name in own for name in names)
+    return not vars(owner).keys().isdisjoint(names)
 
 
 def is_a_users(model: nn.Module) -> bool:
@@ -56,10 +55,15 @@ def is_a_users(model: nn.Module) -> bool:
     return _overridden(model, (*_OF_MODELS, "hook_dict")) or _replaced(model, _OF_MODELS)
 
 
-def of_users_classes(points: Iterable[Any]) -> list[Any]:
+def users_classes(points: Sequence[Any]) -> set[type]:
+    """The classes among those of the points that have an `add_hook` of somebody's, or what it calls."""
+    return {cls for cls, point in {type(point): point for point in points}.items() if _overridden(point, OF_POINTS)}
+
+
+def of_users_classes(points: Sequence[Any]) -> list[Any]:
     """The points whose class, or who themselves, have an `add_hook` of somebody's, or what it calls."""
-    plain = {cls: not _overridden(point, _OF_POINTS) for cls, point in {type(point): point for point in points}.items()}
-    return [point for point in points if not plain[type(point)] or _replaced(point, _OF_POINTS)]
+    theirs = users_classes(points)
+    return [point for point in points if type(point) in theirs or _replaced(point, OF_POINTS)]
 
 
 def any_is_a_users(points: Sequence[Any]) -> bool:
