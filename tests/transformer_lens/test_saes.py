@@ -133,6 +133,8 @@ def test_a_capture_of_features_of_an_sae_in_a_context(model, backend):
 
 @pytest.mark.parametrize("kind, more", [("Standard", {}), ("JumpReLU", {}), ("Gated", {}), ("TopK", {"k": 5})])
 def test_latents_and_what_they_do_not_explain_add_up_to_the_node(kind, more):
+    import sae_lens as saes
+
     made, draw = hooked_transformer(saes.HookedSAETransformer).eval(), torch.Generator().manual_seed(5)
     config = getattr(saes, f"{kind}SAEConfig")(
         d_in=WIDTH, d_sae=N_FEATURES, metadata=saes.saes.sae.SAEMetadata(hook_name=POINT), **more

@@ -220,8 +220,9 @@ def _check_sum(who: str, name: str, whole: torch.Tensor, terms: list[torch.Tenso
 
 def _matrix(who: str, call: _Call) -> torch.Tensor:
     """The weight of a linear module as [out, in], float32 or wider, whichever way it keeps it."""
-    weight: Any = call.module.weight
-    bias: Any = getattr(call.module, "bias", None)
+    module: Any = call.module
+    weight: torch.Tensor = module.weight
+    bias: Any = getattr(module, "bias", None)
     given = call.read
     for matrix in (weight.detach(), weight.detach().T):
         if matrix.shape == (call.out.shape[-1], given.shape[-1]) and matrix.dtype == given.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -51,7 +51,9 @@ class _Columns:
 
     def _moved(self, number: torch.Tensor) -> torch.Tensor:
         """[P, columns]: where a number's gradient isn't zero."""
-        grads: Any = torch.autograd.grad(number, self._projections, retain_graph=True, allow_unused=True)
+        grads: Sequence[torch.Tensor | None] = torch.autograd.grad(
+            number, self._projections, retain_graph=True, allow_unused=True
+        )
         rows = [
             torch.zeros_like(one) if grad is None else grad for one, grad in zip(self._projections, grads, strict=True)
         ]
