@@ -234,9 +234,8 @@ class CollectSettings(SharedOptions, TextOptions):
             embedding=self.embedding or None,
             seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
-            batch_examples=self.batch_examples or None,
             staging=self.staging or None,
-            **more,
+            **{"batch_examples": self.batch_examples or None, **more},
         )
 
     def describe_data(self) -> dict[str, Any]:
