@@ -410,7 +410,7 @@ at::Tensor Weight::row_of_whole(const at::Tensor& gradients) const {
   } else {
     if (form_.heads) row = row.unflatten(1, {form_.heads, -1});
     if (form_.left) row = at::matmul(moved_.like(*form_.left, row), row);
-    if (form_.right) row = at::matmul(row, moved_.turned(*form_.right, row));
+    if (form_.right) row = at::matmul(row, moved_.turned(*form_.right, row.options()));
   }
   if (scores()) return form_.queries->of_gradients(row);
   return form_.row == WeightRow::norm ? at::linalg_vector_norm(row.flatten(1), 2, at::IntArrayRef{1}) : row;
