@@ -267,7 +267,6 @@ void Backwards::end(int64_t task) {
   finish_totals(points, *run);
   ledger->commit(block, std::move(missing));
   calls_before_ = n_calls;
-  shared_inputs.forget();
   forget(run);
 }
 
@@ -315,6 +314,7 @@ void Backwards::note_others(Point& point, std::string others) {
 }
 
 void Backwards::abort(int64_t task) {
+  const auto kept = shared_inputs.forget();
   std::shared_ptr<Backward> run;  // as in `end`
   std::lock_guard<std::mutex> lock(mutex_);
   if (const auto found = running_.find(task); found != running_.end()) run = found->second;

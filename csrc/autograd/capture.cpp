@@ -167,10 +167,13 @@ void gather_op(at::Tensor out, const at::Tensor& given, const at::Tensor& positi
     TORCH_CHECK_VALUE(
         0 <= numbers[k] && numbers[k] < length,
         broken_rule(who, "positions", c10::str("lie within ", length, " positions"), numbers[k], "Count from 0."));
-  // The inner dimension must be one that both have side by side, not that of the positions.
-  const at::Tensor held = grad.stride(2) == 1 || grad.size(2) == 1 ? grad : grad.contiguous();
+  // The inner dimension must be one that both have side by side, not that of the positions. Where the width is 1, no
+  // other one may be left: then what is chosen is copied.
+  const bool copied = grad.size(2) == 1;
+  const at::Tensor held = copied ? grad.index_select(1, chosen) : grad.stride(2) == 1 ? grad : grad.contiguous();
   const std::vector<int64_t> sizes{n, held.size(0), held.size(2)};
-  const at::Tensor first = held.select(1, 0).unsqueeze(0).expand(sizes), factor = ref.unsqueeze(1).expand(sizes);
+  const at::Tensor first = copied ? held.transpose(0, 1) : held.select(1, 0).unsqueeze(0).expand(sizes);
+  const at::Tensor factor = ref.unsqueeze(1).expand(sizes);
   const Plan plan = make_plan(who, out, first, Reduction::sum, {2}, {}, factor);
   if (plan.empty) return;
   const Operands with{.grad = first.const_data_ptr(),
@@ -178,7 +181,7 @@ void gather_op(at::Tensor out, const at::Tensor& given, const at::Tensor& positi
                       .mask = nullptr,
                       .out = out.mutable_data_ptr(),
                       .scale = 1.0,
-                      .gather = {.positions = numbers, .n = n, .stride = held.stride(1)}};
+                      .gather = copied ? Gather{} : Gather{.positions = numbers, .n = n, .stride = held.stride(1)}};
   if (!on_gpu(held)) return void(plan.run(with));
   plan.launch(who, current_stream(held.device()), with, {.scratch = plan.scratch(held)});
 }

@@ -27,8 +27,10 @@ class Moved {
       if (of == matrix.unsafeGetTensorImpl() && is_turned == turned && moved.device() == options.device() &&
           moved.scalar_type() == options.dtype())
         return moved;
-    const at::Tensor there = matrix.to(options);
-    moved_.push_back({matrix.unsafeGetTensorImpl(), turned, (turned ? there.transpose(-2, -1) : there).contiguous()});
+    // Turned before it is moved: a copy from the host is there when it returns, and whichever stream comes next finds it.
+    const at::Tensor cast = matrix.to(c10::typeMetaToScalarType(options.dtype()));
+    const at::Tensor made = (turned ? cast.transpose(-2, -1) : cast).contiguous();
+    moved_.push_back({matrix.unsafeGetTensorImpl(), turned, made.to(options.device())});
     return moved_.back().matrix;
   }
 

@@ -43,7 +43,7 @@ at::Tensor SharedInputs::keep(const std::string& who, const Reader& weight, cons
   // What has no version can be changed unseen; what doesn't fit is refused by the weight alone.
   if (!weight->shares(input) || !input.unsafeGetTensorImpl()->version_counter().enabled())
     return weight->keep(who, input);
-  std::shared_ptr<Last> last;
+  std::shared_ptr<Last> last, before, oldest;  // the two outlive the lock: see `forget`
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto here = std::this_thread::get_id();
@@ -51,8 +51,14 @@ at::Tensor SharedInputs::keep(const std::string& who, const Reader& weight, cons
     if (found != last_.end()) last = found->second;
     if (!last || !last->seen.is(input, n_ended)) {
       last = std::make_shared<Last>(Last{Seen(input, n_ended), {}});
-      if (found != last_.end()) last_.erase(found);
-      if (last_.size() == kThreads) last_.erase(last_.begin());
+      if (found != last_.end()) {
+        before = std::move(found->second);
+        last_.erase(found);
+      }
+      if (last_.size() == kThreads) {
+        oldest = std::move(last_.front().second);
+        last_.erase(last_.begin());
+      }
       last_.emplace_back(here, last);
     }
   }
@@ -72,9 +78,14 @@ at::Tensor SharedInputs::keep(const std::string& who, const Reader& weight, cons
   return part->made;
 }
 
-void SharedInputs::forget() {
+std::shared_ptr<void> SharedInputs::forget() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::erase_if(last_, [here = std::this_thread::get_id()](const auto& one) { return one.first == here; });
+  const auto here = std::this_thread::get_id();
+  const auto found = std::find_if(last_.begin(), last_.end(), [&](const auto& one) { return one.first == here; });
+  if (found == last_.end()) return nullptr;
+  const std::shared_ptr<void> kept = std::move(found->second);
+  last_.erase(found);
+  return kept;
 }
 
 // Makes the parts of all readers of the weight's group, to which those belong for which something was made before.

@@ -48,6 +48,8 @@ def test_gather_takes_each_direction_at_its_position(dtype, few, monkeypatch):
     ):
         again = gather_into(torch.empty(20, 3), layout, positions.int(), directions.double())
         torch.testing.assert_close(again, out[:, ::2], rtol=1e-5, atol=1e-5)
+    narrow = gather_into(torch.empty(20, 1), grad[:1, :, :1], positions, directions[:, :1])  # nothing is left to reduce
+    torch.testing.assert_close(narrow, terms[:1, :, :1].sum(-1).T.float(), rtol=1e-5, atol=1e-5)
 
 
 def outer(out=(2, 2), writers=(2, 4), readers=(2, 4), dtype=torch.float32):
