@@ -55,6 +55,8 @@ def pytest_addoption(parser):
     parser.addoption("--random-files", type=int, metavar="SEED", help=text)
     text = "of the tests that take long also a thirtieth, drawn from this word"
     parser.addoption("--drawn", metavar="WORD", help=text)
+    text = "of all tests one in so many, drawn from the word of --drawn"
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -69,6 +71,10 @@ def pytest_collection_modifyitems(config, items):
         long = {item for item in items if item.get_closest_marker("long")}
         drawn = {item for item in long if word is not None and crc32(f"{word} {item.name}".encode()) % 30 == 0}
         left_out |= long - drawn
+    if (n := config.option.one_in) != 1:
+        if word is None or n < 1:
+            raise pytest.UsageError(f"--one-in must be a positive number beside --drawn, got {n}. Add --drawn WORD.")
+        left_out |= {item for item in items if crc32(f"{word} {item.nodeid}".encode()) // 30 % n}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
     for library in (name for name in NEEDS if importlib.util.find_spec(name) is None):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tlfast
 import tlfast.backends.column
 from tlfast.backends import reference
+from tlfast.backends.column import Step
 from tlfast.backends.recipe import Seen
 from tlfast.collecting.batches import Batching, as_examples
 from tlfast.collecting.unit import Runner
@@ -70,8 +71,8 @@ def test_counts_are_kept_where_the_rows_are():
     assert column.counted == (0, 0)
     grad = torch.tensor([[1e6, float("nan"), 1.0], [float("inf"), -1e6, 2.0]])
     with NoQuestions():
-        column.write(0, Seen(grad), None, 1.0)
-        column.write(0, Seen(grad), None, 1.0)
+        column.write(0, Seen(grad), Step(None, 1.0))
+        column.write(0, Seen(grad), Step(None, 1.0))
     assert column.counters.dtype == torch.int64
     assert column.counters.device == column.rows.device
     assert column.counted == (8, 4)

@@ -19,6 +19,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(search, "WIDTH", 16)
 
 
+@pytest.mark.long
 def test_it_runs_at_the_size_that_it_is_given():
     result = search.run(quick=True, rows=100)
     assert result.settings["rows"] == 100

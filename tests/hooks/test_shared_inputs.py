@@ -214,6 +214,7 @@ def test_a_frozen_module_and_others_that_learn(backend):
     assert seen[2]["q:weight"] == seen[2]["k:weight"]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, in torch's own imports
 def test_compiled_code_shares_nothing(backend):
     compiled = {}

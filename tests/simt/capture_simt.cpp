@@ -44,7 +44,8 @@ API int simt_capture(FlatCall* flat) {
                            .cursor = flat->cursor,
                            .row_elements = flat->row_elements,
                            .counters = flat->counters,
-                           .scratch = nullptr};
+                           .scratch = nullptr,
+                           .gather = {}};
   const int64_t n_bytes = flat->scratch_bytes = tlfast_cuda_scratch_bytes(&call);
   constexpr int64_t kZone = 64;  // watched bytes behind the scratch; under AddressSanitizer it does that
   const std::unique_ptr<unsigned char[]> scratch(n_bytes ? new unsigned char[n_bytes + kZone] : nullptr);

@@ -130,7 +130,7 @@ def find_points(who: str, model: nn.Module, points: Points, argument: str = "poi
     if any(isinstance(name, str) and ".expert_" in name for name in names):
         modules = once = once | {name: one for name, one in all_expert_layers(model).items() if name not in once}
     if any(name not in once for name in names if isinstance(name, str) and not is_glob(name)):
-        modules = modules | dict(model.named_modules(remove_duplicate=False))
+        modules = dict(model.named_modules(remove_duplicate=False)) | modules
     if "" not in names:  # the model itself is a point only by its name
         modules.pop("", None)
     found = {name: modules[name] for name in match_names(who, modules, points, argument, once.keys())}
