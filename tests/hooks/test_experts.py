@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel
 from transformers.models.mixtral.modeling_mixtral import MixtralModel
@@ -31,6 +32,7 @@ def made(kind, dtype=torch.float64):
     torch.manual_seed(1)
     model, config = KINDS[kind]
     found = model(config).to(dtype).eval()
+    found.set_experts_implementation("eager")  # the one that takes float64
     for parameter in found.parameters():
         nn.init.normal_(parameter, std=0.4)
     return found
@@ -144,6 +146,21 @@ def test_checkpoints_and_frozen_models(backend):
         loss(model, ids, mask).backward()
     for name, full in wanted.items():
         assert_near(cap[f"{name}:weight"], full, 1)
+
+
+@pytest.mark.filterwarnings("ignore:capture. no backward")
+def test_a_checkpoint_from_before_the_capture_takes_its_own_tensors_alone(backend):
+    model = made("mixtral")
+    x = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def run(x):
+        return model.layers[0].mlp(x).pow(3).sin().sum()  # these are saved behind the experts
+
+    (wanted,) = torch.autograd.grad(run(x), x)
+    total = checkpoint(run, x, use_reentrant=False)
+    with tlfast.capture(model, Spec("layers.0.mlp.experts", of="weight"), rows=2, backend=backend):
+        (found,) = torch.autograd.grad(total, x)
+    assert_near(found, wanted, 1)
 
 
 def test_low_precision_and_autocast(backend):

@@ -354,7 +354,6 @@ class Backwards:
             _finish_totals(self.points, run)
             self.ledger.commit(run.block, missing)
             self._calls_before = self.n_calls
-            self.shared_inputs.forget()
             self._forget(run)
 
     def _check_whole(self, task: int, run: Backward, missing: list[int]) -> None:
@@ -394,6 +393,7 @@ class Backwards:
 
     def abort(self, task: int) -> None:
         """Forget a backward that failed: its rows are void."""
+        self.shared_inputs.forget()
         with self._lock:
             run = self.running.get(task)
             if run is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,3 +48,13 @@ class Heard:
             return held[_AGAIN].cell_contents() in self._frames
         got, remedy = f"another, of torch {torch.__version__}", "Say checkpoint(..., use_reentrant=True)."
         raise RuntimeError(broken_rule("capture", "a checkpoint", "be one that tlfast knows", got, remedy))
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Hooks on saved tensors hear of nothing that is saved meanwhile, in this thread."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)

@@ -88,7 +88,7 @@ class SharedInputs:
         return part.made
 
     def forget(self) -> None:
-        """A step of this thread is over: let go what was kept to be taken."""
+        """A step of this thread is over, or has failed: let go what was kept to be taken."""
         with self._lock:
             self._last.pop(threading.get_ident(), None)
 

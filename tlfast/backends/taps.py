@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import broken_rule
 from ..spec import one_of
 from .backwards import Backwards, Point
 from .calls import Call
-from .checkpoints import Heard
+from .checkpoints import Heard, unheard
 from .interface import See
 from .keepers import Keeper
 from .no_graph import no_graph
@@ -212,7 +212,7 @@ class Tap:
         # A checkpoint that runs a forward from before the capture again goes by the order of what it saves: one more,
         # and the model would take our output for a tensor of its own.
         heard = not (self.reads_outputs or of_input) or self._heard.hears(self._entered)
-        with nullcontext() if heard else _unheard():
+        with nullcontext() if heard else unheard():
             return kind.apply(tensor, self, self.backwards.anchor, *of_input)  # type: ignore[no-untyped-call]
 
     def set_convert(self, convert: Callable[[torch.Tensor], torch.Tensor] | None, see: See | None) -> None:
@@ -295,16 +295,6 @@ class Tap:
         if self._see is not None:
             self._see(seen.grad, seen.act, list(kept))
         self.keeper.gradient(call, seen)
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Hooks on saved tensors hear of nothing that is saved meanwhile, in this thread."""
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
-    try:
-        yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
 
 
 def _check_kept(who: str, side: str, act: torch.Tensor, grad: torch.Tensor) -> None:

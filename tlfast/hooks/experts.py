@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.checkpoints import Heard, unheard
 from ..errors import broken_rule
 
 _UP, _GATED, _DOWN = "up_proj", "gate_up_proj", "down_proj"
@@ -114,10 +115,11 @@ class RoutedCalls:
         self.module = model.get_submodule(name)
         self.parent = model.get_submodule(name.rpartition(".")[0])
         self.layers = {(one.number, one.parameter): one for one in layers}
+        self._heard, self._entered = Heard(), False  # outside of a backward
 
     def hook(self) -> list[Any]:
         """Register what listens to the module; the handles remove it."""
-        self.active = True
+        self.active, self._entered = True, False
         return [
             self.parent.register_forward_pre_hook(self._before, with_kwargs=True),
             self.module.register_forward_hook(self._after, prepend=True, with_kwargs=True),
@@ -129,6 +131,7 @@ class RoutedCalls:
         self.active = False
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._entered |= torch._C._current_graph_task_id() == -1
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
         self.n_examples = 0 if given is None or given.dim() < 3 else given.shape[0]
 
@@ -149,7 +152,8 @@ class RoutedCalls:
         device, autocast = hidden.device.type, None
         if torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
-        return _Again.apply(output, self, n, autocast, hidden, index, weights)  # type: ignore[no-untyped-call]
+        with nullcontext() if self._heard.hears(self._entered) else unheard():
+            return _Again.apply(output, self, n, autocast, hidden, index, weights)  # type: ignore[no-untyped-call]
 
     def fire(
         self, n: int, autocast: torch.dtype | None, hidden: torch.Tensor, index: torch.Tensor,
