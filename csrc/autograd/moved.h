@@ -27,7 +27,8 @@ class Moved {
       if (of == matrix.unsafeGetTensorImpl() && is_turned == turned && moved.device() == options.device() &&
           moved.scalar_type() == options.dtype())
         return moved;
-    // Turned before it is moved: a copy from the host is there when it returns, and whichever stream comes next finds it.
+    // Turned before it is moved: a copy from the host is there when it returns, and whichever stream comes next finds
+    // it.
     const at::Tensor cast = matrix.to(c10::typeMetaToScalarType(options.dtype()));
     const at::Tensor made = (turned ? cast.transpose(-2, -1) : cast).contiguous();
     moved_.push_back({matrix.unsafeGetTensorImpl(), turned, made.to(options.device())});

@@ -26,8 +26,8 @@ class SharedInputs {
   // What `weight->keep(who, input)` gives. `n_ended`: of the steps; what is left of an earlier one isn't taken.
   at::Tensor keep(const std::string& who, const Reader& weight, const at::Tensor& input, int64_t n_ended);
 
-  // A step of this thread is over, or has failed: let go what was kept to be taken. It is returned, to be freed where no
-  // lock is held: hooks on saved tensors may have given its memory a Python object, which is freed with the GIL.
+  // A step of this thread is over, or has failed: let go what was kept to be taken. It is returned, to be freed where
+  // no lock is held: hooks on saved tensors may have given its memory a Python object, which is freed with the GIL.
   [[nodiscard]] std::shared_ptr<void> forget();
 
  private:
