@@ -26,6 +26,7 @@ def run(code):
     )
 
 
+@pytest.mark.long
 def test_the_error_names_the_extra():
     for asked in ("tlfast.transformer_lens", "import tlfast.transformer_lens"):
         failed = run(asked)

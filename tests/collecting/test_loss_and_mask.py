@@ -172,6 +172,7 @@ def test_without_a_source_the_bytecode_counts_and_says_so():
     assert "bytecode of Python 3." in one["code"]
 
 
+@pytest.mark.long
 def test_another_process_tells_a_loss_alike(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom torch.nn import functional as F\nS = {'b', 'a', 'c'}\n"

@@ -71,6 +71,7 @@ def test_ranks_write_whole_lines(folder, tmp_path, monkeypatch):
     assert [text for text in written if text.count("\n") != 1 or not text.endswith("\n")] == []
 
 
+@pytest.mark.long
 def test_the_module_is_the_command(folder, tmp_path):
     """In a process of its own, from another folder, with relative paths."""
     command = [

@@ -66,6 +66,7 @@ def test_a_second_run_has_the_same_bytes(gpu, tmp_path):
         assert unit_bytes(tmp_path / f"{graphs}a") == unit_bytes(tmp_path / f"{graphs}b")
 
 
+@pytest.mark.long
 def test_what_was_killed_goes_on_to_the_same_bytes(gpu, tmp_path):
     n, n_units = 400, 100
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -69,6 +69,7 @@ def test_way_of_a_copied_token(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_saliency_of_patches(tmp_path):
     shown = said("vit_saliency.py", tmp_path, "--steps", "60")
     assert figures(r"trained: (\d+%)", shown)[0] > 0.9

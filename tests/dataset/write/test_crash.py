@@ -132,6 +132,7 @@ def check_survivor(out: Path, tensors) -> int:
     return len(ds.units)
 
 
+@pytest.mark.long
 @needs_preload
 def test_after_every_failure_the_rows_are_right_and_resume_ends_the_same(disturbed):
     _, runs, folder = disturbed

@@ -118,6 +118,7 @@ for round in range(5):
 """
 
 
+@pytest.mark.long
 def test_four_processes_on_the_same_units(tmp_path):
     process = run_python("-c", RACE, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = process.communicate(timeout=120)
@@ -143,6 +144,7 @@ write_units(writer, truth(plan=plan))
 """
 
 
+@pytest.mark.long
 def test_a_reader_beside_a_writer_sees_whole_units_alone(tmp_path):
     plan = Plan(n_examples=120, rows_per_unit=3)
     tensors = truth(plan=plan)
