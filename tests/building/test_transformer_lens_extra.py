@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # A finder that hides the library, so that the test says the same where it is installed.
 HIDDEN = """
 import sys

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 
+import pytest
 from dataset_cases import PLAN, check_rows, run_python, same_bits, truth
 
 from tlfast.dataset import Plan, open_dataset
