@@ -57,7 +57,7 @@ WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(getattr(os, "sched_geta
 PARALLEL = -n $(WORKERS) --dist worksteal
 
 test: $(STAMPS)/install ## the tests (TEST_ARGS='-k name', WORKERS=0 for one process)
-	$(PY) -m pytest -q tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
+	$(PY) -m pytest -q tests --ignore=tests/simt $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
 
 test-long: $(STAMPS)/install ## the few tests of half a minute or more, which `make test` leaves out
 	$(PY) -m pytest -q -m long tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
@@ -185,14 +185,15 @@ soak: $(STAMPS)/install ## a million small rows: memory and open files must stay
 	$(PY) tools/soak.py --through collect
 
 # The module of this build has the CUDA kernels compiled for the CPU, by tests/simt, in place of the CPU's own.
-simt: $(STAMPS)/install ## the GPU path of the native code, on the CPU
+simt: $(STAMPS)/install ## the GPU path of the native code and the kernels, on the CPU
 	@echo "simt: building into $(SIMT)"
 	@rm -rf $(SIMT); mkdir -p $(SIMT)
 	@TLFAST_BUILD=cpu TLFAST_SIMT=1 $(PY) setup.py -q build --build-lib $(SIMT) > $(SIMT)/build.log 2>&1 \
 	  || { tail -n 60 $(SIMT)/build.log; exit 1; }
 	cd $(SIMT) && PYTHONPATH=$(CURDIR)/$(SIMT) TLFAST_EXPECT_SIMT=1 TLFAST_REQUIRE_NATIVE=1 \
-	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests $(PARALLEL) \
-	  $(TEST_ARGS)
+	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests \
+	  --ignore=$(CURDIR)/tests/simt $(PARALLEL) $(TEST_ARGS)
+	$(PY) -m pytest -q tests/simt $(PARALLEL) $(TEST_ARGS)
 
 # Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
 cuda-compile: ## compile the CUDA kernels; a spill, or a loop that waits for each load, fails (needs nvcc, no GPU)

@@ -91,7 +91,7 @@ def claims(kind: str, alone: Measured, busy: Measured) -> list[Claim]:
         return alone[name]["total"].above(alone[BARE]["total"])
 
     return [
-        Claim(f"{kind}: Python full hook / tlfast auto, per point", "at least", 7 if kind == "identity" else 18,
+        Claim(f"{kind}: Python full hook / tlfast auto, per point", "at least", 10 if kind == "identity" else 18,
               above(FULL_HOOK) / above(AUTO)),
         Claim(f"{kind}: tlfast auto / Python tensor hook, per point", "at most", 1, above(AUTO) / above(TENSOR_HOOK)),
         Claim(f"{kind}: tlfast auto's backward beside a busy thread / alone", "at most", 1.5,
