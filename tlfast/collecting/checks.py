@@ -31,7 +31,7 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
     specs = as_specs(
         "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of,
         options.side, options.ref, options.heads, options.at, options.per, options.encoding,
-        options.project, options.bias,
+        options.project, options.bias, options.normalizer, options.summed,
         CollectOptions.reduce,
     )  # fmt: skip
     if options.embedding is not None:

@@ -25,8 +25,8 @@ from .stream import SETTINGS, row_options
 _WHO = "factors"
 _ALLOWED = [
     name for name in SETTINGS
-    if name not in ("reduce", "of", "side", "ref", "heads", "at", "per", "project", "over", "dtype", "output",
-                    "rows_per_unit", "attach", "calls", "lens")
+    if name not in ("reduce", "of", "side", "ref", "heads", "at", "per", "project", "normalizer", "summed", "over",
+                    "dtype", "output", "rows_per_unit", "attach", "calls", "lens")
 ]  # fmt: skip
 _ADDED = {"kfac": PRODUCTS, "adam": SQUARES, "ekfac": EIGENVALUES}
 

@@ -55,7 +55,12 @@ def read_optimizer(
         torch.Size([3, 4])
     """
     found = os.path.join(path, "optimizer.pt") if os.path.isdir(path) else os.fspath(path)
-    saved: Any = torch.load(found, map_location="cpu", weights_only=True)
+    try:
+        saved: Any = torch.load(found, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # of pickle, of torch's reader of archives, and whatever else a foreign file makes of them
+        saved = None
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
         rule, remedy = "hold the state_dict of an optimizer", "Check the path."
         raise ValueError(broken_rule(_WHO, "path", rule, repr(found), remedy))
