@@ -15,6 +15,7 @@ from torch import nn
 import tlfast
 from tlfast import Spec
 from tlfast.backends.recipe import Given, Recipe, Seen
+from tlfast.hooks.normalizers import AdamNormalizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
 B, P, N, D = 4, 7, 2, 3
