@@ -261,7 +261,7 @@ def test_what_is_refused():
          "factors: basis must be of [150, 7] at 1, got [150, 6].", ValueError),
         ("3", {"kinds": "ekfac", "basis": made.eigen()}, "factors: basis must have the layer 3, got 1.", ValueError),
         ("0", {}, "factors: points must be linear layers, got 0 (Embedding). Name", ValueError),
-        (["0", "1*", "2"], {}, "factors: points must be linear layers, got 0 (Embedding), 2 (Tanh). Name", ValueError),
+        (["0", "1*", "2"], {}, "factors: points must be linear layers, got 0 (Embedding), 2 (GELU). Name", ValueError),
         (lambda name: name in "02", {}, "factors: points must be linear layers, got 0 (Embedding). Name", ValueError),
         (tlfast.Spec("1"), {}, "factors: points must be names, a glob or modules, got a Spec.", TypeError),
         ("1", {"calls": "sum"}, "factors: settings must be among bias, ", TypeError),

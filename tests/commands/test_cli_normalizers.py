@@ -58,7 +58,7 @@ def test_the_command_sums_and_normalizes(folder, tmp_path, capsys):
     plain = words(folder, tmp_path / "plain", *GLOBAL)
     assert main(plain) == 0
     assert unit_bytes(tmp_path / "plain") != unit_bytes(tmp_path / "out")
-    assert "normalizer" not in (tmp_path / "plain" / "config.yaml").read_text()
+    assert "normalizer:" not in (tmp_path / "plain" / "config.yaml").read_text()
 
 
 def test_what_a_file_gives(folder):

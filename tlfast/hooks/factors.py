@@ -154,7 +154,7 @@ class Factors:
         self.kinds = tuple(sorted(set(kinds), key=FACTOR_KINDS.index))
         self.identity = identity
         self.skipped: list[tuple[str, int, str]] = []  # examples that were left out
-        self.left_out: dict[str, str] = {}  # modules that a glob meant, and why they have no factors; in no file
+        self.left_out: dict[str, str] = {}  # modules that a glob meant, and why they have no factors
         self._modules = dict(modules)
 
     @property
@@ -347,6 +347,7 @@ class Factors:
                 [of.name, of.n_outputs, of.n_inputs, of.bias, of.n_examples, of.n_tokens]
                 for of in self._modules.values()
             ],
+            **({"left_out": self.left_out} if self.left_out else {}),
         }  # fmt: skip
         write_sums(path, said, tensors)
 
@@ -370,6 +371,7 @@ class Factors:
             modules[name] = ModuleFactors(name, n_outputs, n_inputs, bias, n_examples, n_tokens, sums, basis)
         made = cls(said["kinds"], modules, identity=said["identity"])
         made.skipped = [(source, start, reason) for source, start, reason in said["skipped"]]
+        made.left_out = {str(name): str(why) for name, why in said.get("left_out", {}).items()}
         return made
 
 
