@@ -184,12 +184,12 @@ class Spec:
         object.__setattr__(self, "heads", as_heads("Spec", self.heads))
         object.__setattr__(self, "at", as_positions("Spec", self.at))
         object.__setattr__(self, "dtype", stored_dtype("Spec", self.dtype))
-        check_weight("Spec", [self.of], self.project, self.bias)
+        check_weight("Spec", [self.of], self.project, self.bias, self.normalizer, self.summed)
         if self.of == "weight":
             given = {"over": self.over, "output": self.output, "side": self.side, "at": self.at}
             check_of_weight("Spec", self.reduce, given)
         check_queries("Spec", self.of, self.reduce, self.queries)
-        check_whole("Spec", self)
+        check_summed("Spec", self.summed, self.project, self.reduce, self.per, self.heads, self.queries)
         check_rows_kept("Spec", self.per, self.dims, self.encoding, self.dtype)
         if self.per == "token" and self.at is not None:
             rule, remedy = 'be left out with per="token"', 'Keep chosen positions by reduce="none", or all tokens.'
@@ -258,11 +258,15 @@ def check_ref(who: str, of: Sequence[str], ref: object) -> None:
         raise TypeError(broken_rule(who, "ref", "be a tensor or a function", type(ref).__name__, remedy))
 
 
-def check_weight(who: str, of: Sequence[str], project: object, bias: object) -> None:
+def check_weight(
+    who: str, of: Sequence[str], project: object, bias: object, normalizer: object = None, summed: object = False
+) -> None:
     """An error for settings of weight gradients that are none, or where none of the sources is one."""
-    if not isinstance(bias, bool):
-        raise TypeError(broken_rule(who, "bias", "be True or False", repr(bias), "Say bias=True."))
-    for argument, given in (("project", project), ("bias", bias or None)):
+    for argument, given in (("bias", bias), ("summed", summed)):
+        if not isinstance(given, bool):
+            raise TypeError(broken_rule(who, argument, "be True or False", repr(given), f"Say {argument}=True."))
+    settings = {"project": project, "bias": bias or None, "normalizer": normalizer, "summed": summed or None}
+    for argument, given in settings.items():
         if given is not None and "weight" not in of:
             rule, remedy = 'be left out unless of="weight"', 'Say of="weight", or leave it out.'
             raise ValueError(broken_rule(who, argument, rule, f"one with of={', '.join(of)!r}", remedy))
@@ -292,19 +296,19 @@ def check_queries(who: str, of: str, reduce: str, queries: object) -> None:
             raise TypeError(broken_rule(who, "queries", rule, got, remedy))
 
 
-def check_whole(who: str, spec: Spec) -> None:
-    """An error for a normalizer that is none, or a sum of rows that have none."""
-    if spec.normalizer is not None and spec.of != "weight":
-        rule, remedy = 'be left out unless of="weight"', 'Say of="weight", or leave it out.'
-        raise ValueError(broken_rule(who, "normalizer", rule, f"one with of={spec.of!r}", remedy))
-    if not isinstance(spec.summed, bool):
-        raise TypeError(broken_rule(who, "summed", "be True or False", repr(spec.summed), "Say summed=True."))
-    projection = spec.projection if spec.of == "weight" else None
-    plain = spec.reduce == "none" and spec.queries is None and spec.heads is None and spec.per == "example"
-    if spec.summed and (projection is None or projection.form != "one-sided" or not plain):
+def check_summed(
+    who: str, summed: bool, project: Project | None, reduce: str, per: str, heads: object, queries: object = None
+) -> None:
+    """ValueError for a sum over modules of rows that aren't one-sided projections of whole gradients."""
+    one_sided = project is not None and as_projection(who, project).form == "one-sided"
+    plain = reduce == "none" and per == "example" and heads is None and queries is None
+    if summed and not (one_sided and plain):
         rule = "be left out unless rows are one-sided projections, of whole examples"
-        got = f"True with project={spec.project!r}, reduce={spec.reduce!r}, per={spec.per!r}"
-        remedy = 'Say project=Projection(dim, form="one-sided"), and no reduce=, heads=, per= or queries=.'
+        got = f"True with project={project!r}, reduce={reduce!r}, per={per!r}"
+        remedy = (
+            'Say project=Projection(dim, form="one-sided") (--project dim=4096,kind=count-sketch,form=one-sided), and '
+            "no reduce=, heads=, per= or queries=."
+        )
         raise ValueError(broken_rule(who, "summed", rule, got, remedy))
 
 
@@ -387,11 +391,24 @@ def _of_weight(reduce: Reduction) -> tuple[Reduction, Over]:
     return ("norm" if reduce == "norm" else "none"), "pos"
 
 
+def _given_specs(who: str, points: object) -> list[Spec]:
+    """The specs that were given in place of points; TypeError where others stand among them."""
+    if isinstance(points, Spec):
+        return [points]
+    if not isinstance(points, Sequence) or isinstance(points, str):
+        return []
+    specs = [point for point in points if isinstance(point, Spec)]
+    if specs and len(specs) != len(points):
+        rule, remedy = "be all names or all Specs", "Wrap the names in a Spec."
+        raise TypeError(broken_rule(who, "points", rule, list(points), remedy))
+    return specs
+
+
 def _check_nothing_beside(who: str, **given: tuple[object, object]) -> None:
     """ValueError for what is said beside Specs, and so of none of them; each value is given with its default."""
     for argument, (value, default) in given.items():
         if not isinstance(value, type(default)) or value != default:
-            got = f"{'one' if argument == 'ref' else repr(value)} beside them"
+            got = f"{'one' if argument in ('ref', 'normalizer') else repr(value)} beside them"
             rule, remedy = "be left out where points are Specs", "Say it in each Spec."
             raise ValueError(broken_rule(who, argument, rule, got, remedy))
 
@@ -412,6 +429,8 @@ def as_specs(
     encoding: Encoding | None = None,
     project: Project | None = None,
     bias: bool = False,
+    normalizer: Normalizing | None = None,
+    summed: bool = False,
     default: Reduction = "none",
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source.
@@ -419,43 +438,39 @@ def as_specs(
     A token's row has one position: its sum, mean or last row over the positions is the row itself. ``default`` is the
     caller's own of ``reduce``, which nobody has given.
     """
-    if isinstance(points, Spec) or (isinstance(points, Sequence) and not isinstance(points, str)):
-        given: Sequence[object] = [points] if isinstance(points, Spec) else points
-        specs = [p for p in given if isinstance(p, Spec)]
-        if specs and len(specs) != len(given):
-            raise TypeError(
-                broken_rule(who, "points", "be all names or all Specs", list(given), "Wrap the names in a Spec.")
-            )
-        if specs:
-            _check_nothing_beside(
-                who, reduce=(reduce, default), over=(over, "pos"), dtype=(dtype, None), output=(output, None),
-                of=(of, "grad"), side=(side, "output"), ref=(ref, None), heads=(heads, None), at=(at, None),
-                per=(per, "example"), encoding=(encoding, None), project=(project, None), bias=(bias, False),
-            )  # fmt: skip
-            return specs
+    if specs := _given_specs(who, points):
+        _check_nothing_beside(
+            who, reduce=(reduce, default), over=(over, "pos"), dtype=(dtype, None), output=(output, None),
+            of=(of, "grad"), side=(side, "output"), ref=(ref, None), heads=(heads, None), at=(at, None),
+            per=(per, "example"), encoding=(encoding, None), project=(project, None), bias=(bias, False),
+            normalizer=(normalizer, None), summed=(summed, False),
+        )  # fmt: skip
+        return specs
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
     one_of(who, "side", side, SIDES)
     parse_over(who, over)
     stored_dtype(who, dtype)
     sources = sources_of(who, of, reduce)
     check_ref(who, sources, ref)
-    check_weight(who, sources, project, bias)
+    check_weight(who, sources, project, bias, normalizer, summed)
     if "weight" in sources:
         said = parse_over(who, over) != (1,)  # more than the default, which the command says as a list
         alone = {"over": over if said else None} if sources == ["weight"] else {}
         kept = "none" if reduce == default or not alone else reduce  # the default is of others
         check_of_weight(who, kept, {"output": output, "side": side, "at": at, **alone})
+        check_summed(who, summed, project, _of_weight(reduce)[0], per, heads)
     as_heads(who, heads)
     as_positions(who, at)
     if per == "token" and reduce in ("sum", "mean", "last") and parse_over(who, over) == (1,):
         reduce = "none"
     check_rows_kept(who, per, () if reduce == "none" else parse_over(who, over), encoding, dtype)
+    of_weight: dict[str, Any] = {"project": project, "bias": bias, "normalizer": normalizer, "summed": summed}
     return [
         Spec(
             cast(Points, points), *(_of_weight(reduce) if source == "weight" else (reduce, over)), dtype, output,
             of=source, side=side,
             ref=ref if source == "grad*ref" else None, heads=heads, at=at, per=per, encoding=encoding,
-            project=project if source == "weight" else None, bias=bias and source == "weight",
+            **(of_weight if source == "weight" else {}),
         )
         for source in sources
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 from torch import nn
 
 import tlfast
@@ -38,7 +39,6 @@ def made():
 
 
 def test_what_kronfluence_reads(made, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
     _, factors = made
     write_kronfluence(factors, tmp_path / "factors_ours")
     read = {path.stem: safetensors.load_file(path) for path in (tmp_path / "factors_ours").glob("*.safetensors")}
@@ -80,7 +80,6 @@ def check_same(found, factors, relative=1e-5):
 
 
 def test_kronfluence_files_are_read(made, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
     model, factors = made
     folder = tmp_path / "factors_x"
     write_kronfluence(factors, folder)
@@ -206,7 +205,6 @@ def test_heads_have_second_moments_of_their_own(tmp_path):
 
 
 def test_factors_as_bergson_keeps_them(made, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
     base, factors = made
     model, folder = Headed(base), tmp_path / "run"
     write_bergson_factors(factors, folder, base)
@@ -237,12 +235,13 @@ def test_factors_as_bergson_keeps_them(made, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.peers("bergson.hessians.preconditioner")
 @pytest.mark.filterwarnings("default")  # theirs
 def test_bergson_applies_what_it_reads(made, tmp_path):
-    """Its own code, where it is installed, multiplies gradients with the same inverses."""
-    preconditioner = pytest.importorskip("bergson.hessians.preconditioner")
+    """Its own code multiplies gradients with the same inverses."""
     from bergson.config.config import InversionConfig
     from bergson.gradients import GradientProcessor
+    from bergson.hessians import preconditioner
 
     base, factors = made
     write_bergson_factors(factors, tmp_path / "run", base)
@@ -268,10 +267,11 @@ def test_bergson_applies_what_it_reads(made, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.peers("kronfluence.analyzer")
 @pytest.mark.filterwarnings("default")  # theirs
 def test_kronfluence_reads_what_is_written(made, tmp_path):
-    """Its own code, where it is installed, loads the files, and those that it saves are read."""
-    kronfluence = pytest.importorskip("kronfluence.analyzer")
+    """Its own code loads the files, and those that it saves are read."""
+    from kronfluence import analyzer as kronfluence
     from kronfluence.task import Task
 
     class Squares(Task):

@@ -94,8 +94,8 @@ def test_factors_are_checked_and_timed():
         weight_factors.findings(quick=True, ways={"wrong": wrong})
 
 
+@pytest.mark.peers("kronfluence")
 def test_kronfluences_factors_are_checked_like_ours():
-    pytest.importorskip("kronfluence", reason="kronfluence is not installed")
     work = weight_factors.make_work(**weight_factors.QUICK)
     ways = weight_factors.ways_for(work)
     weight_factors.check_ways(work, {name: ways[name] for name in (weight_factors.KRONFLUENCE,)})

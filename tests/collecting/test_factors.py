@@ -220,8 +220,14 @@ def test_globs_mean_linear_layers_with_a_weight_of_their_own():
     of = found["transformer.h.0.mlp.c_fc"]
     assert (of.n_outputs, of.n_inputs) == (32, 9)
     assert of.inputs[-1, -1] == 6
+    norms = [f"transformer.{name}" for name in ("h.0.ln_1", "h.0.ln_2", "ln_f")]
+    shared = ["transformer.wte", "lm_head"]
+    assert list(found.left_out) == ["transformer.wte", "transformer.wpe", *norms, "lm_head"]
+    assert {found.left_out[name] for name in norms} == {"LayerNorm"}
+    assert [found.left_out[name] for name in shared] == ["Embedding", "a shared weight"]
+    assert repr(found).endswith("transformer.ln_f (LayerNorm), lm_head (a shared weight)")
     with refuses("factors: the point lm_head must have a weight of its own"):
-        tlfast.factors(model, [[1, 2, 3]], "lm_head")
+        tlfast.factors(model, [[1, 2, 3]], ["transformer.h.*.mlp.c_*", "lm_head"])
 
 
 def test_sums_are_of_linear_layers(backend):
@@ -254,8 +260,9 @@ def test_what_is_refused():
         ("1", {"kinds": "ekfac", "basis": made.eigen(), "bias": True},
          "factors: basis must be of [150, 7] at 1, got [150, 6].", ValueError),
         ("3", {"kinds": "ekfac", "basis": made.eigen()}, "factors: basis must have the layer 3, got 1.", ValueError),
-        ("0", {}, "factors: points must be linear layers for factors, got 0, a Embedding.", ValueError),
-        ("0*", {}, "factors: points must match a linear layer, got none.", ValueError),
+        ("0", {}, "factors: points must be linear layers, got 0 (Embedding). Name", ValueError),
+        (["0", "1*", "2"], {}, "factors: points must be linear layers, got 0 (Embedding), 2 (GELU). Name", ValueError),
+        (lambda name: name in "02", {}, "factors: points must be linear layers, got 0 (Embedding). Name", ValueError),
         (tlfast.Spec("1"), {}, "factors: points must be names, a glob or modules, got a Spec.", TypeError),
         ("1", {"calls": "sum"}, "factors: settings must be among bias, ", TypeError),
     ):  # fmt: skip
@@ -301,6 +308,10 @@ def test_what_factors_refuse(tmp_path):
     with refuses("Factors: modules must be the same in both parts"):
         kfac.merge(bias)
     assert torch.equal(kfac["1"].inputs, before)
-    (tmp_path / "other.npz").write_bytes(b"PK")
-    with refuses("Factors: path must be a file that Factors.save wrote"):
-        Factors.load(tmp_path / "other.npz")
+    kfac.save(tmp_path / "whole.npz")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    middle = len(whole) // 2
+    for damaged in (b"PK", whole[:middle], whole[:middle] + b"damaged" + whole[middle + 7 :]):
+        (tmp_path / "other.npz").write_bytes(damaged)
+        with refuses("Factors: path must be a file that Factors.save wrote"):
+            Factors.load(tmp_path / "other.npz")

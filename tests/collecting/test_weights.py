@@ -159,6 +159,11 @@ def test_sums_over_modules_and_normalized_rows(tmp_path):
     with pytest.raises(DatasetError, match="specs"):
         collect(model, tmp_path / "rows", EXAMPLES, **settings | {"points": others})
     collect(model, tmp_path / "rows", EXAMPLES, resume="must", **settings)
+    same = {"of": "weight", "project": project, "summed": True, "normalizer": held}
+    collect(model, tmp_path / "one", EXAMPLES, points=[summed], rows_per_unit=9)
+    collect(model, tmp_path / "one", EXAMPLES, points=points, rows_per_unit=9, resume="must", **same)
+    with pytest.raises(DatasetError, match="specs"):
+        collect(model, tmp_path / "one", EXAMPLES, points=points, rows_per_unit=9, **same | {"normalizer": changed})
     sums = tlfast.running(model, EXAMPLES, stats=("mean",), points=[summed])
     assert_rows(sums["gradients:weight"].mean[None].float(), total.mean(0, keepdim=True))
 

@@ -15,6 +15,7 @@ from torch import nn
 import tlfast
 from tlfast import Spec
 from tlfast.backends.recipe import Given, Recipe, Seen
+from tlfast.hooks.normalizers import AdamNormalizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. no backward reached the points")
 B, P, N, D = 4, 7, 2, 3
@@ -592,13 +593,11 @@ def test_settings_beside_specs():
     beside = {
         "reduce": "mean", "over": -1, "dtype": torch.float16, "output": 0, "of": ["grad"], "side": "input", "ref": X,
         "heads": (1, 2), "at": 0, "per": "token", "encoding": "int8",
-        "project": 4, "bias": True,
+        "project": 4, "bias": True, "normalizer": AdamNormalizer(torch.ones(2, 2)), "summed": True,
     }  # fmt: skip
-    assert {"points", *beside} == {field.name for field in fields(Spec)} - {
-        "name", "queries", "normalizer", "summed",
-    }  # fmt: skip
+    assert {"points", *beside} == {field.name for field in fields(Spec)} - {"name", "queries"}
     for argument, value in beside.items():
-        got = "one" if argument == "ref" else repr(value)
+        got = "one" if argument in ("ref", "normalizer") else repr(value)
         text = f"capture: {argument} must be left out where points are Specs, got {got} beside them. Say it in each Sp"
         for points in (Spec(""), [Spec(""), Spec("", "sum")]):
             with pytest.raises(ValueError, match="^" + re.escape(text)):

@@ -111,6 +111,9 @@ def test_what_is_refused(tmp_path):
 
     with pytest.raises(FileNotFoundError):
         tlfast.read_optimizer(path, model)
+    path.write_text("no file of torch's")
+    with refuses(f"read_optimizer: path must hold the state_dict of an optimizer, got {str(path)!r} ("):
+        tlfast.read_optimizer(path, model)
     saved([1])
     with refuses(f"read_optimizer: path must hold the state_dict of an optimizer, got {str(path)!r}."):
         tlfast.read_optimizer(path, model)

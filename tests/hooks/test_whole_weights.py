@@ -252,6 +252,10 @@ def at(settings, points="0"):
     return lambda: tlfast.capture(linear(), Spec(points, of="weight", **settings), rows=1)
 
 
+def beside_points(**settings):
+    return lambda: tlfast.capture(linear(), "0", rows=1, **settings)
+
+
 ADAM, SQUARE = AdamNormalizer(torch.ones(6, D)), AdamNormalizer(torch.ones(3, 3))
 ONE = Projection(4, form="one-sided")
 REFUSED = {
@@ -260,6 +264,13 @@ REFUSED = {
     ),
     "Spec: summed must be left out unless rows are one-sided projections": at({"summed": True, "project": 4}),
     "Spec: summed must be True or False, got 1.": at({"summed": 1}),
+    "capture: normalizer must be left out unless of=\"weight\", got one with of='grad, act'.": beside_points(
+        of=("grad", "act"), normalizer=ADAM
+    ),
+    "capture: summed must be left out unless of=\"weight\", got one with of='grad'.": beside_points(summed=True),
+    "capture: summed must be left out unless rows are one-sided projections, of whole examples, got True with proj": (
+        beside_points(of=("act", "weight"), summed=True, project=4)
+    ),
     "capture: normalizer must be a normalizer, or a mapping from points to such, got one for 2 points.": at(
         {"normalizer": ADAM}, "*"
     ),

@@ -104,7 +104,7 @@ def test_the_blocks_of_a_page_are_one_program(name, tmp_path):
 
 def test_the_flags_of_a_page_are_those_of_the_command():
     commands = re.findall(r"^ {4}tlfast collect (--.*)$", text_of(ROOT / "docs" / "collecting.md"), flags=re.MULTILINE)
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command in commands:
         _check_flags(shlex.split(command), complete=False)
         with pytest.raises(ValueError, match="the flag must be one of tlfast collect, got --odd"):

@@ -178,6 +178,7 @@ ROOMS = (
                 "huggingface",
                 "items",
                 "media",
+                "normalizer_files",
                 "pack",
                 "point_list",
                 "text",

@@ -31,7 +31,7 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
     specs = as_specs(
         "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of,
         options.side, options.ref, options.heads, options.at, options.per, options.encoding,
-        options.project, options.bias,
+        options.project, options.bias, options.normalizer, options.summed,
         CollectOptions.reduce,
     )  # fmt: skip
     if options.embedding is not None:
@@ -105,8 +105,8 @@ def _loses_gradient(module: nn.Module) -> bool:
         with torch.enable_grad():
             given = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
             output = type(module).forward(module, given)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return False  # it will say so itself
+    except Exception:  # whatever the class of a foreign weight raises: the model's own forward meets and tells it again
+        return False
     return not output.requires_grad
 
 

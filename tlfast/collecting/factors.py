@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import broken_rule
+from ..hooks.experts import ExpertLayer
 from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored
-from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors
-from ..hooks.layers import linear_layer, weighted_modules
+from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors, with_reasons
+from ..hooks.layers import linear_layer, owns_weight, weighted_modules
 from ..hooks.options import CaptureOptions, TapOptions, taken
-from ..hooks.points import as_list, find_points, is_glob
+from ..hooks.points import as_list, find_points, is_glob, named_points
 from ..spec import Points, Spec, one_of
 from .options import CollectOptions
 from .passes import Passes
@@ -25,8 +26,8 @@ from .stream import SETTINGS, row_options
 _WHO = "factors"
 _ALLOWED = [
     name for name in SETTINGS
-    if name not in ("reduce", "of", "side", "ref", "heads", "at", "per", "project", "over", "dtype", "output",
-                    "rows_per_unit", "attach", "calls", "lens")
+    if name not in ("reduce", "of", "side", "ref", "heads", "at", "per", "project", "normalizer", "summed", "over",
+                    "dtype", "output", "rows_per_unit", "attach", "calls", "lens")
 ]  # fmt: skip
 _ADDED = {"kfac": PRODUCTS, "adam": SQUARES, "ekfac": EIGENVALUES}
 
@@ -61,6 +62,7 @@ def factors(
         model, batches: as in `collect`.
         points: the layers, by name or glob: `torch.nn.Linear`, or transformers' Conv1D. A glob that means other
             modules too, as the default does, means the linear ones among these; not one whose weight is shared.
+            What it left out is in ``left_out``.
         kinds: what to add up.
         basis: of "ekfac": `Factors` with eigenvectors. None: "kfac" must be among the kinds, and the examples go
             through the model twice.
@@ -68,7 +70,8 @@ def factors(
             in `collect`, but none that says what of a layer is taken.
 
     Returns:
-        `Factors`; ``skipped`` are the (source, start, reason) of bad examples.
+        `Factors`; ``skipped`` are the (source, start, reason) of bad examples, and ``left_out`` says of modules with a
+        weight that a glob meant, too, why they have none: their class, or "a shared weight".
 
     Raises:
         ValueError, TypeError: for bad arguments, and all that `collect` refuses, before the first batch.
@@ -87,9 +90,11 @@ def factors(
     if isinstance(given, Spec) or (isinstance(given, Sequence) and any(isinstance(one, Spec) for one in given)):
         rule, remedy = "be names, a glob or modules", "What is taken of a layer is settled: give its name."
         raise TypeError(broken_rule(_WHO, "points", rule, "a Spec", remedy))
-    found = _linear_layers(model, points)
+    found, left_out = _linear_layers(model, points)
     options = row_options(_WHO, _ALLOWED, list(found), settings, of="weight", reduce="norm")
-    return _Factoring(model, batches, options, found).factors(wanted, basis)
+    made = _Factoring(model, batches, options, found).factors(wanted, basis)
+    made.left_out = left_out
+    return made
 
 
 def _check_kinds(wanted: Sequence[str], basis: Factors | None) -> None:
@@ -113,22 +118,40 @@ def _check_kinds(wanted: Sequence[str], basis: Factors | None) -> None:
         raise ValueError(broken_rule(_WHO, "basis", "have eigenvectors", "none", "Give basis.eigen()."))
 
 
-def _linear_layers(model: nn.Module, points: Points) -> dict[str, nn.Module]:
-    """The linear layers that points mean: of a glob or predicate those whose weight is theirs alone."""
-    found = find_points(_WHO, model, points)
-    globs = callable(points) or any(isinstance(point, str) and is_glob(point) for point in as_list(points))
-    if not globs:
-        return weighted_modules(_WHO, model, Spec(points, of="weight"), found)
+def _linear_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linear layers that points mean, and why other modules with a weight are left out, by name.
+
+    Of a glob or predicate they are those whose weight is theirs alone; all that are named must be such.
+
+    Raises:
+        ValueError: for others that are named, all of which it says, and where there is none.
+    """
+    found, said = find_points(_WHO, model, points), named_points(_WHO, model, points)
+    names = [] if callable(said) else [name for name in as_list(said) if not is_glob(name)]
+    kept: dict[str, nn.Module] = {}
+    if names:
+        kept = weighted_modules(_WHO, model, Spec(names, of="weight"), {name: found[name] for name in names})
+    odd = {name: type(layer).__name__ for name, layer in kept.items() if not _is_linear(layer)}
     owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
-    kept = {
-        name: module
-        for name, module in found.items()
-        if linear_layer(module) is not None and owners[id(module._parameters.get("weight"))] == 1
-    }
-    if not kept:
-        remedy = "Name layers: torch.nn.Linear, or Conv1D of transformers."
-        raise ValueError(broken_rule(_WHO, "points", "match a linear layer", "none", remedy))
-    return kept
+    left_out: dict[str, str] = {}
+    for name, module in found.items():
+        if name in names:
+            continue
+        if linear_layer(module) is None:
+            left_out |= {name: type(module).__name__} if owns_weight(module) else {}
+        elif owners[id(module._parameters.get("weight"))] > 1:
+            left_out[name] = "a shared weight"
+        else:
+            kept[name] = module
+    if odd or not kept:
+        rule, remedy = "be linear layers", "Name torch.nn.Linear, or Conv1D of transformers: others have no factors."
+        raise ValueError(broken_rule(_WHO, "points", rule, with_reasons(odd or left_out) or "none", remedy))
+    order = [name for name in [*found, *kept] if name in kept]
+    return {name: kept[name] for name in order}, left_out
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return linear_layer(module) is not None or isinstance(module, ExpertLayer)
 
 
 def _basis_of(basis: Factors, name: str, sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor] | None:

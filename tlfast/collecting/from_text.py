@@ -40,6 +40,7 @@ from .loss import accepted_names
 from .losses import loss_called, name_of
 from .media import Processor, kind_of
 from .media_examples import MediaExamples
+from .normalizer_files import reader_of
 from .packing import check_packs, packs
 from .progress import Report
 from .records import Record, files_of, read_records
@@ -80,6 +81,7 @@ class Collection:
         files = _text_files(settings)
         loss = loss_called(imported(settings.loss)) if settings.loss else None
         self.ref: Any = imported(settings.ref, "ref") if settings.ref else None
+        read = reader_of(settings.normalizer, settings.normalizer_kind) if settings.normalizer else None
         if device.type == "cuda":
             prepare_cuda()
         kind = kind_asked(settings)
@@ -97,6 +99,7 @@ class Collection:
         else:
             find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
             check_fits(model, settings)
+        self.normalizer: Any = None if read is None else read(model, settings.bias)
         check_kind(model, settings, kind)
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
@@ -235,6 +238,7 @@ class Collection:
         options = settings.to_options(
             loss=self.loss,
             ref=self.ref,
+            normalizer=self.normalizer,
             keep_fields=settings.keep_fields,
             pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
             share=share,

@@ -29,6 +29,7 @@ IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
     "points": "specs", "reduce": "specs", "over": "specs", "dtype": "specs", "output": "specs", "lens": "specs",
     "of": "specs", "side": "specs", "ref": "specs", "heads": "specs",
     "at": "specs", "per": "specs", "encoding": "specs", "project": "specs", "bias": "specs",
+    "normalizer": "specs", "summed": "specs",
     "loss": "loss", "identity": "loss_identity", "batch_tokens": "batching", "padding_side": "batching",
     "pad_id": "batching", "seq_len": "batching", "cuda_graph": "batching", "bad_examples": "examples",
     "skipped": "examples", "rows_per_unit": "plan", "header": "header", "fields": "examples",

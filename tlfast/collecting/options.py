@@ -14,7 +14,7 @@ from ..dataset.format.kept_fields import TAKEN, TAKEN_BEGINNINGS
 from ..errors import broken_rule
 from ..hooks.freeze import Embedding
 from ..hooks.options import TapOptions, check_words
-from ..spec import At, Encoding, Heads, Over, Per, Points, Project, Reduction, Ref, Side, Spec
+from ..spec import At, Encoding, Heads, Normalizing, Over, Per, Points, Project, Reduction, Ref, Side, Spec
 from .batches import Collate, PaddingSide
 from .determinism import Deterministic
 from .graph_cache import CudaGraph
@@ -87,6 +87,8 @@ class CollectOptions(SharedOptions):
     encoding: Encoding | None = None
     project: Project | None = None
     bias: bool = False
+    normalizer: Normalizing | None = None
+    summed: bool = False
     embedding: Embedding | None = None
     loss: Loss | str = next_token_loss
     identity: str = ""

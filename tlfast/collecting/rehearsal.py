@@ -11,6 +11,8 @@ import torch
 
 from ..dataset.format.layout import DTYPE_NAMES, Column
 from ..dataset.format.plan import Example, Plan
+from ..hooks.second_moments import kinds_of
+from ..spec import Spec
 from .batches import unit_rows_of
 from .identity import describe_loss
 from .probe import Probed
@@ -32,7 +34,7 @@ class Rehearsal:
     device: str
     loss: str
     columns: dict[str, Column]
-    classes: dict[str, str]  # of modules, by column
+    classes: dict[str, str]  # of modules, by column, and what normalizes their gradients
     plan: Plan
     n_tokens: int
     n_skipped: int
@@ -106,8 +108,9 @@ def rehearse(run: Run, unused: Sequence[str] = ()) -> Rehearsal:
         type(model).__name__, task_of(run.model), ", ".join(sorted(map(str, probed.devices))),
         describe_loss(run.loss, options.identity, options.header)[0]["loss"], probed.columns,
         {
-            column: f"{len(summed[column])} modules" if column in summed else _kind(names, point)
-            for column, (point, _) in points.items()
+            column: (f"{len(summed[column])} modules" if column in summed else _kind(names, point))
+            + _normalized(spec, summed.get(column, [point]))
+            for column, (point, spec) in points.items()
         },
         plan, sum(run.examples.lengths()), len(run.bad), sum(map(len, parts)),
         seconds * n_positions / n_timed, n_tried, str(run.out), has_units(run.out), unused,
@@ -117,6 +120,14 @@ def rehearse(run: Run, unused: Sequence[str] = ()) -> Rehearsal:
 def _kind(names: Mapping[str, Any], point: str) -> str:
     """What a point is: a module, or that of the experts of which it is one's matrix."""
     return type(names.get(point, names.get(point.rpartition(".expert_")[0]))).__name__
+
+
+def _normalized(spec: Spec, points: Sequence[str]) -> str:
+    """By which kind of second moments a spec divides the gradients of its points."""
+    given: Any = spec.normalizer
+    if given is None:
+        return ""
+    return f", normalized by {kinds_of([given[p] for p in points] if isinstance(given, Mapping) else [given])}"
 
 
 def _sizes(run: Run, examples: Sequence[Example]) -> list[int]:

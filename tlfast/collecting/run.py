@@ -26,6 +26,7 @@ from ..spec import (
     Encoding,
     Heads,
     Missing,
+    Normalizing,
     Over,
     Per,
     Points,
@@ -73,6 +74,8 @@ def collect(
     encoding: Encoding | None = None,
     project: Project | None = None,
     bias: bool = False,
+    normalizer: Normalizing | None = None,
+    summed: bool = False,
     over: Over = "pos",
     dtype: torch.dtype | str | None = None,
     output: int | str | None = None,
@@ -129,6 +132,11 @@ def collect(
         points, reduce, of, side, over, dtype, output, attach, backend, calls, missing: as in `capture`; over can't be
             "batch". Where points are Specs, what they say themselves is left out beside them: another reduce than the
             default is an error, and so are the others.
+        project, bias: of the gradients of weights, as in `capture`.
+        normalizer: of "weight": what divides gradients before they are projected, as `tlfast.read_optimizer` and
+            `Factors.normalizers` return it. Its numbers are a part of the dataset's identity, as a digest.
+        summed: of "weight" with a one-sided projection: the rows of all points added up, in one column
+            ``gradients:weight``.
         ref: what "grad*ref" multiplies with: a tensor [D], or with positions where all examples have as many; or a
             function of the `tlfast.collecting.batches.Batch`, which returns a tensor that broadcasts to the gradient,
             or a mapping of one for each point. It is called before each forward, and may run the model. A part of the

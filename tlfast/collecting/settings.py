@@ -26,12 +26,14 @@ from ..spec import (
     Over,
     Project,
     as_heads,
+    check_summed,
     check_weight,
     one_of,
     parse_over,
     sources_of,
 )
 from .huggingface import as_device_map
+from .normalizer_files import NormalizerKind
 from .options import CollectOptions, SharedOptions
 from .unit_queue import units_in
 
@@ -129,6 +131,14 @@ class TextOptions(DataOptions):
     """of --of weight: the size of each side of a projected gradient, 16, or settings, dim=16,kind=normal,seed=1"""
     bias: bool = False
     """of --of weight: with the gradient of the bias, where a module has one"""
+    normalizer: str = ""
+    """of --of weight: divide gradients by the root of second moments, before they are projected: a .npz file of tlfast
+    factors --kinds adam, or the optimizer.pt of a checkpoint, or its folder"""
+    normalizer_kind: NormalizerKind = "auto"
+    """adam or adafactor (rows and columns of the moments), for which a .npz file has both; auto: adam of a .npz file,
+    else what the optimizer was"""
+    summed: bool = False
+    """of --of weight and a projection with form=one-sided: the rows of all points added up, in one column"""
     encoding: str = ""
     """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64, an integer one also rounded at random
     (int8:stochastic, see docs/format.md); empty: by --dtype"""
@@ -231,6 +241,7 @@ class CollectSettings(SharedOptions, TextOptions):
             encoding=self.stored_encoding,
             project=self.projection,
             bias=self.bias,
+            summed=self.summed,
             embedding=self.embedding or None,
             seq_len=(self.seq_len or None) if self.dataset else self.text_len,
             rows_per_unit=self.rows_per_unit or None,
@@ -262,7 +273,7 @@ class CollectSettings(SharedOptions, TextOptions):
             remedy = "Reduce the batch when reading, or use capture."
             raise ValueError(broken_rule(who, "over", "keep the batch: a row is an example", repr(self.over), remedy))
         _ = self.n_heads  # which looks at it
-        check_weight(who, sources_of(who, self.of, self.reduce), self.projection, self.bias)
+        self._check_weight(who)
         one_of(who, "dtype", self.dtype, (*DTYPE_NAMES, "auto"))
         one_of(who, "model_dtype", self.model_dtype, (*DTYPE_NAMES, "auto"))
         for argument, least in (
@@ -293,6 +304,15 @@ class CollectSettings(SharedOptions, TextOptions):
         if not self.points:
             raise ValueError(broken_rule(who, "points", "name one at least", "nothing", "Give --points."))
 
+    def _check_weight(self, who: str) -> None:
+        sources = sources_of(who, self.of, self.reduce)
+        check_weight(who, sources, self.projection, self.bias, self.normalizer or None, self.summed)
+        if self.normalizer_kind != "auto" and not self.normalizer:
+            rule, remedy = "be left out without normalizer", "Give --normalizer FILE."
+            raise ValueError(broken_rule(who, "normalizer_kind", rule, repr(self.normalizer_kind), remedy))
+        reduce = "norm" if self.reduce == "norm" else "none"  # others are those of other rows
+        check_summed(who, self.summed, self.projection, reduce, self.per, self.n_heads)
+
     def to_yaml(self, first_line: str) -> str:
         """The text of config.yaml, which `load_settings` reads.
 
@@ -307,7 +327,7 @@ class CollectSettings(SharedOptions, TextOptions):
             "keep_fields": list(self.keep_fields),
             "seq_len": self.seq_len if self.dataset else self.text_len,
         }
-        for name in ("model", "dataset", "adapter"):
+        for name in ("model", "dataset", "adapter", "normalizer"):
             if values[name] and Path(values[name]).expanduser().exists():
                 values[name] = os.path.abspath(os.path.expanduser(values[name]))
         for name in ("out", "overwrite", "extend", "resume", "staging", "units", "engine", *RAY, *NEVER_SAVED):
@@ -316,9 +336,11 @@ class CollectSettings(SharedOptions, TextOptions):
         for field in fields(DataOptions):  # what has to do with other data than these
             if field.name in values and values[field.name] in (getattr(defaults, field.name), []):
                 del values[field.name]
-        for name in ("embedding", "ref", "heads", "at", "project", "bias"):
+        for name in ("embedding", "ref", "heads", "at", "project", "bias", "normalizer", "summed"):
             if not values[name]:
                 del values[name]
+        if self.normalizer_kind == "auto":
+            del values["normalizer_kind"]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
 

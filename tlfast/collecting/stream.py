@@ -35,9 +35,10 @@ _SAID = {_ID: "the examples' numbers", _POSITION: "the tokens' positions"}
 _PART = 4  # of the buffer is a unit, where nobody says: the rest of it is mixed with each that comes in
 # The settings of `collect` that say what a row is.
 SETTINGS = (
-    "reduce", "of", "side", "ref", "heads", "at", "per", "project", "bias", "over", "dtype", "output", "embedding",
-    "loss", "fields", "collate", "batch_examples", "size", "batch_tokens", "seq_len", "rows_per_unit", "padding_side",
-    "pad_id", "grad_scale", "attach", "backend", "calls", "missing", "lens", "bad_examples", "deterministic",
+    "reduce", "of", "side", "ref", "heads", "at", "per", "project", "bias", "normalizer", "summed", "over", "dtype",
+    "output", "embedding", "loss", "fields", "collate", "batch_examples", "size", "batch_tokens", "seq_len",
+    "rows_per_unit", "padding_side", "pad_id", "grad_scale", "attach", "backend", "calls", "missing", "lens",
+    "bad_examples", "deterministic",
 )  # fmt: skip
 
 
@@ -166,9 +167,9 @@ def stream(
         seed: makes the order, the same for the same examples and settings; 64 bits.
         drop_last: leave out the last batch, if it is shorter.
         non_finite: for a row with a NaN or an infinity: "stop" raises when its unit is computed, "keep" gives it out.
-        settings: reduce, of, side, ref, heads, at, per, project, bias, over, dtype, output, embedding, loss,
-            fields, collate, batch_examples, size, batch_tokens, seq_len, rows_per_unit, padding_side, pad_id,
-            grad_scale, attach, backend, calls, missing, lens, bad_examples and deterministic, as in `collect`.
+        settings: reduce, of, side, ref, heads, at, per, project, bias, normalizer, summed, over, dtype, output,
+            embedding, loss, fields, collate, batch_examples, size, batch_tokens, seq_len, rows_per_unit, padding_side,
+            pad_id, grad_scale, attach, backend, calls, missing, lens, bad_examples and deterministic, as in `collect`.
             rows_per_unit None: a quarter of the buffer, at most those that fill 256 MiB, and 2048. With per="token"
             ``buffer_rows`` and ``batch_size`` count tokens, and ``rows_per_unit`` the examples that are computed
             together.

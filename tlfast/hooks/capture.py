@@ -20,6 +20,7 @@ from ..spec import (
     Encoding,
     Heads,
     Missing,
+    Normalizing,
     Of,
     Over,
     Per,
@@ -58,6 +59,8 @@ def capture(
     encoding: Encoding | None = None,
     project: Project | None = None,
     bias: bool = False,
+    normalizer: Normalizing | None = None,
+    summed: bool = False,
     attach: Attach = "auto",
     backend: Backend = "auto",
     calls: Calls = "raise",
@@ -69,8 +72,8 @@ def capture(
         model: any module, not yet compiled.
         points: a name, a glob (``*`` within one part of a dotted name, ``**`` across dots), a module of the model, a
             list of these, a predicate on names, a `Spec` or a list of them. Then ``reduce``, ``over``, ``dtype``,
-            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per``, ``encoding``, ``project`` and ``bias``
-            are theirs, and an error here.
+            ``output``, ``of``, ``side``, ``ref``, ``heads``, ``at``, ``per``, ``encoding``, ``project``, ``bias``,
+            ``normalizer`` and ``summed`` are theirs, and an error here.
         rows: how many rows to hold; memory is taken at the first gradient.
         reduce: none, sum, mean, last, norm or absmax.
         over: the dimensions reduced: "pos" (1), "batch" (0), numbers, or several.
@@ -91,6 +94,10 @@ def capture(
             integer ones perhaps with ":stochastic" behind them.
         project: of "weight": the size of each side of a projected gradient, or a `Projection`. See `Spec`.
         bias: of "weight": with the gradient of the bias, where a module has one.
+        normalizer: of "weight": a normalizer, or a mapping from points to such, that divides gradients before they are
+            projected. See `Spec`.
+        summed: of "weight" with a one-sided projection: the rows of all points added up, in one column
+            ``gradients:weight``.
         attach: "tensor" (native, without the GIL), "full" (``register_full_backward_hook``), or "auto": tensor.
         backend: "native", "python" or "auto".
         calls: for a module called several times in one backward: "raise", "sum" (of the gradients, before the
@@ -115,8 +122,9 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
     specs = as_specs(
-        "capture", points, reduce, over, dtype, output, of, side, ref, heads, at, per, encoding, project, bias
-    )
+        "capture", points, reduce, over, dtype, output, of, side, ref, heads, at, per, encoding, project, bias,
+        normalizer, summed,
+    )  # fmt: skip
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 

@@ -47,6 +47,6 @@ def check_factored(who: str, name: str, module: nn.Module, bias: bool) -> tuple[
     layer = find_layer(who, name, module)
     if layer.kind != "linear":
         rule, remedy = "be linear layers for factors", "Name these alone: other weights have no such factors."
-        raise ValueError(broken_rule(who, "points", rule, f"{name}, a {type(module).__name__}", remedy))
+        raise ValueError(broken_rule(who, "points", rule, f"{name} ({type(module).__name__})", remedy))
     has_bias = bias and layer.has_bias
     return layer.n_outputs, layer.n_inputs + has_bias, has_bias

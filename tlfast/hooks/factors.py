@@ -122,6 +122,12 @@ def _eigenvectors(total: torch.Tensor) -> torch.Tensor:
     return turned
 
 
+def with_reasons(modules: Mapping[str, str]) -> str:
+    """Names of modules, each with what is said of it; the first eight, and how many more there are."""
+    some = [f"{name or 'the model'} ({why})" for name, why in list(modules.items())[:8]]
+    return ", ".join([*some, f"and {len(modules) - 8} more"] if len(modules) > 8 else some)
+
+
 class Factors:
     """Kronecker factors of the curvature, and second moments, of some modules; made by `tlfast.factors`.
 
@@ -148,6 +154,7 @@ class Factors:
         self.kinds = tuple(sorted(set(kinds), key=FACTOR_KINDS.index))
         self.identity = identity
         self.skipped: list[tuple[str, int, str]] = []  # examples that were left out
+        self.left_out: dict[str, str] = {}  # modules that a glob meant, and why they have no factors
         self._modules = dict(modules)
 
     @property
@@ -176,6 +183,8 @@ class Factors:
         for name, of in self._modules.items():
             size = f"[{of.n_outputs}, {of.n_inputs}]{', the bias last' * of.bias}"
             lines.append(f"  {name!r}: {size}, {of.n_examples} examples, {of.n_tokens} tokens")
+        if self.left_out:
+            lines.append(f"  left out: {with_reasons(self.left_out)}")
         return "\n".join(lines)
 
     # What is made of the sums.
@@ -199,14 +208,14 @@ class Factors:
         if self.has_basis:
             raise ValueError(broken_rule(_WHO, "the factors", "have no eigenvectors yet", "some", "Use these."))
         made = Factors(self.kinds, {n: of.with_eigen() for n, of in self._modules.items()}, identity=self.identity)
-        made.skipped = list(self.skipped)
+        made.skipped, made.left_out = list(self.skipped), dict(self.left_out)
         return made
 
     def beside(self, other: Factors) -> Factors:
         """These and other kinds of the same modules, examples and eigenvectors."""
         modules = {n: replace(of, sums={**of.sums, **other[n].sums}) for n, of in self._modules.items()}
         made = Factors([*self.kinds, *other.kinds], modules, identity=self.identity)
-        made.skipped = list(self.skipped)
+        made.skipped, made.left_out = list(self.skipped), dict(self.left_out)
         return made
 
     def precondition(
@@ -338,6 +347,7 @@ class Factors:
                 [of.name, of.n_outputs, of.n_inputs, of.bias, of.n_examples, of.n_tokens]
                 for of in self._modules.values()
             ],
+            **({"left_out": self.left_out} if self.left_out else {}),
         }  # fmt: skip
         write_sums(path, said, tensors)
 
@@ -361,6 +371,7 @@ class Factors:
             modules[name] = ModuleFactors(name, n_outputs, n_inputs, bias, n_examples, n_tokens, sums, basis)
         made = cls(said["kinds"], modules, identity=said["identity"])
         made.skipped = [(source, start, reason) for source, start, reason in said["skipped"]]
+        made.left_out = {str(name): str(why) for name, why in said.get("left_out", {}).items()}
         return made
 
 

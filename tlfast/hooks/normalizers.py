@@ -55,10 +55,17 @@ def read_optimizer(
         torch.Size([3, 4])
     """
     found = os.path.join(path, "optimizer.pt") if os.path.isdir(path) else os.fspath(path)
-    saved: Any = torch.load(found, map_location="cpu", weights_only=True)
+    saved: Any = None
+    got = repr(found)
+    try:
+        saved = torch.load(found, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of pickle, of torch's reader of archives, and whatever a foreign file makes of them
+        got += f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
         rule, remedy = "hold the state_dict of an optimizer", "Check the path."
-        raise ValueError(broken_rule(_WHO, "path", rule, repr(found), remedy))
+        raise ValueError(broken_rule(_WHO, "path", rule, got, remedy))
     states = _by_name(saved, model, names)
     made: dict[str, Normalizer] = {}
     for name, module in model.named_modules():

@@ -14,10 +14,11 @@ def positions_of_step(who: str, name: str, given: Any) -> torch.Tensor:
     """What a step gives by a name: int64 [B] or [B, k] on the host, or bool [B, P]; an error for anything else."""
     rule = "be whole numbers [B] or [B, k], or bool [B, P]"
     try:
-        found = plain(who, f"at[{name!r}]", torch.as_tensor(given)).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # no numbers, lists of several lengths, numbers beyond int64
         remedy = "Give a tensor, or lists of whole numbers."
         raise TypeError(broken_rule(who, f"at[{name!r}]", rule, type(given).__name__, remedy)) from error
+    found = plain(who, f"at[{name!r}]", found).detach()
     n_dims = (2,) if found.dtype == torch.bool else (1, 2)
     whole = not (found.is_floating_point() or found.is_complex())
     if not whole or found.dim() not in n_dims or (found.dim() == 2 and found.shape[1] == 0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -147,9 +147,8 @@ def normalizer_at(who: str, name: str, given: Any, shape: tuple[int, int]) -> No
 def describe_normalizers(given: Any, names: Collection[str]) -> dict[str, Any]:
     """What a dataset says of the normalizers of its points: their kind, and a digest of their numbers in float64."""
     used = {name: given[name] for name in names} if isinstance(given, Mapping) else {"": given}
-    digest, kinds = hashlib.sha256(), set()
+    digest = hashlib.sha256()
     for name, one in sorted(used.items()):
-        kinds.add("adam" if isinstance(one, AdamNormalizer) else "adafactor")
         said = {field.name: getattr(one, field.name) for field in fields(one)}
         tensors = {key: value for key, value in said.items() if isinstance(value, torch.Tensor)}
         rest = {key: value for key, value in said.items() if key not in tensors}
@@ -157,7 +156,12 @@ def describe_normalizers(given: Any, names: Collection[str]) -> dict[str, Any]:
         digest.update(repr((name, type(one).__name__, rest, shapes)).encode())
         for tensor in tensors.values():
             digest.update(tensor.detach().cpu().double().contiguous().numpy().astype("<f8").tobytes())
-    return {"kind": " and ".join(sorted(kinds)), "sha256": digest.hexdigest()}
+    return {"kind": kinds_of(used.values()), "sha256": digest.hexdigest()}
+
+
+def kinds_of(normalizers: Iterable[Normalizer]) -> str:
+    """What people are told of these: "adam", "adafactor", or "adafactor and adam"."""
+    return " and ".join(sorted({"adam" if isinstance(one, AdamNormalizer) else "adafactor" for one in normalizers}))
 
 
 def _tensors(normalizer: Normalizer) -> list[torch.Tensor]:

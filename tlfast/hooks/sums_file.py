@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -41,12 +43,12 @@ def read_sums(who: str, path: str | os.PathLike[str], kind: tuple[str, int], mak
         OSError: for one that can't be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             said = json.loads(str(file["said"]))
             if (said["format"], said["version"]) != kind:
                 raise ValueError(f"{said['format']} {said['version']}")
             return make(said, lambda name: torch.from_numpy(file[name]))
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         got = f"{os.fspath(path)!r}: {error}"
         raise ValueError(
             broken_rule(who, "path", f"be a file that {who}.save wrote", got, "Check the path.")
