@@ -9,7 +9,7 @@ from dataset_cases import make_dataset, make_writer, truth, write_units
 
 import tlfast
 from tlfast.attribution import faiss_index, query_vectors
-from tlfast.dataset import Plan, open_dataset
+from tlfast.dataset import Column, Plan, open_dataset
 from tlfast.dataset.read import converting
 
 COLUMNS = {"a": (torch.bfloat16, (6,)), "b": (torch.float32, (2, 3)), "c": (torch.float32, (2,))}
@@ -43,8 +43,12 @@ def test_the_example_runs():
     assert (found.failed, found.attempted > 5) == (0, True)
 
 
-def test_what_an_index_can_not_be_made_of(both, monkeypatch):
+def test_what_an_index_can_not_be_made_of(both, monkeypatch, tmp_path):
     ds, queries = both
+    columns = {"h": (torch.float32, (2,)), "h:act": Column(torch.float32, (2,), of="act")}
+    acts = make_dataset(tmp_path / "acts", columns=columns, plan=Plan(4, 4))
+    with pytest.raises(ValueError, match="faiss_index: points must be named where columns are of several kinds, got"):
+        faiss_index(acts)
     with pytest.raises(ValueError, match="faiss_index: points must match a module, got 'nope'"):
         faiss_index(ds, "nope")
     with pytest.raises(ValueError, match=r"score: points must be of the queries too, got 'b'. Name points that both"):

@@ -396,6 +396,28 @@ def test_columns_that_can_not_be_scored_together(ds, others, tmp_path, monkeypat
         tlfast.score(ds, others, "trackstar")
 
 
+def test_columns_of_one_name_that_were_made_in_other_ways(tmp_path):
+    def weights(name, seed, **more):
+        mean = {"points": ["h"], "reduce": "mean", "over": [1]}
+        weight = {"points": ["h"], "reduce": "none", "over": [], "of": "weight", "project": {"dim": 2, "seed": seed}}
+        columns = {"h": (torch.float32, (2,)), "h:weight": Column(torch.float32, (2, 2), of="weight")} | more
+        specs = [mean, weight, {"points": ["h"], "reduce": "norm", "over": [], "of": "weight"}][: len(columns)]
+        return make_dataset(tmp_path / name, columns=columns, plan=Plan(3, 3), header={"specs": specs})
+
+    one, two = weights("one", 1), weights("two", 2)  # the seed makes other matrices
+    assert len(tlfast.score(one, two, points="h", k=1)) == 3
+    with pytest.raises(
+        ValueError, match="queries must be made as the dataset's rows at 'h:weight', got another project"
+    ):
+        tlfast.score(one, two, points=["h", "h:weight"])
+    assert len(tlfast.score(one, one, points=["h:weight"], k=1)) == 3
+    norm = {"h:weight:norm": Column(torch.float32, (), of="weight")}
+    three = weights("three", 1, **norm).with_fields("h:weight", "h:weight:norm")
+    text = "points must be named where columns are of several kinds, got none with weight, norm of weight"
+    with pytest.raises(ValueError, match=text):
+        tlfast.score(three, three)
+
+
 def test_moments_that_can_not_be_used(ds, tmp_path):
     for stats, rows, message in (
         ("moment2", torch.ones(2, 24), "score: moments must have moment2_full, got moment2. Make them with stats="),

@@ -141,7 +141,7 @@ def test_bad_examples_are_left_out_and_named():
     batches = streamed(examples=[[1, 2], [3], [4, 5, 6]], seq_len=4)
     assert batches.skipped == [("#1", 0, "1 token, less than 2")]
     assert sorted(ids_of(batches)) == [0, 1]
-    with pytest.raises(ValueError, match="collect: examples must have 2 tokens or more"):
+    with pytest.raises(ValueError, match=r"^stream: examples must have 2 tokens or more"):
         streamed(examples=[[1, 2], [3]], bad_examples="stop")
 
 
@@ -255,7 +255,7 @@ def test_inside_a_capture_of_the_model(tmp_path, begin):
     model = Small()
     batches = streamed(model)
     text = (
-        "collect: model must be in no capture, got <tlfast.Capture of point: 2 of 4 rows, {}> already. "
+        ": model must be in no capture, got <tlfast.Capture of point: 2 of 4 rows, {}> already. "
         "The rows would be in that capture too: leave its block first."
     )
     with tlfast.capture(model, "point", rows=4) as cap:
@@ -266,7 +266,8 @@ def test_inside_a_capture_of_the_model(tmp_path, begin):
             "collect": lambda: collect(model, tmp_path / "new", unread, points="embed"),
             "next": lambda: next(batches),
         }
-        with pytest.raises(RuntimeError, match=re.escape(text.format(cap.backend))):
+        speaker = "collect" if begin == "collect" else "stream"
+        with pytest.raises(RuntimeError, match=f"^{speaker}{re.escape(text.format(cap.backend))}"):
             work[begin]()
         assert cap.rows == 2
         assert next(unread) == EXAMPLES[0]
@@ -278,7 +279,7 @@ def test_inside_a_capture_of_the_model(tmp_path, begin):
 def test_inference_mode():
     batches = streamed()
     text = (
-        "collect: torch.inference_mode must be off, got on. "
+        "stream: torch.inference_mode must be off, got on. "
         "Leave that block: its tensors never have gradients. torch.no_grad() may stay."
     )
     for ask in (streamed, lambda: next(batches)):
@@ -303,7 +304,7 @@ def test_two_threads(what):
     assert inside.wait(60)
     text = {
         "one stream": "stream: a stream must be read by one thread at a time, got a second one. Put a lock around next",
-        "two streams": "collect: model must be ",
+        "two streams": "stream: model must be ",
     }[what]
     try:
         with pytest.raises(RuntimeError, match=re.escape(text)):
@@ -345,14 +346,27 @@ class SeesAll(Small):
         (Small(), EXAMPLES, {"missing": "x"}),
     ],
 )
-def test_what_collect_refuses_is_refused_in_its_words(tmp_path, model, examples, settings):
+def test_what_collect_refuses_is_refused_in_its_words_and_our_name(tmp_path, model, examples, settings):
     given = {"points": "embed"} | settings
     with pytest.raises((ValueError, TypeError)) as theirs:
         collect(model, tmp_path, examples, **given)
     with pytest.raises(type(theirs.value)) as ours:
         streamed(model, examples, **given)
-    assert str(ours.value) == str(theirs.value)
+    assert str(ours.value) == re.sub("^collect: ", "stream: ", str(theirs.value))
     assert not isinstance(model, nn.Module) or not any(module._forward_hooks for module in model.modules())
+
+
+def test_who_was_called_speaks():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    calls = {
+        "stream": lambda **more: tlfast.stream(model, [[1]], "1", buffer_rows=4, batch_size=2, **more),
+        "running": lambda **more: tlfast.running(model, [[1]], "1", **more),
+        "factors": lambda **more: tlfast.factors(model, [[1]], "1", **more),
+        "score": lambda **more: tlfast.score(model, {"1": torch.ones(1, 9, 4)}, examples=[[1]], **more),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name}: examples must have 2 tokens or more, got 1 in example 0"):
+            call(bad_examples="stop")
 
 
 NO_ROOM = "have room for a batch of 4 beside a unit of 5, got 8. Give more, or a smaller batch_size or rows_per_unit."

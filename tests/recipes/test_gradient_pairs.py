@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from poisoned_rows import poisoned, poisoned_loss
 from tiny_models import POINTS, sequences, tiny_model
 
 import tlfast
@@ -111,8 +112,17 @@ def test_fields_of_examples_are_those_of_the_loss():
         act, grad = truth_of(model, one["input_ids"], points, one["labels"])[points[0]]
         assert torch.allclose(found[f"{points[0]}:act"][mine], act, rtol=1e-9)
         assert torch.allclose(found[points[0]][mine], grad, rtol=1e-7, atol=1e-12)
-    with pytest.raises(ValueError, match="collect: examples must have 2 tokens or more, got 1 in example 4"):
+    with pytest.raises(
+        ValueError, match=r"^gradient_sae_pairs: examples must have 2 tokens or more, got 1 in example 4"
+    ):
         gradient_sae_pairs(model, given, points, **settings)
+
+
+def test_a_row_that_is_not_finite_is_told_by_its_name():
+    examples, settings = poisoned(sequences(6), (3,)), SETTINGS | {"buffer_tokens": 128, "dtype": torch.float16}
+    text = "^gradient_sae_pairs: rows must be finite, got NaN or infinity in example 3 of .* Leave this example out."
+    with pytest.raises(FloatingPointError, match=text):
+        list(gradient_sae_pairs(tiny_model(), examples, "transformer.h.0", loss=poisoned_loss, **settings))
 
 
 def test_memory_goes_when_it_is_closed():
@@ -128,7 +138,7 @@ def test_memory_goes_when_it_is_closed():
         ("gradient_sae_pairs: buffer_tokens must have room for two batches, and 4 times for the longest example: 64",
          {"buffer_tokens": 63}),
         ("gradient_sae_pairs: batch_size must be a positive number, got 0", {"batch_size": 0}),
-        ("points must match a module", {"points": "absent"}),
+        ("^gradient_sae_pairs: points must match a module", {"points": "absent"}),
         ("gradient_sae_pairs: points must be names, modules or a function, got a Spec. Give the Spec's points: what a ",
          {"points": [tlfast.Spec("transformer.h.0")]}),
         ("gradient_sae_pairs: points must be names, modules or a function", {"points": tlfast.Spec("transformer.h.0")}),

@@ -8,13 +8,11 @@ import re
 import kinds_cases
 import numpy as np
 import pytest
+import torch
 from report_cases import Page, make, page_of
 
 from tlfast.cli import main
-from tlfast.dataset import (
-    DatasetError,
-    open_dataset,
-)
+from tlfast.dataset import Column, DatasetError, DatasetWriter, Example, Plan, open_dataset
 from tlfast.report import write_report
 from tlfast.report.summary import Norms, summarize
 
@@ -97,6 +95,45 @@ def test_columns_of_other_kinds(tmp_path):
     assert "F32 [2, 3], act, per token, as int8" in text
     assert "F32 [70], as int8:64" in text
     assert "7 rows 15 tokens 5 points" in text
+
+
+def test_rows_are_ranked_by_gradients_where_other_things_lie_beside_them(tmp_path):
+    columns = {"h:act": Column(torch.float32, (2,), of="act"), "h": (torch.float32, (2,))}
+    writer = DatasetWriter(tmp_path / "ds", header={}, columns=columns, plan=Plan(3, 3))
+    rows = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]])
+    acts = torch.tensor([[900.0, 0.0], [100.0, 0.0], [torch.nan, 0.0]])
+    writer.write_unit(writer.plan.unit(0), {"h": rows, "h:act": acts}, [Example(i, [i], "a", i, 1) for i in range(3)])
+    summary = summarize(open_dataset(tmp_path / "ds"))
+    assert [(row.example["id"], row.norm, row.point) for row in summary.largest] == [(1, 3.0, "h"), (0, 1.0, "h")]
+    assert [row["points"] for row in summary.bad] == [["h:act"]]
+    text = " ".join(page_of(tmp_path / "ds").text.split())
+    assert "By their norm over the 1 of 2 points that are gradients together." in text
+
+
+def test_positions_of_tokens(tmp_path):
+    from tlfast.report.positions import norms_by_position, points_with_positions
+
+    kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))
+    ds, truth = open_dataset(tmp_path / "ds"), kinds_cases.truth()
+    assert points_with_positions(ds) == ["t", "tq"]
+    rows = np.array([0, 1, 4, 6])
+    found = norms_by_position(ds, ["t"], rows, np.array([2, 0, 4, 5]))["t"]
+    norms = [truth["t"][row].double().norm(dim=1) for row in rows]
+    right = [torch.stack([of[k] for of in norms if len(of) > k]).mean() for k in range(5)]
+    assert np.allclose(found, right)
+    text = " ".join(page_of(tmp_path / "ds").text.split())
+    assert "At points per token positions count the real tokens." in text
+    assert "gradient; a row for each real token" in text
+    assert "stored as int8 with a scale for each 64 values, off by at most 1/254 of the largest magnitude" in text
+
+
+def test_tokens_of_which_there_are_none_or_none_finite(tmp_path):
+    columns = {"t": Column(torch.float32, (), per="token")}
+    for name, rows, lengths in (("none", torch.empty(0), [0, 0]), ("odd", torch.full((3,), torch.nan), [0, 3])):
+        writer = DatasetWriter(tmp_path / name, header={}, columns=columns, plan=Plan(2, 2))
+        examples = [Example(i, [0] * n, "a", i, n) for i, n in enumerate(lengths)]
+        writer.write_unit(writer.plan.unit(0), {"t": rows}, examples)
+        assert "2 rows" in " ".join(page_of(tmp_path / name).text.split())
 
 
 @pytest.mark.parametrize("n", [1, 8, 9, 28, 29, 300])

@@ -23,7 +23,7 @@ MANY = {
 # From the ground up. A room's modules import from rooms above its own in this list, and in their own from rows above
 # theirs. A new module needs a place here.
 ROOMS = (
-    ("", (("_C", "_build_info", "_disk", "errors", "markup"),)),
+    ("", (("_C", "_build_info", "_disk", "errors", "globs", "markup"),)),
     ("projections", (("kept", "philox"), ("entries",), ("sketches",), ("projection",))),
     ("", (("spec",),)),
     (
@@ -113,6 +113,7 @@ ROOMS = (
             ("__init__", "kept_fields", "plan", "rounding", "row_limits", "strict_json"),
             ("encodings",),
             ("coverage", "extension", "layout"),
+            ("meaning",),
             ("description", "norms"),
             ("commits", "merged"),
             ("card", "row_table"),
@@ -284,7 +285,7 @@ NATIVE_ROOMS = (
 NATIVE_FLOORS = tuple(row for _, rows in NATIVE_ROOMS for row in rows)
 # The dataset on disk knows nothing of capture: of the rest of the package it may import these alone. `backends.choice`
 # says why there is no native code.
-BELOW_DATASET = {"_disk", "errors", "markup", "backends.choice"}
+BELOW_DATASET = {"_disk", "errors", "globs", "markup", "backends.choice"}
 CORE_LIBRARIES = {"torch", "numpy"}
 VAGUE_FILES = re.compile(r"(^|_)(utils?|helpers?|misc|common|managers?|handlers?|stuff)(_|$)")
 VAGUE_NAMES = re.compile(r"(Utils?|Helper|Manager|Handler)$")

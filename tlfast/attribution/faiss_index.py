@@ -11,8 +11,9 @@ import torch
 
 from ..dataset.read.search import directions
 from ..dataset.read.views import Readable
+from ..errors import SpeakingAs
 from ..hooks.points import match_names
-from .queries import chosen_queries, opened
+from .queries import check_columns, chosen_queries, opened
 
 _WHO = "faiss_index"
 
@@ -36,7 +37,7 @@ def faiss_index(
         metric: "cosine" divides a row by its norm over all these columns.
 
     Raises:
-        ValueError, TypeError: as ``ds.to_faiss``.
+        ValueError, TypeError: as ``ds.to_faiss``; and for columns of several kinds, unless they are named.
         ImportError: without FAISS, naming the extra.
 
     Example:
@@ -54,7 +55,10 @@ def faiss_index(
     """
     ds = opened("dataset", dataset)
     wanted = ds.points if points is None else [points] if isinstance(points, str) else list(points)
-    return ds.to_faiss(index, point=match_names(_WHO, ds.points, wanted), metric=metric)
+    names = match_names(_WHO, ds.points, wanted)
+    with SpeakingAs(_WHO, "score"):
+        check_columns(ds, names, by_name=points is not None)
+    return ds.to_faiss(index, point=names, metric=metric)
 
 
 def query_vectors(

@@ -62,6 +62,8 @@ def chosen_queries(ds: Any, queries: Any, points: str | Iterable[str] | None) ->
     source = opened("queries", queries)
     names = _shared(ds, source, wanted)
     _check_same_kind(ds, source)
+    for name in names:
+        _check_same_spec(ds, source, name)
     if not len(source):
         raise ValueError(broken_rule(WHO, "queries", "hold a row at least", "none", "Select some rows."))
     for name in names:
@@ -96,7 +98,7 @@ def _of_tensors(ds: Any, named: dict[str, Any], wanted: list[str] | None) -> Que
         remedy = "Leave points out: the dict names them."
         raise ValueError(broken_rule(WHO, "points", "name what the queries are of", got, remedy))
     names = [name for name in ds.points if name in named]
-    _check_columns(ds, names, by_name=True)
+    check_columns(ds, names, by_name=True)
     check_alike(WHO, named)
     rows = {name: _flat(ds, name, named[name]) for name in names}
     if not len(next(iter(rows.values()))):
@@ -118,11 +120,12 @@ def _shared(ds: Any, source: Any, wanted: list[str] | None) -> list[str]:
         got = f"{', '.join(map(repr, source.points[:3]))}, where the dataset has {', '.join(map(repr, ds.points[:3]))}"
         rule, remedy = "share a column with the dataset", "Collect them with the same points."
         raise ValueError(broken_rule(WHO, "queries", rule, got, remedy))
-    _check_columns(ds, names, by_name=wanted is not None)
+    check_columns(ds, names, by_name=wanted is not None)
     return names
 
 
-def _check_columns(ds: Any, names: list[str], by_name: bool) -> None:
+def check_columns(ds: Any, names: list[str], by_name: bool) -> None:
+    """ValueError for columns whose rows can't be laid behind each other, or not unless somebody says so."""
     for name in names:
         column = ds.column(name)
         if column.per != "example":
@@ -131,10 +134,18 @@ def _check_columns(ds: Any, names: list[str], by_name: bool) -> None:
         if not prod(column.row_shape):
             rule, got = "have a value in each row", f"{name!r} of shape {list(column.row_shape)}"
             raise ValueError(broken_rule(WHO, "points", rule, got, "Leave it out."))
-    kinds = dict.fromkeys(ds.column(name).of for name in names)
+    kinds = dict.fromkeys(_kind(ds, name) for name in names)
     if len(kinds) > 1 and not by_name:
         rule, got = "be named where columns are of several kinds", f"none with {', '.join(kinds)}"
         raise ValueError(broken_rule(WHO, "points", rule, got, 'Say which are added up: points=["..."].'))
+
+
+def _kind(ds: Any, name: str) -> str:
+    """Which quantity a column has: a norm, or products with queries, isn't added to products of rows."""
+    of, spec = str(ds.column(name).of), ds.sources[0].made_by(name) or {}
+    if spec.get("queries") is not None:
+        return f"scores of {of}"
+    return f"{spec['reduce']} of {of}" if spec.get("reduce") in ("norm", "absmax") else of
 
 
 def _check_same_kind(ds: Any, source: Any) -> None:
@@ -145,6 +156,18 @@ def _check_same_kind(ds: Any, source: Any) -> None:
             rule, got = f"be of {what} of the dataset", "another" if what == "the model" else "others"
             remedy = "Collect them alike; or give tensors, {point: queries[point][:]}, to score them all the same."
             raise ValueError(broken_rule(WHO, "queries", rule, got, remedy))
+
+
+def _check_same_spec(ds: Any, source: Any, name: str) -> None:
+    """ValueError where two datasets say that a column of one name is of other numbers: another seed or reduction."""
+    made = [part.made_by(name) for side in (ds, source) for part in side.sources]
+    known = [{key: value for key, value in spec.items() if key not in _STORED} for spec in made if spec is not None]
+    for spec in known[1:]:
+        odd = sorted(key for key in {*spec, *known[0]} if spec.get(key) != known[0].get(key))
+        if odd:
+            rule = f"be made as the dataset's rows at {name!r}"
+            remedy = "Collect them alike; or give tensors, {point: queries[point][:]}, to score them all the same."
+            raise ValueError(broken_rule(WHO, "queries", rule, f"another {', '.join(odd)}", remedy))
 
 
 def _weights(ds: Any) -> set[str]:

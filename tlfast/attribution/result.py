@@ -14,6 +14,7 @@ from ..dataset.places.durable import write_small
 from ..dataset.read.decoding import text_of
 from ..dataset.read.found import FOUND, SearchResult
 from ..dataset.read.search import Best, Block
+from ..dataset.read.views import Readable
 from .every_score import check_out, exists
 
 _SHOWN_ROWS = 8
@@ -108,7 +109,8 @@ class Scores(SearchResult):
     def to_parquet(self, out: str | os.PathLike[str], *, texts: bool = True) -> None:
         """Write `to_dict` as a Parquet file, whole or not at all; ValueError where there is one of this name.
 
-        The file's metadata say the method, the points and the texts of the queries, for ``tlfast report --found``.
+        The file's metadata say the method, the points, what these hold (``ds.holds``) and the texts of the queries, for
+        ``tlfast report --found``.
         """
         path = check_out(out, (".parquet",))
         pa, parquet = extra("pyarrow", "Scores.to_parquet"), extra("pyarrow.parquet", "Scores.to_parquet")
@@ -116,7 +118,9 @@ class Scores(SearchResult):
         said = self.to_dict(texts=texts)
         columns = {name: pa.array(values, kinds.get(name, pa.int64())) for name, values in said.items()}
         made = io.BytesIO()
-        about = {"method": self.metric, "points": self.points, "n_skipped": self.n_skipped}
+        about: dict[str, Any] = {"method": self.metric, "points": self.points, "n_skipped": self.n_skipped}
+        if isinstance(self._ds, Readable):
+            about["holds"] = {point: self._ds.holds(point) for point in self.points}
         table = pa.table(columns).replace_schema_metadata(
             {FOUND: json.dumps({**about, "n_queries": len(self), "queries": self.query_texts() if texts else None})}
         )

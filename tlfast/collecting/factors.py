@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..hooks.experts import ExpertLayer
 from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored
 from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors, with_reasons
@@ -91,8 +91,9 @@ def factors(
         rule, remedy = "be names, a glob or modules", "What is taken of a layer is settled: give its name."
         raise TypeError(broken_rule(_WHO, "points", rule, "a Spec", remedy))
     found, left_out = _linear_layers(model, points)
-    options = row_options(_WHO, _ALLOWED, list(found), settings, of="weight", reduce="norm")
-    made = _Factoring(model, batches, options, found).factors(wanted, basis)
+    with SpeakingAs(_WHO, "collect"):
+        options = row_options(_WHO, _ALLOWED, list(found), settings, of="weight", reduce="norm")
+        made = _Factoring(model, batches, options, found).factors(wanted, basis)
     made.left_out = left_out
     return made
 

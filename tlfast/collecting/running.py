@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..errors import SpeakingAs
 from ..hooks.running import RunningSums, Stat
 from ..spec import Points, Spec
 from .passes import Passes
@@ -54,13 +55,14 @@ def running(
         (5, torch.Size([4, 4]))
     """
     sums = RunningSums(stats, non_finite=non_finite)
-    options = row_options(_WHO, [name for name in SETTINGS if name != "rows_per_unit"], points, settings)
-    passes = Passes(_WHO, model, batches, options)
-    sums.identity, sums.skipped = passes.identity, passes.skipped
-    with passes.at_work():
-        probed = passes.look()
-        cap = passes.enter(passes.most, passes.specs).unmasked(probed.unmasked)
-        with cap, cap.into(sums):
-            for _ in passes.through(cap, probed.decoding, clears=False):
-                pass
+    with SpeakingAs(_WHO, "collect"):
+        options = row_options(_WHO, [name for name in SETTINGS if name != "rows_per_unit"], points, settings)
+        passes = Passes(_WHO, model, batches, options)
+        sums.identity, sums.skipped = passes.identity, passes.skipped
+        with passes.at_work():
+            probed = passes.look()
+            cap = passes.enter(passes.most, passes.specs).unmasked(probed.unmasked)
+            with cap, cap.into(sums):
+                for _ in passes.through(cap, probed.decoding, clears=False):
+                    pass
     return sums

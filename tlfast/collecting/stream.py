@@ -14,7 +14,7 @@ from torch import nn
 from ..dataset.format.layout import Column
 from ..dataset.format.plan import Plan, Unit
 from ..dataset.read.shuffle import check_seed, permutation
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..hooks.tokens import positions_within
 from ..spec import Points, Spec, one_of
 from .batches import unit_rows_of
@@ -56,16 +56,21 @@ class GradientStream(Iterator[Batch]):
         n_batches: int,
         columns: Mapping[str, Column],
         skipped: Sequence[Sequence[Any]],
+        who: str = _WHO,
     ):
         self._batches, self.n_rows, self._n_batches, self._turn = batches, n_rows, n_batches, Lock()
+        self._who = who
         self.columns, self.skipped = dict(columns), [tuple(entry) for entry in skipped]
 
     def __next__(self) -> Batch:
         if not self._turn.acquire(blocking=False):
             remedy = "Put a lock around next(), or give each thread a stream and a model."
-            raise RuntimeError(broken_rule(_WHO, "a stream", "be read by one thread at a time", "a second one", remedy))
+            raise RuntimeError(
+                broken_rule(self._who, "a stream", "be read by one thread at a time", "a second one", remedy)
+            )
         try:
-            return next(self._batches)
+            with SpeakingAs(self._who, "collect"):
+                return next(self._batches)
         finally:
             self._turn.release()
 
@@ -182,7 +187,7 @@ def stream(
         memory go before.
 
     Raises:
-        ValueError, TypeError: for bad arguments, and all that `collect` refuses, in its words, before the first batch.
+        ValueError, TypeError: for bad arguments, and all that `collect` refuses, before the first batch.
         RuntimeError: inside a capture of the model, or `torch.inference_mode`; where another thread is at work on the
             model or reads this stream.
         FloatingPointError: for ``non_finite="stop"``. After this or any other error there are no more batches, and
@@ -197,14 +202,15 @@ def stream(
         torch.Size([2]) torch.Size([2, 4])
         torch.Size([2]) torch.Size([2, 4])
     """
-    options = row_options(_WHO, SETTINGS, points, settings)
-    one_of(_WHO, "non_finite", non_finite, ("keep", "stop"))
-    check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
-    check_seed(_WHO, seed)
-    most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
-    _check_room(buffer_rows, batch_size, most)
-    work = Units(model, batches, options, most, non_finite)
-    return work.shuffled(buffer_rows, batch_size, seed, drop_last)
+    with SpeakingAs(_WHO, "collect"):
+        options = row_options(_WHO, SETTINGS, points, settings)
+        one_of(_WHO, "non_finite", non_finite, ("keep", "stop"))
+        check_positive(_WHO, buffer_rows=buffer_rows, batch_size=batch_size)
+        check_seed(_WHO, seed)
+        most = options.rows_per_unit or max(1, min(buffer_rows // _PART, buffer_rows - batch_size))
+        _check_room(buffer_rows, batch_size, most)
+        work = Units(model, batches, options, most, non_finite)
+        return work.shuffled(buffer_rows, batch_size, seed, drop_last)
 
 
 def row_options(
@@ -235,22 +241,32 @@ def _check_room(buffer_rows: int, batch_size: int, largest: int) -> None:
 
 
 class Units(Work):
-    """What goes into the buffer: tried when it is made, as `collect` does, and then computed unit by unit."""
+    """What goes into the buffer: tried when it is made, as `collect` does, and then computed unit by unit.
+
+    ``most`` are the examples of a unit; ``who`` speaks of what is wrong.
+    """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], options: CollectOptions, most: int, non_finite: str
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        options: CollectOptions,
+        most: int,
+        non_finite: str,
+        who: str = _WHO,
     ) -> None:
         super().__init__(model, options)
+        self._who = who
         if is_sharded(model):
             remedy = "Collect a dataset, and read it with ShuffledBatches."
-            raise ValueError(broken_rule(_WHO, "model", "be whole in this process", "a sharded one", remedy))
+            raise ValueError(broken_rule(who, "model", "be whole in this process", "a sharded one", remedy))
         encoded = next((spec.encoding for spec in self.specs if spec.encoding), None)
         if encoded is not None:
             remedy = "Leave it out; a dataset stores rows so."
-            raise ValueError(broken_rule(_WHO, "encoding", "be None: its rows lie in memory", repr(encoded), remedy))
+            raise ValueError(broken_rule(who, "encoding", "be None: its rows lie in memory", repr(encoded), remedy))
         if len({spec.per for spec in self.specs}) > 1:
             rule, remedy = "be the same at all points of a stream", "Make a stream of each, or a dataset of both."
-            raise ValueError(broken_rule(_WHO, "per", rule, "'example' and 'token'", remedy))
+            raise ValueError(broken_rule(who, "per", rule, "'example' and 'token'", remedy))
         self.per_token = self.specs[0].per == "token"
         self._stops = non_finite == "stop"
         self._autocast = _Autocast(self.devices)
@@ -264,7 +280,7 @@ class Units(Work):
         for name, what in _SAID.items():
             if name in self.columns and (name == _ID or self.per_token):
                 rule, remedy = f"not have the name of {what}", "Give its module another name."
-                raise ValueError(broken_rule(_WHO, "points", rule, name, remedy))
+                raise ValueError(broken_rule(who, "points", rule, name, remedy))
 
     def shuffled(self, buffer_rows: int, batch_size: int, seed: int, drop_last: bool) -> GradientStream:
         """All rows once, in the order that belongs to the seed."""
@@ -275,7 +291,7 @@ class Units(Work):
         n = sum(sizes)
         made = _batches(self, plan, _Buffer(min(buffer_rows, n), seed), batch_size, seed, drop_last)
         n_batches = n // batch_size if drop_last else -(-n // batch_size)
-        return GradientStream(made, n, n_batches, self.columns, self.bad.skipped)
+        return GradientStream(made, n, n_batches, self.columns, self.bad.skipped, self._who)
 
     def n_rows(self, unit: Unit) -> int:
         """How many rows a unit has: one for each example, or for each token of them."""
@@ -301,7 +317,7 @@ class Units(Work):
         odd = missing is not None or bool(counters[:, 0].any())
         looked_at = {name: block.cpu() for name, block in rows.items()} if odd else rows
         lengths = dict.fromkeys(pack.per_token, [] if tokens is None else tokens.lengths)
-        Oddities(self._stops, _WHO).flags(looked_at, counters, missing, cap.n_writes, unit, lengths)
+        Oddities(self._stops, self._who).flags(looked_at, counters, missing, cap.n_writes, unit, lengths)
         ids = torch.arange(unit.start, unit.stop)
         if tokens is None or not self.per_token:
             return {_ID: ids, **rows}

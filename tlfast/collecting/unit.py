@@ -23,6 +23,7 @@ from .progress import NonFinite
 _KEPT_BY = {
     "collect": 'non_finite="flag" (--non-finite flag) keeps and flags such rows.',
     "stream": 'non_finite="keep" gives them out, too.',
+    "gradient_sae_pairs": "Leave this example out.",
 }
 _MOST_NAMED = 5  # rows that are not finite
 _REPLAYED_FROM = 2  # batches of one shape in a unit: a graph of the first pays with the second

@@ -71,9 +71,10 @@ def _show(info: dict[str, Any], reasons: Counter[str], parts: list[Part]) -> Non
     if "kept" in info:
         print(f"kept          {_line(info['kept'])}")
     print(f"made          {_line(info['about'])}")
-    shapes = [(_plain(name), _stored(point, info)) for name, point in info["points"].items()]
-    for name, shape in shapes:
-        print(f"  {name:<{max(len(name) for name, _ in shapes)}}  {shape}")
+    shapes = [(_plain(name), _stored(point, info), name) for name, point in info["points"].items()]
+    widths = [max(len(shape[k]) for shape in shapes) for k in (0, 1)]
+    for plain, shape, name in shapes:
+        print(f"  {plain:<{widths[0]}}  {shape:<{widths[1]}}  {_plain(info['holds'][name])}")
 
 
 def _stored(point: dict[str, Any], info: dict[str, Any]) -> str:

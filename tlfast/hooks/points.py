@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Iterable
 from typing import Any, cast
 
@@ -11,35 +10,15 @@ import torch
 from torch import nn
 
 from ..errors import broken_rule
+from ..globs import glob_to_regex as glob_to_regex
+from ..globs import is_glob as is_glob
 from ..spec import Points
 from .experts import all_expert_layers
-
-
-def glob_to_regex(glob: str) -> re.Pattern[str]:
-    """``*`` and ``?`` stay within one part of a dotted name, ``**`` crosses dots, ``[...]`` is a character class."""
-    out = ""
-    for token in re.findall(r"\*\*|\*|\?|\[[^\]]+\]|[^*?\[]+|\[", glob):
-        if token == "**":
-            out += ".*"
-        elif token == "*":
-            out += r"[^.]*"
-        elif token == "?":
-            out += r"[^.]"
-        elif token.startswith("[") and token.endswith("]") and len(token) > 2:
-            out += token.replace("[!", "[^")
-        else:
-            out += re.escape(token)
-    return re.compile(out)
 
 
 def as_list(points: Points) -> list[Any]:
     """Points that are no predicate, one or several of them, as a list."""
     return [points] if isinstance(points, (str, nn.Module)) else list(cast("Iterable[Any]", points))
-
-
-def is_glob(name: str) -> bool:
-    """Whether a name holds wildcards."""
-    return any(c in name for c in "*?[")
 
 
 def match_names(

@@ -11,7 +11,7 @@ from torch import nn
 from ..collecting.options import check_positive
 from ..collecting.stream import SETTINGS, GradientStream, Units, row_options
 from ..dataset.read.shuffle import check_seed
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..spec import Points, Spec
 
 Pairs = dict[str, torch.Tensor]
@@ -112,10 +112,11 @@ def gradient_sae_pairs(
     given = {"bad_examples": "stop", **settings, "loss": loss, "dtype": dtype}
     given |= {"batch_tokens": batch_tokens, "padding_side": padding_side}
     pairs = {"of": ("act", "grad"), "reduce": "none", "per": "token"}
-    options = row_options(_WHO, _SETTINGS, points, given, **pairs)
-    work = Units(model, batches, options, max(1, buffer_tokens // _PARTS), "stop")
-    least = max(2 * batch_size, _PARTS * max(work.examples.lengths()))
-    if buffer_tokens < least:
-        rule = f"have room for two batches, and {_PARTS} times for the longest example: {least}"
-        raise ValueError(broken_rule(_WHO, "buffer_tokens", rule, buffer_tokens, "Give more, or shorter examples."))
-    return PairStream(work.shuffled(buffer_tokens, batch_size, seed, drop_last))
+    with SpeakingAs(_WHO, "collect"):
+        options = row_options(_WHO, _SETTINGS, points, given, **pairs)
+        work = Units(model, batches, options, max(1, buffer_tokens // _PARTS), "stop", _WHO)
+        least = max(2 * batch_size, _PARTS * max(work.examples.lengths()))
+        if buffer_tokens < least:
+            rule = f"have room for two batches, and {_PARTS} times for the longest example: {least}"
+            raise ValueError(broken_rule(_WHO, "buffer_tokens", rule, buffer_tokens, "Give more, or shorter examples."))
+        return PairStream(work.shuffled(buffer_tokens, batch_size, seed, drop_last))

@@ -13,13 +13,12 @@ from ..collecting.examples import ExampleReader
 from ..collecting.loss import call_model, logits_of
 from ..collecting.skipped import BadExamples
 from ..dataset.format.plan import Example
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..hooks.freeze import find_embedding
 from ..hooks.points import find_points
 
 # Of the logits [B, P, V] and the batch, whose mask says which tokens are real and whose fields are the examples'.
 Metric = Callable[[torch.Tensor, Any], torch.Tensor]
-_READER = "collect: "  # what reads examples says who it is that it reads them for, as a rule
 
 
 class Examples:
@@ -43,13 +42,8 @@ class Examples:
         single = isinstance(given, (torch.Tensor, Mapping, str))
         items = [_tokenized(who, item, tokenizer) for item in ([given] if single else given)]
         reader = ExampleReader(BadExamples("stop"), 1, pad_id=pad_id)
-        try:
+        with SpeakingAs(who, "collect"):  # for which they are read as a rule
             self.all: Sequence[Example] = reader.read(items)
-        except (ValueError, TypeError) as error:
-            text = str(error)
-            if not text.startswith(_READER):
-                raise
-            raise type(error)(f"{who}: {text.removeprefix(_READER)}") from None
         self._batching = Batching(
             2**62, None, padding_side, pad_id, batch_examples=batch_examples, source=reader.source  # type: ignore[arg-type]
         )  # fmt: skip

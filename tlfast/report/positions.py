@@ -1,59 +1,33 @@
-"""How large gradients are at each position, from a sample of rows, where rows keep their positions."""
+"""How large rows are at each position, from a sample of examples, where rows keep their positions or are tokens'."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..dataset import GradientDataset
-from ..dataset.read.row_dataset import per_example
-from ..hooks.points import glob_to_regex, is_glob
+from ..dataset.read.row_dataset import per_example, per_token
 
-_CHUNK_BYTES = 32 << 20  # of gradients in memory at a time
+_CHUNK_BYTES = 32 << 20  # of rows in memory at a time
+
+Array = np.ndarray[Any, Any]
 
 
 def points_with_positions(dataset: GradientDataset) -> list[str]:
-    """Return the points whose rows begin with the position dimension, by what the header says of their specs."""
-    width = _get(dataset.header, "batching", "width")
-    specs = dataset.header.get("specs")
-    if not isinstance(width, int) or not isinstance(specs, list):
-        return []
-    keep = [spec for spec in specs if isinstance(spec, dict) and _keeps_positions(spec)]
-    columns = {p: dataset.column(p) for p in dataset.points}
-    wide = [p for p, column in columns.items() if column.per == "example" and column.row_shape[:1] == (width,)]
-    return [p for p in wide if any(_is_of(p, spec) for spec in keep)]
-
-
-def _get(header: Any, *keys: str) -> Any:
-    for key in keys:
-        header = header.get(key) if isinstance(header, dict) else None
-    return header
-
-
-def _keeps_positions(spec: dict[str, Any]) -> bool:
-    over = spec.get("over")
-    if "at" in spec:  # a few of them, or a mask that chooses other ones in each example
-        return False
-    return spec.get("reduce") == "none" or (isinstance(over, list) and 1 not in over)
-
-
-def _is_of(point: str, spec: dict[str, Any]) -> bool:
-    names = spec.get("points")
-    patterns = [names] if isinstance(names, str) else names if isinstance(names, list) else []
-    return any(
-        bool(glob_to_regex(name).fullmatch(point)) if is_glob(name) else name == point
-        for name in patterns
-        if isinstance(name, str)
-    )
+    """Return the points of which positions are known: those with a row for each token, and those whose rows begin with
+    the dimension of positions, by what the header says of their specs."""
+    return [p for p in dataset.points if dataset.column(p).per == "token" or dataset.keeps_positions(p)]
 
 
 def norms_by_position(
-    dataset: GradientDataset, points: Sequence[str], rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]
+    dataset: GradientDataset, points: Sequence[str], rows: Array, lengths: Array
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the mean norm at each position, float64 [positions], of the real tokens of some rows; NaN where none is.
+
+    Of a point per token positions count the real tokens from 0; of others they are the places in the padded rows.
 
     Args:
         dataset: where the rows are.
@@ -61,23 +35,47 @@ def norms_by_position(
         rows: row numbers.
         lengths: real tokens of each.
     """
-    left = _get(dataset.header, "batching", "padding_side") == "left"
     means = {}
     for point in points:
-        column = per_example("write_report", dataset, point)
-        width = column.shape[1]
-        row_bytes = column.dtype.itemsize * int(np.prod(column.shape[1:], dtype=np.int64))
-        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        is_token = dataset.column(point).per == "token"
+        parts = (_of_tokens if is_token else _of_rows)(dataset, point, rows, lengths)
+        width = int(lengths.max(initial=0)) if is_token else dataset.column(point).row_shape[0]
         total, count = np.zeros(width), np.zeros(width, np.int64)
-        for start in range(0, len(rows), step):
-            values = column[rows[start : start + step]].to(torch.float64).flatten(2 if column[:0].dim() > 2 else 1)
-            norms = (values if values.dim() == 2 else values.norm(dim=2)).abs().numpy()
-            length = lengths[start : start + step, None]
-            positions = np.arange(width)[None]
-            real = (positions >= width - length) if left else (positions < length)
-            real = real & np.isfinite(norms)
-            total += np.where(real, norms, 0.0).sum(0)
-            count += real.sum(0)
+        for positions, norms in parts:
+            good = np.isfinite(norms)
+            total += np.bincount(positions[good], norms[good], width)[:width]
+            count += np.bincount(positions[good], minlength=width)[:width]
         with np.errstate(invalid="ignore"):
             means[point] = total / count
     return means
+
+
+def _of_rows(dataset: GradientDataset, point: str, rows: Array, lengths: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield positions and norms of the real tokens of rows [positions, ...], some rows at a time."""
+    left = dataset.header["batching"].get("padding_side") == "left"  # there, as it says how wide rows are
+    column = per_example("write_report", dataset, point)
+    width = column.shape[1]
+    for part in _chunks(len(rows), column.dtype.itemsize * int(np.prod(column.shape[1:], dtype=np.int64))):
+        values = column[rows[part]].to(torch.float64)
+        norms = (values.flatten(2).norm(dim=2) if values.dim() > 2 else values.abs()).numpy()
+        length, positions = lengths[part, None], np.broadcast_to(np.arange(width), norms.shape)
+        real = (positions >= width - length) if left else (positions < length)
+        yield positions[real], norms[real]
+
+
+def _of_tokens(dataset: GradientDataset, point: str, rows: Array, lengths: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield positions and norms of the tokens of some rows at a time."""
+    column = per_token("write_report", dataset, point)
+    token_bytes = column.dtype.itemsize * int(np.prod(column.flat.shape[1:], dtype=np.int64))
+    for part in _chunks(len(rows), token_bytes * int(lengths.max(initial=1))):
+        values, counts = column.joined(rows[part])
+        firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        wide = values.to(torch.float64)
+        norms = wide.flatten(1).norm(dim=1) if wide.dim() > 1 else wide.abs()
+        yield (torch.arange(len(values)) - firsts).numpy(), norms.numpy()
+
+
+def _chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, n_rows, step):
+        yield slice(start, start + step)

@@ -67,6 +67,7 @@ class Summary:
     """What a report says of the rows."""
 
     norms: dict[str, Norms]
+    ranked: list[str]  # points whose norms are added up to rank the rows: of one kind, as others have other sizes
     n_rows: int = 0
     n_tokens: int = 0
     flags: Counter[str] = field(default_factory=Counter)  # rows per flag
@@ -81,16 +82,19 @@ _FLAGS = {"non-finite": FLAG_NON_FINITE, "missing": FLAG_MISSING, "saturated": F
 
 def summarize(dataset: GradientDataset, progress: Callable[[int], None] | None = None) -> Summary:
     """Read every row table once; ``progress`` is called with the number of rows just read."""
-    summary = Summary({point: Norms() for point in dataset.points}, n_rows=len(dataset))
+    kinds = {point: dataset.column(point).of for point in dataset.points}
+    first = "grad" if "grad" in kinds.values() else next(iter(kinds.values()))
+    ranked = [point for point, kind in kinds.items() if kind == first]
+    summary = Summary({point: Norms() for point in dataset.points}, ranked, n_rows=len(dataset))
     sample = np.unique(np.linspace(0, max(len(dataset) - 1, 0), SAMPLED_ROWS, dtype=np.int64))[: len(dataset)]
     lengths: list[np.ndarray[Any, Any]] = []
-    first = 0
+    start = 0
     for k, unit in enumerate(dataset.units):
         table = dataset.examples.table(k)
-        _add(summary, table, first, dataset.points)
-        there = sample[(sample >= first) & (sample < first + len(unit))] - first
+        _add(summary, table, start, dataset.points)
+        there = sample[(sample >= start) & (sample < start + len(unit))] - start
         lengths.append(table.column("length").to_numpy()[there])
-        first += len(unit)
+        start += len(unit)
         if progress is not None:
             progress(len(unit))
     summary.largest.sort(reverse=True)
@@ -107,13 +111,14 @@ def _add(summary: Summary, table: Any, first: int, points: Sequence[str]) -> Non
     norms = np.stack([table.column(NORM + point).to_numpy() for point in points])  # [points, rows]
     for point, row in zip(points, norms, strict=True):
         summary.norms[point].add(row)
+    of_rank = norms[[points.index(point) for point in summary.ranked]]
     with np.errstate(all="ignore"):
-        together = np.sqrt(np.square(norms, dtype=np.float64).sum(0))
-    finite = np.isfinite(together) & (flags & FLAG_NON_FINITE == 0)
+        together = np.sqrt(np.square(of_rank, dtype=np.float64).sum(0))
+    finite = np.isfinite(norms).all(0) & (flags & FLAG_NON_FINITE == 0)
     ranked = np.where(finite, together, -1.0)
     for local in np.argsort(-ranked, kind="stable")[:SHOWN_LARGEST].tolist():
         if ranked[local] > (summary.largest[0].norm if len(summary.largest) == SHOWN_LARGEST else 0.0):
-            point = points[int(norms[:, local].argmax())]
+            point = summary.ranked[int(of_rank[:, local].argmax())]
             found = LargeRow(float(ranked[local]), first + local, point, _example(table, local))
             (heapq.heappushpop if len(summary.largest) == SHOWN_LARGEST else heapq.heappush)(summary.largest, found)
     for local in np.flatnonzero(~finite)[: SHOWN_BAD - len(summary.bad)].tolist():

@@ -28,6 +28,7 @@ from .timeline import Timeline, commit_times, extension_times, timeline
 _WHO = "write_report"
 _LONGEST_TABLE = 200  # points
 _LONGEST_VALUE = 300  # characters of a setting
+_KINDS = {"grad": "gradients", "act": "activations", "weight": "weight gradients"}
 
 
 def write_report(
@@ -40,8 +41,8 @@ def write_report(
 ) -> Path:
     """Write one HTML page about the dataset in folder ``path``, complete or not: a file that needs no other.
 
-    It reads the row tables once, and the gradients of at most 2048 rows where they keep positions; memory doesn't
-    grow with the rows.
+    It reads the row tables once, and the rows of at most 2048 examples where they keep positions or are tokens'; memory
+    doesn't grow with the rows.
 
     Args:
         path: the dataset's folder, or its URL.
@@ -130,8 +131,17 @@ def _values(dataset: GradientDataset, summary: Summary, decode: Decode, note: st
             for row in summary.largest
         ],
         "largest_note": note,
+        "largest_over": _ranked(dataset, summary),
         "footer": f"config hash {info['config_hash']}; made by tlfast report",
     }
+
+
+def _ranked(dataset: GradientDataset, summary: Summary) -> str:
+    """Of which points the norms are that rows are ranked by."""
+    if len(summary.ranked) == len(dataset.points):
+        return "all points"
+    of = dataset.column(summary.ranked[0]).of
+    return f"the {len(summary.ranked)} of {len(dataset.points)} points that are {_KINDS.get(of, of)}"
 
 
 def _model(header: dict[str, Any]) -> str:
@@ -219,6 +229,7 @@ def _point(name: str, dataset: GradientDataset, summary: Summary) -> dict[str, A
     return {
         "name": charts.short(name, 80),
         "stored": f"{DTYPE_NAMES[column.dtype]} {list(column.row_shape)}{column.notes}",
+        "holds": dataset.holds(name),
         "norms": [_number(norms.percentile(percent)) for percent in (5, 50, 95)] + [_number(norms.largest)],
         "zero": f"{norms.n_zero:,}",
         "non_finite": norms.n_non_finite and f"{norms.n_non_finite:,}",
@@ -245,6 +256,8 @@ def _charts(dataset: GradientDataset, summary: Summary, created: object) -> list
     if with_positions:
         means = norms_by_position(dataset, with_positions, summary.sample, summary.sample_lengths)
         caption = f"Mean over the real tokens of {len(summary.sample):,} rows, evenly chosen."
+        if any(dataset.column(point).per == "token" for point in with_positions):
+            caption += " At points per token positions count the real tokens."
         found.append(("Norm by position", caption, charts.positions(means)))
     else:
         caption = 'The rows don\'t keep positions: they are reduced over them. Collect with reduce="none", or over=-1.'

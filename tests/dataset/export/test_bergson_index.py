@@ -206,6 +206,9 @@ REFUSED = {
         {"header": {"model": {"class": "GPT2Model"}}, "rows": some_rows(columns=("transformer.h.0", "lm_head"))},
         "module 'lm_head' must lie inside of 'transformer', where bergson looks, got one outside",
     ),
+    "a name of one's own": (
+        {"rows": {"x:whole": OWN["x:weight"]}}, "point 'x:whole' must be called <module>:weight, got another name. Leav"
+    ),
     "twice": ({"rows": OWN | {"x": OWN["x:weight"]}}, "module 'x' must have one column, got several"),
 }  # fmt: skip
 

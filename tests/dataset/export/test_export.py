@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import kinds_cases
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from dataset_cases import COLUMNS, PLAN, make_dataset, make_writer, rows_of, truth
 from dataset_cases import examples as examples_of
 
-from tlfast.dataset import DatasetError, Plan, export_dataset, open_dataset
+from tlfast.dataset import Column, DatasetError, Plan, export_dataset, open_dataset
 from tlfast.dataset.read import arrow_rows
 
 POINTS = list(COLUMNS)
@@ -93,6 +95,60 @@ def test_encoded_rows_are_exported_decoded(tmp_path):
     np.testing.assert_array_equal(table.column("grad:q").combine_chunks().flatten(), ds["q"][:].flatten().numpy())
     assert table.field("grad:q").metadata[b"stored"] == b"F32, as int8:64"
     assert json.loads(table.schema.metadata[b"tlfast"])["points"]["q"]["encoding"] == "int8:64"
+
+
+SPECS = [
+    {"points": ["h.0"], "reduce": "mean", "over": [1]},
+    {"points": ["h.0"], "reduce": "sum", "over": [1, 2], "of": "grad*act"},
+    {"points": ["h.0"], "reduce": "none", "over": [], "of": "weight", "project": {"dim": 2, "seed": 5}},
+]
+HOLDS = {
+    "h.0": "gradient at the output; mean over positions",
+    "h.0:grad*act": "gradient times activation, element by element, at the output; sum over positions and dimension 2",
+    "h.0:weight": "weight gradient of each example; projected to 2 a side, L G R^T; rademacher, seed 5, tlfast-1",
+}
+FORMS = {
+    "h.0": (torch.float32, (3,)), "h.0:grad*act": Column(torch.float32, (), of="grad*act"),
+    "h.0:weight": Column(torch.float32, (2, 2), of="weight"),
+}  # fmt: skip
+
+
+def test_exports_say_what_their_columns_hold(tmp_path):
+    import datasets
+    import lance
+    import pyarrow.parquet as parquet
+
+    make_dataset(tmp_path / "ds", columns=FORMS, header={"specs": SPECS, "examples": ["of", "a", "user"]})
+    ds = open_dataset(tmp_path / "ds")
+    table = parquet.read_table(export_dataset(ds, tmp_path / "t.parquet", to="parquet"))
+    assert json.loads(table.schema.metadata[b"tlfast"])["holds"] == HOLDS
+    assert {name: table.field(f"grad:{name}").metadata[b"holds"].decode() for name in FORMS} == HOLDS
+    npy = export_dataset(ds, tmp_path / "npy", to="npy")
+    said = json.loads((npy / "points.json").read_text())
+    assert {name: said["holds"][name] for name in said["files"].values()} == HOLDS
+    folders = [
+        export_dataset(ds, tmp_path / f"hf{k}", to="hf", points=points) for k, points in enumerate((None, ["h.0"]))
+    ]
+    loaded = [datasets.load_from_disk(str(folder)) for folder in folders]
+    assert json.loads(loaded[0].info.description)["holds"] == HOLDS
+    assert loaded[0]._fingerprint != loaded[1]._fingerprint  # what is computed of one is never taken for the other's
+    assert json.loads(ds.to_hf(["h.0"]).info.description)["holds"] == {"h.0": HOLDS["h.0"]}
+    assert ds.to_pandas(["h.0:weight"]).attrs["tlfast"] == {"h.0:weight": HOLDS["h.0:weight"]}
+    made = lance.dataset(str(export_dataset(ds, tmp_path / "l.lance", to="lance")))
+    rows = made.to_table()
+    assert rows.column("grad:h_0:grad*act").to_pylist() == ds["h.0:grad*act"][:].tolist()
+    assert made.schema.field("grad:h_0:grad*act").metadata[b"holds"].decode() == HOLDS["h.0:grad*act"]
+
+
+def test_a_view_needs_the_room_of_its_own_rows(tmp_path, monkeypatch):
+    plan, header = Plan(8, 4), {"examples": {"tokens": 8_000_000}}  # a million tokens each
+    make_dataset(tmp_path / "ds", plan=plan, header=header, columns={"h": (torch.float32, ())})
+    ds = open_dataset(tmp_path / "ds")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000_000))
+    made = export_dataset(ds.select([3, 1]), tmp_path / "npy", to="npy")
+    assert np.array_equal(np.load(made / "h.npy"), ds["h"][[3, 1]].numpy())
+    with pytest.raises(DatasetError, match=r"out must have 0.032 GB free for this dataset, got 0.010 GB"):
+        export_dataset(ds, tmp_path / "all", to="npy")
 
 
 def test_npy(folder, tmp_path):

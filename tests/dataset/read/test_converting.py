@@ -75,6 +75,19 @@ def test_what_can_not_be_converted(tmp_path):
     assert np.array_equal(kinds.to_numpy("q")["q"], kinds["q"][:].numpy())
 
 
+def test_views_without_rows(ds, vectors, tmp_path):
+    none = ds.select([])
+    assert len(none.to_hf()) == len(none.to_pandas(["loss"])) == len(none.sample()) == 0
+    assert none.to_hf().column_names == ds.to_hf(["loss"]).column_names[:-1] + [f"grad:{point}" for point in COLUMNS]
+    assert vectors.select([]).to_faiss().ntotal == 0
+    found = vectors.select([]).search(torch.ones(2, 8))
+    assert (found.indices.shape, len(found[0])) == ((2, 0), 0)
+    kinds_cases.write_units(kinds_cases.make_writer(tmp_path))
+    tokens = open_dataset(tmp_path).select([1, 5])  # examples without any
+    assert tokens.search(torch.ones(1, 5), point="t").indices.shape == (1, 0)
+    assert [list(rows.shape) for rows in tokens["tq"][:]] == [[0, 2, 3]] * 2
+
+
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory):
     """bfloat16 rows for FAISS."""

@@ -11,7 +11,18 @@ from dataset_cases import same_bits
 from kinds_cases import COLUMNS, LENGTHS, PLAN, example, make_writer, n_rows, rows_of, truth, write_units
 from torch.utils.data import DataLoader
 
-from tlfast.dataset import DatasetWriter, RowDataset, ShuffledBatches, concat_datasets, join_datasets, open_dataset
+from tlfast.dataset import (
+    Column,
+    DatasetError,
+    DatasetWriter,
+    Example,
+    Plan,
+    RowDataset,
+    ShuffledBatches,
+    concat_datasets,
+    join_datasets,
+    open_dataset,
+)
 
 N = len(LENGTHS)
 
@@ -208,6 +219,30 @@ def test_joins_and_pickles(ds, out):
     joined = join_datasets(ds, other)
     assert same_bits(joined.left["t"][4], ds["t"][4])
     assert [len(part) for part in joined.right["tq"][[0, 2]]] == [2, 3]
+
+
+def test_tokens_that_are_not_the_same_are_not_joined(tmp_path):
+    columns = {"t": Column(torch.float32, (), per="token")}
+    for name, lengths in (("a", [2, 1]), ("b", [1, 2])):  # of one's own loop: the masks differ, nobody has tokens
+        writer = DatasetWriter(tmp_path / name, header={}, columns=columns, plan=Plan(2, 2))
+        examples = [Example(i, [], "", 0, n) for i, n in enumerate(lengths)]
+        writer.write_unit(writer.plan.unit(0), {"t": torch.arange(3.0)}, examples)
+    a, b = open_dataset(tmp_path / "a"), open_dataset(tmp_path / "b")
+    with pytest.raises(DatasetError, match="example 0 must have as many tokens in both datasets, got 2 and 1"):
+        join_datasets(a, b)
+    assert len(join_datasets(a, a)) == 2
+
+
+def test_a_dataset_without_a_token(tmp_path):
+    columns = {"t": Column(torch.float32, (3,), per="token", encoding="int8")}
+    writer = DatasetWriter(tmp_path / "d", header={}, columns=columns, plan=Plan(2, 2))
+    writer.write_unit(writer.plan.unit(0), {"t": torch.empty(0, 3)}, [Example(i, [], "", 0, 0) for i in range(2)])
+    ds = open_dataset(tmp_path / "d")
+    assert ds.verify().ok
+    assert (ds["t"].flat.shape, ds["t"][1].shape, ds["t"].lengths().tolist()) == ((0, 3), (0, 3), [0, 0])
+    assert list(ShuffledBatches(ds, batch_size=2)) == []
+    assert ds.search(torch.ones(1, 3), 2).indices.shape == (1, 0)
+    assert ds.norms("t").tolist() == [0.0, 0.0]
 
 
 def test_what_it_says_of_itself(ds):

@@ -205,7 +205,7 @@ def test_datasets_that_can_not_be_joined(two, kinds, tmp_path):
     )
     with pytest.raises(DatasetError, match=message):
         concat_datasets([two[0], other])
-    message = "got BF16 .* and no such point in dataset 2. Take the points that they share by ds.with_fields."
+    message = "got BF16 .* and no such point in dataset 2. concat_datasets of ds.with_fields"
     with pytest.raises(DatasetError, match=message):
         concat_datasets([two[0], two[1].with_fields("double")])
     assert concat_datasets([two[0].with_fields("loss"), other.with_fields("loss")]).points == ["loss"]

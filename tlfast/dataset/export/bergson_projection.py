@@ -156,6 +156,9 @@ def modules_of(
         if shape != (dim,):
             raise dataset_error(_WHO, f"point {name!r}", f"have rows of [{dim}]", list(shape), remedy)
         return {module: dim}
+    if not name.endswith(ENDING):  # the module would have another name there, which bergson's queries don't
+        rule = f"be called <module>{ENDING}"
+        raise dataset_error(_WHO, f"point {name!r}", rule, "another name", remedy)
     n_heads = shape[0] if len(shape) == 3 and shape[0] in heads else 0
     one = shape[1:] if n_heads else shape
     if factor is not None:

@@ -113,12 +113,15 @@ def _exists(target: Path) -> Exception:
 
 
 def _estimate(rows: Rows) -> int:
-    info = rows.dataset.info()
-    tokens = info["header"].get("examples", {}).get("tokens")
-    per_example = tokens / info["planned_rows"] if isinstance(tokens, int) else _EXAMPLE_TOKENS
+    per_example = max(map(_tokens_per_example, rows.dataset.sources))  # those of a view are as long as those around
     norms_and_numbers = 4 * len(rows.dataset.points) + 64
     n_rows = per_example if rows.per_token else 1
     return int(len(rows) * (n_rows * rows.row_bytes + 4 * per_example + norms_and_numbers))
+
+
+def _tokens_per_example(source: Any) -> float:
+    tokens = source.info()["examples"].get("tokens")
+    return tokens / source.plan.n_examples if type(tokens) is int else _EXAMPLE_TOKENS
 
 
 @contextmanager

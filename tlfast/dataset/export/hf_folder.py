@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import extra
+from ..format.strict_json import sha256_of
 from ..read.arrow_rows import Rows
 
 _WHO = "export_dataset"
@@ -27,9 +28,10 @@ def save_to_disk(rows: Rows, folder: Path, schema: Any, batches: Iterable[Any] |
             file.write_table(pa.Table.from_batches([batch]).cast(stored))
     said = rows.provenance()
     datasets.DatasetInfo(description=json.dumps(said), features=features).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": _ONE_ARROW_FILE}],
-        "_fingerprint": said["config_hash"][:16],
+        # By it datasets keeps what it has computed: other points, and rows that came later, are other data.
+        "_fingerprint": sha256_of([said["config_hash"], len(rows), list(rows.columns)])[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

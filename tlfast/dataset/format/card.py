@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from .description import Description
-from .layout import DTYPE_NAMES
+from .layout import DTYPE_NAMES, WEIGHT
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _SIZES_ABOVE = ((10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))
 _SIZES_OF_BILLIONS = ((10**10, "1B<n<10B"), (10**11, "10B<n<100B"), (10**12, "100B<n<1T"))
+
+_COUNTS = re.compile(r"^\d+ examples, \d+ points, written by tlfast\.$", re.MULTILINE)
 
 _CARD = """---
 configs:
@@ -21,7 +25,7 @@ tags:
 - tlfast
 ---
 
-# Gradients, one row per example
+# {title}
 
 {n} examples, {points} points, written by tlfast.
 
@@ -30,16 +34,16 @@ import tlfast
 
 ds = tlfast.open_dataset("path/to/this/folder")
 ds.points                # the points below
-ds[ds.points[0]][:10]    # gradients of ten examples, a torch tensor
+ds[ds.points[0]][:10]    # {rows} of ten examples, {made}
 ds.examples[0]           # the first example: input_ids, source, start, length, flags, norms
 ```
 
-`rows/*.parquet` holds the examples and the norm of each gradient; `data/*.safetensors` holds the gradients, row r of
+`rows/*.parquet` holds the examples and the norm of each {row}; `data/*.safetensors` holds the {rows}, row r of
 `data/<unit>` belonging to row r of `rows/<unit>`. Only units with a file in `commits/` exist. `tlfast verify` re-reads
 every byte against its checksum. How it was made stands in `dataset.json` and `config.yaml`.
 
-{more}| point | dtype | shape of a row |
-|---|---|---|
+{more}| point | dtype | shape of a row | holds |
+|---|---|---|---|
 {table}
 """
 
@@ -59,11 +63,36 @@ def dataset_card(description: Description) -> str:
     n = description.plan.n_examples
     size = next((name for limit, name in (*_SIZES, *_SIZES_ABOVE, *_SIZES_OF_BILLIONS) if n < limit), "n>1T")
     table = "\n".join(
-        f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]}{_plain(column.notes)} | {list(column.row_shape)} |"
+        f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]}{_plain(column.notes)} | {list(column.row_shape)} "
+        f"| {_plain(description.holds(name))} |"
         for name, column in description.columns.items()
     )
     more = _PER_TOKEN * description.has_tokens + _ENCODED * any(c.encoding for c in description.columns.values())
-    return _CARD.format(size=size, n=n, points=len(description.columns), more=more, table=table)
+    said = {"size": size, "n": n, "points": len(description.columns), "more": more, "table": table}
+    return _CARD.format(**said, **_heading(description))
+
+
+def recounted(text: str, before: str, after: str) -> str:
+    """Return a card that was ``before``, by this or another version, with the numbers of ``after``.
+
+    What says how many examples there are is changed in a card of whatever else; one without that line stays.
+    """
+    if text == before:
+        return after
+    counts = [found.group() if (found := _COUNTS.search(card)) else "" for card in (before, after)]
+    return text.replace(counts[0], counts[1]) if counts[0] and text.count(counts[0]) == 1 else text
+
+
+def _heading(description: Description) -> dict[str, str]:
+    """The words of a card that depend on what its columns are: gradients alone, or other things too."""
+    first = next(iter(description.columns.values()))
+    kinds = {column.of for column in description.columns.values()}
+    row = "gradient" if kinds <= {"grad", WEIGHT} else "row"
+    pers = {column.per for column in description.columns.values()}
+    each = "one row per " + " or ".join(per for per in ("example", "token") if per in pers)
+    title = "Gradients" if row == "gradient" else "Gradients and more" if "grad" in kinds else "Rows of a model"
+    made = "a list of tensors" if first.per == "token" else "a torch tensor"
+    return {"title": f"{title}, {each}", "row": row, "rows": f"{row}s", "made": made}
 
 
 def _cell(name: str) -> str:

@@ -21,6 +21,7 @@ from ..places.store import LocalStore, Store, as_store
 from .extension import Extension, read_extensions
 from .kept_fields import check_kept
 from .layout import DTYPE_NAMES, DTYPES, Column, check_columns, has_tokens, version_of
+from .meaning import Meanings
 from .plan import Plan, Unit
 from .strict_json import checksum_of, parse_json, sha256_of, to_file
 
@@ -74,6 +75,15 @@ class Description:
     def has_tokens(self) -> bool:
         """Whether some column has a row for each token."""
         return has_tokens(self.columns)
+
+    @cached_property
+    def meanings(self) -> Meanings:
+        """What its columns hold, as far as the header says."""
+        return Meanings(self.header, self.about)
+
+    def holds(self, name: str) -> str:
+        """Return in words what a column holds."""
+        return self.meanings.holds(name, self.columns[name])
 
     @cached_property
     def config_hash(self) -> str:

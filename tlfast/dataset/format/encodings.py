@@ -54,6 +54,24 @@ class Encoded(NamedTuple):
     scales: torch.Tensor
 
 
+def told(encoding: str) -> str:
+    """Return in words how rows are stored, and how far off at most what is read is, see docs/format.md.
+
+    Example:
+        >>> from tlfast.dataset.format.encodings import told
+        >>> told("int8:64")
+        'stored as int8 with a scale for each 64 values, off by at most 1/254 of the largest magnitude that shares it'
+    """
+    kind, is_random = _KINDS[encoding], encoding in STOCHASTIC
+    stored = encoding.partition(":")[0] + (" rounded at random, right on average," if is_random else "")
+    scales = "row" if kind.block is None else f"{kind.block} values"
+    if kind.dtype.is_floating_point:
+        bound = f"1/16 of the value, or 1/{1024 * kind.largest:,} of the largest magnitude that shares it"
+    else:
+        bound = f"1/{kind.largest if is_random else 2 * kind.largest} of the largest magnitude that shares it"
+    return f"stored as {stored} with a scale for each {scales}, off by at most {bound}"
+
+
 def code_kind(encoding: str, row_shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]]:
     """Return the dtype and the shape of one row's codes."""
     kind = _KINDS[encoding]

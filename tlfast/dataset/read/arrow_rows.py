@@ -110,6 +110,7 @@ class Rows:
             "header": info["header"],
             "config_hash": info["config_hash"],
             "points": {point: info["points"][point] for point in self.columns},
+            "holds": {point: info["holds"][point] for point in self.columns},
             "bfloat16": "exported as float32, exactly",
         }
 
@@ -120,6 +121,7 @@ class Rows:
         schema = pa.schema([standard.field(f.name) if f.name in standard.names else f for f in there])
         for point, column in self.columns.items() if gradients else ():
             said = {"point": point, "shape": json.dumps(column.row_shape), "stored": self._stored(point)}
+            said["holds"] = self.dataset.holds(point)
             schema = schema.append(
                 pa.field(GRADIENTS + point, _list_type(column, self._who), nullable=False, metadata=said)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,7 @@ def to_pandas(ds: Any, points: Iterable[str]) -> Any:
     frame = ds.examples.arrow(np.arange(len(ds))).to_pandas()
     for point, array in (to_numpy(ds, named, "to_pandas") if named else {}).items():
         frame[GRADIENTS + point] = list(array)
+    frame.attrs["tlfast"] = {point: ds.holds(point) for point in named}
     return frame
 
 
@@ -54,7 +56,8 @@ def to_hf(ds: Any, points: Iterable[str] | None) -> Any:
     schema = rows.schema()
     features = datasets.Features.from_arrow_schema(schema)
     table = pa.Table.from_batches(list(rows.batches(schema)), schema=schema).cast(features.arrow_schema)
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    said = json.dumps(rows.provenance())  # as an export to "hf" says it
+    return datasets.Dataset(table, info=datasets.DatasetInfo(description=said, features=features))
 
 
 def to_faiss(ds: Any, index: Any, point: str | Iterable[str] | None, metric: str) -> Any:

@@ -52,13 +52,13 @@ def join_datasets(left: Readable, right: Readable) -> Join:
     """Join two datasets, or views of some, of the same data by example id; the examples that both have stay.
 
     The examples are the same where dataset.json says so of both, by its fingerprint of all examples; otherwise the
-    tokens of every shared example are compared.
+    tokens of every shared example are compared, and where both have rows per token how many these are.
 
     Returns:
         A Join: ``join.ids``, ``join.left[point][rows]``, ``join.right[point][rows]``.
 
     Raises:
-        DatasetError: where an id stands for other tokens in the other dataset.
+        DatasetError: where an id stands for other tokens in the other dataset, or for another number of rows of them.
         KeyError: where several rows of a view have an id.
 
     Example:
@@ -83,6 +83,14 @@ def join_datasets(left: Readable, right: Readable) -> Join:
 
 def _compare(joined: Join) -> None:
     left, right = joined.left.rows.numpy(), joined.right.rows.numpy()
+    sides = (joined.left.view, joined.right.view)
+    if all(any(view.column(point).per == "token" for point in view.points) for view in sides):
+        lengths = [view.examples.arrow(np.arange(len(view)), ["length"]).column("length").to_numpy() for view in sides]
+        odd = np.flatnonzero(lengths[0] != lengths[1])
+        if len(odd):  # masks were others: row k of one isn't the token of row k of the other
+            got, remedy = " and ".join(str(length[odd[0]]) for length in lengths), "Collect them with the same tokens."
+            argument, rule = f"example {joined.ids[odd[0]]}", "have as many tokens in both datasets"
+            raise dataset_error(_WHO, argument, rule, got, remedy)
     breaks = np.flatnonzero((np.diff(left) != 1) | (np.diff(right) != 1)) + 1
     bounds = np.unique(np.concatenate([np.arange(0, len(left), _COMPARED_ROWS), breaks, [len(left)]])).tolist()
     for start, stop in pairwise(bounds):

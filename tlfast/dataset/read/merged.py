@@ -68,6 +68,7 @@ class MergedDataset(DatasetView):
             "path": str(self.path),
             **found,
             "points": infos[0]["points"],
+            "holds": {point: self.holds(point) for point in self.points},
             "header": self.header,
             "examples": examples,
             "about": {},

@@ -187,6 +187,20 @@ class GradientDataset(Readable, OnHub):
             raise KeyError(f"GradientDataset: point must be one of {known}, got {point!r}. See ds.points.")
         return self._description.columns[point]
 
+    def holds(self, point: str) -> str:
+        """Return in words what ``point`` holds: which form of which place, how reduced, projected and stored."""
+        self.column(point)
+        return self._description.holds(point)
+
+    def made_by(self, point: str) -> dict[str, Any] | None:
+        """Return the entry of the header's ``specs`` that made ``point``; None where the header doesn't tell."""
+        made = self._description.meanings.made_by(point, self.column(point))
+        return None if made is None else dict(made.spec)
+
+    def keeps_positions(self, point: str) -> bool:
+        """Return whether a row of ``point`` begins with the dimension of positions, as far as the header says."""
+        return self._description.meanings.keeps_positions(point, self.column(point))
+
     def raw(self, point: str) -> RawColumn:
         """Return the codes and scales of an encoded ``point`` as they are stored: ``ds.raw(point)[row].codes``.
 
@@ -256,6 +270,7 @@ class GradientDataset(Readable, OnHub):
                 "bytes": sum(commit.n_bytes for commit in self._commits),
                 "non_finite_rows": sum(commit.non_finite for commit in self._commits),
                 "points": {name: _point_info(column) for name, column in columns.items()},
+                "holds": {name: self.holds(name) for name in columns},
                 "header": self.header,
                 "examples": self._description.all_examples(),
                 "about": self._description.about,
@@ -283,7 +298,8 @@ class GradientDataset(Readable, OnHub):
         return "\n".join(lines + ([f"  and {len(self.points) - 8} more points"] if len(self.points) > 8 else []))
 
     def _repr_html_(self) -> str:
-        return described(repr(self).splitlines()[0], self._description.columns)
+        columns = {point: (column, self.holds(point)) for point, column in self._description.columns.items()}
+        return described(repr(self).splitlines()[0], columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a DataLoader open the files themselves, and see the units that are seen here.

@@ -64,9 +64,10 @@ def take_sample(examples: Sequence[dict[str, Any]], points: list[str], n: int, s
     return Sample([ExampleRow(e | {"text": text}) for e, text in zip(chosen, texts, strict=True)], points)
 
 
-def described(title: str, columns: Mapping[str, Column]) -> str:
-    """Return the HTML of what is in a dataset: a line, and the points as a table."""
+def described(title: str, columns: Mapping[str, tuple[Column, str]]) -> str:
+    """Return the HTML of what is in a dataset: a line, and the points as a table, with what they hold."""
     rows = [
-        [name, str(c.dtype).removeprefix("torch.") + c.notes, str(list(c.row_shape))] for name, c in columns.items()
+        [name, str(c.dtype).removeprefix("torch.") + c.notes, str(list(c.row_shape)), holds]
+        for name, (c, holds) in columns.items()
     ]
-    return f"<p>{escape(title)}</p>" + table(["point", "dtype", "shape of a row"], rows)
+    return f"<p>{escape(title)}</p>" + table(["point", "dtype", "shape of a row", "holds"], rows)

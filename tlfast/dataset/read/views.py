@@ -62,6 +62,10 @@ class Readable(ABC):
         """Return what ``point`` is; KeyError where there is none of that name."""
 
     @abstractmethod
+    def holds(self, point: str) -> str:
+        """Return in words what ``point`` holds: which form of which place, how reduced, projected and stored."""
+
+    @abstractmethod
     def ids_of(self, rows: Any) -> torch.Tensor:
         """Return the ids of the examples in these rows: int64, of the shape of ``rows``."""
 
@@ -272,15 +276,16 @@ class Readable(ABC):
     def to_pandas(self, points: Iterable[str] = ()) -> Any:
         """Return the row tables as a pandas data frame: id, input_ids, source, ..., ``norm:<point>``, in memory.
 
-        Of each of ``points`` it has the rows too: a column ``grad:<point>`` of arrays, as of `to_numpy`. Needs the
-        extra ``hub``.
+        Of each of ``points`` it has the rows too: a column ``grad:<point>`` of arrays, as of `to_numpy`; and
+        ``frame.attrs["tlfast"]`` says what each holds. Needs the extra ``hub``.
         """
         return to_pandas(self, points)
 
     def to_hf(self, points: Iterable[str] | None = None) -> Any:
         """Return a Hugging Face `datasets.Dataset` in memory: the row tables, and ``grad:<point>`` of points.
 
-        Rows are flat lists of fixed size, all points by default. What doesn't fit memory is exported:
+        Rows are flat lists of fixed size, all points by default; ``info.description`` says how they were made, and what
+        they hold, as JSON. What doesn't fit memory is exported:
         ``export_dataset(ds, out, to="hf")``. Needs the extra ``hub``.
         """
         return to_hf(self, points)
@@ -380,6 +385,14 @@ class DatasetView(Readable):
         found: Column = self._sources[0].column(point)
         return found
 
+    def holds(self, point: str) -> str:
+        """Return in words what ``point`` holds, as a dataset does; of datasets that differ in it what each does."""
+        self.column(point)
+        texts: list[str] = [source.holds(point) for source in self._sources]
+        if all(text == texts[0] for text in texts):
+            return texts[0]
+        return " | ".join(f"of dataset {k}: {text}" for k, text in enumerate(texts, 1))
+
     def raw(self, point: str) -> RawColumn:
         """Return the codes and scales of an encoded ``point``, as a dataset does."""
         self.column(point)
@@ -453,6 +466,7 @@ class DatasetView(Readable):
             "rows": len(self),
             "planned_rows": len(self),
             "points": {point: infos[0]["points"][point] for point in self._points},
+            "holds": {point: self.holds(point) for point in self._points},
             "sources": [info["path"] for info in infos],
             "header": headers[0] if all(header == headers[0] for header in headers) else {"sources": headers},
             "config_hash": sha256_of([*(info["config_hash"] for info in infos), chosen]),
@@ -467,7 +481,7 @@ class DatasetView(Readable):
         return "\n".join(lines + ([f"  and {len(self._points) - 8} more points"] if len(self._points) > 8 else []))
 
     def _repr_html_(self) -> str:
-        return described(self._title(), {point: self.column(point) for point in self._points})
+        return described(self._title(), {point: (self.column(point), self.holds(point)) for point in self._points})
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a DataLoader open the files themselves.
@@ -537,7 +551,8 @@ def check_same_columns(who: str, columns: Sequence[dict[str, Column]]) -> None:
         if name is not None:
             texts = [_said(part[name]) if name in part else "no such point" for part in (columns[0], other)]
             got = f"{texts[0]} in dataset 1 and {texts[1]} in dataset {number}"
-            remedy = "Take the points that they share by ds.with_fields." if name in names else "They can't be joined."
+            share = "concat_datasets of ds.with_fields(...) reads the points that they share."
+            remedy = share if name in names else "They can't be joined."
             raise dataset_error(who, f"point {name!r}", "be the same in all datasets", got, remedy)
 
 

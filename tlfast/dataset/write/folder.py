@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import DatasetError, dataset_error
 from ..format import extension
+from ..format.card import recounted
 from ..format.commits import FOLDERS
 from ..format.description import CARD, CONFIG, EXAMPLES, FILE_NAME, FORMAT, MAX_BYTES, Description
 from ..places.durable import LOCK_NAME, TEMPORARY
@@ -105,7 +106,8 @@ def create(store: WriteStore, description: Description, config: str, card: str, 
 def publish_extension(store: WriteStore, new: Description, config: str, cards: tuple[str, str]) -> None:
     """Publish the last extension of ``new``, once: of two processes at once the first wins, and both may go on.
 
-    config.yaml becomes ``config``, and the card the second of ``cards`` where it is still the first.
+    config.yaml becomes ``config``, and the card the second of ``cards`` where it is still the first; in one of another
+    version of tlfast the number of examples is changed. A card of one's own stays.
 
     Raises DatasetError where another extension has its number.
     """
@@ -113,8 +115,9 @@ def publish_extension(store: WriteStore, new: Description, config: str, cards: t
     if store.exists(added.path):
         _refuse_another(store, added)
     # Card and config first: a run that is killed here is repeated with the same ones.
-    if _holds(store, CARD, cards[0].encode()):
-        store.replace(CARD, cards[1].encode())
+    there = _card(store)
+    if there is not None and (card := recounted(there, *cards)) != there:
+        store.replace(CARD, card.encode())
     if config:
         store.replace(CONFIG, config.encode())
     store.make_folders((extension.FOLDER,))
@@ -123,11 +126,12 @@ def publish_extension(store: WriteStore, new: Description, config: str, cards: t
         _refuse_another(store, added)
 
 
-def _holds(store: WriteStore, name: str, data: bytes) -> bool:
+def _card(store: WriteStore) -> str | None:
+    """The card that is there; None where there is none that tlfast could have written."""
     try:
-        return store.read(name, "extend", len(data)) == data
-    except DatasetError:  # it is longer, a link, or not there
-        return False
+        return store.read(CARD, "extend", MAX_BYTES).decode()
+    except (DatasetError, UnicodeDecodeError):  # it is longer, a link, not there, or another's
+        return None
 
 
 def _refuse_another(store: WriteStore, added: extension.Extension) -> None:
