@@ -93,7 +93,7 @@ def backwards_alone(bridge: Any) -> Callable[[torch.Tensor], None]:
 def pairs(result: Result, quick: bool) -> None:
     """Tokens of a GPT-2 of 4 layers to the step of an SAE: two points, a buffer, nothing on a disk."""
     transformers: Any = import_module("transformers")
-    width, length, n_examples, rounds = (32, 16, 16, 1) if quick else (384, 128, 128, ROUNDS)
+    width, length, n_examples, rounds = (32, 16, 16, 1) if quick else (384, 128, 64, ROUNDS)
     config = transformers.GPT2Config(
         n_layer=4, n_embd=width, n_head=max(1, width // 64), vocab_size=512, n_positions=length, bos_token_id=None,
         eos_token_id=None,
