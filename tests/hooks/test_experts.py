@@ -222,3 +222,19 @@ def test_some_experts_by_their_names(backend):
         assert_near(cap[name], wanted[name.removesuffix(":weight")], 1)
     with pytest.raises(ValueError, match=r'expert_3.down_proj must be of="weight" at a matrix of an expert'):
         tlfast.capture(model, points[0], rows=4)
+
+
+def test_factors_of_experts_that_a_glob_names():
+    model, (ids, mask) = made("qwen3"), inputs()
+    examples = [row[real].tolist() for row, real in zip(ids, mask, strict=True) if real.sum() > 1]
+    wanted = truths(model, POINTS[1:])
+
+    def of_batch(model, batch):
+        return loss(model, batch.input_ids, torch.ones_like(batch.input_ids).bool())
+
+    glob = "layers.1.mlp.experts.expert_[12].down_proj"
+    found = tlfast.factors(model, examples, glob, kinds="adam", loss=of_batch, missing="nan", batch_examples=1)
+    assert found.names == [glob.replace("[12]", number) for number in "12"]
+    for name in found:
+        v = wanted[name][[length > 1 for length in LENGTHS]].square().mean(0)
+        assert_near(found[name].second_moment, v, 1)

@@ -129,6 +129,7 @@ def _linear_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Modul
     """
     found, said = find_points(_WHO, model, points), named_points(_WHO, model, points)
     names = [] if callable(said) else [name for name in as_list(said) if not is_glob(name)]
+    names += [name for name, module in found.items() if isinstance(module, ExpertLayer) and name not in names]
     kept: dict[str, nn.Module] = {}
     if names:
         kept = weighted_modules(_WHO, model, Spec(names, of="weight"), {name: found[name] for name in names})
