@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import platform
 import wave
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ..dataset.errors import extra
 from ..dataset.read.pretrained import from_pretrained
 from ..errors import broken_rule
+from .data_files import version_of
 from .fields import BadField
 
 Kind = Literal["image", "audio"]
@@ -120,6 +122,12 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:80] or type(error).__name__
 
 
+def decoded_by() -> dict[str, str]:
+    """What images and sounds are decoded and resized by: libraries with their versions, and the kind of processor."""
+    versions = {name: version_of(name) for name in ("pillow", "soundfile", "torchvision")}
+    return versions | {"machine": platform.machine(), "simd": torch.backends.cpu.get_cpu_capability()}
+
+
 class Processor:
     """Makes the fields of an example of the bytes of an image or a sound.
 
@@ -156,6 +164,13 @@ class Processor:
             remedy = "From Python, tlfast.collect takes fields of your own making."
             raise ValueError(broken_rule(_WHO, type(self._own).__name__, rule, got, remedy))
         return {key: value[0] for key, value in found.items()}
+
+    def told(self) -> list[Any] | None:
+        """What decides what becomes of a file, as JSON; None where nobody knows: of code beside the model."""
+        if not type(self._own).__module__.startswith("transformers."):
+            return None
+        own = [type(self._own).__qualname__, self._own.to_json_string()]
+        return [*own, self.kind, self._mode, sorted(self._takes), self._truncate]
 
     @property
     def _of_sound(self) -> dict[str, Any]:

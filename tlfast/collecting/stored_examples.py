@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +18,8 @@ from typing import Any, BinaryIO
 from ..dataset.errors import DatasetError
 from ..dataset.format.description import EXAMPLES
 from ..dataset.places.durable import PendingFile, open_regular
-from .data_files import DataFiles
-from .examples import ExampleReader, Spooled
+from .data_files import DataFiles, version_of
+from .examples import AskedAgain, ExampleReader, Refetched, Spooled
 from .skipped import BadExamples
 from .spool import Examples, Spool
 
@@ -70,22 +69,21 @@ class StoredExamples:
 
     Args:
         folder: of the dataset.
-        origin: of the examples.
+        data: the examples, with their origin.
         reader: reads them.
         bad: what is left out.
     """
 
-    def __init__(self, folder: Path, origin: Origin, reader: ExampleReader, bad: BadExamples) -> None:
-        self._path, self._origin, self._reader, self._bad = folder / EXAMPLES, origin, reader, bad
+    def __init__(self, folder: Path, data: Any, reader: ExampleReader, bad: BadExamples) -> None:
+        self._path, self._data, self._reader, self._bad = folder / EXAMPLES, data, reader, bad
+        self._origin: Origin = data.origin
         self._restored = False
 
     def restore(self) -> bool:
         """Whether the file is there and right: then the reader has its examples."""
         with suppress(OSError, DatasetError), os.fdopen(open_regular(self._path, "collect")[0], "rb") as file:
             said = _checked(file, self._key())
-            if said is not None:
-                self._take(file, said)
-                self._restored = True
+            self._restored = said is not None and self._take(file, said)
         return self._restored
 
     def write(self) -> None:
@@ -119,7 +117,7 @@ class StoredExamples:
     def _key(self) -> str:
         reader = self._reader
         read = (reader.least, reader.longest, list(reader.keep), reader.pad_id, sorted(reader.apart), reader.padded)
-        libraries = {name: _version(name) for name in _MADE_BY}
+        libraries = {name: version_of(name) for name in _MADE_BY}
         made = [_FORM, sys.byteorder, libraries, self._origin.how, read, self._origin.files.sha256()]
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
@@ -129,9 +127,15 @@ class StoredExamples:
         said |= {"skipped": self._bad.skipped, "notes": self._origin.notes, "rules": reader.rules.to_json()}
         if isinstance(reader.source, Spooled):
             spools["fields"] = reader.source.spool
+        elif isinstance(reader.source, Refetched):
+            numbers |= reader.source.to_parts()
+            more, given = self._data.to_parts()
+            said["again"] = {"said": more, "spools": list(given)}
+            spools |= given
         return said, numbers, spools
 
-    def _take(self, file: BinaryIO, said: Mapping[str, Any]) -> None:
+    def _take(self, file: BinaryIO, said: Mapping[str, Any]) -> bool:
+        """Whether what is in the file could be taken; else the reader knows nothing of it."""
         reader, numbers, spools = self._reader, dict[str, Any](), dict[str, Spool]()
         file.seek(0)
         for name, (code, n) in said["numbers"].items():
@@ -140,6 +144,8 @@ class StoredExamples:
             ends = _array(file, "q", n)
             spools[name] = Spool.lying_in(file.fileno(), file.tell(), ends)
             file.seek(n_bytes, os.SEEK_CUR)
+        if "again" in said and not self._recall(said["again"], numbers, spools):
+            return False
         reader.rules.recall(said["rules"])
         if "fields" in spools:
             reader.source = Spooled(reader.rules, spools.pop("fields"))
@@ -149,6 +155,17 @@ class StoredExamples:
         self._origin.bad.forget()
         self._bad.recall(said["skipped"])
         self._origin.notes[:] = said["notes"]
+        return True
+
+    def _recall(self, said: Mapping[str, Any], numbers: dict[str, Any], spools: dict[str, Spool]) -> bool:
+        """Whether the data give their examples again without making all; what is theirs of the numbers is taken out."""
+        reader, given = self._reader, {name: spools.pop(name) for name in said["spools"]}
+        if not isinstance(self._data, AskedAgain) or not self._data.recall(said["said"], given):
+            return False
+        source = Refetched(reader.rules, self._data, reader.reading(self._data))
+        source.recall({name: numbers.pop(name) for name in Refetched.NUMBERS})
+        reader.source = source
+        return True
 
 
 def _pieces(numbers: Mapping[str, Any], spools: Mapping[str, Spool]) -> Iterator[Any]:
@@ -190,13 +207,6 @@ def _checked(file: BinaryIO, key: str) -> dict[str, Any] | None:
     return said if said["key"] == key else None
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
 def stored_in(
     folder: str | os.PathLike[str], data: Any, reader: ExampleReader, bad: BadExamples
 ) -> StoredExamples | None:
@@ -204,4 +214,4 @@ def stored_in(
     origin = getattr(data, "origin", None)
     if not isinstance(origin, Origin) or reader.size is not None or reader.fields is not None:
         return None
-    return StoredExamples(Path(folder), origin, reader, bad)
+    return StoredExamples(Path(folder), data, reader, bad)
