@@ -62,6 +62,7 @@ class Refetched(FieldSource):
         self._where = array("q"), array("q")  # item, which example in it
         self._digests = bytearray()
         self._last: tuple[int, list[Item]] = (-1, [])
+        self._remedy = "Let nothing random be done to it; or give an iterator, which is read once."
 
     def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
         """Remember where the next example is found."""
@@ -77,6 +78,15 @@ class Refetched(FieldSource):
         """Know what `to_parts` has given."""
         items, parts, self._digests = (numbers[name] for name in self.NUMBERS)
         self._where = items, parts
+        self._remedy += " Or remove .examples from the folder of the dataset: what a run before has read."
+
+    def gives_again(self, n: int) -> bool:
+        """Whether the first and the last of ``n`` examples have the fields that they had."""
+        try:
+            self.fetch([0, n - 1])
+        except Exception:  # whoever reads all of them says what is wrong
+            return False
+        return True
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
         places = [(self._where[0][number], self._where[1][number]) for number in numbers]
@@ -90,8 +100,7 @@ class Refetched(FieldSource):
             fields = _values(found[item][part].fields) if part < len(found[item]) else {}
             if digest_of(fields) != self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]:
                 rule, got = "give an example the same fields each time", f"others for example {number}"
-                remedy = "Let nothing random be done to it; or give an iterator, which is read once."
-                raise ValueError(broken_rule("collect", "batches", rule, got, remedy))
+                raise ValueError(broken_rule("collect", "batches", rule, got, self._remedy))
             fetched.append(fields)
         return fetched
 

@@ -117,7 +117,8 @@ class MediaExamples(AskedAgain):
             made = self.processor.fields(file[1:], self.columns.of_media)
             self._asked.add(_BYTES + n_record.to_bytes(8, "little"))
             return made
-        data, kind = None, _LEFT_OUT
+        data: bytes | None = None
+        kind = _LEFT_OUT
         try:
             data = self._data_of(file)
             made = self.processor.fields(data, self.columns.of_media)
@@ -140,6 +141,7 @@ class MediaExamples(AskedAgain):
         for k in range(len(asked)):
             entry = asked[k]
             kind, name = entry[:1], entry[1:]
+            data: bytes | None = None
             try:
                 if kind == _BYTES:
                     number = int.from_bytes(name, "little")
@@ -148,8 +150,8 @@ class MediaExamples(AskedAgain):
                 data = self._data_of(_PATH + name)
             except StopIteration:
                 return False
-            except BadField:
-                data = None
+            except BadField:  # it couldn't be read then, either
+                pass
             digest.update(_told(name, data))
             if kind == _PATH:
                 files.add(_PATH + name)

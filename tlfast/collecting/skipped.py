@@ -27,7 +27,7 @@ class BadExamples:
         skipped: Iterable[tuple[str, int, str]] | BadExamples = (),
         most: int = MOST,
     ) -> None:
-        self._policy, self._most = policy, most
+        self.policy, self._most = policy, most
         self._before = skipped if isinstance(skipped, BadExamples) else None
         self._own: list[list[str | int]] = []
         for source, start, reason in () if isinstance(skipped, BadExamples) else skipped:
@@ -60,7 +60,7 @@ class BadExamples:
 
     def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
         """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
-        if error is not None and self._policy == "stop":
+        if error is not None and self.policy == "stop":
             raise ValueError(error)
         if len(self) == self._most:
             got = f"one more: {source!r} at {start}, {reason}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import struct
 import sys
 from array import array
@@ -19,7 +20,7 @@ from ..dataset.errors import DatasetError
 from ..dataset.format.description import EXAMPLES
 from ..dataset.places.durable import PendingFile, open_regular
 from .data_files import DataFiles, version_of
-from .examples import AskedAgain, ExampleReader, Refetched, Spooled
+from .examples import AskedAgain, ExampleReader, Refetched, Spooled, is_map_style
 from .skipped import BadExamples
 from .spool import Examples, Spool
 
@@ -27,6 +28,7 @@ _FORM = 1  # of the file, and of how examples are made where no version of a lib
 _MADE_BY = ("tlfast", "transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "torch", "numpy")
 _N, _END = struct.Struct("<Q"), struct.Struct("<Q32s")  # behind all else: the bytes of JSON, SHA-256 of what is before
 _BLOCK = 4 << 20
+_VOUCHED = "fingerprint"  # of data that the caller vouches for
 
 
 class MadeAnew:
@@ -69,14 +71,14 @@ class StoredExamples:
 
     Args:
         folder: of the dataset.
-        data: the examples, with their origin.
+        data: the examples.
+        origin: of them.
         reader: reads them.
         bad: what is left out.
     """
 
-    def __init__(self, folder: Path, data: Any, reader: ExampleReader, bad: BadExamples) -> None:
-        self._path, self._data, self._reader, self._bad = folder / EXAMPLES, data, reader, bad
-        self._origin: Origin = data.origin
+    def __init__(self, folder: Path, data: Any, origin: Origin, reader: ExampleReader, bad: BadExamples) -> None:
+        self._path, self._data, self._origin, self._reader, self._bad = folder / EXAMPLES, data, origin, reader, bad
         self._restored = False
 
     def restore(self) -> bool:
@@ -88,7 +90,7 @@ class StoredExamples:
 
     def write(self) -> None:
         """Make the file, unless it is there; nothing where the data were changed while they were read."""
-        if self._restored:
+        if self._restored or (_VOUCHED in self._origin.how and not self._gives_fields()):
             return
         with suppress(OSError):  # it is a courtesy, for which a disk may be too full
             key = self._key()
@@ -108,6 +110,11 @@ class StoredExamples:
                     file.append(data)
                 file.append(digest.digest())
                 file.rename()
+
+    def _gives_fields(self) -> bool:
+        """Whether examples are fields alone, which the data give again: tokens are read as soon as a file of them."""
+        source = self._reader.source
+        return isinstance(source, Refetched) and not source.rules.has_tokens
 
     def remove(self) -> None:
         """The dataset is complete."""
@@ -129,7 +136,7 @@ class StoredExamples:
             spools["fields"] = reader.source.spool
         elif isinstance(reader.source, Refetched):
             numbers |= reader.source.to_parts()
-            more, given = self._data.to_parts()
+            more, given = self._data.to_parts() if isinstance(self._data, AskedAgain) else ({}, {})
             said["again"] = {"said": more, "spools": list(given)}
             spools |= given
         return said, numbers, spools
@@ -160,10 +167,12 @@ class StoredExamples:
     def _recall(self, said: Mapping[str, Any], numbers: dict[str, Any], spools: dict[str, Spool]) -> bool:
         """Whether the data give their examples again without making all; what is theirs of the numbers is taken out."""
         reader, given = self._reader, {name: spools.pop(name) for name in said["spools"]}
-        if not isinstance(self._data, AskedAgain) or not self._data.recall(said["said"], given):
+        if isinstance(self._data, AskedAgain) and not self._data.recall(said["said"], given):
             return False
         source = Refetched(reader.rules, self._data, reader.reading(self._data))
         source.recall({name: numbers.pop(name) for name in Refetched.NUMBERS})
+        if not isinstance(self._data, AskedAgain) and not source.gives_again(len(numbers["starts"])):
+            return False
         reader.source = source
         return True
 
@@ -208,10 +217,28 @@ def _checked(file: BinaryIO, key: str) -> dict[str, Any] | None:
 
 
 def stored_in(
-    folder: str | os.PathLike[str], data: Any, reader: ExampleReader, bad: BadExamples
+    folder: str | os.PathLike[str], data: Any, reader: ExampleReader, bad: BadExamples, fingerprint: str = ""
 ) -> StoredExamples | None:
-    """Where the examples of data may lie; None where nobody knows of what they are made."""
+    """Where the examples of data may lie; None where nobody knows of what they are made.
+
+    ``fingerprint`` is what the caller vouches for; "": nothing.
+    """
     origin = getattr(data, "origin", None)
-    if not isinstance(origin, Origin) or reader.size is not None or reader.fields is not None:
-        return None
-    return StoredExamples(Path(folder), data, reader, bad)
+    if isinstance(origin, Origin):
+        origin = origin if reader.fields is None else None
+    else:
+        origin = _vouched(data, reader, bad, fingerprint) if fingerprint and is_map_style(data) else None
+    return (
+        None if origin is None or reader.size is not None else StoredExamples(Path(folder), data, origin, reader, bad)
+    )
+
+
+def _vouched(data: Any, reader: ExampleReader, bad: BadExamples, fingerprint: str) -> Origin:
+    """The origin of data that give any item again, and are the same wherever this text is given."""
+    how = {
+        _VOUCHED: fingerprint, "n": len(data), "type": type(data).__qualname__, "machine": platform.machine(),
+        "fields": None if reader.fields is None else sorted((name, repr(key)) for name, key in reader.fields.items()),
+        "bad_examples": bad.policy, "skipped": list(bad.skipped),
+        "decoders": {name: version_of(name) for name in ("pillow", "torchvision", "soundfile")},
+    }  # fmt: skip
+    return Origin(DataFiles([]), how, bad, [])
