@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,16 @@ KINDS = {
     TEXTS: ("next_token", {"column": "text"}),
     ANSWERS: ("response", {"prompt_column": "prompt", "response_column": "response"}),
 }
-VOCABULARY, ROWS_PER_UNIT, BATCH_TOKENS, CHECKED = 1024, 2048, 2048, 16
+VOCABULARY, ROWS_PER_UNIT, BATCH_TOKENS, CHECKED = 1024, 512, 2048, 16
 UNITS = 2  # that are computed of those that are planned: a step costs the same in each
 ROUNDS, PLANNED = 7, 3  # of steps, whose result is a ratio; of planning and of going on, whose results are seconds
 WARM = 4096  # records that show what a run needs, however many there are
-HELD = 10  # units that are computed where memory is measured, at most: three lie in memory at once
+HELD = 5, 20  # units that are computed where memory is measured, of few and of all: three lie in memory at once
 RUN = {
     "planned": "all records, in each round of planning and of going on",
     "steps": f"of the first {UNITS} units, again and again of one plan of all records, in turn with the floor",
     "reckoned": "percent_with_planning: as many steps for each of the units that were not computed",
-    "memory": f"all records and a tenth of them planned, in one process, and the first {HELD} units of each computed",
+    "memory": f"a tenth of all records planned and {HELD[0]} units computed, then all planned and {HELD[1]} computed",
 }
 
 
@@ -206,13 +207,13 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments, kind, folder = json.loads(sys.argv[1])
 
-    def collect_of(n: int) -> None:
+    def collect_of(n: int, n_units: int = HELD[0]) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as out:
-            settings = Source(Path(folder), n).settings(kind, Path(out), units=f":{HELD}")
+            settings = Source(Path(folder), n).settings(kind, Path(out), units=f":{n_units}")
             Collection(settings).collect(settings, "bench", progress=False)
 
     collect_of(WARM)
-    print(*(peak_of(lambda n=n: collect_of(n)) for n in arguments["sizes"]))  # type: ignore[misc]
+    print(*(peak_of(partial(collect_of, *wanted)) for wanted in zip(arguments["sizes"], HELD, strict=True)))
 
 
 def _memory(folder: Path, n: int, kind: str) -> tuple[Table, Claim]:
@@ -222,8 +223,8 @@ def _memory(folder: Path, n: int, kind: str) -> tuple[Table, Claim]:
         write_records(folder, size)
     peaks = printed({"sizes": sizes}, kind, folder, "bench.data")
     rows: list[dict[str, Cell]] = [
-        {"variant": f"{size} records", "units": min(HELD, -(-size // ROWS_PER_UNIT)), "peak_MB": peak / 1e6}
-        for size, peak in zip(sizes, peaks, strict=True)
+        {"variant": f"{size} records", "units": min(held, -(-size // ROWS_PER_UNIT)), "peak_MB": peak / 1e6}
+        for size, held, peak in zip(sizes, HELD, peaks, strict=True)
     ]
     title = f"memory of a process with a model of one layer, {kind}"
     claim = Claim(

@@ -200,7 +200,22 @@ def test_files_that_changed_are_decoded_again_and_refused(folder, tmp_path, deco
     assert decoded[0] is None
     (out / ".examples").unlink()
     assert main(given) == 0
+    assert tlfast.open_dataset(out).skipped == [("cat/bad.png", 0, "image is no image (cannot identify image file)")]
     assert tlfast.open_dataset(out).verify().ok
+
+
+def test_a_reason_that_names_an_object_is_continued(folder, tmp_path, monkeypatch):
+    """As datasets of the first version have it, of an object that no other process has."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    (tmp_path / "images" / "cat" / "bad.png").write_bytes(b"none")
+    given = words(tmp_path, folder / "vit", "images", tmp_path / "out", image_column="image", points=POINTS["vit"])
+    with monkeypatch.context() as patch:
+        patch.setattr("tlfast.collecting.media.without_addresses", str)
+        assert main([*given, "--units", "0:1"]) == 0
+    (tmp_path / "out" / ".examples").unlink()
+    assert main(given) == 0
+    ((_, _, reason),) = tlfast.open_dataset(tmp_path / "out").skipped
+    assert re.search(r"<_io.BytesIO object at 0x\w+>", reason)
 
 
 def test_what_can_not_be_decoded_is_left_out(folder, tmp_path, capsys):

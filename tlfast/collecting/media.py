@@ -18,6 +18,7 @@ from ..dataset.read.pretrained import from_pretrained
 from ..errors import broken_rule
 from .data_files import version_of
 from .fields import BadField
+from .skipped import without_addresses
 
 Kind = Literal["image", "audio"]
 _WHO = "collect"
@@ -119,7 +120,8 @@ def _samples(data: bytes, width: int) -> np.ndarray[Any, Any]:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:80] or type(error).__name__
+    """What an error says, the same in every process: a dataset holds it as the reason why an example is none."""
+    return " ".join(without_addresses(str(error)).split())[:80] or type(error).__name__
 
 
 def decoded_by() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,6 +11,19 @@ from ..errors import broken_rule
 BadPolicy = Literal["skip", "stop"]
 
 MOST = 100_000  # recorded in one JSON file, which every reader holds in memory
+
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>")
+
+
+def without_addresses(reason: str) -> str:
+    """A text without the objects of this process that it names, which are others in the next.
+
+    Example:
+        >>> from tlfast.collecting.skipped import without_addresses
+        >>> without_addresses("no image file <_io.BytesIO object at 0x7fb5d5a5a700>")
+        'no image file'
+    """
+    return _ADDRESS.sub("", reason)
 
 
 class BadExamples:
