@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from tlfast.collecting.losses import LOSSES
 from tlfast.collecting.settings import CollectSettings
 
 from .collect import SCRATCH, file_system
-from .measure import Sections, WrongResult, check_close, interleave, reduction_bound
-from .memory import measure, peak_above
+from .measure import Sections, Times, WrongResult, check_close, interleave, reduction_bound
+from .memory import peak_of, printed
 from .report import Cell, Claim, Result, Table
 from .rivals import first_tensor
 
@@ -39,9 +39,17 @@ KINDS = {
     TEXTS: ("next_token", {"column": "text"}),
     ANSWERS: ("response", {"prompt_column": "prompt", "response_column": "response"}),
 }
-VOCABULARY, ROWS_PER_UNIT, BATCH_TOKENS, CHECKED = 1024, 2048, 2048, 16
+VOCABULARY, ROWS_PER_UNIT, BATCH_TOKENS, CHECKED = 1024, 512, 2048, 16
 UNITS = 2  # that are computed of those that are planned: a step costs the same in each
+ROUNDS, PLANNED = 7, 3  # of steps, whose result is a ratio; of planning and of going on, whose results are seconds
 WARM = 4096  # records that show what a run needs, however many there are
+HELD = 5, 20  # units that are computed where memory is measured, of few and of all: three lie in memory at once
+RUN = {
+    "planned": "all records, in each round of planning and of going on",
+    "steps": f"of the first {UNITS} units, again and again of one plan of all records, in turn with the floor",
+    "reckoned": "percent_with_planning: as many steps for each of the units that were not computed",
+    "memory": f"a tenth of all records planned and {HELD[0]} units computed, then all planned and {HELD[1]} computed",
+}
 
 
 @dataclass(frozen=True)
@@ -68,18 +76,25 @@ def _lines() -> Iterator[str]:
             yield from (line for line in path.read_text(encoding="utf-8").splitlines() if 20 <= len(line) <= 80)
 
 
-def make_source(folder: Path, n: int, n_layers: int, width: int) -> Source:
-    """Write the model, a small GPT-2 with random weights, its tokenizer, trained on the records, and the records."""
+def write_records(folder: Path, n: int) -> list[str]:
+    """Write so many records, and return their texts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     lines = [line for line, _ in zip(_lines(), range(n), strict=False)]
     columns: dict[str, list[Any]] = {"id": list(range(n)), "text": lines}
     columns["prompt"] = [line[: len(line) // 2] for line in lines]
     columns["response"] = [line[len(line) // 2 :] for line in lines]
     pq.write_table(pa.table(columns), folder / f"{n}.parquet", row_group_size=10_000)
+    return lines
+
+
+def make_source(folder: Path, n: int, n_layers: int, width: int) -> Source:
+    """Write the model, a small GPT-2 with random weights, its tokenizer, trained on the records, and the records."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    lines = write_records(folder, n)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(lines[:10_000], VOCABULARY, show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer).save_pretrained(folder / "model")
@@ -106,13 +121,20 @@ class Timed(Collection):
         return super()._records(settings)
 
 
-def collect(settings: CollectSettings, n_steps: int) -> Sections:
-    """One run of the command, behind the loading of its model: planning until the first of its steps, then these."""
+def planning(settings: CollectSettings, n_steps: int) -> float:
+    """Seconds of one run of the command from the loaded model to the first of its steps, of which it makes so many."""
     timed = Timed(settings)
     timed.collect(settings, "bench", progress=False)
-    stop = time.perf_counter()
-    first = timed.forwards[-n_steps]
-    return {"planning": first - timed.loaded, "steps": stop - first}
+    return timed.forwards[-n_steps] - timed.loaded
+
+
+def steps(timed: Timed, run: Any, n_steps: int) -> Sections:
+    """The steps of a run that has planned, once more: from the first of them until all is durable."""
+    for commit in (Path(run.out) / "commits").iterdir():
+        commit.unlink()
+    run.stored = None  # its examples lie there already
+    run.collect()
+    return {"steps": time.perf_counter() - timed.forwards[-n_steps]}
 
 
 def computed(run: Any) -> int:
@@ -137,7 +159,7 @@ def bare_steps(kind: str, model: Any, batches: list[Batch]) -> Sections:
     with tlfast.freeze(model):
         for batch in batches:
             loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
-    return {"planning": 0.0, "steps": time.perf_counter() - start}
+    return {"steps": time.perf_counter() - start}
 
 
 def check(kind: str, model: Any, run: Any, out: Path) -> None:
@@ -167,100 +189,111 @@ def check(kind: str, model: Any, run: Any, out: Path) -> None:
             check_close(f"{kind}, row {k} at {point}", ds[point][k], truth, bound + moved)
 
 
-def _samplers(
-    source: Source, kind: str, model: Any, batches: list[Batch], scratch: Path
-) -> dict[str, Callable[[], Sections]]:
-    def whole() -> Sections:
-        with tempfile.TemporaryDirectory(dir=scratch) as out:
-            return collect(source.settings(kind, Path(out)), len(batches))
-
-    return {FLOOR: lambda: bare_steps(kind, model, batches), kind: whole}
+def anew(source: Source, kind: str, scratch: Path, n_first: int) -> float:
+    """Seconds from a loaded model to the first step of a run from the beginning, which then makes one unit."""
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        return planning(source.settings(kind, Path(out), units=":1"), n_first)
 
 
 def resumed(source: Source, kind: str, out: Path, n_last: int) -> float:
     """Seconds from a loaded model to the first step of a run that goes on; the last unit of ``out`` is made anew."""
     last = max((out / "commits").iterdir())
     last.unlink()
-    return collect(source.settings(kind, out), n_last)["planning"]
-
-
-def peaks(sizes: tuple[int, int], kind: str) -> list[int]:
-    """How far the memory of a process rises that collects so many records, with a model that needs none itself."""
-    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
-        for n in (WARM, *sizes):
-            make_source(Path(folder), n, n_layers=1, width=16)
-        return [measure({"n": n}, kind, Path(folder), "bench.data") for n in sizes]
+    return planning(source.settings(kind, out), n_last)
 
 
 def main() -> None:
-    """Print how far memory rises in one run; a small one before it has brought all libraries."""
+    """Print the peaks of two runs, one after the other; a small one before them has brought all libraries."""
     torch.set_num_threads(1)
     arguments, kind, folder = json.loads(sys.argv[1])
 
-    def collect_all(n: int) -> None:
+    def collect_of(n: int, n_units: int = HELD[0]) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as out:
-            settings = Source(Path(folder), n).settings(kind, Path(out), units="")
+            settings = Source(Path(folder), n).settings(kind, Path(out), units=f":{n_units}")
             Collection(settings).collect(settings, "bench", progress=False)
 
-    collect_all(WARM)
-    print(peak_above(lambda: collect_all(arguments["n"])))
+    collect_of(WARM)
+    print(*(peak_of(partial(collect_of, *wanted)) for wanted in zip(arguments["sizes"], HELD, strict=True)))
 
 
-def _tables(source: Source, kind: str, rounds: int, quick: bool) -> tuple[Table, list[Claim]]:
+def _memory(folder: Path, n: int, kind: str) -> tuple[Table, Claim]:
+    """What a run of all records holds above one of a tenth of them, or in a quick run of a few less."""
+    sizes = (max(n // 10, WARM + 100), max(n, WARM + 200))
+    for size in (WARM, *sizes):
+        write_records(folder, size)
+    peaks = printed({"sizes": sizes}, kind, folder, "bench.data")
+    rows: list[dict[str, Cell]] = [
+        {"variant": f"{size} records", "units": min(held, -(-size // ROWS_PER_UNIT)), "peak_MB": peak / 1e6}
+        for size, held, peak in zip(sizes, HELD, peaks, strict=True)
+    ]
+    title = f"memory of a process with a model of one layer, {kind}"
+    claim = Claim(
+        f"{kind}: peak memory of {sizes[1]} records above that of {sizes[0]}", "at most", 16,
+        (peaks[1] - peaks[0]) / 1e6, " MB",
+    )  # fmt: skip
+    return Table(title, rows[0]["variant"], list(rows[0]), rows, "units: that are computed of those planned"), claim
+
+
+def _samplers(kind: str, timed: Timed, planned: Any, batches: list[Batch]) -> dict[str, Callable[[], Sections]]:
+    return {FLOOR: lambda: bare_steps(kind, timed.model, batches), kind: lambda: steps(timed, planned, len(batches))}
+
+
+def _timed(source: Source, kind: str, rounds: int) -> tuple[Table, list[Claim]]:
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         out = Path(scratch) / "checked"
-        timed = Timed(source.settings(kind, out))
-        run = timed.run(source.settings(kind, out), "bench", progress=False)
-        run.collect()
-        check(kind, timed.model, run, out)
-        units, model = batches_of(run), timed.model
-        batches, n_last = [batch for unit in units for batch in unit], len(units[-1])
-        measured = interleave(_samplers(source, kind, model, batches, Path(scratch)), rounds)
-        going_on = [resumed(source, kind, out, n_last) for _ in range(rounds)]
-        check(kind, model, run, out)
-    base, ours = measured[FLOOR], measured[kind]
-    n, of_all = computed(run), source.n / computed(run)
+        settings = source.settings(kind, out)
+        timed = Timed(settings)
+        planned = timed.run(settings, "bench", progress=False)
+        planned.collect()
+        check(kind, timed.model, planned, out)
+        units = batches_of(planned)
+        measured = interleave(_samplers(kind, timed, planned, [batch for unit in units for batch in unit]), rounds)
+        rounds = min(rounds, PLANNED)
+        begun = Times([anew(source, kind, Path(scratch), len(units[0])) for _ in range(rounds)])
+        going_on = Times([resumed(source, kind, out, len(units[-1])) for _ in range(rounds)])
+        check(kind, timed.model, planned, out)
+    base, ours = measured[FLOOR]["steps"], measured[kind]["steps"]
+    n, of_all = computed(planned), source.n / computed(planned)
     rows: list[dict[str, Cell]] = [
-        {"variant": name, "examples/s": n / times["steps"].median, "planning_s": times["planning"].median,
-         "percent_of_floor": base["steps"].ratio(times["steps"]) * 100,
-         "percent_with_planning": base["steps"].median * of_all * 100
-         / (times["planning"].median + times["steps"].median * of_all)}
-        for name, times in measured.items()
+        {"variant": name, "examples/s": n / times.median, "planning_s": before,
+         "percent_of_floor": base.ratio(times) * 100,
+         "percent_with_planning": base.median * of_all * 100 / (before + times.median * of_all)}
+        for name, times, before in ((FLOOR, base, 0.0), (kind, ours, begun.median))
     ]  # fmt: skip
-    title = f"{source.n} records, {sum(run.examples.lengths()) / source.n:.0f} tokens each, rows of {n}, {kind}"
+    tokens = sum(planned.examples.lengths()) / source.n
+    title = f"{source.n} records planned, {tokens:.0f} tokens each, the rows of {n} computed, {kind}"
     claims = [
-        Claim(
-            f"{kind}: examples/s of its steps / floor", "at least", 95, base["steps"].ratio(ours["steps"]) * 100, " %"
-        ),
-        Claim(f"{kind}: planning", "at most", 5, ours["planning"].median, " s"),
-        Claim(f"{kind}: going on, from a loaded model to computing", "at most", 3, statistics.median(going_on), " s"),
+        Claim(f"{kind}: examples/s of its steps / floor", "at least", 95, base.ratio(ours) * 100, " %"),
+        Claim(f"{kind}: planning", "at most", 5, begun.median, " s"),
+        Claim(f"{kind}: going on, from a loaded model to computing", "at most", 3, going_on.median, " s"),
     ]
-    if sys.platform.startswith("linux") and not (quick and kind == ANSWERS):
-        sizes = (4200, 4300) if quick else (source.n // 10, source.n)
-        few, many = peaks(sizes, kind)
-        what = f"{kind}: peak memory of {sizes[1]} records above that of {sizes[0]}"
-        claims.append(Claim(what, "at most", 16, (many - few) / 1e6, " MB"))
     return Table(title, FLOOR, list(rows[0]), rows, "steps: from the first one until all is durable"), claims
 
 
 def run(quick: bool = False) -> Result:
     """Make the records, and measure texts, and prompts with their answers."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    shape, rounds = {"n": 100_000, "n_layers": 4, "width": 128}, 3
+    shape, rounds = {"n": 100_000, "n_layers": 4, "width": 128}, ROUNDS
     if quick:
         shape, rounds = {"n": 300, "n_layers": 1, "width": 32}, 1
     result = Result(
         "data", PREDICTION,
         {"model": f"GPT-2, vocabulary {VOCABULARY}, {shape}", "points": "every block", "stored": "bfloat16, mean",
          "rows_per_unit": ROWS_PER_UNIT, "batch_tokens": BATCH_TOKENS, "rounds": rounds,
-         "disk": file_system(SCRATCH), "quick": quick},
+         "rounds_of_planning": min(rounds, PLANNED), "run": RUN, "disk": file_system(SCRATCH), "quick": quick},
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+    kinds = list(KINDS) if sys.platform.startswith("linux") else []
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder, tempfile.TemporaryDirectory(dir=SCRATCH) as small:
         source = make_source(Path(folder), **shape)
+        make_source(Path(small), WARM, n_layers=1, width=16)
         for kind in KINDS:
-            table, claims = _tables(source, kind, rounds, quick)
+            table, claims = _timed(source, kind, rounds)
             result.tables.append(table)
             result.claims += claims
+        for kind in kinds[:1] if quick else kinds:
+            table, claim = _memory(Path(small), source.n, kind)
+            result.tables.append(table)
+            result.claims.append(claim)
     return result
 
 

@@ -99,6 +99,36 @@ def test_a_fingerprint_stands_for_the_examples(tmp_path):
     assert collect(model, tmp_path, EXAMPLES, fingerprint="mine, version 1", **SETTINGS).n_rows_before == 4
 
 
+class Images:
+    """Images that are decoded when they are asked for."""
+
+    def __init__(self, images):
+        self.images, self.decoded = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        self.decoded.append(number)
+        return self.images[number]
+
+
+def test_images_that_are_vouched_for_are_not_decoded_again(tmp_path):
+    """But the first two, which are tried, and the last; where that is another one, all are read as without a file."""
+    model, images = task_model("vit", "image"), examples_of("image", 9)
+    more = {"points": "vit.layers.*", "over": 1, "loss": "classification", "fingerprint": "mine", "rows_per_unit": 2}
+    collect(model, tmp_path / "whole", Images(images), **more)
+    collect(model, tmp_path / "part", Images(images), units="0:4", **more)
+    data = Images(images)
+    assert collect(model, tmp_path / "part", data, **more).n_rows_before == 8
+    assert set(data.decoded) == {0, 1, 8}
+    assert unit_bytes(tmp_path / "part") == unit_bytes(tmp_path / "whole")
+    collect(model, tmp_path / "other", Images(images), units="0:4", **more)
+    data = Images([*images[:-1], images[-1] | {"labels": 0 * images[-1]["labels"] + 1}])
+    assert collect(model, tmp_path / "other", data, **more).n_rows_before == 8
+    assert set(data.decoded) == set(range(9))
+
+
 def read(data, **settings):
     reader = ExampleReader(BadExamples("stop"), **settings)
     reader.read(data)

@@ -17,6 +17,8 @@ from transformers import AutoModelForAudioClassification, AutoModelForImageClass
 
 import tlfast
 from tlfast.cli import main
+from tlfast.collecting.media import Processor
+from tlfast.collecting.work import Work
 
 POINTS = {"vit": "vit.layers.*", "sound": "wav2vec2.encoder.layers.*", "whisper": "model.encoder.layers.*"}
 
@@ -127,16 +129,93 @@ def test_speech_and_its_text(folder, tmp_path, capsys):
             assert torch.allclose(ds[point][k], grad[0].mean(0), rtol=1e-3, atol=1e-6), (k, point)
 
 
-def test_a_run_that_was_stopped_goes_on(folder, tmp_path):
-    """Images are decoded again, and are the same; --dry-run writes nothing."""
-    given = words(folder, "vit", "images.parquet", tmp_path / "whole", image_column="image")
-    assert main([*given, "--dry-run"]) == 0
-    assert not (tmp_path / "whole").exists()
-    assert main(given) == 0
-    given[given.index(str(tmp_path / "whole"))] = str(tmp_path / "part")
-    assert main([*given, "--units", "0:1"]) == 0
+@pytest.fixture
+def decoded(monkeypatch):
+    """The numbers of the images and sounds that are decoded; None stands where planning ends and the probe begins."""
+    found, fields, look = [], Processor.fields, Work.look
+    numbers = {data(k): k for data in (png, wav) for k in range(N)}
+
+    def counting(self, data, name):
+        found.append(numbers.get(data, -1))
+        return fields(self, data, name)
+
+    def looking(self, most):
+        found.append(None)
+        return look(self, most)
+
+    monkeypatch.setattr(Processor, "fields", counting)
+    monkeypatch.setattr(Work, "look", looking)
+    return found
+
+
+CONTINUED = {  # by bytes in a table, by paths in one, with tokens beside
+    "bytes": ("vit", "images.parquet", {"image_column": "image"}),
+    "paths": ("vit", "images.jsonl", {"image_column": "path", "keep_fields": "number"}),
+    "speech": ("whisper", "sounds.parquet", {"audio_column": "audio", "response_column": "text", "label_column": None}),
+}
+
+
+@pytest.mark.parametrize("kind", CONTINUED)
+def test_a_run_that_continues_decodes_what_is_missing_alone(folder, tmp_path, decoded, kind):
+    """Planning decodes nothing, the probe its two, and the run the last one, which is missing."""
+    model, dataset, more = CONTINUED[kind]
+    assert main(words(folder, model, dataset, tmp_path / "whole", **more)) == 0
+    assert not (tmp_path / "whole" / ".examples").exists()
+    assert main([*words(folder, model, dataset, tmp_path / "part", **more), "--units", "0:2"]) == 0
+    assert (tmp_path / "part" / ".examples").exists()
+    decoded.clear()
     assert main(["collect", str(tmp_path / "part" / "config.yaml")]) == 0
+    assert decoded[0] is None, "something is decoded while planning"
+    assert set(decoded[1:]) == {0, 1, N - 1}
     assert unit_bytes(tmp_path / "part") == unit_bytes(tmp_path / "whole")
+    assert not (tmp_path / "part" / ".examples").exists()
+
+
+def test_files_that_changed_are_decoded_again_and_refused(folder, tmp_path, decoded, capsys):
+    """Whatever their times and names say; a dataset without what was read before goes on, too."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(folder / "images", images)
+    (images / "cat" / "bad.png").write_bytes(b"none")
+    given = words(tmp_path, folder / "vit", "images", out, image_column="image", points=POINTS["vit"])
+    assert main([*given, "--dry-run"]) == 0
+    assert not out.exists()
+    assert main([*given, "--units", "0:1"]) == 0
+    stored = (out / ".examples").read_bytes()
+    changes = {"cat/0.png": png(3), "cat/bad.png": png(5), "dog/new.png": png(6), "eel/2.png": None}
+    for name, data in changes.items():
+        before = (images / name).read_bytes() if (images / name).exists() else None
+        (images / name).unlink(missing_ok=True)
+        if data is not None:
+            (images / name).write_bytes(data)
+        decoded.clear()
+        assert main(given) == 2, name
+        assert "header.examples" in capsys.readouterr().err
+        assert decoded.index(None) >= N - 1, f"the stored examples were taken in spite of {name}"
+        (images / name).unlink(missing_ok=True)
+        if before is not None:
+            (images / name).write_bytes(before)
+        assert (out / ".examples").read_bytes() == stored
+    decoded.clear()
+    assert main([*given, "--units", "1:2"]) == 0
+    assert decoded[0] is None
+    (out / ".examples").unlink()
+    assert main(given) == 0
+    assert tlfast.open_dataset(out).skipped == [("cat/bad.png", 0, "image is no image (cannot identify image file)")]
+    assert tlfast.open_dataset(out).verify().ok
+
+
+def test_a_reason_that_names_an_object_is_continued(folder, tmp_path, monkeypatch):
+    """As datasets of the first version have it, of an object that no other process has."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    (tmp_path / "images" / "cat" / "bad.png").write_bytes(b"none")
+    given = words(tmp_path, folder / "vit", "images", tmp_path / "out", image_column="image", points=POINTS["vit"])
+    with monkeypatch.context() as patch:
+        patch.setattr("tlfast.collecting.media.without_addresses", str)
+        assert main([*given, "--units", "0:1"]) == 0
+    (tmp_path / "out" / ".examples").unlink()
+    assert main(given) == 0
+    ((_, _, reason),) = tlfast.open_dataset(tmp_path / "out").skipped
+    assert re.search(r"<_io.BytesIO object at 0x\w+>", reason)
 
 
 def test_what_can_not_be_decoded_is_left_out(folder, tmp_path, capsys):

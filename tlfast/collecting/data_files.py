@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _BLOCK = 1 << 20
@@ -62,3 +63,11 @@ class DataFiles:
     def _seen(self) -> list[tuple[int, ...]]:
         found = [path.stat() for _, path in self._files]
         return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
+
+
+def version_of(name: str) -> str:
+    """The version of a library that reads them, "" where it isn't installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -31,6 +31,14 @@ class AskedAgain(ABC):
     @abstractmethod
     def __getitem__(self, number: int) -> Any: ...
 
+    @abstractmethod
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Spool]]:
+        """What is known of all that were made, to be kept: what JSON says of it, and bytes of each by a name."""
+
+    @abstractmethod
+    def recall(self, said: Mapping[str, Any], spools: Mapping[str, Spool]) -> bool:
+        """Know what `to_parts` has said, without making one; whether what they are made of is still the same."""
+
 
 class FieldSource:
     """The fields of examples that aren't held in memory, by the number of the example."""
@@ -46,18 +54,39 @@ class FieldSource:
 class Refetched(FieldSource):
     """Fields that the data give again whenever they are asked, and that must then be the same."""
 
+    NUMBERS = ("items", "parts", "checks")  # what `to_parts` calls them
+
     def __init__(self, rules: FieldRules, data: Any, reading: Reading) -> None:
         super().__init__(rules)
         self._data, self._reading = data, reading
         self._where = array("q"), array("q")  # item, which example in it
         self._digests = bytearray()
         self._last: tuple[int, list[Item]] = (-1, [])
+        self._remedy = "Let nothing random be done to it; or give an iterator, which is read once."
 
     def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
         """Remember where the next example is found."""
         self._where[0].append(item)
         self._where[1].append(part)
         self._digests += digest
+
+    def to_parts(self) -> dict[str, array[int] | bytearray]:
+        """Where each example is found, and what its fields must be, to be kept."""
+        return dict(zip(self.NUMBERS, (*self._where, self._digests), strict=True))
+
+    def recall(self, numbers: Mapping[str, Any]) -> None:
+        """Know what `to_parts` has given."""
+        items, parts, self._digests = (numbers[name] for name in self.NUMBERS)
+        self._where = items, parts
+        self._remedy += " Or remove .examples from the folder of the dataset: what a run before has read."
+
+    def gives_again(self, n: int) -> bool:
+        """Whether the first and the last of ``n`` examples have the fields that they had."""
+        try:
+            self.fetch([0, n - 1])
+        except Exception:  # whoever reads all of them says what is wrong
+            return False
+        return True
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
         places = [(self._where[0][number], self._where[1][number]) for number in numbers]
@@ -71,8 +100,7 @@ class Refetched(FieldSource):
             fields = _values(found[item][part].fields) if part < len(found[item]) else {}
             if digest_of(fields) != self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]:
                 rule, got = "give an example the same fields each time", f"others for example {number}"
-                remedy = "Let nothing random be done to it; or give an iterator, which is read once."
-                raise ValueError(broken_rule("collect", "batches", rule, got, remedy))
+                raise ValueError(broken_rule("collect", "batches", rule, got, self._remedy))
             fetched.append(fields)
         return fetched
 
@@ -137,7 +165,7 @@ class ExampleReader:
             ValueError, TypeError: for data that hold no examples, or an item that is none.
         """
         check_data(data)
-        reading = Reading(self.fields, self.apart, isinstance(data, DataLoader))
+        reading = self.reading(data)
         map_style = is_map_style(data)
         again = data if map_style or isinstance(data, AskedAgain) else None
         number = 0
@@ -152,6 +180,10 @@ class ExampleReader:
         if self.padded:
             self.rules.check(self.keep)
         return self.examples
+
+    def reading(self, data: Any) -> Reading:
+        """How the items of these data are read."""
+        return Reading(self.fields, self.apart, isinstance(data, DataLoader))
 
     def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
         tokens = None if item.input_ids is None else as_tokens(item.input_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,12 +40,12 @@ from .huggingface import (
 )
 from .loss import accepted_names
 from .losses import loss_called, name_of
-from .media import Processor, kind_of
+from .media import Processor, decoded_by, kind_of
 from .media_examples import MediaExamples
 from .normalizer_files import reader_of
 from .packing import check_packs, packs
 from .progress import Report
-from .records import Record, files_of, read_records
+from .records import Record, files_of, media_of, read_records
 from .resume import check_folder, existing_folder, has_units, packs_as_begun, records_as_begun
 from .run import Run
 from .settings import COLUMNS, CollectSettings, stored_as
@@ -161,13 +163,14 @@ class Collection:
         """What the examples are made of; None where that can't be known, or would take too long to find out."""
         tokenizer = self.tokenizer
         known = getattr(tokenizer, "is_fast", False) and type(tokenizer).__module__.startswith("transformers.")
-        if files is None or not known:
+        if files is None or not (known or tokenizer is None):
             return None
         there = DataFiles(files)
         if settings.max_examples and there.n_bytes > _MOST_HASHED:
             return None
         how = how | {
-            "tokenizer": [repr(tokenizer), tokenizer_fingerprint(tokenizer), tokenizer.chat_template],
+            "tokenizer": None if tokenizer is None
+            else [repr(tokenizer), tokenizer_fingerprint(tokenizer), tokenizer.chat_template],
             "max_examples": settings.max_examples, "filter": settings.filter, "bad_examples": settings.bad_examples,
         }  # fmt: skip
         return Origin(there, how, self.bad, notes)
@@ -194,7 +197,23 @@ class Collection:
             response_encoder(self.tokenizer, self.model) if columns.response else None,
             getattr(config, "max_target_positions", None), settings.filter, most, here, place,
         )  # fmt: skip
+        made.origin = self._media_origin(settings, made)
         return made
+
+    def _media_origin(self, settings: CollectSettings, made: MediaExamples) -> Origin | None:
+        """What images or sounds are made of, but for the bytes of files with a path, which they know themselves."""
+        told, names = made.processor.told(), media_of(settings.dataset, made.columns.kind, settings.split)
+        if told is None:
+            return None
+        listed = "" if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        how: dict[str, Any] = {
+            "processor": told, "decoded_by": decoded_by(), "columns": asdict(made.columns), "names": listed,
+            "root": str(made.root.absolute()), "label_ids": made.label_ids, "longest": made.longest,
+            "split": settings.split, "name": settings.name,
+            "first": getattr(getattr(self.model, "config", None), "decoder_start_token_id", None),
+        }  # fmt: skip
+        files = files_of(settings.dataset, settings.split) if names is None else []
+        return self._origin(settings, files, how, made.unused)
 
     def _records(self, settings: CollectSettings) -> MadeAnew:
         columns = columns_of(settings)

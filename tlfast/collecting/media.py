@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import platform
 import wave
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from ..dataset.errors import extra
 from ..dataset.read.pretrained import from_pretrained
 from ..errors import broken_rule
+from .data_files import version_of
 from .fields import BadField
+from .skipped import without_addresses
 
 Kind = Literal["image", "audio"]
 _WHO = "collect"
@@ -117,7 +120,14 @@ def _samples(data: bytes, width: int) -> np.ndarray[Any, Any]:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:80] or type(error).__name__
+    """What an error says, the same in every process: a dataset holds it as the reason why an example is none."""
+    return " ".join(without_addresses(str(error)).split())[:80] or type(error).__name__
+
+
+def decoded_by() -> dict[str, str]:
+    """What images and sounds are decoded and resized by: libraries with their versions, and the kind of processor."""
+    versions = {name: version_of(name) for name in ("pillow", "soundfile", "torchvision")}
+    return versions | {"machine": platform.machine(), "simd": torch.backends.cpu.get_cpu_capability()}
 
 
 class Processor:
@@ -156,6 +166,13 @@ class Processor:
             remedy = "From Python, tlfast.collect takes fields of your own making."
             raise ValueError(broken_rule(_WHO, type(self._own).__name__, rule, got, remedy))
         return {key: value[0] for key, value in found.items()}
+
+    def told(self) -> list[Any] | None:
+        """What decides what becomes of a file, as JSON; None where nobody knows: of code beside the model."""
+        if not type(self._own).__module__.startswith("transformers."):
+            return None
+        own = [type(self._own).__qualname__, self._own.to_json_string()]
+        return [*own, self.kind, self._mode, sorted(self._takes), self._truncate]
 
     @property
     def _of_sound(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from .spool import Folder, Spool
 from .tokenizing import Columns, Unusable, check_first, label_of
 
 _WHO = "collect"
-_PATH, _BYTES = b"\0", b"\1"  # what the spool has of a file: where it lies, or all of it
+# What spools have of a file: where it lies, also of one that made no example; or all of it, or which record has it.
+_PATH, _BYTES, _LEFT_OUT = b"\0", b"\1", b"\2"
 
 
 @dataclass
@@ -41,6 +43,7 @@ class MediaExamples(AskedAgain):
         most: examples, at most; None: all.
         spool_in: where the bytes of files lie that aren't files of their own.
         place: where the records are from, for messages.
+        origin: `tlfast.collecting.stored_examples.Origin` of all but the files that have a path; None: not known.
     """
 
     columns: Columns
@@ -55,11 +58,16 @@ class MediaExamples(AskedAgain):
     most: int | None = None
     spool_in: Folder = None
     place: str = ""
+    origin: Any = None
     unused: list[str] = field(default_factory=list)  # columns that nobody asks for; known once the first is read
 
     def __post_init__(self) -> None:
         self._condition = Condition(self.condition, _WHO) if self.condition else None
-        self._small, self._files = Spool(self.spool_in), Spool(self.spool_in)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._small, self._files, self._asked = Spool(self.spool_in), Spool(self.spool_in), Spool(self.spool_in)
+        self._sha256 = hashlib.sha256()  # of the files with a path that were asked for, in that order
 
     @property
     def wanted(self) -> set[str]:
@@ -68,7 +76,7 @@ class MediaExamples(AskedAgain):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.bad.forget()
-        self._small, self._files = Spool(self.spool_in), Spool(self.spool_in)
+        self._begin()
         n_records = 0
         for record in self.records():
             if not n_records:
@@ -78,8 +86,9 @@ class MediaExamples(AskedAgain):
             try:
                 if not self._is_wanted(record):
                     continue
-                small, file = self._parts(record)
-                made = self._made(small, file)
+                small, file = self._small_of(record), self._file_of(record)
+                small = {name: as_value(value, name) for name, value in small.items()}
+                made = self._first_made(file, n_records - 1) | small
             except (Unusable, BadField) as reason:
                 got, remedy = f"{reason}, in record {record.start} of {record.source}", "Correct it, or leave it out."
                 error = broken_rule(_WHO, "a record", "be an example", got, remedy)
@@ -96,15 +105,65 @@ class MediaExamples(AskedAgain):
             raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
 
     def __getitem__(self, number: int) -> Fields:
-        return self._made(unpacked(self._small[number]), self._files[number])
+        data = self._data_of(self._files[number])
+        return self.processor.fields(data, self.columns.of_media) | unpacked(self._small[number])
 
-    def _made(self, small: Fields, file: bytes) -> Fields:
-        name = self.columns.of_media
-        data = media_bytes(file[1:].decode(), Path(), name) if file[:1] == _PATH else file[1:]
-        return self.processor.fields(data, name) | small
+    def _data_of(self, file: bytes) -> bytes:
+        return file[1:] if file[:1] == _BYTES else media_bytes(file[1:].decode(), Path(), self.columns.of_media)
 
-    def _parts(self, record: Record) -> tuple[Fields, bytes]:
-        """What is small of a record, and its file: by its path where it has one, else its bytes."""
+    def _first_made(self, file: bytes, n_record: int) -> Fields:
+        """What a file becomes that is read the first time; what else than records this is made of is remembered."""
+        if file[:1] == _BYTES:
+            made = self.processor.fields(file[1:], self.columns.of_media)
+            self._asked.add(_BYTES + n_record.to_bytes(8, "little"))
+            return made
+        data: bytes | None = None
+        kind = _LEFT_OUT
+        try:
+            data = self._data_of(file)
+            made = self.processor.fields(data, self.columns.of_media)
+            kind = _PATH
+        finally:
+            self._sha256.update(_told(file[1:], data))
+            self._asked.add(kind + file[1:])
+        return made
+
+    # What a run that continues knows without decoding.
+
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Spool]]:
+        """The files with a path by their bytes, others by the number of their record; and what is small."""
+        return {"sha256": self._sha256.hexdigest()}, {"asked": self._asked, "small": self._small}
+
+    def recall(self, said: Mapping[str, Any], spools: Mapping[str, Spool]) -> bool:
+        """The files are read and none is decoded; False where one is another than then. Records must be the same."""
+        asked, files, digest = spools["asked"], Spool(self.spool_in), hashlib.sha256()
+        records = enumerate(self.records())  # they are read where they have files in them, and else not
+        for k in range(len(asked)):
+            entry = asked[k]
+            kind, name = entry[:1], entry[1:]
+            data: bytes | None = None
+            try:
+                if kind == _BYTES:
+                    number = int.from_bytes(name, "little")
+                    files.add(next(self._file_of(record) for n, record in records if n == number))
+                    continue
+                data = self._data_of(_PATH + name)
+            except StopIteration:
+                return False
+            except BadField:  # it couldn't be read then, either
+                pass
+            digest.update(_told(name, data))
+            if kind == _PATH:
+                files.add(_PATH + name)
+        if digest.hexdigest() != said["sha256"]:
+            return False
+        self._small, self._files, self._asked, self._sha256 = spools["small"], files, asked, digest
+        return True
+
+    # The parts of a record.
+
+    def _small_of(self, record: Record) -> dict[str, Any]:
+        """What is small of a record, as it stands there."""
         columns = self.columns
         small: dict[str, Any] = {name: record.values.get(name) for name in columns.keep}
         lacks = next((name for name in columns.keep if small[name] is None), None)
@@ -115,14 +174,16 @@ class MediaExamples(AskedAgain):
             small["labels"] = np.array(label, np.int64) if isinstance(label, array) else label
         elif self.encode is not None:
             small["labels"] = self._response(record.values.get(columns.response))
-        value, folder = record.values.get(columns.of_media), (self.root / record.source).parent
+        return small
+
+    def _file_of(self, record: Record) -> bytes:
+        """The file of a record: by its path where it has one, else its bytes."""
+        value, folder = record.values.get(self.columns.of_media), (self.root / record.source).parent
         if isinstance(value, Mapping) and value.get("bytes") is None:
             value = value.get("path")
         if isinstance(value, str) and value and is_unicode(value):
-            file = _PATH + str((folder / value).absolute()).encode()
-        else:
-            file = _BYTES + media_bytes(value, folder, columns.of_media)
-        return {name: as_value(value, name) for name, value in small.items()}, file
+            return _PATH + str((folder / value).absolute()).encode()
+        return _BYTES + media_bytes(value, folder, self.columns.of_media)
 
     def _response(self, text: Any) -> Any:
         if not isinstance(text, str):
@@ -141,3 +202,9 @@ class MediaExamples(AskedAgain):
             return bool(self._condition(dict(record.values)))
         except (ValueError, KeyError) as error:
             raise Unusable(f"the filter fails: {' '.join(str(error).split())[:120]}") from None
+
+
+def _told(path: bytes, data: bytes | None) -> bytes:
+    """What is hashed of a file that was asked for; ``data`` is None where it couldn't be read."""
+    seen = b"none" if data is None else hashlib.sha256(data).digest()
+    return b"%d;%b%b;" % (len(path), path, seen)

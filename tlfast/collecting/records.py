@@ -102,6 +102,18 @@ def files_of(place: str, split: str = "") -> list[tuple[str, Path]] | None:
     return [(file.relative_to(path).as_posix(), file) for file in found]
 
 
+def media_of(place: str, kind: str, split: str = "") -> list[str] | None:
+    """The names of all files that `read_records` takes for rows of their own; None where rows are those of tables.
+
+    Raises:
+        ValueError: as `read_records`, for a folder.
+    """
+    path = Path(place).expanduser()
+    if not path.is_dir() or _is_saved(path) or kind == "text" or _files_below(path, _TABLES):
+        return None
+    return [record.source for record in _of_media(path, kind, split)]
+
+
 def _is_saved(path: Path) -> bool:
     """Whether it is a folder that ``save_to_disk`` made."""
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))

@@ -18,6 +18,7 @@ from ..errors import broken_rule
 from .identity import describe_examples
 from .json_parts import TWO_VALUES
 from .options import Resume
+from .skipped import without_addresses
 
 Place = str | os.PathLike[str]
 Skipped = Sequence[Sequence[Any]]
@@ -89,6 +90,16 @@ def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], over
         remedy = "Make sure that it is the same; identity=, a text of your own, says that you have."
         warnings.warn(broken_rule("collect", "loss", rule, got, remedy), RuntimeWarning, stacklevel=5)
     return {"loss": said["loss"], **known} if vouched or not known else said
+
+
+def reasons_as_begun(out: Place, skipped: Sequence[list[Any]], overwrite: bool) -> None:
+    """Give what is skipped the reasons of the dataset that is continued: the first ones named objects of a process."""
+    if overwrite or not skipped or not holds_dataset(out, "collect"):
+        return
+    there = (entry for _, said in read_description(out, "collect").examples for entry in said.get("skipped") or ())
+    for ours, (*place, reason) in zip(skipped, there, strict=False):
+        if ours[:2] == place and ours[2] == without_addresses(str(reason)):
+            ours[2] = reason
 
 
 def records_as_begun(out: Place) -> bool:

@@ -49,7 +49,7 @@ from .loss import Loss, next_token_loss
 from .options import CollectOptions, NonFinitePolicy, Resume
 from .probe import Probed
 from .progress import Progress, Report
-from .resume import add_the_rest, check_folder, existing_folder, loss_as_begun, own_part
+from .resume import add_the_rest, check_folder, existing_folder, loss_as_begun, own_part, reasons_as_begun
 from .signals import Terminated, stopping
 from .skipped import BadPolicy
 from .spool import lengths_of
@@ -291,6 +291,7 @@ class Run(Work):
     def _open(self, columns: dict[str, Column], here: dict[str, Any]) -> DatasetWriter:
         """The dataset, begun or continued, with all examples in its plan."""
         options, bad = self.options, self.bad
+        reasons_as_begun(self.out, bad.skipped, options.overwrite)
         said = what_stays(self.loss_at_first, describe_loss(self.loss, options.identity, options.header)[0])
         said = loss_as_begun(self.out, said, self.loss_unknown, options.overwrite)
         n_own, n_own_skipped = own_part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,6 +11,19 @@ from ..errors import broken_rule
 BadPolicy = Literal["skip", "stop"]
 
 MOST = 100_000  # recorded in one JSON file, which every reader holds in memory
+
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>")
+
+
+def without_addresses(reason: str) -> str:
+    """A text without the objects of this process that it names, which are others in the next.
+
+    Example:
+        >>> from tlfast.collecting.skipped import without_addresses
+        >>> without_addresses("no image file <_io.BytesIO object at 0x7fb5d5a5a700>")
+        'no image file'
+    """
+    return _ADDRESS.sub("", reason)
 
 
 class BadExamples:
@@ -27,7 +41,7 @@ class BadExamples:
         skipped: Iterable[tuple[str, int, str]] | BadExamples = (),
         most: int = MOST,
     ) -> None:
-        self._policy, self._most = policy, most
+        self.policy, self._most = policy, most
         self._before = skipped if isinstance(skipped, BadExamples) else None
         self._own: list[list[str | int]] = []
         for source, start, reason in () if isinstance(skipped, BadExamples) else skipped:
@@ -60,7 +74,7 @@ class BadExamples:
 
     def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
         """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
-        if error is not None and self._policy == "stop":
+        if error is not None and self.policy == "stop":
             raise ValueError(error)
         if len(self) == self._most:
             got = f"one more: {source!r} at {start}, {reason}"

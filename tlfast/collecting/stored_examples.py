@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from ..dataset.errors import DatasetError
 from ..dataset.format.description import EXAMPLES
 from ..dataset.places.durable import PendingFile, open_regular
-from .data_files import DataFiles
-from .examples import ExampleReader, Spooled
+from .data_files import DataFiles, version_of
+from .examples import AskedAgain, ExampleReader, Refetched, Spooled, is_map_style
 from .skipped import BadExamples
 from .spool import Examples, Spool
 
@@ -28,6 +28,7 @@ _FORM = 1  # of the file, and of how examples are made where no version of a lib
 _MADE_BY = ("tlfast", "transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "torch", "numpy")
 _N, _END = struct.Struct("<Q"), struct.Struct("<Q32s")  # behind all else: the bytes of JSON, SHA-256 of what is before
 _BLOCK = 4 << 20
+_VOUCHED = "fingerprint"  # of data that the caller vouches for
 
 
 class MadeAnew:
@@ -70,27 +71,26 @@ class StoredExamples:
 
     Args:
         folder: of the dataset.
-        origin: of the examples.
+        data: the examples.
+        origin: of them.
         reader: reads them.
         bad: what is left out.
     """
 
-    def __init__(self, folder: Path, origin: Origin, reader: ExampleReader, bad: BadExamples) -> None:
-        self._path, self._origin, self._reader, self._bad = folder / EXAMPLES, origin, reader, bad
+    def __init__(self, folder: Path, data: Any, origin: Origin, reader: ExampleReader, bad: BadExamples) -> None:
+        self._path, self._data, self._origin, self._reader, self._bad = folder / EXAMPLES, data, origin, reader, bad
         self._restored = False
 
     def restore(self) -> bool:
         """Whether the file is there and right: then the reader has its examples."""
         with suppress(OSError, DatasetError), os.fdopen(open_regular(self._path, "collect")[0], "rb") as file:
             said = _checked(file, self._key())
-            if said is not None:
-                self._take(file, said)
-                self._restored = True
+            self._restored = said is not None and self._take(file, said)
         return self._restored
 
     def write(self) -> None:
         """Make the file, unless it is there; nothing where the data were changed while they were read."""
-        if self._restored:
+        if self._restored or (_VOUCHED in self._origin.how and not self._gives_fields()):
             return
         with suppress(OSError):  # it is a courtesy, for which a disk may be too full
             key = self._key()
@@ -111,6 +111,11 @@ class StoredExamples:
                 file.append(digest.digest())
                 file.rename()
 
+    def _gives_fields(self) -> bool:
+        """Whether examples are fields alone, which the data give again: tokens are read as soon as a file of them."""
+        source = self._reader.source
+        return isinstance(source, Refetched) and not source.rules.has_tokens
+
     def remove(self) -> None:
         """The dataset is complete."""
         with suppress(OSError):
@@ -119,7 +124,7 @@ class StoredExamples:
     def _key(self) -> str:
         reader = self._reader
         read = (reader.least, reader.longest, list(reader.keep), reader.pad_id, sorted(reader.apart), reader.padded)
-        libraries = {name: _version(name) for name in _MADE_BY}
+        libraries = {name: version_of(name) for name in _MADE_BY}
         made = [_FORM, sys.byteorder, libraries, self._origin.how, read, self._origin.files.sha256()]
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
@@ -129,9 +134,15 @@ class StoredExamples:
         said |= {"skipped": self._bad.skipped, "notes": self._origin.notes, "rules": reader.rules.to_json()}
         if isinstance(reader.source, Spooled):
             spools["fields"] = reader.source.spool
+        elif isinstance(reader.source, Refetched):
+            numbers |= reader.source.to_parts()
+            more, given = self._data.to_parts() if isinstance(self._data, AskedAgain) else ({}, {})
+            said["again"] = {"said": more, "spools": list(given)}
+            spools |= given
         return said, numbers, spools
 
-    def _take(self, file: BinaryIO, said: Mapping[str, Any]) -> None:
+    def _take(self, file: BinaryIO, said: Mapping[str, Any]) -> bool:
+        """Whether what is in the file could be taken; else the reader knows nothing of it."""
         reader, numbers, spools = self._reader, dict[str, Any](), dict[str, Spool]()
         file.seek(0)
         for name, (code, n) in said["numbers"].items():
@@ -140,6 +151,8 @@ class StoredExamples:
             ends = _array(file, "q", n)
             spools[name] = Spool.lying_in(file.fileno(), file.tell(), ends)
             file.seek(n_bytes, os.SEEK_CUR)
+        if "again" in said and not self._recall(said["again"], numbers, spools):
+            return False
         reader.rules.recall(said["rules"])
         if "fields" in spools:
             reader.source = Spooled(reader.rules, spools.pop("fields"))
@@ -149,6 +162,19 @@ class StoredExamples:
         self._origin.bad.forget()
         self._bad.recall(said["skipped"])
         self._origin.notes[:] = said["notes"]
+        return True
+
+    def _recall(self, said: Mapping[str, Any], numbers: dict[str, Any], spools: dict[str, Spool]) -> bool:
+        """Whether the data give their examples again without making all; what is theirs of the numbers is taken out."""
+        reader, given = self._reader, {name: spools.pop(name) for name in said["spools"]}
+        if isinstance(self._data, AskedAgain) and not self._data.recall(said["said"], given):
+            return False
+        source = Refetched(reader.rules, self._data, reader.reading(self._data))
+        source.recall({name: numbers.pop(name) for name in Refetched.NUMBERS})
+        if not isinstance(self._data, AskedAgain) and not source.gives_again(len(numbers["starts"])):
+            return False
+        reader.source = source
+        return True
 
 
 def _pieces(numbers: Mapping[str, Any], spools: Mapping[str, Spool]) -> Iterator[Any]:
@@ -190,18 +216,29 @@ def _checked(file: BinaryIO, key: str) -> dict[str, Any] | None:
     return said if said["key"] == key else None
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
 def stored_in(
-    folder: str | os.PathLike[str], data: Any, reader: ExampleReader, bad: BadExamples
+    folder: str | os.PathLike[str], data: Any, reader: ExampleReader, bad: BadExamples, fingerprint: str = ""
 ) -> StoredExamples | None:
-    """Where the examples of data may lie; None where nobody knows of what they are made."""
+    """Where the examples of data may lie; None where nobody knows of what they are made.
+
+    ``fingerprint`` is what the caller vouches for; "": nothing.
+    """
     origin = getattr(data, "origin", None)
-    if not isinstance(origin, Origin) or reader.size is not None or reader.fields is not None:
-        return None
-    return StoredExamples(Path(folder), origin, reader, bad)
+    if isinstance(origin, Origin):
+        origin = origin if reader.fields is None else None
+    else:
+        origin = _vouched(data, reader, bad, fingerprint) if fingerprint and is_map_style(data) else None
+    return (
+        None if origin is None or reader.size is not None else StoredExamples(Path(folder), data, origin, reader, bad)
+    )
+
+
+def _vouched(data: Any, reader: ExampleReader, bad: BadExamples, fingerprint: str) -> Origin:
+    """The origin of data that give any item again, and are the same wherever this text is given."""
+    how = {
+        _VOUCHED: fingerprint, "n": len(data), "type": type(data).__qualname__, "machine": platform.machine(),
+        "fields": None if reader.fields is None else sorted((name, repr(key)) for name, key in reader.fields.items()),
+        "bad_examples": bad.policy, "skipped": list(bad.skipped),
+        "decoders": {name: version_of(name) for name in ("pillow", "torchvision", "soundfile")},
+    }  # fmt: skip
+    return Origin(DataFiles([]), how, bad, [])

@@ -92,7 +92,7 @@ class Work:
             options.collate is None,
             spool_in,
         )
-        self.stored = None if kept_in is None else stored_in(kept_in, batches, reader, self.bad)
+        self.stored = None if kept_in is None else stored_in(kept_in, batches, reader, self.bad, options.fingerprint)
         if self.stored is None or options.overwrite or not self.stored.restore():
             reader.read(batches)
         self.examples = reader.examples
