@@ -22,7 +22,7 @@ import tlfast
 from tlfast.cli import main
 
 N_UNITS = 40
-WAIT_S = 120  # for a start on a busy machine; an end long before that is the rule
+WAIT_S = 240  # for a start on a busy machine; an end long before that is the rule
 
 
 def arguments(folder, out, kind="text"):

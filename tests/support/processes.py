@@ -18,7 +18,7 @@ from tlfast.cli import main
 
 N_UNITS = 60
 ROWS_PER_UNIT = 4
-WAIT_S = 120  # for a start on a busy machine; an end long before that is the rule
+WAIT_S = 240  # for a start on a busy machine; an end long before that is the rule
 
 
 def arguments(folder, out, *more):
