@@ -174,6 +174,16 @@ def test_it_is_told_of_datasets_and_views(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["holds"]["h"] == text
 
 
+def test_what_a_card_quotes_does_not_act(tmp_path):
+    from dataset_cases import make_dataset
+
+    spec = {"points": "*<b>.*", "of": "weight", "reduce": "none", "over": [], "summed": True}
+    columns = {"gradients:weight": Column(F32, (2,), of="weight")}
+    make_dataset(tmp_path, columns=columns, header={"specs": [spec]})
+    text = r"| weight gradients of \*&lt;b>.\* added up; not projected |"
+    assert text in (tmp_path / "README.md").read_text()
+
+
 def test_a_card_of_another_version_gets_the_new_number_of_examples(tmp_path):
     from dataset_cases import make_dataset, make_writer
 

@@ -64,7 +64,7 @@ def dataset_card(description: Description) -> str:
     size = next((name for limit, name in (*_SIZES, *_SIZES_ABOVE, *_SIZES_OF_BILLIONS) if n < limit), "n>1T")
     table = "\n".join(
         f"| {_cell(name)} | {DTYPE_NAMES[column.dtype]}{_plain(column.notes)} | {list(column.row_shape)} "
-        f"| {_plain(description.holds(name))} |"
+        f"| {_words(description.holds(name))} |"
         for name, column in description.columns.items()
     )
     more = _PER_TOKEN * description.has_tokens + _ENCODED * any(c.encoding for c in description.columns.values())
@@ -98,6 +98,11 @@ def _heading(description: Description) -> dict[str, str]:
 def _cell(name: str) -> str:
     plain = _plain(name)
     return f"`{plain}`" if plain else "(the model itself)"
+
+
+def _words(text: str) -> str:
+    """Words that may quote a header: the star of a glob is no emphasis, and nothing is a tag."""
+    return _plain(text).replace("*", r"\*").replace("<", "&lt;")
 
 
 def _plain(text: str) -> str:
