@@ -44,6 +44,6 @@ class SpeakingAs:
     ) -> None:
         text = error.args[0] if error is not None and error.args else None
         for other in self._others if isinstance(text, str) else ():
-            if error is not None and str(text).startswith(f"{other}: "):
+            if error is not None and str(text).startswith((f"{other}: ", f"{other} at ")):  # a point
                 error.args = (f"{self._who}{str(text)[len(other) :]}", *error.args[1:])
                 return

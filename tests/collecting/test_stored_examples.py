@@ -16,6 +16,7 @@ from tlfast.collecting import from_text
 from tlfast.collecting.data_files import DataFiles
 from tlfast.collecting.examples import ExampleReader
 from tlfast.collecting.fields import packed
+from tlfast.collecting.resume import is_same_reason
 from tlfast.collecting.skipped import BadExamples
 from tlfast.collecting.stored_examples import MadeAnew, Origin, stored_in
 from tlfast.dataset import open_dataset
@@ -207,3 +208,11 @@ def test_overwriting_removes_it(begun):
     assert NAME in our_files(as_write_store(begun / "out"), "test")
     assert main(words(begun, begun / "out", "answers", "--overwrite")) == 0
     assert not (begun / "out" / NAME).exists()
+
+
+@pytest.mark.parametrize("rest", ["Format not recognised.", "Supported file format but file is malformed."])
+def test_a_reason_that_was_cut_with_an_address_is_that_of_today(rest):
+    ours, begun = (f"Error opening{where}: {rest}"[:80] for where in ("", " <_io.BytesIO object at 0x7fb5d5a5a700>"))
+    assert is_same_reason(f"audio is no sound ({ours})", f"audio is no sound ({begun})")
+    assert not is_same_reason(f"audio is no sound ({ours})", "audio is no sound (Error opening: Format)")
+    assert not is_same_reason("image is no image (none)", f"audio is no sound ({begun})")

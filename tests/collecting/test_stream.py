@@ -18,6 +18,7 @@ import tlfast
 import tlfast.collecting.stream
 from tlfast.collecting.loss import next_token_loss
 from tlfast.collecting.stream import SETTINGS
+from tlfast.errors import SpeakingAs
 
 EXAMPLES = sequences(30)
 
@@ -407,3 +408,14 @@ def test_a_sharded_model(monkeypatch):
 
 def test_settings_are_those_of_collect():
     assert set(SETTINGS) < set(inspect.signature(tlfast.collect).parameters)
+
+
+@pytest.mark.parametrize("said", ["collect: model must be", "collect at h.0: the rows must be"])
+def test_an_error_says_who_was_called(said):
+    with pytest.raises(ValueError, match=f"^{said.replace('collect', 'stream')}"), SpeakingAs("stream", "collect"):
+        raise ValueError(said)
+
+
+def test_an_error_of_something_else_stays_as_it_is():
+    with pytest.raises(ValueError, match=r"^collection: mine$"), SpeakingAs("stream", "collect"):
+        raise ValueError("collection: mine")

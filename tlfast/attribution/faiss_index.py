@@ -73,7 +73,8 @@ def query_vectors(
     Its columns lie in the order of the dataset, so the queries must have all columns that the index has.
     """
     ds = opened("dataset", dataset)
-    chosen = chosen_queries(ds, queries, ds.points if points is None else points)
+    with SpeakingAs("query_vectors", "score"):
+        chosen = chosen_queries(ds, queries, ds.points if points is None else points)
     joined = torch.cat(list(chosen.rows.values()), 1).cpu()
     found: np.ndarray[Any, Any] = (directions(joined) if metric == "cosine" else joined).float().numpy()
     return found

@@ -53,6 +53,9 @@ def text_query(ds: Any, text: str, *, response: str = "", model: str = "", trust
         if settings is not None:
             settings = replace(settings, **_given(settings, Path(folder), text, response), out=out)
             settings = replace(settings, model=_known(model or settings.model), trust_remote_code=trust)
+            if settings.normalizer and not os.path.exists(os.path.expanduser(settings.normalizer)):
+                remedy = "Put it there; or collect rows with it, and use `tlfast score`."
+                raise _refused("the normalizer", "lie where config.yaml says", repr(settings.normalizer), remedy)
             Collection(settings).collect(settings, "tlfast search", progress=False)
         else:
             if response:

@@ -98,8 +98,17 @@ def reasons_as_begun(out: Place, skipped: Sequence[list[Any]], overwrite: bool) 
         return
     there = (entry for _, said in read_description(out, "collect").examples for entry in said.get("skipped") or ())
     for ours, (*place, reason) in zip(skipped, there, strict=False):
-        if ours[:2] == place and ours[2] == without_addresses(str(reason)):
+        if ours[:2] == place and is_same_reason(ours[2], str(reason)):
             ours[2] = reason
+
+
+def is_same_reason(ours: str, begun: str) -> bool:
+    """Whether the reason of a dataset is one of today's, with an object of its process in it.
+
+    Such a one was cut at a length that counts the object's address: less of the rest is there, before a bracket.
+    """
+    plain = without_addresses(begun)
+    return ours == plain or (plain != begun and ours.startswith(plain.removesuffix(")")))
 
 
 def records_as_begun(out: Place) -> bool:

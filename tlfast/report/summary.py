@@ -54,7 +54,7 @@ class Norms:
 
 @dataclass(order=True)
 class LargeRow:
-    """One of the largest rows: its norm over all points together, and the point of the largest."""
+    """One of the largest rows: its norm over all points that are ranked together, and the point of the largest."""
 
     norm: float
     row: int
@@ -111,7 +111,8 @@ def _add(summary: Summary, table: Any, first: int, points: Sequence[str]) -> Non
     norms = np.stack([table.column(NORM + point).to_numpy() for point in points])  # [points, rows]
     for point, row in zip(points, norms, strict=True):
         summary.norms[point].add(row)
-    of_rank = norms[[points.index(point) for point in summary.ranked]]
+    place = {point: number for number, point in enumerate(points)}
+    of_rank = norms[[place[point] for point in summary.ranked]]
     with np.errstate(all="ignore"):
         together = np.sqrt(np.square(of_rank, dtype=np.float64).sum(0))
     finite = np.isfinite(norms).all(0) & (flags & FLAG_NON_FINITE == 0)

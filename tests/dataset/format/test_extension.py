@@ -20,6 +20,7 @@ from dataset_cases import (
 )
 
 from tlfast.dataset import DatasetError, DatasetWriter, Plan, open_dataset, verify_dataset
+from tlfast.dataset.format.card import recounted
 from tlfast.dataset.format.strict_json import checksum_of
 
 SAID = {"sha256": "f" * 64, "skipped": [["a.txt", 3, "no UTF-8 text"]]}
@@ -259,3 +260,14 @@ def test_killed_while_it_was_extended(tmp_path):
         assert len(writer.done) == 3
     assert n_extended == sorted(n_extended)
     assert set(n_extended) == {0, 1}
+
+
+def test_a_card_is_recounted_once():
+    """A run that is killed between the card and the extension does both again, with 12 examples where there were 2."""
+    cards = [f"# Mine\n\n{n} examples, 1 points, written by tlfast.\n\n{note}" for n in (2, 12) for note in ("a", "b")]
+    few, other_few, many, other_many = cards
+    assert recounted(few, few, many) == many
+    assert recounted(other_few, few, many) == other_many
+    assert recounted(many, few, many) == many
+    assert recounted(other_many, few, many) == other_many
+    assert recounted("my own: 2 examples, 1 points, written by tlfast.", few, many).startswith("my own: 2 examples")

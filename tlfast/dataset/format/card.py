@@ -79,8 +79,8 @@ def recounted(text: str, before: str, after: str) -> str:
     """
     if text == before:
         return after
-    counts = [found.group() if (found := _COUNTS.search(card)) else "" for card in (before, after)]
-    return text.replace(counts[0], counts[1]) if counts[0] and text.count(counts[0]) == 1 else text
+    old, new = _COUNTS.findall(before), _COUNTS.findall(after)
+    return _COUNTS.sub(lambda _: new[0], text) if old and new and _COUNTS.findall(text) == old else text
 
 
 def _heading(description: Description) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ...globs import ForeignGlob, is_glob
@@ -122,7 +123,7 @@ class _Spec:
         self.is_plain = said.get("of", "grad") == "grad" and said.get("side", "output") == "output"
         patterns = _patterns(said)
         self._names = {pattern for pattern in patterns if not is_glob(pattern)}
-        self._globs = [glob for pattern in patterns if is_glob(pattern) for glob in _glob(pattern)]
+        self._globs = [pattern for pattern in patterns if is_glob(pattern)]
 
     def is_of(self, column: Column) -> bool:
         """Whether its columns are of the kind of this one."""
@@ -132,15 +133,22 @@ class _Spec:
     def means(self, point: str) -> bool:
         """Whether its points mean a module, or the experts that this one is of."""
         around = [point, point.partition(".expert_")[0]] if self.said.get("of") == WEIGHT else [point]
-        return any(name in self._names or any(glob.matches(name) for glob in self._globs) for name in around)
+        return any(name in self._names or any(_matches(glob, name) for glob in self._globs) for name in around)
 
 
-def _glob(pattern: str) -> list[ForeignGlob]:
-    """A glob; none where no collection would take it."""
+@lru_cache(1 << 10)
+def _glob(pattern: str) -> ForeignGlob | None:
+    """A glob; None where no collection would take it."""
     try:
-        return [ForeignGlob(pattern)]
+        return ForeignGlob(pattern)
     except ValueError:
-        return []
+        return None
+
+
+@lru_cache(1 << 16)  # parts of a merged dataset ask the same of the same columns
+def _matches(pattern: str, name: str) -> bool:
+    glob = _glob(pattern)
+    return glob is not None and glob.matches(name)
 
 
 def _of_place(column: Column, spec: Mapping[str, Any]) -> Iterator[str]:
