@@ -56,8 +56,11 @@ demo: $(STAMPS)/install ## train a small model, collect its gradients, verify an
 WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: [0])(0))))')
 PARALLEL = -n $(WORKERS) --dist worksteal
 
+# The tests of the kernels that are compiled for the CPU, which takes a minute or two, are those of `make simt`.
+SHIMMED := tests/simt tests/cuda/test_cuda_kernels.py::test_bits_of_the_kernels_run_on_the_cpu
+
 test: $(STAMPS)/install ## the tests (TEST_ARGS='-k name', WORKERS=0 for one process)
-	$(PY) -m pytest -q tests --ignore=tests/simt $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
+	$(PY) -m pytest -q tests $(SHIMMED:%=--deselect=%) $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
 
 test-long: $(STAMPS)/install ## the few tests of half a minute or more, which `make test` leaves out
 	$(PY) -m pytest -q -m long tests $(PARALLEL) --durations=20 --durations-min=1 $(TEST_ARGS)
@@ -193,7 +196,7 @@ simt: $(STAMPS)/install ## the GPU path of the native code and the kernels, on t
 	cd $(SIMT) && PYTHONPATH=$(CURDIR)/$(SIMT) TLFAST_EXPECT_SIMT=1 TLFAST_REQUIRE_NATIVE=1 \
 	  $(PY) -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "simt or sanitize" $(CURDIR)/tests \
 	  --ignore=$(CURDIR)/tests/simt $(PARALLEL) $(TEST_ARGS)
-	$(PY) -m pytest -q tests/simt $(PARALLEL) $(TEST_ARGS)
+	$(PY) -m pytest -q $(SHIMMED) $(PARALLEL) $(TEST_ARGS)
 
 # Any Python will do: neither torch nor the set-up is needed. An object that the build left is taken if it is right.
 cuda-compile: ## compile the CUDA kernels; a spill, or a loop that waits for each load, fails (needs nvcc, no GPU)

@@ -185,14 +185,14 @@ def test_a_wrong_number_is_refused(change, text):
 )
 def test_settings_beside_specs_are_refused(tmp_path, beside, got):
     (argument,) = beside
-    text = f"collect: {argument} must be left out where points are Specs, got {got} beside them. Say it in each Spec."
+    text = f"{argument} must be left out where points are Specs, got {got} beside them. Say it in each Spec."
     model, texts, spec = tiny_model(), [[1, 2, 3]], tlfast.Spec("transformer.h.0", "sum")
-    for ask in (
-        lambda: tlfast.collect(model, texts, tmp_path / "out", points=[spec], **beside),
-        lambda: tlfast.stream(model, texts, spec, buffer_rows=2, batch_size=1, **beside),
-        lambda: tlfast.running(model, texts, spec, **beside),
-    ):
-        with pytest.raises(ValueError, match=f"^{text}$"):
+    for who, ask in {
+        "collect": lambda: tlfast.collect(model, texts, tmp_path / "out", points=[spec], **beside),
+        "stream": lambda: tlfast.stream(model, texts, spec, buffer_rows=2, batch_size=1, **beside),
+        "running": lambda: tlfast.running(model, texts, spec, **beside),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{who}: {text}$"):
             ask()
     assert not (tmp_path / "out").exists()
 

@@ -1,5 +1,6 @@
 """Threads: each with its own model, several in one model, a busy one beside, and no Python under a native tap."""
 
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -161,11 +162,11 @@ def test_trap_28_a_busy_python_thread_beside(backend, attach):
 
 
 def test_trap_27_and_28_no_python_runs_under_a_native_tap(backend, attach):
-    setup = chain()
+    setup, package = chain(), f"{os.path.dirname(tlfast.__file__)}{os.sep}"
     entered = []
 
     def profile(frame, event, arg):
-        if event == "call" and "tlfast" in frame.f_code.co_filename:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
             entered.append(frame.f_code.co_name)
 
     with tlfast.capture(
