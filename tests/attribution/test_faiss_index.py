@@ -51,7 +51,9 @@ def test_what_an_index_can_not_be_made_of(both, monkeypatch, tmp_path):
         faiss_index(acts)
     with pytest.raises(ValueError, match="faiss_index: points must match a module, got 'nope'"):
         faiss_index(ds, "nope")
-    with pytest.raises(ValueError, match=r"score: points must be of the queries too, got 'b'. Name points that both"):
+    with pytest.raises(
+        ValueError, match=r"query_vectors: points must be of the queries too, got 'b'. Name points that both"
+    ):
         query_vectors(ds, queries.with_fields("a", "c"))
     with pytest.raises(
         ValueError, match=r"to_faiss: point must name one at least, got none. Leave it out where there is"
