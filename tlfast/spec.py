@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import index
 from typing import Any, Literal, cast, get_args
 
@@ -386,11 +386,6 @@ def sources_of(who: str, of: str | Sequence[str], reduce: str) -> list[Of]:
     return cast(list[Of], list(dict.fromkeys(words)))
 
 
-def _of_weight(reduce: Reduction) -> tuple[Reduction, Over]:
-    """The reduction of weight gradients where others are kept beside them."""
-    return ("norm" if reduce == "norm" else "none"), "pos"
-
-
 def _given_specs(who: str, points: object) -> list[Spec]:
     """The specs that were given in place of points; TypeError where others stand among them."""
     if isinstance(points, Spec):
@@ -404,73 +399,91 @@ def _given_specs(who: str, points: object) -> list[Spec]:
     return specs
 
 
-def _check_nothing_beside(who: str, **given: tuple[object, object]) -> None:
-    """ValueError for what is said beside Specs, and so of none of them; each value is given with its default."""
-    for argument, (value, default) in given.items():
+@dataclass(frozen=True)
+class SpecArguments:
+    """What callers say beside points, of which specs are made: as in `Spec`, but ``of`` may be several sources."""
+
+    reduce: Reduction = "none"
+    over: Over = "pos"
+    dtype: torch.dtype | str | None = None
+    output: int | str | None = None
+    of: str | Sequence[str] = "grad"
+    side: Side = "output"
+    ref: Ref | None = None
+    heads: Heads | None = None
+    at: At | None = None
+    per: Per = "example"
+    encoding: Encoding | None = None
+    project: Project | None = None
+    bias: bool = False
+    normalizer: Normalizing | None = None
+    summed: bool = False
+
+
+def _check_nothing_beside(who: str, given: SpecArguments, defaults: SpecArguments) -> None:
+    """ValueError for what is said beside Specs, and so of none of them."""
+    for field in fields(SpecArguments):
+        value, default = getattr(given, field.name), getattr(defaults, field.name)
         if not isinstance(value, type(default)) or value != default:
-            got = f"{'one' if argument in ('ref', 'normalizer') else repr(value)} beside them"
+            got = f"{'one' if field.name in ('ref', 'normalizer') else repr(value)} beside them"
             rule, remedy = "be left out where points are Specs", "Say it in each Spec."
-            raise ValueError(broken_rule(who, argument, rule, got, remedy))
+            raise ValueError(broken_rule(who, field.name, rule, got, remedy))
+
+
+_NOTHING = SpecArguments()
 
 
 def as_specs(
     who: str,
     points: Points | Spec | Sequence[Spec],
-    reduce: Reduction,
-    over: Over,
-    dtype: torch.dtype | str | None,
-    output: int | str | None,
-    of: str | Sequence[str] = "grad",
-    side: Side = "output",
-    ref: Ref | None = None,
-    heads: Heads | None = None,
-    at: At | None = None,
-    per: Per = "example",
-    encoding: Encoding | None = None,
-    project: Project | None = None,
-    bias: bool = False,
-    normalizer: Normalizing | None = None,
-    summed: bool = False,
-    default: Reduction = "none",
+    given: SpecArguments = _NOTHING,
+    defaults: SpecArguments = _NOTHING,
 ) -> list[Spec]:
     """The specs meant by ``points``: itself, a list of specs, or those made of the rest, one for each source.
 
-    A token's row has one position: its sum, mean or last row over the positions is the row itself. ``default`` is the
-    caller's own of ``reduce``, which nobody has given.
+    A token's row has one position: its sum, mean or last row over the positions is the row itself. ``defaults`` are the
+    caller's own, which nobody has given.
     """
     if specs := _given_specs(who, points):
-        _check_nothing_beside(
-            who, reduce=(reduce, default), over=(over, "pos"), dtype=(dtype, None), output=(output, None),
-            of=(of, "grad"), side=(side, "output"), ref=(ref, None), heads=(heads, None), at=(at, None),
-            per=(per, "example"), encoding=(encoding, None), project=(project, None), bias=(bias, False),
-            normalizer=(normalizer, None), summed=(summed, False),
-        )  # fmt: skip
+        _check_nothing_beside(who, given, defaults)
         return specs
+    reduce, over, per, summed = given.reduce, given.over, given.per, given.summed
+    project, bias, normalizer = given.project, given.bias, given.normalizer
     one_of(who, "reduce", reduce, REDUCTIONS)  # in the words of the caller, who wrote no Spec
-    one_of(who, "side", side, SIDES)
+    one_of(who, "side", given.side, SIDES)
     parse_over(who, over)
-    stored_dtype(who, dtype)
-    sources = sources_of(who, of, reduce)
-    check_ref(who, sources, ref)
+    stored_dtype(who, given.dtype)
+    sources = sources_of(who, given.of, reduce)
+    weight_reduce: Reduction = "norm" if reduce == "norm" else "none"  # where others are kept beside weights
+    check_ref(who, sources, given.ref)
     check_weight(who, sources, project, bias, normalizer, summed)
     if "weight" in sources:
         said = parse_over(who, over) != (1,)  # more than the default, which the command says as a list
         alone = {"over": over if said else None} if sources == ["weight"] else {}
-        kept = "none" if reduce == default or not alone else reduce  # the default is of others
-        check_of_weight(who, kept, {"output": output, "side": side, "at": at, **alone})
-        check_summed(who, summed, project, _of_weight(reduce)[0], per, heads)
-    as_heads(who, heads)
-    as_positions(who, at)
+        kept = "none" if reduce == defaults.reduce or not alone else reduce  # the default is of others
+        check_of_weight(who, kept, {"output": given.output, "side": given.side, "at": given.at, **alone})
+        check_summed(who, summed, project, weight_reduce, per, given.heads)
+    as_heads(who, given.heads)
+    as_positions(who, given.at)
     if per == "token" and reduce in ("sum", "mean", "last") and parse_over(who, over) == (1,):
         reduce = "none"
-    check_rows_kept(who, per, () if reduce == "none" else parse_over(who, over), encoding, dtype)
-    of_weight: dict[str, Any] = {"project": project, "bias": bias, "normalizer": normalizer, "summed": summed}
+    check_rows_kept(who, per, () if reduce == "none" else parse_over(who, over), given.encoding, given.dtype)
+    of_all = {name: getattr(given, name) for name in ("dtype", "output", "side", "heads", "at", "per", "encoding")}
+    of_others: dict[str, Any] = {"reduce": reduce, "over": over, **of_all}
+    of_weight: dict[str, Any] = {
+        "reduce": weight_reduce,
+        "project": project,
+        "bias": bias,
+        "normalizer": normalizer,
+        "summed": summed,
+        **of_all,
+    }
     return [
         Spec(
-            cast(Points, points), *(_of_weight(reduce) if source == "weight" else (reduce, over)), dtype, output,
-            of=source, side=side,
-            ref=ref if source == "grad*ref" else None, heads=heads, at=at, per=per, encoding=encoding,
-            **(of_weight if source == "weight" else {}),
+            cast(Points, points),
+            of=source,
+            ref=given.ref if source == "grad*ref" else None,
+            **(of_weight if source == "weight" else of_others),
         )
         for source in sources
-    ]  # fmt: skip
+    ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tlfast
-from tlfast.spec import REDUCTIONS, as_specs, parse_over
+from tlfast.spec import REDUCTIONS, SpecArguments, as_specs, parse_over
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,19 @@ def test_refused_when_it_is_made(wrong, kind, text):
 @pytest.mark.parametrize("word", ["bfloat16", "torch.bfloat16"])
 def test_a_dtype_by_its_name_is_that_dtype(word):
     assert tlfast.Spec("x", dtype=word) == tlfast.Spec("x", dtype=torch.bfloat16)
-    assert as_specs("capture", "x", "none", "pos", word, None) == [tlfast.Spec("x", dtype=torch.bfloat16)]
+    assert as_specs("capture", "x", SpecArguments(dtype=word)) == [tlfast.Spec("x", dtype=torch.bfloat16)]
 
 
 def test_one_or_many_specs():
     one, two = tlfast.Spec("a"), tlfast.Spec("b")
     plain = ("sum", "batch", torch.float16, 1)
-    defaults = ("none", "pos", None, None)
-    assert as_specs("capture", one, *defaults) == [one]
-    assert as_specs("capture", [one, two], *defaults) == [one, two]
-    assert as_specs("capture", (one,), *defaults) == [one]
-    assert as_specs("capture", "a", *plain) == [tlfast.Spec("a", *plain)]
-    assert as_specs("capture", ["a", "b"], *plain) == [tlfast.Spec(["a", "b"], *plain)]
+    assert as_specs("capture", one) == [one]
+    assert as_specs("capture", [one, two]) == [one, two]
+    assert as_specs("capture", (one,)) == [one]
+    assert as_specs("capture", "a", SpecArguments(*plain)) == [tlfast.Spec("a", *plain)]
+    assert as_specs("capture", ["a", "b"], SpecArguments(*plain)) == [tlfast.Spec(["a", "b"], *plain)]
     with pytest.raises(TypeError, match="capture: points must be all names or all Specs"):
-        as_specs("capture", [one, "b"], *plain)
+        as_specs("capture", [one, "b"])
 
 
 @pytest.mark.parametrize("over", [np.float32(1), np.int64(1), (np.int64(1),)])

@@ -11,7 +11,6 @@ MOST_LINES, MOST_PARAMETERS = 60, 12  # of a function: a screen, without its doc
 # What may have more parameters, and why; none has more lines.
 MANY = {
     "collect": "the keywords that users write, which it makes CollectOptions of at once",
-    "as_specs": "what capture, collect and stream are given in place of specs",
     "capture": "the keywords that users write, which it makes specs and CaptureOptions of at once",
     "run_with_cache": "the parameters of TransformerLens' own, and ours",
     "cache_fwd_and_bwd": "the parameters of run_with_cache",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from threading import Lock
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import broken_rule
 from ..hooks.captured import captures_of
 from ..hooks.layers import check_queries, find_layer, weighted_modules
 from ..hooks.points import find_points, named_points
-from ..spec import Spec, as_specs
+from ..spec import Spec, SpecArguments, as_specs
 from .batches import Batch, Batching
 from .examples import FieldSource
 from .fields import FieldUse, leaves
@@ -28,12 +28,8 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
     """The specs that are asked for, with the names of their points in place of what finds them."""
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("collect", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs(
-        "collect", options.points, options.reduce, options.over, options.dtype, options.output, options.of,
-        options.side, options.ref, options.heads, options.at, options.per, options.encoding,
-        options.project, options.bias, options.normalizer, options.summed,
-        CollectOptions.reduce,
-    )  # fmt: skip
+    given = SpecArguments(**{field.name: getattr(options, field.name) for field in fields(SpecArguments)})
+    specs = as_specs("collect", options.points, given, SpecArguments(reduce=CollectOptions.reduce))
     if options.embedding is not None:
         find_points("collect", model, options.embedding, "embedding")
     find: Any = find_points

@@ -30,6 +30,7 @@ from ..spec import (
     Ref,
     Side,
     Spec,
+    SpecArguments,
     as_specs,
     one_of,
     parse_over,
@@ -121,10 +122,10 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(broken_rule("capture", "model", "be an nn.Module", type(model).__name__, "Pass the model."))
-    specs = as_specs(
-        "capture", points, reduce, over, dtype, output, of, side, ref, heads, at, per, encoding, project, bias,
-        normalizer, summed,
-    )  # fmt: skip
+    given = SpecArguments(
+        reduce, over, dtype, output, of, side, ref, heads, at, per, encoding, project, bias, normalizer, summed
+    )
+    specs = as_specs("capture", points, given)
     options = CaptureOptions(specs=specs, rows=rows, attach=attach, backend=backend, calls=calls, missing=missing)
     return Capture(model, options)
 

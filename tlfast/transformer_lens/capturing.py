@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import broken_rule
 from ..hooks.captured import Capture, Change
 from ..hooks.options import CaptureOptions
-from ..spec import Attach, Backend, Calls, Missing, Over, Reduction, Spec, as_specs
+from ..spec import Attach, Backend, Calls, Missing, Over, Reduction, Spec, SpecArguments, as_specs
 from .handles import (
     ListedTap,
     ListedWithGradients,
@@ -114,7 +114,7 @@ def capture(
     if names_filter is None or callable(names_filter) or is_short_name(names_filter):
         specs = [Spec(names_filter, reduce, over, dtype)]  # type: ignore[arg-type]
     else:
-        specs = as_specs("capture", names_filter, reduce, over, dtype, None)  # type: ignore[arg-type]
+        specs = as_specs("capture", names_filter, SpecArguments(reduce, over, dtype))  # type: ignore[arg-type]
     if any(spec.side != "output" for spec in specs):
         remedy = "A hook point puts out what it is given: leave side= out."
         raise ValueError(broken_rule("capture", "side", "be output at hook points", "'input'", remedy))
