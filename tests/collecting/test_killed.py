@@ -16,13 +16,13 @@ import processes
 import pytest
 import torch
 from checkout import SUPPORT
+from processes import WAIT_S
 from tiny_models import save_model, save_text, unit_bytes
 
 import tlfast
 from tlfast.cli import main
 
 N_UNITS = 40
-WAIT_S = 240  # for a start on a busy machine; an end long before that is the rule
 
 
 def arguments(folder, out, kind="text"):
@@ -67,11 +67,7 @@ def running(folder, out, n_units):
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        end = time.monotonic() + WAIT_S
-        while len(list(out.glob("commits/*.json"))) < n_units:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < end, f"no {n_units} units in {WAIT_S} s"
-            time.sleep(0.002)
+        processes.wait_for_units(process, out, n_units)
         yield process
     finally:
         process.kill()

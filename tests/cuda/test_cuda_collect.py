@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from processes import wait_for_units
 from tiny_models import collect, sequences, tiny_model, unit_bytes
 
 import tlfast
 
 EXAMPLES = sequences(60, longest=24)
 SETTINGS = {"rows_per_unit": 12, "batch_tokens": 72, "dtype": torch.float32}
-WAIT_S = 240  # for a start on a busy machine
 
 # A process of its own, to be killed: a device, whether with graphs, and a folder.
 PROGRAM = """
@@ -77,11 +76,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(gpu, tmp_path):
         words = [sys.executable, "-c", PROGRAM, str(gpu.device), graphs, str(out), str(n)]
         process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            end = time.monotonic() + WAIT_S
-            while len(list(out.glob("commits/*.json"))) < 3:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < end, f"no unit in {WAIT_S} s"
-                time.sleep(0.002)
+            wait_for_units(process, out, 3)
             process.kill()
         finally:
             process.kill()

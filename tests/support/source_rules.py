@@ -60,7 +60,7 @@ ROOMS = (
                 "sums_file",
                 "tokens",
             ),
-            ("points", "single_sided"),
+            ("captured_rows", "points", "single_sided"),
             ("freeze", "full_hooks", "into", "layers", "options", "running", "step_inputs"),
             ("attachment", "normalizers"),
             ("diagnosis", "factors"),
