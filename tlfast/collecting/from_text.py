@@ -45,7 +45,7 @@ from .media_examples import MediaExamples
 from .normalizer_files import reader_of
 from .packing import check_packs, packs
 from .progress import Report
-from .records import Record, files_of, media_of, read_records
+from .records import HubRecords, Record, files_of, media_of, on_hub, read_records
 from .resume import check_folder, existing_folder, has_units, packs_as_begun, records_as_begun
 from .run import Run
 from .settings import COLUMNS, CollectSettings, stored_as
@@ -188,19 +188,22 @@ class Collection:
         )  # fmt: skip
         config = getattr(self.model, "config", None)
         root, here = Path(place).expanduser(), existing_folder(settings.out) if not url_of(settings.out) else None
+        hub = on_hub(place, settings.name, settings.split)
 
         def records() -> Iterator[Record]:
-            return read_records(place, self.bad, settings.name, settings.split, (), made.wanted, columns.kind)
+            return read_records(
+                place, self.bad, settings.name, settings.split, (), made.wanted, columns.kind, hub=hub
+            )
 
         made = MediaExamples(
             columns, records, processor, self.bad, root if root.is_dir() else root.parent, self._label_ids or {},
             response_encoder(self.tokenizer, self.model) if columns.response else None,
             getattr(config, "max_target_positions", None), settings.filter, most, here, place,
         )  # fmt: skip
-        made.origin = self._media_origin(settings, made)
+        made.origin = self._media_origin(settings, made, hub)
         return made
 
-    def _media_origin(self, settings: CollectSettings, made: MediaExamples) -> Origin | None:
+    def _media_origin(self, settings: CollectSettings, made: MediaExamples, hub: HubRecords | None) -> Origin | None:
         """What images or sounds are made of, but for the bytes of files with a path, which they know themselves."""
         told, names = made.processor.told(), media_of(settings.dataset, made.columns.kind, settings.split)
         if told is None:
@@ -212,7 +215,7 @@ class Collection:
             "split": settings.split, "name": settings.name,
             "first": getattr(getattr(self.model, "config", None), "decoder_start_token_id", None),
         }  # fmt: skip
-        files = files_of(settings.dataset, settings.split) if names is None else []
+        files = files_of(settings.dataset, settings.split, hub) if names is None else []
         return self._origin(settings, files, how, made.unused)
 
     def _records(self, settings: CollectSettings) -> MadeAnew:
@@ -231,14 +234,15 @@ class Collection:
         )
         self._made_by = tokenizing
         strict = settings.overwrite or settings.extend or not records_as_begun(settings.out)
-        files = files_of(settings.dataset, settings.split)
+        hub = on_hub(settings.dataset, settings.name, settings.split)
+        files = files_of(settings.dataset, settings.split, hub)
         how |= {"columns": asdict(columns), "task": task, "split": settings.split, "name": settings.name}
 
         def examples() -> Iterator[Any]:
             self.bad.forget()
             records = read_records(
                 settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted,
-                strict=strict,
+                strict=strict, hub=hub,
             )  # fmt: skip
             return tokenizing.examples(records, settings.max_examples or None)
 
