@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tlfast.collecting.settings import CollectSettings
 
 from .collect import SCRATCH, file_system
 from .measure import Sections, Times, WrongResult, check_close, interleave, reduction_bound
-from .memory import peak_of, printed
+from .memory import measure, peak_above
 from .report import Cell, Claim, Result, Table
 from .rivals import first_tensor
 
@@ -203,7 +202,7 @@ def resumed(source: Source, kind: str, out: Path, n_last: int) -> float:
 
 
 def main() -> None:
-    """Print the peaks of two runs, one after the other; a small one before them has brought all libraries."""
+    """Print how far memory rises in one run; a small one before it has brought all libraries."""
     torch.set_num_threads(1)
     arguments, kind, folder = json.loads(sys.argv[1])
 
@@ -213,7 +212,7 @@ def main() -> None:
             Collection(settings).collect(settings, "bench", progress=False)
 
     collect_of(WARM)
-    print(*(peak_of(partial(collect_of, *wanted)) for wanted in zip(arguments["sizes"], HELD, strict=True)))
+    print(peak_above(lambda: collect_of(arguments["n"], arguments["units"])))
 
 
 def _memory(folder: Path, n: int, kind: str) -> tuple[Table, Claim]:
@@ -221,12 +220,13 @@ def _memory(folder: Path, n: int, kind: str) -> tuple[Table, Claim]:
     sizes = (max(n // 10, WARM + 100), max(n, WARM + 200))
     for size in (WARM, *sizes):
         write_records(folder, size)
-    peaks = printed({"sizes": sizes}, kind, folder, "bench.data")
+    wanted = [{"n": size, "units": held} for size, held in zip(sizes, HELD, strict=True)]
+    peaks = [measure(arguments, kind, folder, "bench.data") for arguments in wanted]
     rows: list[dict[str, Cell]] = [
-        {"variant": f"{size} records", "units": min(held, -(-size // ROWS_PER_UNIT)), "peak_MB": peak / 1e6}
+        {"variant": f"{size} records", "units": min(held, -(-size // ROWS_PER_UNIT)), "rise_MB": peak / 1e6}
         for size, held, peak in zip(sizes, HELD, peaks, strict=True)
     ]
-    title = f"memory of a process with a model of one layer, {kind}"
+    title = f"memory of a process for each, above what it was, with a model of one layer, {kind}"
     claim = Claim(
         f"{kind}: peak memory of {sizes[1]} records above that of {sizes[0]}", "at most", 16,
         (peaks[1] - peaks[0]) / 1e6, " MB",

@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure(arguments: dict[str, object], variant: str, folder: Path, program: str = "bench.memory") -> int:
-    """The last number that `printed` finds: by `main` below the peak resident bytes."""
-    return printed(arguments, variant, folder, program)[-1]
-
-
-def printed(arguments: dict[str, object], variant: str, folder: Path, program: str) -> list[int]:
-    """The numbers in the last line that a process of its own prints, which runs the variant.
+    """What a process of its own prints that runs the variant: by `main` below its peak resident bytes.
 
     Not getrusage's ru_maxrss: that is inherited from the process that started this one.
     """
@@ -33,7 +28,7 @@ def printed(arguments: dict[str, object], variant: str, folder: Path, program: s
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"bench: the process that measures memory must succeed, got {done.stderr[-2000:]}")
-    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+    return int(done.stdout.split()[-1])
 
 
 def main() -> None:

@@ -222,15 +222,20 @@ class Returns(torch.nn.Module):
         ([[2.0, 1.0]], [[1.0, 3.0]], "regression", 1.0 + 4.0),
         ([[2.0], [1.0]], [1, 3], "regression", 1.0 + 4.0),
         ([[2.0, -1.0]], [[1.0, 0.0]], None, "each"),
+        ([[2.0, -1.0]], [[1, 0]], None, "each"),
+        ([[2.0, -1.0]], [[1, 1]], "multi_label_classification", "each"),
     ],
-    ids=["classes", "one output", "one output, a column", "several targets", "whole targets", "several classes"],
-)
+    ids=[
+        "classes", "one output", "one output, a column", "several targets", "whole targets", "several classes",
+        "whole numbers", "whole numbers by the config",
+    ],
+)  # fmt: skip
 def test_what_labels_mean_to_a_classifier(logits, labels, kind, truth):
     logits, labels = torch.tensor(logits), torch.tensor(labels)
     if truth == "classes":
         truth = F.cross_entropy(logits, labels, reduction="sum").item()
     if truth == "each":
-        truth = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum").item()
+        truth = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum").item()
     batch = Batch(torch.zeros(len(labels), 0, dtype=torch.long), None, fields=FieldsOfBatch({"labels": labels}))
     assert classification_loss(Returns(logits, kind), batch).item() == pytest.approx(truth)
 
@@ -239,6 +244,9 @@ def test_labels_of_another_shape_are_refused():
     batch = Batch(torch.zeros(2, 0, dtype=torch.long), None, fields=FieldsOfBatch({"labels": torch.zeros(2, 5).long()}))
     with pytest.raises(ValueError, match=r"labels must have the shape \[2\] of what the model predicts, got \[2, 5\]"):
         classification_loss(Returns(torch.zeros(2, N_CLASSES)), batch)
+    batch = Batch(batch.input_ids[:1], None, fields=FieldsOfBatch({"labels": torch.tensor([[0, 2, 1]])}))
+    with pytest.raises(ValueError, match=r"labels must be 0 or 1 for each class, got 0 to 2. Give one class an"):
+        classification_loss(Returns(torch.zeros(1, N_CLASSES)), batch)
 
 
 @pytest.mark.parametrize(

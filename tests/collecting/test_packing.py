@@ -131,6 +131,19 @@ def test_rows_are_the_sums_of_those_of_the_texts(folder, tmp_path):
     assert next(taken, None) is None
 
 
+def test_no_token_is_the_next_of_another_text_in_a_loss_without_labels(tmp_path):
+    """By positions alone: of tokens that are asked for one by one, and of the losses that have no labels."""
+    packs = packed(examples(), 20)
+    bare = [{name: value for name, value in pack.items() if name != "labels"} for pack in packs]
+    model = task_model("llama", "causal")
+    settings = {"points": "model.layers.*", "reduce": "sum", "batch_tokens": 64}
+    for name, given, loss in (("labels", packs, "response"), ("alone", bare, "next_token")):
+        collect(model, tmp_path / name, given, loss=loss, **settings)
+    one, other = (tlfast.open_dataset(tmp_path / name) for name in ("labels", "alone"))
+    for point in one.points:
+        torch.testing.assert_close(one[point][:], other[point][:], rtol=1e-4, atol=1e-5)
+
+
 def test_a_dataset_with_one_pack_in_a_batch_goes_on_so(folder, tmp_path, monkeypatch):
     short = ("--text", str(folder / "text"), "--max-examples", "12", "--rows-per-unit", "3", "--batch-tokens", "256")
     with monkeypatch.context() as patch:

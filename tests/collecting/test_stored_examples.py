@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 
+import datasets
 import pytest
 import torch
 from record_files import RECORDS, save_chat_model, save_records
 from tiny_models import save_text, unit_bytes
 
 from tlfast.cli import main
-from tlfast.collecting import from_text
+from tlfast.collecting import from_text, records
 from tlfast.collecting.data_files import DataFiles
 from tlfast.collecting.examples import ExampleReader
 from tlfast.collecting.fields import packed
@@ -216,3 +217,30 @@ def test_a_reason_that_was_cut_with_an_address_is_that_of_today(rest):
     assert is_same_reason(f"audio is no sound ({ours})", f"audio is no sound ({begun})")
     assert not is_same_reason(f"audio is no sound ({ours})", "audio is no sound (Error opening: Format)")
     assert not is_same_reason("image is no image (none)", f"audio is no sound ({begun})")
+
+
+def test_a_data_set_of_the_hub_is_read_once_too(folder, tmp_path, monkeypatch, capsys):
+    """Its files in the client's cache are hashed: other ones by the same name are read, and refused."""
+    for k, rows in enumerate((RECORDS, [*RECORDS[:-1], RECORDS[-1] | {"text": "another text"}])):
+        saved = tmp_path / f"saved{k}"
+        datasets.Dataset.from_list([{"text": one["text"], "label": one["label"]} for one in rows]).save_to_disk(saved)
+    asked = []
+
+    def found(name, configuration, split):
+        asked.append(name)
+        return datasets.load_from_disk(str(tmp_path / f"saved{len(asked) == 3:d}")), "train"
+
+    monkeypatch.setattr(records, "hub_data", found)
+    given = words(folder, tmp_path / "out", "texts")
+    given[given.index("--dataset") + 1] = "mine/records"
+    assert main([*given, "--units", "0:1"]) == 0
+    assert len(asked) == 1
+    assert (tmp_path / "out" / NAME).exists()
+    with monkeypatch.context() as patches:
+        patches.setattr(from_text, "read_records", None)
+        assert main([*given, "--units", "0:2"]) == 0
+    capsys.readouterr()
+    assert main(given) == 2
+    assert "header.examples.sha256" in capsys.readouterr().err
+    assert main(given) == 0
+    assert {row["source"] for row in open_dataset(tmp_path / "out").examples} == {"mine/records/train"}

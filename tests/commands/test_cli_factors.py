@@ -60,6 +60,7 @@ def test_what_is_refused(folder, tmp_path, capsys, monkeypatch):
         (words(folder, tmp_path / "x.txt"), "tlfast factors: --out must be a new .npz file in a folder that is there"),
         (words(folder, out, "--kinds", "shampoo"), "tlfast factors: --kinds must be one of kfac, ekfac, adam"),
         (words(folder, out, "--part", "2", "2"), "tlfast factors: --part must be K and N with 0 <= K < N, got 2 2."),
+        (words(folder, out, "--batch-tokens", "-1"), "tlfast factors: batch_tokens must be at least 1, got -1."),
         (words(folder, out, "--eigen"), "tlfast factors: --eigen must be given with --merge, got it alone."),
         (words(folder, out, "--merge", "a.npz"), "tlfast factors: the model must be given, or --merge, got both."),
         (["factors", "--out", str(out)], "tlfast factors: the model must be given, or --merge, got none."),

@@ -12,11 +12,13 @@ import pytest
 import torch
 from record_files import FLAT, KINDS, RECORDS, N, save_chat_model, save_records, save_task_model
 from task_models import gradients_alone, task_model
-from tiny_models import complaint_of, save_text, unit_bytes
+from tiny_models import byte_tokenizer, complaint_of, save_text, unit_bytes
+from tokenizers.processors import TemplateProcessing
 
 import tlfast
 from tlfast.cli import main
 from tlfast.collecting import huggingface
+from tlfast.collecting.from_text import Collection
 from tlfast.collecting.settings import load_settings
 
 OWN_LOSS = """
@@ -213,6 +215,85 @@ def test_other_tasks_by_what_the_model_is_for(folder, tmp_path, task):
 
         for point, grad in gradients_alone(model, dataset.points, loss).items():
             torch.testing.assert_close(dataset[point][k], grad[0].sum(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def own_ends(tmp_path_factory):
+    """A classifier whose tokenizer puts ^ and ~ around a text, as RoBERTa's does."""
+    model = save_task_model(tmp_path_factory.mktemp("ends") / "model", "bert", "sequence", vocab_size=256)
+    tokenizer = byte_tokenizer(bos_token="^", eos_token="~", pad_token="|")
+    tokenizer.chat_template = "{{ messages }}"
+    ends = [("^", tokenizer.bos_token_id), ("~", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("^ $A ~", "^ $A ~ $B ~", ends)
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def test_what_a_tokenizer_puts_around_a_text_stands_there_once(folder, tmp_path, capsys, monkeypatch, own_ends):
+    columns = {"column": "text", "label_column": "label", "points": "bert.encoder.layer.0", "model": str(own_ends)}
+    tokenizer = huggingface.load_tokenizer(str(own_ends))
+    truth = [tokenizer(one["text"])["input_ids"] for one in RECORDS]
+    for more in ({}, {"eos": "always", "bos": "always"}):
+        assert main(words(folder, tmp_path / f"out{len(more)}", **columns, **more)) == 0
+        assert [row["input_ids"] for row in tlfast.open_dataset(tmp_path / f"out{len(more)}").examples] == truth
+    refused = complaint_of(capsys, words(folder, tmp_path / "o", **columns, bos="never"))
+    assert "bos must be auto for this tokenizer, got 'never'. It puts the token to each text itself." in refused
+
+    def twice(self, settings, columns):
+        return [tokenizer.bos_token_id], []
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Collection, "_around", twice)
+        assert main([*words(folder, tmp_path / "old", **columns, bos="always"), "--units", "0:1"]) == 0
+    assert main(words(folder, tmp_path / "old", **columns, bos="always")) == 0
+    found = [row["input_ids"] for row in tlfast.open_dataset(tmp_path / "old").examples]
+    assert found == [[tokenizer.bos_token_id, *ids] for ids in truth], "what was begun goes on as it was"
+
+
+def test_positions_before_that_of_padding_are_no_tokens(folder, tmp_path, monkeypatch, capsys):
+    """RoBERTa's kin have fewer than their config says; a dataset that went by that goes on by it."""
+    settings = {"vocab_size": 256, "max_position_embeddings": 28, "pad_token_id": 3}
+    model = str(save_task_model(tmp_path / "model", "roberta", "sequence", **settings))
+    columns = {"column": "text", "label_column": "label", "model": model, "seq_len": None}
+    columns["points"] = "roberta.encoder.layer.0"
+    assert main([*words(folder, tmp_path / "cut", **columns), "--truncate"]) == 0
+    assert max(row["length"] for row in tlfast.open_dataset(tmp_path / "cut").examples) == 24
+    refused = complaint_of(capsys, words(folder, tmp_path / "o", **columns | {"seq_len": "25"}))
+    assert "seq_len must be at most 24, the positions of the model, got 25." in refused
+
+    short = {**columns, "filter": "length < 23 or length > 28"}
+    with monkeypatch.context() as patches:
+        for module in ("from_text", "run"):
+            patches.setattr(f"tlfast.collecting.{module}.positions_as_begun", lambda out, model, overwrite: 28)
+        assert main([*words(folder, tmp_path / "old", **short), "--units", "0:1"]) == 0
+    assert main(words(folder, tmp_path / "old", **short)) == 0
+    reasons = {reason for *_, reason in tlfast.open_dataset(tmp_path / "old").skipped}
+    assert reasons
+    assert all(reason.endswith(" tokens, more than 28") for reason in reasons)
+
+
+def test_columns_of_which_a_models_loss_makes_nothing_are_refused(folder, tmp_path, capsys, own_ends):
+    found = {"model": str(own_ends), "points": "bert.encoder.layer.0"}
+    refused = complaint_of(capsys, words(folder, tmp_path / "o", **found, messages_column="messages"))
+    assert "the columns must be --column and --label-column for BertForSequenceClassification" in refused
+    refused = complaint_of(capsys, words(folder, tmp_path / "o", **found, **RESPONSE))
+    assert "got --prompt-column and --response-column" in refused
+    refused = complaint_of(capsys, words(folder, tmp_path / "o", messages_column="messages", eos="always"))
+    assert "eos must be left out with --messages-column, got 'always'" in refused
+
+
+def test_a_conversation_that_a_template_refuses_is_left_out(folder, tmp_path):
+    """Also where the template says itself which tokens are the assistant's."""
+    model = save_chat_model(tmp_path / "model")
+    tokenizer = huggingface.load_tokenizer(str(model))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'so.' %}{{ raise_exception('nothing follows') }}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    assert main(words(folder, tmp_path / "out", model=str(model), messages_column="messages")) == 0
+    skipped = tlfast.open_dataset(tmp_path / "out").skipped
+    assert [reason for *_, reason in skipped] == ["the chat template refuses it: nothing follows"] * (N // 2)
 
 
 def test_a_mismatch_of_model_and_loss_is_refused(folder, tmp_path, capsys):

@@ -235,6 +235,10 @@ WRONG = [
         ["score", "MODEL", "--text", "T", "--queries", "T"],
         "tlfast score: --points must name layers where a model is sc",
     ),
+    (
+        ["score", "MODEL", "--text", "nowhere", "--points", "**", "--queries", "T"],
+        "tlfast score: text must be an existing file or folder, got 'nowhere'.",
+    ),
     ([*SCORE, "--text", "T", "--where", "id > 3"], "tlfast score: --where must be left out where a model is scored"),
     (["search", "OUT", "a", "--method", "l2"], "score: method must be one of dot, cosine, trackstar, ekfac, got 'l2'."),
     (["search", "OUT", "a", "--mix", "0.5"], "score: mix must be left out but with trackstar, got it with cosine."),

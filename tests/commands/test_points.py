@@ -83,7 +83,10 @@ def test_the_task_is_that_of_the_checkpoint_or_another(tmp_path, capsys):
     "words, text",
     [
         ([], "tlfast points: the argument must be one model, and globs, got nothing"),
-        (["/nowhere/model"], "collect: model must be a folder or a name on the hub, got '/nowhere/model', no such fol"),
+        (
+            ["/nowhere/model"],
+            "tlfast points: model must be a folder or a name on the hub, got '/nowhere/model', no suc",
+        ),
         (["MODEL", "transfromer.h.*"], "points: points must match a module, got 'transfromer.h.*'. Nearest: transform"),
         (["MODEL", "--task", "vision"], "tlfast points: the argument must be one model, and globs, got MODEL --task"),
         (["MODEL", "--jsn"], "Nearest: --json."),

@@ -72,12 +72,15 @@ class Batch:
         """The token after each position, -100 where there is none: int64 [B, P].
 
         They are shifted already. A loss that shifts, as that of a Hugging Face model with ``labels=`` does, would ask
-        for the token after the next one.
+        for the token after the next one. Where an example is of several texts, none is the next of another's.
         """
         next_tokens = torch.full_like(self.input_ids, -100)
         next_tokens[:, :-1] = self.input_ids[:, 1:]
         if self.mask is not None:
             next_tokens[:, :-1].masked_fill_(~(self.mask[:, :-1] & self.mask[:, 1:]), -100)
+        if self.packed:
+            positions = self.fields.peek()["position_ids"]
+            next_tokens[:, :-1].masked_fill_(positions[:, 1:] <= positions[:, :-1], -100)
         return next_tokens
 
     @property

@@ -36,7 +36,7 @@ def chat_tokens(tokenizer: Any, messages: Any) -> tuple[array[int], array[int]]:
     """
     _check_messages(messages)
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        found = _applied(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, theirs = found["input_ids"], found["assistant_masks"]
     else:
         text = _rendered(tokenizer, messages)
@@ -62,11 +62,15 @@ def _check_messages(messages: Any) -> None:
 
 
 def _rendered(tokenizer: Any, messages: Any, prompt: bool = False) -> str:
+    text: str = _applied(tokenizer, messages, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def _applied(tokenizer: Any, messages: Any, **how: Any) -> Any:
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, **how)
     except Exception as error:  # whatever a template raises: most check the order of the roles
         raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())[:80]}") from None
-    return text
 
 
 def _begun(tokenizer: Any, text: str, messages: Any, prompt: bool) -> str:

@@ -20,6 +20,7 @@ from ..spec import Spec, SpecArguments, as_specs
 from .batches import Batch, Batching
 from .examples import FieldSource
 from .fields import FieldUse, leaves
+from .loss import places_of_padding
 from .losses import OF_TOKENS
 from .options import CollectOptions
 
@@ -137,7 +138,13 @@ def check_peaceful(overwrite: bool, resume: str) -> None:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many positions a Hugging Face model has; None where nobody says."""
+    """How many tokens a Hugging Face model has positions for; None where nobody says."""
+    said = said_positions(model)
+    return None if said is None else min([said, *(n - place - 1 for place, n in places_of_padding(model))])
+
+
+def said_positions(model: nn.Module) -> int | None:
+    """What its config says of them: of some also those up to the padding's, which no token has."""
     n_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return n_positions if isinstance(n_positions, int) else None
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, is_unicode, packed, unpacked
+from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, is_unicode, told_and_packed, unpacked
 from .items import Item, Reading, as_tokens
 from .skipped import BadExamples
 from .spool import DIGEST_BYTES, Examples, Spool
@@ -46,6 +46,10 @@ class FieldSource:
     def __init__(self, rules: FieldRules) -> None:
         self.rules = rules
 
+    def add(self, item: int, part: int, fields: Fields) -> bytes:
+        """Know the fields of the next example, which is this part of this item; returns their `digest_of`."""
+        raise NotImplementedError
+
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
         """The fields of these examples."""
         raise NotImplementedError
@@ -64,11 +68,12 @@ class Refetched(FieldSource):
         self._last: tuple[int, list[Item]] = (-1, [])
         self._remedy = "Let nothing random be done to it; or give an iterator, which is read once."
 
-    def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
-        """Remember where the next example is found."""
+    def add(self, item: int, part: int, fields: Fields) -> bytes:
+        digest = digest_of(fields)
         self._where[0].append(item)
         self._where[1].append(part)
         self._digests += digest
+        return digest
 
     def to_parts(self) -> dict[str, array[int] | bytearray]:
         """Where each example is found, and what its fields must be, to be kept."""
@@ -112,9 +117,10 @@ class Spooled(FieldSource):
         super().__init__(rules)
         self.spool = spool
 
-    def add(self, item: int, part: int, fields: Fields, digest: bytes) -> None:
-        """Write the fields of the next example."""
-        self.spool.add(packed(fields))
+    def add(self, item: int, part: int, fields: Fields) -> bytes:
+        digest, data = told_and_packed(fields)
+        self.spool.add(data)
+        return digest
 
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
         return [unpacked(self.spool[number]) for number in numbers]
@@ -193,7 +199,8 @@ class ExampleReader:
         if wrong is None:
             try:
                 fields = _values(item.fields)
-                self._check_kept_texts(fields)
+                if self.keep:
+                    self._check_kept_texts(fields)
                 reason = self.rules.refusal(fields, n)
             except BadField as error:
                 reason = str(error)
@@ -208,9 +215,7 @@ class ExampleReader:
                 self.source = Refetched(self.rules, data, reading)
             else:
                 self.source = Spooled(self.rules, Spool(self.spool_in))
-        digest = digest_of(fields) if fields else b""
-        if self.source is not None:
-            self.source.add(*place, fields, digest)  # type: ignore[attr-defined]
+        digest = b"" if self.source is None else self.source.add(*place, fields)
         self._remember(item, tokens, fields, digest, number)
 
     def _remember(self, item: Item, tokens: Any, fields: Fields, digest: bytes, number: int) -> None:

@@ -120,6 +120,16 @@ def packed(fields: Fields) -> bytes:
     return b"".join((len(layout).to_bytes(4, "little"), layout, *data))
 
 
+def told_and_packed(fields: Fields) -> tuple[bytes, bytes]:
+    """What `digest_of` and `packed` say of the same fields, for which the bytes of tensors are looked at once."""
+    if not all(type(value) is torch.Tensor for value in fields.values()):
+        return digest_of(fields), packed(fields)
+    data = {name: bytes_of(value) for name, value in fields.items()}
+    told = [part for n in sorted(data) for part in (_begins(n, fields[n].dtype, fields[n].shape), data[n])]
+    known = _layout(tuple((name, value.dtype, value.shape) for name, value in fields.items()))
+    return hashlib.blake2b(b"".join(told), digest_size=16).digest(), b"".join((known, *data.values()))
+
+
 @lru_cache(4096)  # most examples of a collection have one of a few
 def _layout(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
     layout = json.dumps({name: [str(dtype)[6:], list(shape)] for name, dtype, shape in tensors}).encode()
@@ -240,6 +250,10 @@ class FieldRules:
 
         ``n_tokens`` is None for an example without ``input_ids``.
         """
+        if self._are_alike(fields, n_tokens is not None):
+            for name, value in fields.items():
+                self._add(self._seen[name], value, n_tokens)  # type: ignore[index]
+            return None
         found = dict(leaves(fields))
         if self._seen is None:
             self.names, self.has_tokens = tuple(fields), n_tokens is not None
@@ -257,6 +271,19 @@ class FieldRules:
         for name, value in found.items():
             self._add(self._seen[name], value, n_tokens)
         return None
+
+    def _are_alike(self, fields: Mapping[str, Value], has_tokens: bool) -> bool:
+        """Whether an example has the fields that all before it have, tensors of the same kind: as most do."""
+        seen = self._seen
+        if seen is None or len(fields) != len(seen) or self.has_tokens != has_tokens:
+            return False
+        for name, value in fields.items():
+            one = seen.get(name)
+            if one is None or type(value) is not torch.Tensor or value.dtype is not one.dtype:
+                return False
+            if value.dim() != one.n_dims:
+                return False
+        return True
 
     def _first(self, name: str, value: Value, n_tokens: int | None) -> _Seen:
         if not isinstance(value, torch.Tensor):

@@ -22,7 +22,7 @@ from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
 from ..hooks.points import find_points
 from .chat import check_template
-from .checks import positions_of
+from .checks import positions_of, said_positions
 from .data_files import DataFiles
 from .determinism import prepare_cuda
 from .huggingface import (
@@ -34,6 +34,7 @@ from .huggingface import (
     end_of_text,
     load_model,
     load_tokenizer,
+    more_around,
     pick_device,
     portable_name,
     response_encoder,
@@ -45,13 +46,21 @@ from .media_examples import MediaExamples
 from .normalizer_files import reader_of
 from .packing import check_packs, packs
 from .progress import Report
-from .records import Record, files_of, media_of, read_records
-from .resume import check_folder, existing_folder, has_units, packs_as_begun, records_as_begun
+from .records import HubRecords, Record, files_of, media_of, on_hub, read_records
+from .resume import (
+    check_folder,
+    ends_twice,
+    existing_folder,
+    has_units,
+    packs_as_begun,
+    positions_as_begun,
+    records_as_begun,
+)
 from .run import Run
 from .settings import COLUMNS, CollectSettings, stored_as
 from .skipped import BadExamples
 from .stored_examples import MadeAnew, Origin
-from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, check_task, task_of, unwrapped
+from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, check_task, has_own_ends, task_of, unwrapped
 from .text import TextFile, check_plain, find_text_files, texts
 from .tokenizing import Columns, Tokenizing
 
@@ -103,6 +112,7 @@ class Collection:
             check_fits(model, settings)
         self.normalizer: Any = None if read is None else read(model, settings.bias)
         check_kind(model, settings, kind)
+        check_texts(model, settings)
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
@@ -188,19 +198,20 @@ class Collection:
         )  # fmt: skip
         config = getattr(self.model, "config", None)
         root, here = Path(place).expanduser(), existing_folder(settings.out) if not url_of(settings.out) else None
+        hub = on_hub(place, settings.name, settings.split)
 
         def records() -> Iterator[Record]:
-            return read_records(place, self.bad, settings.name, settings.split, (), made.wanted, columns.kind)
+            return read_records(place, self.bad, settings.name, settings.split, (), made.wanted, columns.kind, hub=hub)
 
         made = MediaExamples(
             columns, records, processor, self.bad, root if root.is_dir() else root.parent, self._label_ids or {},
             response_encoder(self.tokenizer, self.model) if columns.response else None,
             getattr(config, "max_target_positions", None), settings.filter, most, here, place,
         )  # fmt: skip
-        made.origin = self._media_origin(settings, made)
+        made.origin = self._media_origin(settings, made, hub)
         return made
 
-    def _media_origin(self, settings: CollectSettings, made: MediaExamples) -> Origin | None:
+    def _media_origin(self, settings: CollectSettings, made: MediaExamples, hub: HubRecords | None) -> Origin | None:
         """What images or sounds are made of, but for the bytes of files with a path, which they know themselves."""
         told, names = made.processor.told(), media_of(settings.dataset, made.columns.kind, settings.split)
         if told is None:
@@ -212,18 +223,18 @@ class Collection:
             "split": settings.split, "name": settings.name,
             "first": getattr(getattr(self.model, "config", None), "decoder_start_token_id", None),
         }  # fmt: skip
-        files = files_of(settings.dataset, settings.split) if names is None else []
+        files = files_of(settings.dataset, settings.split, hub) if names is None else []
         return self._origin(settings, files, how, made.unused)
 
     def _records(self, settings: CollectSettings) -> MadeAnew:
         columns = columns_of(settings)
         if columns.messages:
             check_template(self.tokenizer)
+        first, last = self._around(settings, columns)
         how: dict[str, Any] = {
-            "first": list(beginning_of_text(self.tokenizer, settings.bos)),
-            "last": list(end_of_text(self.tokenizer, settings.eos, bool(columns.response))),
-            "longest": settings.seq_len or positions_of(self.model), "truncate": settings.truncate,
-            "label_ids": self._label_ids,
+            "first": first, "last": last,
+            "longest": settings.seq_len or positions_as_begun(settings.out, self.model, settings.overwrite),
+            "truncate": settings.truncate, "label_ids": self._label_ids,
         }  # fmt: skip
         task = task_of(self.model)
         tokenizing = Tokenizing(
@@ -231,18 +242,38 @@ class Collection:
         )
         self._made_by = tokenizing
         strict = settings.overwrite or settings.extend or not records_as_begun(settings.out)
-        files = files_of(settings.dataset, settings.split)
+        hub = on_hub(settings.dataset, settings.name, settings.split)
+        files = files_of(settings.dataset, settings.split, hub)
         how |= {"columns": asdict(columns), "task": task, "split": settings.split, "name": settings.name}
 
         def examples() -> Iterator[Any]:
             self.bad.forget()
             records = read_records(
                 settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted,
-                strict=strict,
+                strict=strict, hub=hub,
             )  # fmt: skip
             return tokenizing.examples(records, settings.max_examples or None)
 
         return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused))
+
+    def _around(self, settings: CollectSettings, columns: Columns) -> tuple[list[int], list[int]]:
+        """The tokens that are put before and behind each text, beside those that the tokenizer or a template puts."""
+        first = beginning_of_text(self.tokenizer, settings.bos)
+        last = end_of_text(self.tokenizer, settings.eos, bool(columns.response))
+        if columns.messages:
+            return [], []
+        if not has_own_ends(task_of(self.model)):
+            return first, last
+        begun = goes_on(settings)
+        if begun and ends_twice(settings.out, first, last):
+            return first, last
+        more = more_around(self.tokenizer, settings.bos, settings.eos, strict=not begun)
+        if columns.prompt and any(more) and not begun:
+            argument = "bos" if more[0] else "eos"
+            got, remedy = repr(getattr(settings, argument)), "Prompt and response are as the tokenizer makes them."
+            rule = f"be auto for prompts of {type(unwrapped(self.model)).__name__}"
+            raise ValueError(broken_rule("collect", argument, rule, got, remedy))
+        return ([], []) if columns.prompt else more
 
     def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
@@ -288,7 +319,7 @@ def _text_files(settings: CollectSettings) -> list[TextFile]:
     if not any(file.path.stat().st_size for file in files):
         got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
-    if settings.overwrite or settings.extend or not has_units(settings.out):  # what was begun goes on for ever
+    if settings.extend or not goes_on(settings):
         check_plain(files, settings.pattern)
     return files
 
@@ -365,6 +396,32 @@ def check_kind(model: nn.Module, settings: CollectSettings, kind: str) -> None:
         raise ValueError(broken_rule("collect", "the columns", rule, got, "Or take another model."))
 
 
+def goes_on(settings: CollectSettings) -> bool:
+    """Whether a dataset with units is continued: what was begun goes on for ever."""
+    return not settings.overwrite and has_units(settings.out)
+
+
+def check_texts(model: nn.Module, settings: CollectSettings) -> None:
+    """ValueError for columns that make labels which the loss of the model, by its name, doesn't mean.
+
+    And for tokens around conversations, which the template of these puts alone.
+    """
+    if goes_on(settings):
+        return
+    odd = next((name for name in ("bos", "eos") if getattr(settings, name) != "auto"), None)
+    if settings.messages_column and odd is not None:
+        got, remedy = repr(getattr(settings, odd)), "The chat template says what is around a turn."
+        raise ValueError(broken_rule("collect", odd, "be left out with --messages-column", got, remedy))
+    task = task_of(model)
+    wrong = settings.messages_column or (settings.response_column and task != SEQ2SEQ)
+    if wrong and has_own_ends(task) and ":" not in settings.loss and not settings.audio_column:
+        wanted = "--prompt-column and --response-column" if task == SEQ2SEQ else "--column and --label-column"
+        rule = f"be {wanted} for {type(unwrapped(model)).__name__}, {task}"
+        got = "--messages-column" if settings.messages_column else "--prompt-column and --response-column"
+        remedy = "Or take a causal language model, or --loss module:function."
+        raise ValueError(broken_rule("collect", "the columns", rule, got, remedy))
+
+
 def main_input(model: nn.Module) -> str:
     """What a model calls what it reads."""
     return str(getattr(unwrapped(model), "main_input_name", "input_ids"))
@@ -402,6 +459,8 @@ def check_labels(model: nn.Module, settings: CollectSettings, loss: Any) -> None
 def check_fits(model: nn.Module, settings: CollectSettings) -> None:
     """ValueError for examples that may be longer than the model has positions."""
     n_positions, seq_len = positions_of(model), settings.seq_len if settings.dataset else settings.text_len
+    if goes_on(settings):
+        n_positions = said_positions(model)
     if n_positions is not None and seq_len > n_positions:
         rule = f"be at most {n_positions}, the positions of the model"
         raise ValueError(broken_rule("collect", "seq_len", rule, seq_len, "Give a smaller --seq-len."))

@@ -277,6 +277,24 @@ def end_of_text(tokenizer: Any, eos: str, is_response: bool) -> list[int]:
     return [token] if token is not None and (eos == "always" or (eos == "auto" and is_response)) else []
 
 
+def more_around(tokenizer: Any, bos: str, eos: str, strict: bool = True) -> tuple[list[int], list[int]]:
+    """The tokens to put before and behind a text that its tokenizer has put its own around, as models have it then.
+
+    Raises:
+        ValueError: if ``strict``, for a "never" of a token that the tokenizer puts itself.
+    """
+    own, found = list(tokenizer("a")["input_ids"]), []
+    for name, said, token, there in (
+        ("bos", bos, tokenizer.bos_token_id, own[:1]),
+        ("eos", eos, tokenizer.eos_token_id, own[-1:]),
+    ):
+        if said == "never" and there == [token] and strict:
+            rule, remedy = "be auto for this tokenizer", "It puts the token to each text itself."
+            raise ValueError(broken_rule("collect", name, rule, repr(said), remedy))
+        found.append([token] if said == "always" and there != [token] else [])
+    return found[0], found[1]
+
+
 def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
     """A function from text to its tokens, without special ones and without warnings about long texts."""
 

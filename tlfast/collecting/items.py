@@ -141,7 +141,7 @@ def _is_read(item: dict[Any, Any]) -> bool:
     """Whether it is one example as our own readers make it: most of a large data set are, so it is asked first."""
     return (
         type(item.get("input_ids")) is array and type(item.get("source")) is str and type(item.get("start")) is int
-        and item.get("attention_mask") is None and "length" not in item and all(type(key) is str for key in item)
+        and item.get("attention_mask") is None and "length" not in item and set(map(type, item)) == {str}
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
@@ -69,16 +69,20 @@ def accepted_names(model: nn.Module) -> frozenset[str]:
     return _accepted(model)
 
 
-def _first_position(model: nn.Module) -> int:
-    """What position a model gives to the first token: RoBERTa's kin count on from the padding's index."""
+def places_of_padding(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Of each embedding of positions that has one for padding, which it is, and how many positions there are.
+
+    Models with such count on from there, as RoBERTa's kin do.
+    """
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and "position" in name.rpartition(".")[2]
-            and module.padding_idx is not None
-        ):
-            return module.padding_idx + 1
-    return 0
+        of_positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if of_positions and module.padding_idx is not None:
+            yield module.padding_idx, module.num_embeddings
+
+
+def _first_position(model: nn.Module) -> int:
+    """What position a model gives to the first token."""
+    return next((place + 1 for place, _ in places_of_padding(model)), 0)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -55,11 +55,12 @@ def classification_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     Whole numbers are classes, [B] or [B, P] with -100 where a token isn't asked for: cross-entropy. Others are targets
     of a regression where the model's config says so or there is one output, [B] or [B, C]: squared errors; else they
-    say of each class whether it holds: binary cross-entropy.
+    say of each class whether it holds: binary cross-entropy. So do whole numbers [B, C], each 0 or 1.
     """
     logits, labels = _wide(logits_of(call_model(model, batch))), _field(batch, "labels", "classification")
     kind = getattr(getattr(unwrapped(model), "config", None), "problem_type", None)
-    if not labels.is_floating_point() and kind != "regression" and logits.shape[-1] > 1:
+    whole = not labels.is_floating_point() and kind != "regression" and logits.shape[-1] > 1
+    if whole and labels.shape != logits.shape and kind != "multi_label_classification":
         _check_labels(labels, logits.shape[:-1])
         return F.cross_entropy(
             logits.flatten(0, -2), labels.flatten().long(), ignore_index=NOT_ASKED_FOR, reduction="sum"
@@ -69,6 +70,9 @@ def classification_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     _check_labels(targets, logits.shape)
     if kind == "regression" or logits.shape[-1] == 1:
         return F.mse_loss(logits, targets, reduction="sum")
+    if whole and not bool(((labels == 0) | (labels == 1)).all()):
+        rule, remedy = "be 0 or 1 for each class", "Give one class an example, or floats."
+        raise ValueError(broken_rule("collect", "labels", rule, f"{labels.min()} to {labels.max()}", remedy))
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
 

@@ -31,6 +31,19 @@ class _How(NamedTuple):
     strict: bool
 
 
+class HubRecords(NamedTuple):
+    """The rows of a data set of the hub, a ``datasets.Dataset``, and the name by which they remember it."""
+
+    rows: Any
+    source: str
+
+    @property
+    def files(self) -> list[tuple[str, Path]] | None:
+        """Where the client keeps them, with names that tell them apart; None where they lie in memory alone."""
+        paths = [Path(file["filename"]) for file in self.rows.cache_files]
+        return [(path.name, path) for path in paths] or None
+
+
 class Record(NamedTuple):
     """One row: its values by column, the file (or data set) it is of, and its number there."""
 
@@ -48,6 +61,7 @@ def read_records(
     wanted: Collection[str] | None = None,
     kind: str = "text",
     strict: bool = True,
+    hub: HubRecords | None = None,
 ) -> Iterator[Record]:
     """Yield the rows of a data set, in its order; those of several files by rising path.
 
@@ -65,12 +79,15 @@ def read_records(
             path, in the column called by the kind, and the name of the folder that it lies in, ``label``.
         strict: leave out, or refuse, what a key or a column has two values for, numbers that would be rounded, and
             a quote that is open to the end; else take them as the first version did, for a dataset that has them.
+        hub: what `on_hub` found at this place.
 
     Raises:
         ValueError: for a place without records, a file that isn't what its ending says, or a ``split`` that there isn't
             or that must be said.
     """
     path, how = Path(place).expanduser(), _How(texts, wanted, strict)
+    if hub is not None:
+        return _of_rows(hub.rows, hub.source, how)
     if path.is_dir() and not _is_saved(path):
         if name:
             raise _refused("name", "be left out for files", repr(name), "It is one of the hub's.")
@@ -83,16 +100,38 @@ def read_records(
             if value:
                 raise _refused(argument, "be left out for a file", repr(value), "The file is taken whole.")
         return _of_file(path, path.name, bad, how)
-    return _of_datasets(place, path, name, split, how)
+    if path.is_dir():
+        rows, split = saved_data(path, split)
+        return _of_rows(rows, split or path.name, how)
+    found = on_hub(place, name, split)
+    assert found is not None  # a name is all that is left
+    return _of_rows(found.rows, found.source, how)
 
 
-def files_of(place: str, split: str = "") -> list[tuple[str, Path]] | None:
-    """All files that `read_records` reads of texts, with names that tell them apart; None for a data set of the hub.
+def on_hub(place: str, name: str = "", split: str = "") -> HubRecords | None:
+    """The data set of the hub that a place names, fetched unless it lies in the client's cache; None for a path.
+
+    Raises:
+        ValueError: for a name that the hub hasn't, or a ``split`` that there isn't or that must be said.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir() or path.is_file():
+        return None
+    if _is_path(place, path):
+        raise _refused("dataset", "be a file, a folder or a name on the hub", f"{place!r}, no such file", _NOT_HERE)
+    rows, split = hub_data(place, name, split)
+    return HubRecords(rows, f"{place}/{split}")
+
+
+def files_of(place: str, split: str = "", hub: HubRecords | None = None) -> list[tuple[str, Path]] | None:
+    """All files that `read_records` reads of texts, with names that tell them apart; None where that can't be known.
 
     Raises:
         ValueError: as `read_records`, for a folder.
     """
     path = Path(place).expanduser()
+    if hub is not None:
+        return hub.files
     if _is_saved(path):
         found = [file for file in sorted(path.rglob("*")) if file.is_file()]
     elif path.is_dir():
@@ -172,16 +211,9 @@ def _is_path(place: str, path: Path) -> bool:
     return named or (len(path.parts) > 1 and path.parent.is_dir())
 
 
-def _of_datasets(place: str, path: Path, name: str, split: str, how: _How) -> Iterator[Record]:
-    if path.is_dir():
-        found, split = saved_data(path, split)
-        source = split or path.name
-    elif _is_path(place, path):
-        raise _refused("dataset", "be a file, a folder or a name on the hub", f"{place!r}, no such file", _NOT_HERE)
-    else:
-        found, split = hub_data(place, name, split)
-        source = f"{place}/{split}"
-    return _of_table_rows(found.with_format("arrow").iter(batch_size=_AT_ONCE), source, how)
+def _of_rows(rows: Any, source: str, how: _How) -> Iterator[Record]:
+    """The rows of a ``datasets.Dataset``."""
+    return _of_table_rows(rows.with_format("arrow").iter(batch_size=_AT_ONCE), source, how)
 
 
 def _of_table_rows(parts: Iterable[Any], source: str, how: _How) -> Iterator[Record]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
+
+from torch import nn
 
 from ..dataset.errors import dataset_error
 from ..dataset.format.description import read_description
 from ..dataset.format.plan import Example
 from ..dataset.places.remote import url_of
 from ..dataset.places.store import as_store
+from ..dataset.read.reader import open_dataset
 from ..dataset.write.folder import holds_dataset, refuse_stranger
 from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
+from .checks import positions_of, said_positions
 from .identity import describe_examples
 from .json_parts import TWO_VALUES
 from .options import Resume
@@ -22,6 +27,7 @@ from .skipped import without_addresses
 
 Place = str | os.PathLike[str]
 Skipped = Sequence[Sequence[Any]]
+_LOOKED_AT = 8  # examples that show how a dataset was begun
 
 
 def check_folder(out: Place, resume: Resume, overwrite: bool, staging: Place | None = None) -> None:
@@ -121,6 +127,31 @@ def records_as_begun(out: Place) -> bool:
         return False
     skipped = (entry for _, said in read_description(out, "collect").examples for entry in said.get("skipped") or ())
     return not any(str(reason).endswith(TWO_VALUES) for *_, reason in skipped)
+
+
+def ends_twice(out: Place, first: Sequence[int], last: Sequence[int]) -> bool:
+    """Whether the examples of the dataset in ``out`` begin, or end, with these tokens twice.
+
+    So do those that were begun before what a tokenizer itself puts around a text was left to it alone.
+    """
+    texts = [list(example["input_ids"]) for example in islice(open_dataset(out, partial=True).examples, _LOOKED_AT)]
+    twice = [*first, *first], [*last, *last]
+    return bool(texts) and (
+        (bool(first) and all(ids[: len(twice[0])] == twice[0] for ids in texts))
+        or (bool(last) and all(ids[-len(twice[1]) :] == twice[1] for ids in texts))
+    )
+
+
+def positions_as_begun(out: Place, model: nn.Module, overwrite: bool) -> int | None:
+    """How many tokens an example may have where nobody says, in a dataset that may be continued.
+
+    The first ones went by what a model's config says, and so do the reasons of what they left out.
+    """
+    found, said = positions_of(model), said_positions(model)
+    if found == said or overwrite or not holds_dataset(out, "collect"):
+        return found
+    skipped = (entry for _, told in read_description(out, "collect").examples for entry in told.get("skipped") or ())
+    return said if any(str(reason).endswith(f" more than {said}") for *_, reason in skipped) else found
 
 
 def packs_as_begun(out: Place, overwrite: bool) -> int | None:

@@ -49,7 +49,15 @@ from .loss import Loss, next_token_loss
 from .options import CollectOptions, NonFinitePolicy, Resume
 from .probe import Probed
 from .progress import Progress, Report
-from .resume import add_the_rest, check_folder, existing_folder, loss_as_begun, own_part, reasons_as_begun
+from .resume import (
+    add_the_rest,
+    check_folder,
+    existing_folder,
+    loss_as_begun,
+    own_part,
+    positions_as_begun,
+    reasons_as_begun,
+)
 from .signals import Terminated, stopping
 from .skipped import BadPolicy
 from .spool import lengths_of
@@ -249,6 +257,10 @@ class Run(Work):
         here = not url_of(out)
         self.read(batches, self.with_graphs, existing_folder(out) if here else None, os.fspath(out) if here else None)
         self.with_graphs = self.batching.buckets is not None
+
+    def most_tokens(self) -> int | None:
+        """Those of the dataset that it continues."""
+        return positions_as_begun(self.out, self.model, self.options.overwrite)
 
     def collect(self, notes: Sequence[str] = ()) -> Report:
         """Make the units that are asked for and missing; ``notes`` are lines to be shown once, when work begins."""

@@ -65,6 +65,11 @@ def task_of(model: nn.Module) -> str | None:
     return None
 
 
+def has_own_ends(task: str | None) -> bool:
+    """Whether models for a task were trained with what their tokenizer puts around a text: [CLS], </s> and the like."""
+    return task in (MASKED, CLASSIFIER, SEQ2SEQ)
+
+
 def check_task(model: nn.Module, loss: str) -> None:
     """ValueError where a loss, by its name, asks of a model what its class isn't for."""
     task = task_of(model)

@@ -18,7 +18,7 @@ from .chat import chat_tokens
 from .fields import NOT_ASKED_FOR, is_unicode
 from .records import Record
 from .skipped import BadExamples
-from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ
+from .tasks import CAUSAL, SEQ2SEQ, has_own_ends
 
 _AT_ONCE = 512  # texts given to a tokenizer together, which works on them in parallel
 _WHO = "collect"
@@ -214,7 +214,7 @@ class Tokenizing:
     def _encode(self, texts: list[str], name: str) -> Sequence[Sequence[int]]:
         if not texts:
             return []
-        special = self.task in (MASKED, CLASSIFIER, SEQ2SEQ)  # these were trained with [CLS], </s> and the like
+        special = has_own_ends(self.task)
         if self._quick.get(name):
             return self._by_backend(texts, special)
         more: dict[str, Any] = {"truncation": True, "max_length": self.longest} if self._cuts and special else {}
@@ -274,9 +274,10 @@ class Tokenizing:
         ids = ids[: self.longest] if self._cuts else ids
         if isinstance(labels, array):
             labels = labels[: self.longest] if self._cuts else labels
-            if all(
-                label == NOT_ASKED_FOR for label in (labels[1:] if along and self.task in (None, CAUSAL) else labels)
-            ):
+            n_asked = len(labels) - labels.count(NOT_ASKED_FOR)
+            if along and n_asked and labels[0] != NOT_ASKED_FOR and self.task in (None, CAUSAL):
+                n_asked -= 1  # the first token is nobody's next
+            if not n_asked:
                 raise Unusable(f"no label among its {len(labels)} tokens")
             labels = np.array(labels, np.int64)
         return ids, labels

@@ -83,7 +83,7 @@ class Work:
         reader = ExampleReader(
             self.bad,
             1 if name_of(self.loss) in OF_ONE_TOKEN else 2,
-            options.seq_len or positions_of(self.model),
+            options.seq_len or self.most_tokens(),
             as_mapping(options.fields),
             options.keep_fields,
             options.pad_id,
@@ -118,6 +118,10 @@ class Work:
             at_inputs=not has_tokens and options.embedding is None
             and (starts_at_inputs(self.model) or is_encoder_decoder(self.model)),
         )  # fmt: skip
+
+    def most_tokens(self) -> int | None:
+        """The tokens that an example may have where nobody says; None: any number."""
+        return positions_of(self.model)
 
     def graphs_possible(self, wanted: CudaGraph) -> CudaGraph:
         """Whether steps may run as CUDA graphs; ValueError where they must, and what a step gives isn't in a graph."""

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 from ..collecting.factors import factors as add_up
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..hooks.factors import FACTOR_KINDS, Factors
 from ..spec import one_of
 from .arguments import OK, Arguments
@@ -75,7 +75,7 @@ def _check(wanted: Any) -> None:
 
 
 def _added_up(wanted: Any, basis: Factors | None) -> Factors:
-    with loaded(wanted, wanted.points) as ours:
+    with SpeakingAs(_WHO, "collect"), loaded(wanted, wanted.points) as ours:
         examples: Any = ours.examples
         if wanted.part is not None:
             examples = list(examples)[wanted.part[0] :: wanted.part[1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from ..collecting.huggingface import (
     load_model,
 )
 from ..collecting.point_list import list_points
+from ..errors import SpeakingAs
 from .arguments import FAILED, OK, Arguments, complain
 
 
@@ -30,6 +32,11 @@ def points(args: list[str]) -> int:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the model")
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.read(args)
+    with SpeakingAs("tlfast points", "collect"):
+        return _listed(given)
+
+
+def _listed(given: Any) -> int:
     name, adapter = base_and_adapter(given.model, given.adapter)
     check_model_name(name)
     loading = Loading(given.task, adapter, given.trust_remote_code)

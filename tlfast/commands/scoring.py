@@ -14,7 +14,7 @@ from ..attribution.methods import DAMPING, METHODS, check_arguments
 from ..attribution.result import Scores
 from ..attribution.text_query import text_query
 from ..dataset import open_dataset
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..hooks.points import match_names
 from ..markup import shortened
 from .arguments import OK, Arguments
@@ -87,7 +87,10 @@ def _of_model(wanted: Any) -> Scores:
     out = wanted.out if wanted.out is not None and wanted.out.endswith(".npy") else None
     wanted.model = wanted.dir
     # What a model prints is not the answer.
-    with redirect_stdout(sys.stderr), loaded(wanted, wanted.points) as ours, bar("score", None, "examples") as progress:
+    with (
+        SpeakingAs("tlfast score", "collect"), redirect_stdout(sys.stderr), loaded(wanted, wanted.points) as ours,
+        bar("score", None, "examples") as progress,
+    ):  # fmt: skip
         return score_examples(
             ours.model, ours.examples, ours.of_file(wanted.queries), wanted.method, points=wanted.points, k=wanted.top,
             out=out, tokenizer=ours.tokenizer, progress=progress, **more, **ours.options,
@@ -110,7 +113,8 @@ def search(args: list[str]) -> int:
     ds, source = _opened(wanted), open_dataset(wanted.dir, partial=wanted.partial)
     more = {"response": wanted.response, "model": wanted.model, "trust": wanted.trust_remote_code}
     # What a model prints is not the answer.
-    with redirect_stdout(sys.stderr), text_query(source, wanted.text, **more) as query:
+    speaking = SpeakingAs("tlfast search", "collect")
+    with speaking, redirect_stdout(sys.stderr), text_query(source, wanted.text, **more) as query:
         found = _scored(wanted, ds, query)
     found.queries = None  # its folder is gone, and its text was given
     _show(found, wanted.text)
