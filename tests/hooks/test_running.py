@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -273,6 +274,32 @@ def test_batches_of_any_length_are_added_up(backend, attach):
     torch.testing.assert_close(sums["point:example"].mean, truth, rtol=0, atol=rounding)
 
 
+PADDED = torch.tensor([[True, True, True], [True, True, False]])
+
+
+@pytest.mark.parametrize(
+    "spec, given, kept",
+    [
+        (Spec("point"), {}, True),
+        (Spec("point", "sum", -1), {}, True),
+        (Spec("point", at="chosen"), {"at": {"chosen": PADDED}}, True),
+        (Spec("point", "mean", -2), {}, False),
+        (Spec("point", at=[0, 1]), {}, False),
+        (Spec("point"), {"mask": torch.ones(2, 3, dtype=torch.bool)}, False),
+    ],
+    ids=["all", "widths", "chosen", "reduced", "at", "unpadded"],
+)
+@pytest.mark.parametrize("calls", ["raise", "stack"])
+def test_zeros_at_padding_are_never_added_up(spec, given, kept, calls):
+    """A mean of rows that keep positions would be watered down, and a maximum be at least zero."""
+    model, x, sums = Point(), torch.ones(2, 3, 4, requires_grad=True), RunningSums("mean")
+    with tlfast.capture(model, spec, rows=2, calls=calls) as cap, cap.into(sums):
+        text = "into: rows at point must have real positions alone, got zeros at padding. Reduce positions by"
+        with refuses(text) if kept else nullcontext(), cap.batch(**{"mask": PADDED, **given}):
+            model(x).backward()
+    assert sums.names == ([] if kept else ["point"])
+
+
 def run_and_fail(model, x):
     model(x).backward()
     raise KeyError
@@ -341,5 +368,7 @@ def test_rows_of_a_whole_run(tmp_path):
     torch.testing.assert_close(merged["0"].moment2_full, found["token"]["0"].moment2_full, rtol=1e-5, atol=1e-9)
     with refuses("RunningSums: identity must be "):
         merged.merge(found["example"])
+    with refuses("running: rows at 0 must have real positions alone, got zeros at padding. Reduce"):
+        tlfast.running(model, texts, "0", reduce="none")
     with refuses("running: settings must be among reduce, of, ", TypeError):
         tlfast.running(model, texts, "0", rows_per_unit=3)

@@ -122,7 +122,7 @@ def test_positions_of_tokens(tmp_path):
     right = [torch.stack([of[k] for of in norms if len(of) > k]).mean() for k in range(5)]
     assert np.allclose(found, right)
     text = " ".join(page_of(tmp_path / "ds").text.split())
-    assert "At points per token positions count the real tokens." in text
+    assert "Positions count the real tokens of each, from 0." in text
     assert "gradient; a row for each real token" in text
     assert "stored as int8 with a scale for each 64 values, off by at most 1/254 of the largest magnitude" in text
 
@@ -161,9 +161,9 @@ def test_positions(tmp_path, side):
     rows = np.array([0, 3, 9])
     found = norms_by_position(ds, ["kept.0"], rows, np.array([2, 2, 3]))["kept.0"]
     size = 2**0.5 * np.array([1, 4, 10])
-    expected = np.array([size.mean(), size.mean(), size[2], np.nan])
-    assert np.allclose(found, expected if side == "right" else expected[::-1], equal_nan=True)
-    assert "Mean over the real tokens of 10 rows" in page_of(folder).text
+    expected = np.array([size.mean(), size.mean(), size[2], np.nan])  # as of tokens, on whichever side is padding
+    assert np.allclose(found, expected, equal_nan=True)
+    assert "Mean over 10 rows, evenly chosen. Positions count the real tokens" in page_of(folder).text
 
 
 def test_percentiles_are_right_to_six_percent():

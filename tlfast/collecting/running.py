@@ -44,7 +44,8 @@ def running(
         RunningSums; ``skipped`` are the (source, start, reason) of bad examples.
 
     Raises:
-        ValueError, TypeError: for bad arguments, and all that `collect` refuses, before the first batch.
+        ValueError, TypeError: for bad arguments, and all that `collect` refuses, before the first batch; for rows that
+            keep positions where examples of a batch differ in length.
         FloatingPointError: for a row that is not finite, with ``non_finite="stop"``.
 
     Example:
@@ -55,7 +56,7 @@ def running(
         (5, torch.Size([4, 4]))
     """
     sums = RunningSums(stats, non_finite=non_finite)
-    with SpeakingAs(_WHO, "collect"):
+    with SpeakingAs(_WHO, "collect", "into"):
         options = row_options(_WHO, [name for name in SETTINGS if name != "rows_per_unit"], points, settings)
         passes = Passes(_WHO, model, batches, options)
         sums.identity, sums.skipped = passes.identity, passes.skipped

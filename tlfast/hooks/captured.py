@@ -389,6 +389,18 @@ class Capture(CapturedRows):
         mask, ref = own.get("own_mask"), own.get("ref", self._held(column)[0].ref)
         return Given(mask, ref, own.get("at"), mask is not None)
 
+    def padded(self) -> set[str]:
+        """The columns of examples that the open batch tells of padding, by masks: zeros where rows keep positions."""
+        batch, found = self._batch, set()
+        any_padding = batch is not None and batch.mask is not None and not bool(batch.mask.all())
+        for column, own in {} if batch is None else batch.own.items():
+            spec = self.wanted[column][1]
+            chosen, masked = own.get("own_mask"), any(held.masked for held in self._held(column))
+            pads = (any_padding and masked and spec.at is None) if chosen is None else not bool(chosen.all())
+            if pads and spec.per == "example" and spec.of != "weight":
+                found.add(column)
+        return found
+
     def _open_mask(self) -> torch.Tensor | None:
         return None if self._batch is None else self._batch.mask
 

@@ -120,6 +120,8 @@ def _add_products(total: torch.Tensor, block: torch.Tensor) -> None:
 class RunningSums:
     """Sums over all rows of a run: the sum, the mean, second moments, the maximum; no row is kept.
 
+    Padding never counts: rows that keep their positions, with zeros at the padding of some, are an error.
+
     Rows come from a capture (``cap.into(sums)``), from `tlfast.running`, or by `add`. At most 512 rows at a time are
     added up in float32 (float64 rows, and those with values beyond 2^50 or all below 2^-30, in float64), and what they
     come to in float64. So a sum over n rows is off by at most ``(513 * 2^-24 + n * 2^-53) * sum|x|`` (of ``moment2``

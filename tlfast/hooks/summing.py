@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
+
 from ..errors import broken_rule
 from .captured import Capture
 from .running import RunningSums
@@ -25,6 +27,7 @@ class IntoSums:
                 broken_rule(_WHO, f"encoding of {encoded}", rule, repr(cap.wanted[encoded][1].encoding), remedy)
             )
         self._cap, self._sums = cap, sums
+        self._padded: set[str] = set()  # columns that the open batch tells of padding
 
     @property
     def units(self) -> NoReturn:
@@ -67,20 +70,34 @@ class IntoSums:
     def expect(self, ids: Sequence[Any] | None, tokens: Tokens | None) -> None:
         """Check that nothing else is in the capture."""
         self._check_empty("Run each backward inside cap.batch(), or outside the capture.")
+        self._padded = self._cap.padded()
 
     def took(self) -> None:
         """Add the rows of the batch, but those of points that did not fire."""
+        try:
+            self._sums.add(self._rows())
+        finally:
+            self._cap.clear()
+
+    def _rows(self) -> dict[str, torch.Tensor]:
         cap, missing = self._cap, self._cap.missing
         rows = {}
         for name in cap.names:
             if cap.is_known(name):
                 absent = missing[name][cap.where(name)[0]] if cap.wanted[name][1].per == "token" else missing[name]
                 found = cap[name]
+                if name in self._padded and self._keeps_positions(name, found.dim()):
+                    got, remedy = "zeros at padding", 'Reduce positions by reduce= and over=, or say per="token".'
+                    raise ValueError(broken_rule(_WHO, f"rows at {name}", "have real positions alone", got, remedy))
                 rows[name] = found[(~absent).to(found.device)] if absent.any() else found
-        try:
-            self._sums.add(rows)
-        finally:
-            cap.clear()
+        return rows
+
+    def _keeps_positions(self, name: str, n_dims: int) -> bool:
+        """Whether rows, of ``n_dims`` with that of the rows themselves, have the gradient's dimension 1."""
+        dims = self._cap.wanted[name][1].dims
+        calls = self._cap.kept_as["calls"] == "stack"
+        rank = n_dims - calls + len(dims) - (0 in dims)  # of the gradient, with heads as a dimension of their own
+        return rank > 1 and 1 not in {dim + rank if dim < 0 else dim for dim in dims}
 
     def failed(self) -> None:
         """Leave the rows of the batch out."""

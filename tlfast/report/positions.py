@@ -27,7 +27,8 @@ def norms_by_position(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the mean norm at each position, float64 [positions], of the real tokens of some rows; NaN where none is.
 
-    Of a point per token positions count the real tokens from 0; of others they are the places in the padded rows.
+    Positions count an example's real tokens from 0, whichever side the padding of rows is on: points per token and
+    others stand on one axis.
 
     Args:
         dataset: where the rows are.
@@ -59,8 +60,9 @@ def _of_rows(dataset: GradientDataset, point: str, rows: Array, lengths: Array) 
         values = column[rows[part]].to(torch.float64)
         norms = (values.flatten(2).norm(dim=2) if values.dim() > 2 else values.abs()).numpy()
         length, positions = lengths[part, None], np.broadcast_to(np.arange(width), norms.shape)
-        real = (positions >= width - length) if left else (positions < length)
-        yield positions[real], norms[real]
+        first = width - length if left else 0
+        real = (positions >= first) & (positions < first + length)
+        yield (positions - first)[real], norms[real]
 
 
 def _of_tokens(dataset: GradientDataset, point: str, rows: Array, lengths: Array) -> Iterator[tuple[Array, Array]]:

@@ -255,9 +255,9 @@ def _charts(dataset: GradientDataset, summary: Summary, created: object) -> list
     ]
     if with_positions:
         means = norms_by_position(dataset, with_positions, summary.sample, summary.sample_lengths)
-        caption = f"Mean over the real tokens of {len(summary.sample):,} rows, evenly chosen."
-        if any(dataset.column(point).per == "token" for point in with_positions):
-            caption += " At points per token positions count the real tokens."
+        caption = (
+            f"Mean over {len(summary.sample):,} rows, evenly chosen. Positions count the real tokens of each, from 0."
+        )
         found.append(("Norm by position", caption, charts.positions(means)))
     else:
         caption = 'The rows don\'t keep positions: they are reduced over them. Collect with reduce="none", or over=-1.'

@@ -17,7 +17,6 @@ from tiny_models import complaint_of, save_model, tiny_model
 import tlfast
 from tlfast.cli import main
 from tlfast.dataset import DatasetError, export_dataset, import_bergson, open_dataset
-from tlfast.dataset.export import bergson_index
 from tlfast.dataset.read import arrow_rows
 
 KEYS = [
@@ -30,8 +29,7 @@ SPEC = {"points": "h.*", "of": "weight"}
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Parts smaller than a unit: two rows of two modules, in float32."""
-    for module in (arrow_rows, bergson_index):
-        monkeypatch.setattr(module, "PART_BYTES", 2 * 2 * 4 * DIM * DIM)
+    monkeypatch.setattr(arrow_rows, "PART_BYTES", 2 * 2 * 4 * DIM * DIM)
 
 
 def test_the_definitions_of_the_cases():

@@ -97,6 +97,50 @@ def test_encoded_rows_are_exported_decoded(tmp_path):
     assert json.loads(table.schema.metadata[b"tlfast"])["points"]["q"]["encoding"] == "int8:64"
 
 
+def token_columns(made, to):
+    """What the export of the points per token holds: "id", "position" and the rows of each point."""
+    import datasets
+    import lance
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    if to == "npy":
+        assert sorted(os.listdir(made)) == ["ids.npy", "points.json", "positions.npy", "t.npy", "tq.npy"]
+        names = {"id": "ids", "position": "positions", "t": "t", "tq": "tq"}
+        return {name: np.load(made / f"{file}.npy") for name, file in names.items()}
+    if to == "parquet":
+        table = parquet.read_table(made)
+    elif to == "arrow":
+        table = pa.ipc.open_file(pa.memory_map(str(made))).read_all()
+    else:
+        table = datasets.load_from_disk(str(made)).data.table if to == "hf" else lance.dataset(str(made)).to_table()
+    assert table.column_names == ["id", "position", "source", "start", "length", "flags", "grad:t", "grad:tq"]
+    assert table.column("start").to_pylist() == [10 * i for i in table.column("id").to_pylist()]
+    found = {name: table.column(name).to_numpy() for name in ("id", "position")}
+    values = {name: table.column(f"grad:{name}").combine_chunks().flatten().to_numpy() for name in ("t", "tq")}
+    return found | {"t": values["t"].reshape(-1, 5), "tq": values["tq"].reshape(-1, 2, 3)}
+
+
+@pytest.mark.parametrize("to", [name for name in FORMATS if name != "bergson"])
+def test_rows_per_token_are_records_of_their_own(tmp_path, to):
+    kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))
+    ds = open_dataset(tmp_path / "ds")
+    for name, view, rows in (("all", ds, range(7)), ("some", ds.select([6, 1, 0]), [6, 1, 0])):
+        seen = []
+        made = export_dataset(view, tmp_path / name, to=to, points=["t", "tq"], progress=seen.append)
+        found = token_columns(made, to)
+        assert sum(seen) == len(view)
+        assert found["id"].tolist() == [i for i in rows for _ in range(kinds_cases.LENGTHS[i])]
+        assert found["position"].tolist() == [t for i in rows for t in range(kinds_cases.LENGTHS[i])]
+        for point in ("t", "tq"):
+            whole = torch.cat([ds[point][i] for i in rows]).numpy()
+            assert (found[point].dtype, found[point].tobytes()) == (whole.dtype, whole.tobytes())
+    if to == "hf":
+        loaded = ds.to_hf(["t", "tq"])
+        assert len(loaded) == 15
+        assert loaded["position"][:4] == [0, 1, 0, 1]
+
+
 SPECS = [
     {"points": ["h.0"], "reduce": "mean", "over": [1]},
     {"points": ["h.0"], "reduce": "sum", "over": [1, 2], "of": "grad*act"},

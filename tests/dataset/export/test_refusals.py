@@ -7,11 +7,12 @@ import shutil
 from collections import namedtuple
 
 import kinds_cases
+import numpy as np
 import pytest
 import torch
 from dataset_cases import flip, make_dataset, make_writer
 
-from tlfast.dataset import DatasetError, export_dataset
+from tlfast.dataset import Column, DatasetError, FieldExample, Plan, export_dataset, open_dataset
 from tlfast.dataset.export.formats import FORMATS
 
 
@@ -82,13 +83,29 @@ def test_an_empty_row_is_refused(tmp_path):
     export_dataset(tmp_path / "ds", to="arrow", points=["b"])
 
 
-@pytest.mark.parametrize("to", FORMATS)
-def test_rows_per_token_are_refused(tmp_path, to):
+def test_rows_per_token_are_refused_where_nobody_could_tell_whose_they_are(tmp_path):
     kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))
-    message = r"export_dataset: point 't' must have a row for each example, got one per token\. Leave it out, and read"
-    with pytest.raises(DatasetError, match=message):
-        export_dataset(tmp_path / "ds", to=to)
+    message = r"point 't' must have a row for each example, got one per token\. Leave it out, and read ds\['t'\]"
+    with pytest.raises(DatasetError, match="export_dataset: " + message):
+        export_dataset(tmp_path / "ds", to="bergson")  # has such rows of weights alone
+    with pytest.raises(DatasetError, match=r"to_numpy: point 'tq' must have a row for each example"):
+        open_dataset(tmp_path / "ds").to_numpy(["tq"])
+    rule = (
+        r"export_dataset: points must have rows of one kind, got 't', 'tq' per token and 'h', 'h:act', 'q' per example"
+    )
+    for to in set(FORMATS) - {"bergson"}:
+        with pytest.raises(DatasetError, match=rule + r"\. Name those of one kind, and then the others\."):
+            export_dataset(tmp_path / "ds", to=to)
     assert os.listdir(tmp_path) == ["ds"]
+
+
+def test_a_field_called_as_the_position_of_a_token_is_refused(tmp_path):
+    columns, plan = {"t": Column(torch.float32, (), per="token")}, Plan(1, 1)
+    writer = kinds_cases.make_writer(tmp_path / "ds", columns=columns, plan=plan, fields={"position": "int64"})
+    writer.write_unit(plan.unit(0), {"t": torch.ones(2)}, [FieldExample(0, [1, 2], "a", 0, 2, {"position": 7})])
+    with pytest.raises(DatasetError, match="a field of the examples must have another name beside points per token"):
+        export_dataset(tmp_path / "ds", to="parquet")
+    assert np.load(export_dataset(tmp_path / "ds", to="npy") / "positions.npy").tolist() == [0, 1]
 
 
 def test_nothing_to_export_is_refused(tmp_path):

@@ -65,7 +65,7 @@ def test_a_hugging_face_dataset(ds):
 def test_what_can_not_be_converted(tmp_path):
     kinds_cases.write_units(kinds_cases.make_writer(tmp_path))
     kinds = open_dataset(tmp_path)
-    for call in ("to_numpy", "to_hf", "to_pandas"):
+    for call in ("to_numpy", "to_pandas"):
         with pytest.raises(
             DatasetError, match=f"{call}: point 't' must have a row for each example, got one per token."
         ):

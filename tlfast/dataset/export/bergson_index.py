@@ -13,7 +13,7 @@ import torch
 
 from ..errors import dataset_error, extra
 from ..format.layout import WEIGHT
-from ..read.arrow_rows import PART_BYTES, Rows
+from ..read.arrow_rows import Rows
 from ..read.decoding import text_of
 from .bergson_projection import ENDING, factor_of, heads_of, inside_base, modules_of, processor_of
 from .hf_folder import save_to_disk, say
@@ -108,26 +108,18 @@ def _token_parts(found: _Rows) -> Iterator[tuple[dict[str, np.ndarray[Any, Any]]
 
     The last token predicts nothing, and bergson has no row for it: what stands there must be zeros.
     """
-    rows, row_bytes = found.rows, found.base.itemsize * sum(found.sizes.values())
-    for first, end in zip(*(bounds.tolist() for bounds in rows.dataset.unit_bounds), strict=True):
-        rows.dataset.verify_rows(first, end)
-        counts = rows.dataset.examples.arrow(np.arange(first, end)).column("length").to_numpy().astype(np.int64)
-        most = max(1, PART_BYTES // (row_bytes * int(counts.max(initial=1))))
-        for start in range(first, end, most):
-            here = np.arange(start, min(start + most, end))
-            lengths = counts[here - first]
-            yield (
-                {point: _without_last(found, point, here, lengths) for point in rows.columns},
-                np.maximum(lengths - 1, 0),
-            )
-            rows.written(len(here))
+    rows = found.rows
+    for examples, lengths in rows.stretches(found.base.itemsize * sum(found.sizes.values())):
+        arrays = {point: _without_last(found, point, examples, lengths) for point in rows.columns}
+        yield arrays, np.maximum(lengths - 1, 0)
+        rows.written(len(examples))
 
 
 def _without_last(
     found: _Rows, point: str, examples: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
     """The rows of some examples but those of their last tokens; DatasetError where one of these isn't zero."""
-    values = found.rows.dataset[point].joined(examples)[0].to(found.rows.columns[point].dtype).numpy()
+    values = found.rows.values(point, examples)
     is_last = np.zeros(len(values), bool)
     is_last[np.cumsum(lengths)[lengths > 0] - 1] = True
     half = found.factors.get(point, 0)

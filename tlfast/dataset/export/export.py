@@ -42,8 +42,8 @@ def export_dataset(
             size), "npy" (a folder: an array per point, ids.npy and points.json), "hf" (a folder for
             `datasets.load_from_disk`), "lance" (a Lance dataset; dots in names become ``_``) or "bergson" (a folder,
             its index: rows of weights as its own are, per token too, other rows to search among). bfloat16 becomes
-            float32, which holds it exactly.
-        points: the points to export, in this order; None: all.
+            float32, which holds it exactly. Of points per token each real token is a row, with "id" and "position".
+        points: the points to export, in this order; None: all. Those per token and others are exports of their own.
         partial: export the committed units although others are missing.
         progress: called with the number of rows just written.
 
@@ -77,7 +77,7 @@ def export_dataset(
         raise dataset_error(_WHO, "path", "hold at least one unit", f"{path} without any", "Collect something first.")
     if out is None and not hasattr(dataset, "path"):
         raise dataset_error(_WHO, "out", "be given for a view", "none", "Name the new file or folder.")
-    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO, tokens=form.takes_tokens)
+    rows = Rows(dataset, _known(dataset, points), progress, who=_WHO, tokens=form.tokens)
     target = beside(dataset, form.ending) if out is None else Path(out)
     if os.path.lexists(target):
         raise _exists(target)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import extra
-from ..read.arrow_rows import Rows
+from ..read.arrow_rows import Rows, Tokens
 from .bergson_index import write_index
 from .hf_folder import save_to_disk, say
 
@@ -31,7 +31,7 @@ class Format:
     ending: str  # of the default name
     needs: tuple[tuple[str, str], ...]  # library, extra
     is_file: bool = False
-    takes_tokens: bool = False  # rows per token, too
+    tokens: Tokens = "all"  # which points may have rows per token
 
 
 def _parquet(rows: Rows, folder: Path, target: Path) -> None:
@@ -51,11 +51,17 @@ def _arrow(rows: Rows, folder: Path, target: Path) -> None:
 
 
 def _npy(rows: Rows, folder: Path, target: Path) -> None:
-    names = _file_names(list(rows.columns))
-    np.save(folder / "ids.npy", rows.dataset.ids.numpy())
+    names, n_rows = _file_names(list(rows.columns), rows.per_token), rows.n_rows
+    if rows.per_token:
+        lengths = rows.dataset[next(iter(rows.columns))].lengths()
+        np.save(folder / "ids.npy", rows.dataset.ids.repeat_interleave(lengths).numpy())
+        firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        np.save(folder / "positions.npy", (torch.arange(n_rows) - firsts).numpy())
+    else:
+        np.save(folder / "ids.npy", rows.dataset.ids.numpy())
     for point, column in rows.columns.items():
         descr = np.lib.format.dtype_to_descr(torch.empty(0, dtype=column.dtype).numpy().dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (len(rows), *column.row_shape)}
+        header = {"descr": descr, "fortran_order": False, "shape": (n_rows, *column.row_shape)}
         with (folder / names[point]).open("xb") as file:
             np.lib.format.write_array_header_1_0(file, header)
     for part in rows.parts():
@@ -65,10 +71,10 @@ def _npy(rows: Rows, folder: Path, target: Path) -> None:
     say(folder / "points.json", {"files": {names[point]: point for point in rows.columns}} | rows.provenance())
 
 
-def _file_names(points: list[str]) -> dict[str, str]:
+def _file_names(points: list[str], per_token: bool) -> dict[str, str]:
     """Return a file name for each point: its own where that is a safe name, otherwise its number."""
     names: dict[str, str] = {}
-    taken = {"ids"}
+    taken = {"ids", *(["positions"] if per_token else [])}
     for k, point in enumerate(points):
         name = quote(point, safe="")
         if not name or name.startswith(".") or len(name) > _MAX_NAME or name.casefold() in taken:
@@ -114,5 +120,5 @@ FORMATS = {
     "npy": Format(_npy, "-npy", (("pyarrow", "collect"),)),
     "hf": Format(_hf, "-hf", (("pyarrow", "collect"), ("datasets", "hub"))),
     "lance": Format(_lance, ".lance", (("pyarrow", "collect"), ("lance", "lance"))),
-    "bergson": Format(write_index, "-bergson", (("pyarrow", "collect"), ("datasets", "hub")), takes_tokens=True),
+    "bergson": Format(write_index, "-bergson", (("pyarrow", "collect"), ("datasets", "hub")), tokens="weights"),
 }

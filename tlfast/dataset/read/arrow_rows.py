@@ -6,30 +6,33 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..errors import dataset_error, extra
 from ..format.layout import DTYPE_NAMES, WEIGHT, Column
-from ..format.row_table import row_schema
+from ..format.row_table import NORM, row_schema
 
 PART_BYTES = 32 << 20  # of gradients in memory at a time: large enough for the disk, far below a unit
 GRADIENTS = "grad:"  # a point's rows stand in the column "grad:<point>", beside "norm:<point>"
+POSITION = "position"  # beside "id", which of an example's real tokens a row is, counted from 0
+
+Array = np.ndarray[Any, Any]
+Tokens = Literal["none", "weights", "all"]
 
 
-def _others(dataset: Any) -> str:
-    names = [repr(name) for name in dataset.points if dataset.column(name).per == "example"]
-    return f" These have one: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}." if names else ""
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive rows: their examples as an Arrow table, their gradients as arrays [rows, *row_shape]."""
+    """Some consecutive rows: what is said beside each as an Arrow table, and their gradients, [rows, *row_shape]."""
 
     examples: Any
-    arrays: dict[str, np.ndarray[Any, Any]]
+    arrays: dict[str, Array]
 
 
 class Rows:
@@ -37,14 +40,15 @@ class Rows:
 
     Args:
         dataset: a dataset or a view.
-        points: which points; DatasetError for what other formats can't hold, an empty row shape and rows per token.
-        progress: called with the number of rows just written.
+        points: which points; DatasetError for what other formats can't hold, an empty row shape, rows per token where
+            ``tokens`` doesn't take them, and rows per token beside those of examples.
+        progress: called with the number of examples just written.
         who: who speaks in an error.
         verify: whether rows are compared with their checksums first.
-        tokens: points of weights may have rows per token, if all of them do.
+        tokens: which points may have rows per token: none, those of weights, all.
 
     Attributes:
-        per_token: whether the points have rows per token; there are no `parts` of these.
+        per_token: whether the points have rows per token.
     """
 
     def __init__(
@@ -55,25 +59,43 @@ class Rows:
         *,
         who: str,
         verify: bool = True,
-        tokens: bool = False,
+        tokens: Tokens = "none",
     ) -> None:
         self.dataset = dataset
         self._who, self._verify = who, verify
         self.columns: dict[str, Column] = {}
-        self.per_token = tokens and {dataset.column(point)[2:4] for point in points} == {(WEIGHT, "token")}
+        self.per_token = self._are_tokens(points, tokens)
         for point in points:
-            dtype, row_shape, _, per, _ = dataset.column(point)
-            if per != "example" and not self.per_token:
-                remedy = f"Leave it out, and read ds[{point!r}].{_others(dataset)}"
-                raise dataset_error(who, f"point {point!r}", "have a row for each example", "one per token", remedy)
+            dtype, row_shape, *_ = dataset.column(point)
             if not prod(row_shape):
                 rule = "have a value in each row"
                 raise dataset_error(who, f"point {point!r}", rule, f"shape {list(row_shape)}", "Leave it out.")
             self.columns[point] = Column(torch.float32 if dtype == torch.bfloat16 else dtype, row_shape)
         self._progress = progress
 
+    def _are_tokens(self, points: Sequence[str], tokens: Tokens) -> bool:
+        """Whether the points have rows per token; DatasetError where they can't be written."""
+        said = {point: self.dataset.column(point) for point in points}
+        ragged = [point for point, column in said.items() if column.per == "token"]
+        whole = [point for point in points if point not in ragged]
+        refused = [p for p in ragged if tokens == "none" or (tokens == "weights" and said[p].of != WEIGHT)]
+        if refused:
+            have_one = [name for name in self.dataset.points if self.dataset.column(name).per == "example"]
+            others = f" These have one: {_names(have_one)}." if have_one else ""
+            rule, remedy = "have a row for each example", f"Leave it out, and read ds[{refused[0]!r}].{others}"
+            raise dataset_error(self._who, f"point {refused[0]!r}", rule, "one per token", remedy)
+        if ragged and whole:
+            rule, got = "have rows of one kind", f"{_names(ragged)} per token and {_names(whole)} per example"
+            raise dataset_error(self._who, "points", rule, got, "Name those of one kind, and then the others.")
+        return bool(ragged)
+
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows a point has: examples, or real tokens."""
+        return int(self.dataset[next(iter(self.columns))].lengths().sum()) if self.per_token else len(self)
 
     @property
     def row_bytes(self) -> int:
@@ -81,22 +103,60 @@ class Rows:
         return sum(column.row_bytes for column in self.columns.values())
 
     def parts(self) -> Iterator[Part]:
-        """Yield all rows in order; a part has at most PART_BYTES, or one row."""
-        most = max(1, PART_BYTES // max(1, self.row_bytes))
+        """Yield all rows in order; a part has at most PART_BYTES, or the rows of one example."""
+        for examples, lengths in self.stretches(self.row_bytes):
+            arrays = {point: self.values(point, examples) for point in self.columns}
+            yield Part(self._beside(examples, lengths), arrays)
+            self.written(len(examples))
+
+    def stretches(self, row_bytes: int) -> Iterator[tuple[Array, Array]]:
+        """Yield some examples at a time, all in order, and how many rows each has: int64 [examples] each.
+
+        They are compared with their checksums before. Their rows, of ``row_bytes`` each, fit into PART_BYTES.
+        """
+        most = max(1, PART_BYTES // max(1, row_bytes))  # rows
         for first, end in zip(*(bounds.tolist() for bounds in self.dataset.unit_bounds), strict=True):
             if self._verify:  # a copy has no checksums, so what goes into it must be right
                 self.dataset.verify_rows(first, end)
-            for start in range(first, end, most):
-                stop = min(start + most, end)
-                arrays = {
-                    point: self.dataset[point][start:stop].to(column.dtype).numpy()
-                    for point, column in self.columns.items()
-                }
-                yield Part(self.dataset.examples.arrow(np.arange(start, stop)), arrays)
-                self.written(stop - start)
+            start, lengths = first, self._lengths(first, end)
+            ends = np.cumsum(lengths)
+            while start < end:
+                before = ends[start - first] - lengths[start - first]
+                stop = max(start + 1, first + int(np.searchsorted(ends, before + most, side="right")))
+                yield np.arange(start, stop), lengths[start - first : stop - first]
+                start = stop
+
+    def _lengths(self, first: int, end: int) -> Array:
+        if not self.per_token:
+            return np.ones(end - first, np.int64)
+        table = self.dataset.examples.arrow(np.arange(first, end))
+        lengths: Array = table.column("length").to_numpy().astype(np.int64)
+        return lengths
+
+    def values(self, point: str, examples: Array) -> Array:
+        """The rows of some examples at a point, behind each other: [rows, *row_shape]."""
+        found = self.dataset[point]
+        rows = found.joined(examples)[0] if self.per_token else found[int(examples[0]) : int(examples[-1]) + 1]
+        array: Array = rows.to(self.columns[point].dtype).numpy()
+        return array
+
+    def _beside(self, examples: Array, lengths: Array) -> Any:
+        """What is known of each row's example, as an Arrow table; of rows per token with their positions."""
+        table = self.dataset.examples.arrow(examples)
+        if not self.per_token:
+            return table
+        pa = extra("pyarrow", self._who)
+        each = table.select(self._of_tokens(table.schema)).take(np.repeat(np.arange(len(examples)), lengths))
+        positions = [np.arange(n, dtype=np.int32) for n in lengths.tolist()]
+        return each.add_column(1, POSITION, pa.array(np.concatenate([np.empty(0, np.int32), *positions])))
+
+    def _of_tokens(self, schema: Any) -> list[str]:
+        """Columns of a row table that go beside each token: not lists, which belong to the example, nor its norms."""
+        types = extra("pyarrow", self._who).types
+        return [f.name for f in schema if not types.is_list(f.type) and not f.name.startswith(NORM)]
 
     def written(self, n_rows: int) -> None:
-        """Tell who wants to know that so many rows more were written."""
+        """Tell who wants to know that the rows of so many examples more were written."""
         if self._progress is not None:
             self._progress(n_rows)
 
@@ -105,7 +165,7 @@ class Rows:
         info = self.dataset.info()
         return {
             "format": "tlfast export",
-            "rows": len(self),
+            "rows": self.n_rows if self.columns else len(self),
             "planned_rows": info["planned_rows"],
             "header": info["header"],
             "config_hash": info["config_hash"],
@@ -115,10 +175,16 @@ class Rows:
         }
 
     def schema(self, gradients: bool = True) -> Any:
-        """Return the Arrow schema: the columns of the row table, then ``grad:<point>``, flat lists of fixed size."""
+        """Return the Arrow schema: what is said beside each row, then ``grad:<point>``, flat lists of fixed size."""
         pa = extra("pyarrow", self._who)
         standard, there = row_schema(self.dataset.points), self.dataset.examples.arrow(np.empty(0, np.int64)).schema
         schema = pa.schema([standard.field(f.name) if f.name in standard.names else f for f in there])
+        if self.per_token:
+            kept = [schema.field(name) for name in self._of_tokens(schema)]
+            if POSITION in schema.names:
+                rule, remedy = "have another name beside points per token", "Export to npy, which has no fields."
+                raise dataset_error(self._who, "a field of the examples", rule, repr(POSITION), remedy)
+            schema = pa.schema([kept[0], pa.field(POSITION, pa.int32(), nullable=False), *kept[1:]])
         for point, column in self.columns.items() if gradients else ():
             said = {"point": point, "shape": json.dumps(column.row_shape), "stored": self._stored(point)}
             said["holds"] = self.dataset.holds(point)

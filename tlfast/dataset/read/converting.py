@@ -52,7 +52,7 @@ def to_pandas(ds: Any, points: Iterable[str]) -> Any:
 def to_hf(ds: Any, points: Iterable[str] | None) -> Any:
     """Return a Hugging Face dataset; see Readable.to_hf."""
     datasets, pa = extra("datasets", "to_hf", "hub"), extra("pyarrow", "to_hf")
-    rows = Rows(ds, named_points(ds, points), who="to_hf", verify=False)
+    rows = Rows(ds, named_points(ds, points), who="to_hf", verify=False, tokens="all")
     schema = rows.schema()
     features = datasets.Features.from_arrow_schema(schema)
     table = pa.Table.from_batches(list(rows.batches(schema)), schema=schema).cast(features.arrow_schema)

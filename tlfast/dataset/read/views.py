@@ -284,9 +284,9 @@ class Readable(ABC):
     def to_hf(self, points: Iterable[str] | None = None) -> Any:
         """Return a Hugging Face `datasets.Dataset` in memory: the row tables, and ``grad:<point>`` of points.
 
-        Rows are flat lists of fixed size, all points by default; ``info.description`` says how they were made, and what
-        they hold, as JSON. What doesn't fit memory is exported:
-        ``export_dataset(ds, out, to="hf")``. Needs the extra ``hub``.
+        Rows are flat lists of fixed size, all points by default; of points per token each real token is one, with its
+        "position". ``info.description`` says how they were made, and what they hold, as JSON. What doesn't fit memory
+        is exported: ``export_dataset(ds, out, to="hf")``. Needs the extra ``hub``.
         """
         return to_hf(self, points)
 
