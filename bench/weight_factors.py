@@ -24,7 +24,7 @@ from .weight_ways import silent
 
 SHAPE = {"n_layers": 4, "width": 128, "length": 64, "batch": 16, "n_batches": 6}
 QUICK = {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_batches": 1}
-ROUNDS = 7
+ROUNDS = 5
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer A [I, I] and S [O, O], sums over tokens
 

@@ -21,7 +21,7 @@ from .storing import hooked
 
 SHAPE = {"n_layers": 6, "width": 128, "length": 64, "batch": 16, "n_batches": 4}
 QUICK = {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_batches": 1}
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .storing import hooked
 
 N_QUERIES = 8
 N_TOKENS = 16  # of each query that is given as the factors of its tokens
-ROUNDS = 7
+ROUNDS = 5
 MOST = 25.0  # percent above the floor
 
 

@@ -24,7 +24,7 @@ from .gradient_queries import QueryExamples, as_tensors, count, divided, gradien
 from .methods import DAMPING, check_arguments, given_factors
 from .queries import WHO
 from .result import Scores
-from .scores_of_batches import InBackward, Way, Whitened
+from .scores_of_batches import InBackward, Way, Whitened, check_moments_of_model
 
 
 class Wanted(NamedTuple):
@@ -107,6 +107,8 @@ def score_examples(
     tokenizer, progress = settings.pop("tokenizer", None), settings.pop("progress", None)
     with SpeakingAs(WHO, "collect"):
         given, asked = _given(model, queries, wanted, settings)
+        if method == "ekfac":
+            check_moments_of_model(given_factors(way.moments).about, model)
         scoring = _whitened(given, wanted) if method == "trackstar" else _scored_in_backward(given, wanted, way)
         passes = Passes(WHO, model, examples, row_options(WHO, SETTINGS, scoring.specs, settings))
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
