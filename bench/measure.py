@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,6 +92,11 @@ def repeat(call: Callable[[], object], n_calls: int) -> Sections:
             call()
         stop, cpu_stop = time.perf_counter(), time.process_time()
     return {"total": (stop - start) / n_calls, "cpu": (cpu_stop - cpu) / n_calls}
+
+
+def timed(way: Callable[[Any], object], work: Any) -> Callable[[], Sections]:
+    """What times one call of a way to do some work."""
+    return lambda: repeat(lambda: way(work), 1)
 
 
 def calls_for(call: Callable[[], object], seconds: float) -> int:

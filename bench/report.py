@@ -82,6 +82,17 @@ def cost_rows(measured: Measured, floor: str, n_points: int = 1, unit: float = 1
     return rows
 
 
+def rate_rows(measured: Measured, floor: str, n: int, what: str = "examples") -> list[dict[str, Cell]]:
+    """One row a variant, which has done ``n`` things in a call: its rates, and its CPU time beside the floor's."""
+    base = measured[floor]["cpu"]
+    return [
+        {"variant": name, f"{what}/s": n / times["total"].median, f"{what}/s_cpu": n / times["cpu"].median,
+         "percent_of_floor_cpu": times["cpu"].ratio(base) * 100,
+         "overhead_percent_cpu": None if name == floor else (times["cpu"].ratio(base) - 1) * 100}
+        for name, times in measured.items()
+    ]  # fmt: skip
+
+
 def show(result: Result) -> str:
     """The result as text for a terminal."""
     facts = ", ".join(f"{key} {value}" for key, value in result.machine.items())

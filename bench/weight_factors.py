@@ -15,8 +15,8 @@ import tlfast
 from tlfast.collecting.batches import Batch
 from tlfast.collecting.loss import next_token_loss
 
-from .measure import Measured, check_close, interleave, repeat
-from .report import Cell, Claim, Findings, Table
+from .measure import Measured, check_close, interleave, timed
+from .report import Claim, Findings, Table, rate_rows
 from .rivals import first_tensor
 from .storing import hooked
 from .weight_norms import Work, make_work
@@ -24,7 +24,7 @@ from .weight_ways import silent
 
 SHAPE = {"n_layers": 4, "width": 128, "length": 64, "batch": 16, "n_batches": 6}
 QUICK = {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_batches": 1}
-ROUNDS = 7
+ROUNDS = 5
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer A [I, I] and S [O, O], sums over tokens
 
@@ -174,7 +174,7 @@ def findings(quick: bool, ways: dict[str, Way] | None = None) -> Findings:
     work = make_work(**(QUICK if quick else SHAPE))
     ways = ways_for(work) if ways is None else ways
     check_ways(work, ways)
-    measured = interleave({name: _sampler(work, way) for name, way in ways.items()}, 2 if quick else ROUNDS)
+    measured = interleave({name: timed(way, work) for name, way in ways.items()}, 2 if quick else ROUNDS)
     found = Findings([_table(work, measured)])
     if OURS not in measured:
         return found
@@ -191,17 +191,8 @@ def findings(quick: bool, ways: dict[str, Way] | None = None) -> Findings:
     return found
 
 
-def _sampler(work: Work, way: Way) -> Callable[[], Any]:
-    return lambda: repeat(lambda: way(work), 1)
-
-
 def _table(work: Work, measured: Measured) -> Table:
-    n, base = sum(batch.input_ids.numel() for batch in work.batches), measured[FLOOR]
-    rows: list[dict[str, Cell]] = [
-        {"variant": name, "tokens/s": n / times["total"].median, "tokens/s_cpu": n / times["cpu"].median,
-         "percent_of_floor_cpu": times["cpu"].ratio(base["cpu"]) * 100,
-         "overhead_percent_cpu": None if name == FLOOR else (times["cpu"].ratio(base["cpu"]) - 1) * 100}
-        for name, times in measured.items()
-    ]  # fmt: skip
+    n = sum(batch.input_ids.numel() for batch in work.batches)
+    rows = rate_rows(measured, FLOOR, n, "tokens")
     title = f"K-FAC's A and S: {n} tokens, {len(work.points)} layers of a Llama"
     return Table(title, FLOOR, list(rows[0]), rows)

@@ -14,14 +14,14 @@ import tlfast
 from tlfast.collecting.batches import Batch
 from tlfast.collecting.loss import next_token_loss
 
-from .measure import Measured, check_close, interleave, repeat
-from .report import Cell, Claim, Findings, Table
+from .measure import Measured, check_close, interleave, timed
+from .report import Claim, Findings, Table, rate_rows
 from .rivals import first_tensor
 from .storing import hooked
 
 SHAPE = {"n_layers": 6, "width": 128, "length": 64, "batch": 16, "n_batches": 4}
 QUICK = {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_batches": 1}
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def findings(quick: bool = False, ways: dict[str, Way] | None = None) -> Finding
         ways = {name: way for name, way in WAYS.items() if name not in OPACUS or find_spec("opacus")}
     work = make_work(**(QUICK if quick else SHAPE))
     check_ways(work, ways)
-    samplers = {name: _sampler(work, way) for name, way in ways.items()}
+    samplers = {name: timed(way, work) for name, way in ways.items()}
     measured = interleave(samplers, 2 if quick else ROUNDS)
     found = Findings([_table(work, measured)])
     for name, least in ((FORMED, 2.0), (GHOST, 1.5), (GRAM, 1.0)):
@@ -191,17 +191,8 @@ def findings(quick: bool = False, ways: dict[str, Way] | None = None) -> Finding
     return found
 
 
-def _sampler(work: Work, way: Way) -> Callable[[], Any]:
-    return lambda: repeat(lambda: way(work), 1)
-
-
 def _table(work: Work, measured: Measured) -> Table:
-    n, base = sum(len(batch.input_ids) for batch in work.batches), measured[FLOOR]
-    rows: list[dict[str, Cell]] = [
-        {"variant": name, "examples/s": n / times["total"].median, "examples/s_cpu": n / times["cpu"].median,
-         "percent_of_floor_cpu": times["cpu"].ratio(base["cpu"]) * 100,
-         "overhead_percent_cpu": None if name == FLOOR else (times["cpu"].ratio(base["cpu"]) - 1) * 100}
-        for name, times in measured.items()
-    ]  # fmt: skip
+    n = sum(len(batch.input_ids) for batch in work.batches)
+    rows = rate_rows(measured, FLOOR, n)
     title = f"norms of each example's weight gradients: {n} examples, {len(work.points)} layers of a Llama"
     return Table(title, FLOOR, list(rows[0]), rows)

@@ -13,14 +13,14 @@ import tlfast
 from tlfast import Spec
 
 from . import weight_ways
-from .measure import Measured, check_close, interleave, repeat
-from .report import Cell, Claim, Findings, Table
+from .measure import Measured, check_close, interleave, timed
+from .report import Claim, Findings, Table, rate_rows
 from .rivals import first_tensor
 from .storing import hooked
 
 N_QUERIES = 8
 N_TOKENS = 16  # of each query that is given as the factors of its tokens
-ROUNDS = 7
+ROUNDS = 5
 MOST = 25.0  # percent above the floor
 
 
@@ -145,7 +145,7 @@ def findings(
     ways, found = WAYS if ways is None else ways, Findings()
     for what, work in make_works(of).items():
         check_ways(work, ways, factors)
-        measured = interleave({name: _sampler(work, way) for name, way in ways.items()}, 2 if quick else ROUNDS)
+        measured = interleave({name: timed(way, work) for name, way in ways.items()}, 2 if quick else ROUNDS)
         found.tables.append(_table(what, work, measured))
         if OURS in measured:
             above = (measured[OURS]["cpu"].ratio(measured[FLOOR]["cpu"]) - 1) * 100
@@ -154,10 +154,6 @@ def findings(
             ratio = measured[PYTHON]["cpu"].ratio(measured[OURS]["cpu"])
             found.claims.append(Claim(f"{what}: CPU time, {PYTHON} / {OURS}", "at least", 1.0, ratio))
     return found
-
-
-def _sampler(work: Work, way: Way) -> Callable[[], Any]:
-    return lambda: repeat(lambda: way(work), 1)
 
 
 def products(work: Work) -> tuple[float, float]:
@@ -173,13 +169,8 @@ def products(work: Work) -> tuple[float, float]:
 
 
 def _table(what: str, work: Work, measured: Measured) -> Table:
-    n, base = work.of.n_examples, measured[FLOOR]
-    rows: list[dict[str, Cell]] = [
-        {"variant": name, "examples/s": n / times["total"].median, "examples/s_cpu": n / times["cpu"].median,
-         "percent_of_floor_cpu": times["cpu"].ratio(base["cpu"]) * 100,
-         "overhead_percent_cpu": None if name == FLOOR else (times["cpu"].ratio(base["cpu"]) - 1) * 100}
-        for name, times in measured.items()
-    ]  # fmt: skip
+    n = work.of.n_examples
+    rows = rate_rows(measured, FLOOR, n)
     scores, layers = products(work)
     title = f"{what}: {n} examples, {len(work.of.points)} layers, width {work.of.sizes(work.of.points[0])[1]}"
     note = f"multiplications of the scores: {scores / layers * 100:.0f} % of those of the layers, forward and backward"

@@ -62,7 +62,7 @@ class Model:
 
 
 MODELS = (
-    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 192, "rows_per_unit": 64}, 7,
+    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 192, "rows_per_unit": 64}, 5,
           {(16, SIGNS): 9.0, (64, SIGNS): 36.0, (64, "hadamard"): 8.0, (64, "count-sketch"): 8.0},
           {(16, SIGNS): tuple(WAYS)}),
     Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 24, "rows_per_unit": 16}, 7,

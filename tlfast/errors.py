@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ContextDecorator
 from types import TracebackType
 
 
@@ -19,8 +20,8 @@ def one_of(who: str, argument: str, value: object, allowed: tuple[str, ...]) -> 
     return str(value)
 
 
-class SpeakingAs:
-    """Within its block an error that begins with the name of one of ``others`` begins with ``who``, who was called.
+class SpeakingAs(ContextDecorator):
+    """Within its block, or the function that it decorates, an error of one of ``others`` begins with ``who`` instead.
 
     A function that is built on another one says of its own arguments what that one has found: the error stays the same
     object, with its type, cause and traceback.

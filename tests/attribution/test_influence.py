@@ -60,3 +60,60 @@ def test_factors_that_are_none_are_refused():
         tlfast.score(model, TEXTS[:1], "dot", moments=factors, **of_model)
     with pytest.raises(ValueError, match=r"^score: project must be left out with ekfac, got 4\."):
         tlfast.score(model, TEXTS[:1], "ekfac", moments=factors, project=4, **of_model)
+
+
+def test_rows_and_factors_that_do_not_belong_together_are_refused(tmp_path):
+    """Shapes alone don't tell: a projected row may be as large as a gradient, and a later checkpoint as the first."""
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
+    others = tlfast.factors(other, TEXTS, ["1"], kinds=("kfac", "ekfac", "adam"))
+    odd = {
+        "project": {"project": 4},
+        "normalizer": {"normalizer": others.normalizers()},
+        "heads": {"heads": (1, 4)},
+        "rows of grad": {"of": "grad", "reduce": "sum"},
+    }
+    for number, (got, settings) in enumerate(odd.items()):
+        out = tmp_path / str(number)
+        tlfast.collect(other, TEXTS, out, points=["1"], progress=False, **({"of": "weight"} | settings))
+        with pytest.raises(
+            ValueError, match=rf"^score: points must be whole weight gradients with ekfac, got {got} at"
+        ):
+            tlfast.score(out, out, "ekfac", moments=others)
+    rows = tmp_path / "rows"
+    tlfast.collect(other, TEXTS, rows, points=["1"], of="weight", progress=False)
+    assert tlfast.score(rows, rows, "ekfac", moments=others, k=1).scores.shape == (5, 1)
+    others.save(tmp_path / "f.npz")
+    with torch.no_grad():
+        other[1].weight += 0.5  # the next checkpoint of a training run
+    later = tlfast.factors(other, TEXTS, ["1"], kinds=("kfac", "ekfac"))
+    text = r"^score: moments must be of the model of the rows, got another\. Make them"
+    with pytest.raises(ValueError, match=text):
+        tlfast.score(rows, rows, "ekfac", moments=later)
+    with pytest.raises(ValueError, match=text):
+        tlfast.score(other, TEXTS[:1], "ekfac", examples=TEXTS, points=["1"], moments=tmp_path / "f.npz")
+    with pytest.raises(ValueError, match=r"^factors: basis must be of this model, got one of another\. Its eigenvect"):
+        tlfast.factors(other, TEXTS, ["1"], kinds="ekfac", basis=others)
+    later.about.clear()
+    assert tlfast.score(rows, rows, "ekfac", moments=later, k=1).scores.shape == (5, 1)
+
+
+def test_second_moments_of_other_rows_are_refused(tmp_path):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    spec, rows = tlfast.Spec("1", of="weight", project=2), tmp_path / "rows"
+    tlfast.collect(model, TEXTS, rows, points=spec, progress=False)
+    sums = tlfast.running(model, TEXTS, spec, stats="moment2_full")
+    halves = [tlfast.running(model, half, spec, stats="moment2_full") for half in (TEXTS[:2], TEXTS[2:])]
+    halves[0].merge(halves[1]).save(tmp_path / "sums.npz")
+    of_model = {"examples": TEXTS, "points": ["1"], "project": 2}
+    for given in (sums, tmp_path / "sums.npz"):
+        assert tlfast.score(rows, rows, "trackstar", moments=given, k=1).scores.shape == (5, 1)
+        assert tlfast.score(model, TEXTS, "trackstar", moments=given, k=1, **of_model).scores.shape == (5, 1)
+    seeded = tlfast.Spec("1", of="weight", project=tlfast.Projection(2, seed=1))
+    sums = tlfast.running(model, TEXTS, seeded, stats="moment2_full")
+    text = r"^score: moments must be made as the rows at '1:weight', got another project\. Make them of the same"
+    with pytest.raises(ValueError, match=text):
+        tlfast.score(rows, rows, "trackstar", moments=sums)
+    with pytest.raises(ValueError, match=text):
+        tlfast.score(model, TEXTS, "trackstar", moments=sums, **of_model)

@@ -5,10 +5,13 @@ import torch
 from tiny_models import collect_words, complaint_of, save_model, save_text, tiny_model, unit_bytes
 
 import tlfast
+from tlfast.attribution import read_bergson_normalizers, write_bergson_normalizers
 from tlfast.cli import main
 from tlfast.collecting import from_text
+from tlfast.collecting.huggingface import load_model, load_tokenizer
 from tlfast.collecting.normalizer_files import reader_of
-from tlfast.hooks.second_moments import describe_normalizers
+from tlfast.dataset import open_dataset
+from tlfast.hooks.second_moments import AdamNormalizer, describe_normalizers
 
 POINTS, LAYERS = (
     "transformer.h.**.c_proj",
@@ -64,15 +67,53 @@ def test_the_command_sums_and_normalizes(folder, tmp_path, capsys):
 def test_what_a_file_gives(folder):
     model = tiny_model()
     factors = tlfast.Factors.load(folder / "adam.npz")
+    (folder / "bergson").mkdir()
+    write_bergson_normalizers(factors.normalizers(), folder / "bergson" / "normalizers.pth", model)
+    in_float32 = read_bergson_normalizers(folder / "bergson" / "normalizers.pth", model)
+    for layer in LAYERS:
+        torch.testing.assert_close(in_float32[layer].factor, factors.normalizers()[layer].factor, rtol=1e-6, atol=0)
     for path, kind, wanted in (
         ("adam.npz", "auto", factors.normalizers()),
         ("adam.npz", "adafactor", factors.normalizers("adafactor")),
         ("optimizer.pt", "adam", tlfast.read_optimizer(folder, model)),
         (".", "auto", tlfast.read_optimizer(folder, model)),
+        ("bergson", "auto", in_float32),
+        ("bergson/normalizers.pth", "adam", in_float32),
     ):
         found = reader_of(str(folder / path), kind)(model, False)
         assert {*LAYERS} <= found.keys()
         assert describe_normalizers(found, LAYERS) == describe_normalizers(wanted, LAYERS)
+    with_bias = {LAYERS[0]: AdamNormalizer(torch.rand(16, 17, dtype=torch.float64))}
+    write_bergson_normalizers(with_bias, folder / "b.pth", model)
+    for bias, n_inputs in ((False, 16), (True, 17)):
+        assert reader_of(str(folder / "b.pth"), "auto")(model, bias)[LAYERS[0]].shape == (16, n_inputs)
+
+
+def test_normalized_rows_are_searched(folder, tmp_path, capsys):
+    model = load_model(str(folder / "model"), None, torch.device("cpu"))
+    held = tlfast.Factors.load(folder / "adam.npz").normalizers("adafactor")
+    text = (folder / "text" / "01.txt").read_text()
+    tokens = load_tokenizer(str(folder / "model"))(text)["input_ids"]
+    examples = [tokens[start : start + 8] for start in range(0, 40, 8)]
+    spec = tlfast.Spec(POINTS, of="weight", project=4, normalizer=held)
+    tlfast.collect(model, examples, tmp_path / "out", points=spec, progress=False)
+    assert main(words(folder, tmp_path / "told", *GLOBAL, "--normalizer", str(folder / "adam.npz"))) == 0
+    search = ["search", str(tmp_path / "out"), "a row of words", "--model", str(folder / "model"), "--top", "1"]
+    for more, complaint in (
+        ([], "tlfast search: the normalizer of the rows must be known, got a digest alone in dataset.json. Give the"),
+        (["--normalizer", str(folder / "optimizer.pt")], "tlfast search: --normalizer must hold what the rows were no"),
+        (["--normalizer", str(folder / "kfac.npz")], "tlfast search: normalizer must be a .npz file of `tlfast facto"),
+    ):
+        assert complaint_of(capsys, [*search, *more]).startswith(complaint)
+    capsys.readouterr()
+    found = open_dataset(tmp_path / "out").examples[2]["input_ids"]
+    search[2] = load_tokenizer(str(folder / "model")).decode(found)
+    for place, more in (("out", ["--normalizer", str(folder / "adam.npz")]), ("told", [])):
+        search[1] = str(tmp_path / place)
+        assert main([*search, *more]) == 0
+        best = capsys.readouterr().out.splitlines()[1].split()
+        assert float(best[0]) > (0.9999 if place == "out" else -1)
+        assert place == "told" or best[2] == "2"
 
 
 def test_what_is_refused_before_the_model(folder, tmp_path, capsys, monkeypatch):

@@ -59,6 +59,26 @@ def test_adam_as_it_was_saved(order, tmp_path):
     assert without["1"].second_moment.shape == (5, 4)
 
 
+def test_adam_of_convolutions(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, (3, 2), groups=2), nn.Flatten(), nn.Linear(6, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(3, 4, 3, 2)
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    held = tlfast.read_optimizer(tmp_path, model, bias=True)
+    optimizer.zero_grad()
+    spec = tlfast.Spec(["0", "2"], of="weight", normalizer=held, bias=True)
+    with tlfast.capture(model, spec, rows=3) as cap:
+        model(x).square().sum().backward()
+    for name, layer in (("0", model[0]), ("2", model[2])):
+        rows = cap[f"{name}:weight"].sum(0)
+        for found, one in ((rows[:, :-1], layer.weight), (rows[:, -1:], layer.bias)):
+            wanted = one.grad / (optimizer.state[one]["exp_avg_sq"].sqrt() + 1e-8)
+            torch.testing.assert_close(found, wanted.reshape(found.shape), rtol=1e-4, atol=1e-4)
+
+
 def test_adafactor_and_turned_weights(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -121,7 +141,7 @@ def test_what_is_refused(tmp_path):
     with refuses("read_optimizer: the optimizer at 1 must have a second moment of its shape, got momentum_buffer."):
         tlfast.read_optimizer(path, model)
     saved(torch.optim.Adam(model.parameters()).state_dict())
-    with refuses("read_optimizer: path must have second moments of linear layers, got none."):
+    with refuses("read_optimizer: path must have second moments of linear layers or convolutions, got none."):
         tlfast.read_optimizer(path, model)
     saved(trained(model, torch.optim.Adam(list(model.parameters())[::-1])).state_dict())
     with refuses("read_optimizer: the optimizer must have the model's parameters, in an order that is known"):
@@ -129,6 +149,11 @@ def test_what_is_refused(tmp_path):
     saved(trained(model, torch.optim.Adam(model[1].parameters())).state_dict())
     with refuses("read_optimizer: the optimizer must have the model's parameters, in an order that is known"):
         tlfast.read_optimizer(path, model)
+    alike = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    optimizer = torch.optim.Adam([{"params": [alike[2].weight]}, {"params": [alike[1].weight]}])
+    saved(trained(alike, optimizer).state_dict())
+    with refuses("read_optimizer: the optimizer must have the model's parameters, in an order that is known"):
+        tlfast.read_optimizer(path, alike[1:])  # two groups of a user's own, of layers of one shape
     for normalizer in (AdamNormalizer(torch.ones(2, 3)), AdafactorNormalizer(torch.ones(2), torch.ones(3))):
         with refuses("a normalizer: a gradient must be [..., 2, 3], got [3, 2]."):
             normalizer(torch.ones(3, 2))

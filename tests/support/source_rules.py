@@ -62,7 +62,7 @@ ROOMS = (
             ),
             ("captured_rows", "points", "single_sided"),
             ("freeze", "full_hooks", "into", "layers", "options", "running", "step_inputs"),
-            ("attachment", "normalizers"),
+            ("attachment", "bergson_normalizers", "normalizers"),
             ("diagnosis", "factors"),
             ("captured",),
             ("capture", "factoring", "graph_step", "summing"),

@@ -1,10 +1,10 @@
-"""Second moments and factors as the files of bergson 2.5: ``hessians.pth``, ``normalizers.pth``, and those of K-FAC."""
+"""Second moments of rows and factors as the files of bergson 2.5: ``hessians.pth``, and those of K-FAC."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -15,13 +15,13 @@ from torch import nn
 
 from ..dataset.errors import extra
 from ..errors import broken_rule
+from ..hooks.bergson_normalizers import known_name, loaded, our_names
+from ..hooks.bergson_normalizers import read_bergson_normalizers as read_bergson_normalizers
+from ..hooks.bergson_normalizers import write_bergson_normalizers as write_bergson_normalizers
 from ..hooks.factors import Factors, ModuleFactors
-from ..hooks.layers import linear_layer, projected_name
-from ..hooks.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
+from ..hooks.layers import linear_layer
 from ..hooks.running import RowSums, RunningSums
-from ..projections.projection import Projection
 
-_BASE = Projection(1, scheme="bergson-2")
 _ENDING = ":weight"  # of the names of columns
 _HESSIANS, _EIGEN = "hessians.pth", "hessians_eigen.pth"
 # Folders of a run of bergson's K-FAC: in each a shard_0.safetensors.
@@ -36,43 +36,6 @@ _OF_FACTORS = {
 }  # fmt: skip
 _CORRECTED = "eigenvalue_correction_sharded"
 _TOKENS = "total_processed.pt"
-
-
-def _names(model: nn.Module) -> dict[str, str]:
-    """How bergson calls each module."""
-    return {name: projected_name(model, name, _BASE) for name, _ in model.named_modules()}
-
-
-def _known(who: str, argument: str, model: nn.Module, name: str) -> str:
-    """Bergson's name of a module; ValueError for one that the model hasn't."""
-    names = _names(model)
-    if name not in names:
-        rule, remedy = "be of modules of the model", "Give the model that they were made of."
-        raise ValueError(broken_rule(who, argument, rule, repr(name), remedy))
-    return names[name]
-
-
-def _ours(who: str, path: object, model: nn.Module, theirs: list[str]) -> dict[str, str]:
-    """Our name of each module in a file; ValueError for one that the model hasn't."""
-    named = {known: name for name, known in _names(model).items()}
-    odd = next((name for name in theirs if name not in named), None)
-    if odd is not None:
-        rule, remedy = "be of modules of the model", "Give the model that it was made of."
-        raise ValueError(broken_rule(who, os.fspath(str(path)), rule, repr(odd), remedy))
-    return {name: named[name] for name in theirs}
-
-
-def _loaded(who: str, path: Path) -> dict[str, Any]:
-    """What `torch.save` has put into a file; ValueError where that is no mapping by name. Nothing in it is run."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ValueError(broken_rule(who, str(path), "hold tensors by module", repr(found)[:100], "Check the path."))
-    return found
 
 
 # Second moments of rows.
@@ -99,7 +62,7 @@ def write_bergson_hessians(sums: RunningSums, folder: str | os.PathLike[str], mo
         raise ValueError(broken_rule(who, "sums", rule, got, 'Say tlfast.running(..., stats="moment2_full").'))
     for column in sums.names:
         shape, moment = sums[column].shape, sums[column].moment2_full
-        name = _known(who, "sums", model, column.removesuffix(_ENDING))
+        name = known_name(who, "sums", model, column.removesuffix(_ENDING))
         if len(shape) != 3:
             hessians[name] = moment
             continue
@@ -135,7 +98,7 @@ def read_bergson_hessians(
         OSError: for one that can't be read.
     """
     who, place = "read_bergson_hessians", Path(folder)
-    found = _loaded(who, place / _HESSIANS)
+    found = loaded(who, place / _HESSIANS)
     if not found or not all(_is_square(moment) for moment in found.values()):
         got = "none" if not found else "others"
         remedy = "bergson writes them with the method autocorrelation."
@@ -147,7 +110,7 @@ def read_bergson_hessians(
         rule, remedy = "be given where no info.json says it", "Say n_rows=, of how many they are the mean."
         raise ValueError(broken_rule(who, "n_rows", rule, repr(n_rows), remedy))
     columns = []
-    for theirs, name in _ours(who, place / _HESSIANS, model, list(found)).items():
+    for theirs, name in our_names(who, place / _HESSIANS, model, list(found)).items():
         total = _symmetric(found[theirs]) * n_rows
         columns.append(RowSums(f"{name}{_ENDING}", (len(total),), n_rows, 0, {"moment2_full": total}))
     return RunningSums.of_columns(["moment2_full"], columns, identity="bergson")
@@ -155,68 +118,6 @@ def read_bergson_hessians(
 
 def _is_square(moment: Any) -> bool:
     return isinstance(moment, torch.Tensor) and moment.dim() == 2 and moment.shape[0] == moment.shape[1]
-
-
-# Second moments of optimizers.
-
-
-def write_bergson_normalizers(
-    normalizers: Mapping[str, Normalizer], path: str | os.PathLike[str], model: nn.Module
-) -> None:
-    """Write normalizers as the ``normalizers.pth`` of bergson 2.5, whose names are those inside the model's base.
-
-    Args:
-        normalizers: by module, as `read_optimizer` and `Factors.normalizers` give them.
-        path: the file.
-        model: in which the modules are.
-
-    Raises:
-        ValueError: for a module that the model hasn't.
-    """
-    who = "write_bergson_normalizers"
-    modules, saved = dict(model.named_modules()), {}
-    for name, normalizer in normalizers.items():
-        known = _known(who, "normalizers", model, name)
-        if isinstance(normalizer, AdamNormalizer):
-            n_inputs = modules[name]._parameters["weight"].numel() // len(normalizer.second_moment)
-            v, bias = normalizer.second_moment, None
-            if v.shape[1] == n_inputs + 1:
-                v, bias = v[:, :-1], v[:, -1]
-            said = {"__class__": "AdamNormalizer", "weight_avg_sq": v, "bias_avg_sq": bias}
-        else:
-            row, col, bias = normalizer.row, normalizer.col, normalizer.bias
-            said = {"__class__": "AdafactorNormalizer", "row": row, "col": col, "bias_avg_sq": bias}
-        saved[known] = {
-            key: value.float().contiguous() if isinstance(value, torch.Tensor) else value
-            for key, value in said.items()
-            if value is not None
-        }
-    torch.save(saved, path)
-
-
-def read_bergson_normalizers(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Normalizer]:
-    """Read bergson's ``normalizers.pth``, by our names of the modules.
-
-    Raises:
-        ValueError: for another file, and for a module that the model hasn't.
-        OSError: for one that can't be read.
-    """
-    who = "read_bergson_normalizers"
-    found = _loaded(who, Path(path))
-    made: dict[str, Normalizer] = {}
-    for theirs, name in _ours(who, path, model, list(found)).items():
-        said = found[theirs] if isinstance(found[theirs], dict) else {}
-        kind, bias = said.get("__class__"), said.get("bias_avg_sq")
-        bias = None if bias is None else bias.double()
-        if kind == "AdamNormalizer":
-            v = said["weight_avg_sq"].double()
-            made[name] = AdamNormalizer(v if bias is None else torch.cat([v, bias[:, None]], 1))
-        elif kind == "AdafactorNormalizer":
-            made[name] = AdafactorNormalizer(said["row"].double(), said["col"].double(), bias)
-        else:
-            rule, remedy = "hold Adam's or Adafactor's second moments", "bergson 2.5 writes these."
-            raise ValueError(broken_rule(who, os.fspath(path), rule, repr(kind), remedy))
-    return made
 
 
 # Kronecker factors.
@@ -248,7 +149,7 @@ def write_bergson_factors(factors: Factors, folder: str | os.PathLike[str], mode
     made: dict[str, Callable[[ModuleFactors], torch.Tensor]] = dict(_OF_FACTORS)
     if "ekfac" in factors.kinds:
         made[_CORRECTED] = lambda of: of.eigenvalues
-    names = {name: _known(who, "factors", model, name) for name in factors}
+    names = {name: known_name(who, "factors", model, name) for name in factors}
     for kind, take in made.items():
         (out / kind).mkdir(parents=True)
         tensors = {known: take(factors[name]).cpu().float().contiguous() for name, known in names.items()}
@@ -283,7 +184,7 @@ def read_bergson_factors(folder: str | os.PathLike[str], model: nn.Module, *, n_
         rule, remedy = "be given where there are no eigenvalues", "Say n_examples=."
         raise ValueError(broken_rule(who, "n_examples", rule, "none", remedy))
     modules = {}
-    for theirs, name in _ours(who, folder, model, list(inputs)).items():
+    for theirs, name in our_names(who, folder, model, list(inputs)).items():
         a, s = (_symmetric(part[theirs]) for part in (inputs, outputs))
         layer = linear_layer(model.get_submodule(name))
         fits = layer is not None and len(s) == layer.n_outputs and len(a) in (layer.n_inputs, layer.n_inputs + 1)

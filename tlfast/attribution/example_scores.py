@@ -24,7 +24,7 @@ from .gradient_queries import QueryExamples, as_tensors, count, divided, gradien
 from .methods import DAMPING, check_arguments, given_factors
 from .queries import WHO
 from .result import Scores
-from .scores_of_batches import InBackward, Way, Whitened
+from .scores_of_batches import InBackward, Way, Whitened, check_moments_of_model
 
 
 class Wanted(NamedTuple):
@@ -37,6 +37,7 @@ class Wanted(NamedTuple):
     per: Per
 
 
+@SpeakingAs(WHO, "collect")
 def score_examples(
     model: nn.Module,
     examples: Iterable[Any],
@@ -105,36 +106,35 @@ def score_examples(
     _check_wanted(wanted, method, k, out)
     path = None if out is None else check_out(out)
     tokenizer, progress = settings.pop("tokenizer", None), settings.pop("progress", None)
-    with SpeakingAs(WHO, "collect"):
-        given, asked = _given(model, queries, wanted, settings)
-        scoring = _whitened(given, wanted) if method == "trackstar" else _scored_in_backward(given, wanted, way)
-        passes = Passes(WHO, model, examples, row_options(WHO, SETTINGS, scoring.specs, settings))
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
-        scoring.prepare(passes, way, dtype)
-        n_queries, n = count(given), len(passes.examples)
-        n_rows = sum(passes.examples.lengths()) if wanted.per == "token" else n
-        if k is None and path is None:
-            check_room(n_queries, n, dtype)
-        best = None if k is None else Best(n_queries, min(k, n_rows), torch.empty(0, dtype=dtype))
-        every: InFile | InMemory | None = None
-        with ExitStack() as files:
-            if path is not None:
-                every = files.enter_context(InFile(path, n_queries, n, dtype))
-            elif k is None:
-                every = InMemory(n_queries, n, dtype)
-            takers: list[Taker] = [taker for taker in (best, every) if taker is not None]
-            adding = _Adding(passes.examples, scoring, takers, dtype, non_finite == "stop", progress)
-            passes.run(adding.take, adding.part_done)
-        source = GivenExamples(passes.examples, tokenizer)
-        more: dict[str, Any] = {"n_skipped": adding.n_skipped, "queries": None if asked is None else asked.ids}
-        more["asked"] = None if asked is None or mean else GivenExamples(asked.examples, tokenizer)
-        if best is not None:
-            positions = best.positions if wanted.per == "token" else None
-            return Scores(source, best.rows, best.scores, method, list(given), positions=positions, **more)
-        assert every is not None
-        return Scores(
-            source, torch.arange(n).expand(n_queries, n), every.scores, method, list(given), is_all=True, **more
-        )
+    given, asked = _given(model, queries, wanted, settings)
+    if method == "ekfac":
+        check_moments_of_model(given_factors(way.moments).about, model)
+    scoring = _whitened(given, wanted) if method == "trackstar" else _scored_in_backward(given, wanted, way)
+    passes = Passes(WHO, model, examples, row_options(WHO, SETTINGS, scoring.specs, settings))
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
+    scoring.prepare(passes, way, dtype)
+    n_queries, n = count(given), len(passes.examples)
+    n_rows = sum(passes.examples.lengths()) if wanted.per == "token" else n
+    if k is None and path is None:
+        check_room(n_queries, n, dtype)
+    best = None if k is None else Best(n_queries, min(k, n_rows), torch.empty(0, dtype=dtype))
+    every: InFile | InMemory | None = None
+    with ExitStack() as files:
+        if path is not None:
+            every = files.enter_context(InFile(path, n_queries, n, dtype))
+        elif k is None:
+            every = InMemory(n_queries, n, dtype)
+        takers: list[Taker] = [taker for taker in (best, every) if taker is not None]
+        adding = _Adding(passes.examples, scoring, takers, dtype, non_finite == "stop", progress)
+        passes.run(adding.take, adding.part_done)
+    source = GivenExamples(passes.examples, tokenizer)
+    more: dict[str, Any] = {"n_skipped": adding.n_skipped, "queries": None if asked is None else asked.ids}
+    more["asked"] = None if asked is None or mean else GivenExamples(asked.examples, tokenizer)
+    if best is not None:
+        positions = best.positions if wanted.per == "token" else None
+        return Scores(source, best.rows, best.scores, method, list(given), positions=positions, **more)
+    assert every is not None
+    return Scores(source, torch.arange(n).expand(n_queries, n), every.scores, method, list(given), is_all=True, **more)
 
 
 def _check_wanted(wanted: Wanted, method: str, k: int | None, out: Any) -> None:

@@ -11,8 +11,8 @@ import torch
 from ..errors import broken_rule
 from ..hooks.factors import Factors
 from ..spec import one_of
-from .moments import check_sizes, given_moments, mixed, moments_of, whitening
-from .queries import WHO, Queries, check_directions
+from .moments import check_sizes, given_moments, mixed, moments_of, opened_moments, whitening
+from .queries import WHO, Queries, check_directions, check_moments_alike, check_whole
 
 DAMPING = 0.1
 
@@ -72,18 +72,29 @@ def _trackstar(asked: Asked) -> Prepared:
     if asked.moments is None:
         moments = moments_of(asked.ds, points, asked.progress)
     else:
-        moments = given_moments(widths_of(asked.queries), asked.moments)
+        sums = opened_moments(asked.moments)
+        check_moments_alike(sums.about, *_said(asked))
+        moments = given_moments(widths_of(asked.queries), sums)
     maps = whitening(mixed(moments, rows, asked.mix), asked.damping)
     return Prepared({point: query @ maps[point].to(query.device) for point, query in rows.items()}, maps, True)
 
 
 def _ekfac(asked: Asked) -> Prepared:
     """Queries times the inverse of the curvature; then dot products."""
+    factors = given_factors(asked.moments)
+    check_whole(asked.ds, asked.queries.points)
+    check_moments_alike(factors.about, *_said(asked))
     given = {
         point: query.reshape(len(query), *asked.ds[point].shape[1:]) for point, query in asked.queries.rows.items()
     }
-    made = given_factors(asked.moments).precondition(given, damping_factor=asked.damping)
+    made = factors.precondition(given, damping_factor=asked.damping)
     return Prepared({point: query.flatten(1) for point, query in made.items()}, {}, False)
+
+
+def _said(asked: Asked) -> tuple[list[Any], dict[str, Any]]:
+    """What is said of the rows, and their columns."""
+    ds = asked.ds
+    return [source.header for source in ds.sources], {point: ds.column(point) for point in asked.queries.points}
 
 
 def given_factors(given: Any) -> Factors:

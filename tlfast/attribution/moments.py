@@ -26,15 +26,20 @@ def check_sizes(widths: Mapping[str, int]) -> None:
             raise ValueError(broken_rule(WHO, "points", rule, got, "Project rows: project=16."))
 
 
-def given_moments(widths: Mapping[str, int], moments: Any, ending: str = "") -> dict[str, torch.Tensor]:
-    """Return the second moments that the user gives, sums or their file: float64 [D, D] by point.
-
-    ``ending`` may stand behind the names that the sums have.
-    """
+def opened_moments(moments: Any) -> RunningSums:
+    """Return the sums that the user gives, or those in his file; TypeError for something else."""
     sums = RunningSums.load(moments) if isinstance(moments, (str, os.PathLike)) else moments
     if not isinstance(sums, RunningSums):
         got, remedy = type(moments).__name__, 'Make them by tlfast.running(..., stats="moment2_full").'
         raise TypeError(broken_rule(WHO, "moments", "be RunningSums or their file", got, remedy))
+    return sums
+
+
+def given_moments(widths: Mapping[str, int], sums: RunningSums, ending: str = "") -> dict[str, torch.Tensor]:
+    """Return the second moments that sums have: float64 [D, D] by point.
+
+    ``ending`` may stand behind the names that the sums have.
+    """
     found = {}
     for point, width in widths.items():
         name = f"{point}{ending}" if f"{point}{ending}" in sums else point

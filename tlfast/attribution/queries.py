@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..dataset import open_dataset
+from ..dataset.format.layout import WEIGHT, Column
+from ..dataset.format.meaning import Meanings
 from ..dataset.read.search import check_alike, flat_queries
 from ..dataset.read.views import Readable
 from ..errors import broken_rule
@@ -18,6 +20,8 @@ from ..hooks.points import match_names
 
 WHO = "score"
 _STORED = ("points", "name", "dtype", "encoding")  # of a spec: what makes no other numbers of a row
+# What a spec, or an import, says of rows that aren't whole gradients.
+_NOT_WHOLE = ("project", "normalizer", "normalized", "preprocessed", "summed", "heads", "queries")
 
 
 class Queries(NamedTuple):
@@ -160,19 +164,64 @@ def _check_same_kind(ds: Any, source: Any) -> None:
 
 def _check_same_spec(ds: Any, source: Any, name: str) -> None:
     """ValueError where two datasets say that a column of one name is of other numbers: another seed or reduction."""
-    made = [part.made_by(name) for side in (ds, source) for part in side.sources]
+    odd = _differing(part.made_by(name) for side in (ds, source) for part in side.sources)
+    if odd:
+        rule = f"be made as the dataset's rows at {name!r}"
+        remedy = "Collect them alike; or give tensors, {point: queries[point][:]}, to score them all the same."
+        raise ValueError(broken_rule(WHO, "queries", rule, f"another {', '.join(odd)}", remedy))
+
+
+def _differing(made: Iterable[Mapping[str, Any] | None]) -> list[str]:
+    """By which keys specs that made a column differ from the first, but for what makes no other numbers."""
     known = [{key: value for key, value in spec.items() if key not in _STORED} for spec in made if spec is not None]
-    for spec in known[1:]:
-        odd = sorted(key for key in {*spec, *known[0]} if spec.get(key) != known[0].get(key))
-        if odd:
-            rule = f"be made as the dataset's rows at {name!r}"
-            remedy = "Collect them alike; or give tensors, {point: queries[point][:]}, to score them all the same."
-            raise ValueError(broken_rule(WHO, "queries", rule, f"another {', '.join(odd)}", remedy))
+    return sorted({key for spec in known[1:] for key in {*spec, *known[0]} if spec.get(key) != known[0].get(key)})
+
+
+def check_moments_alike(
+    about: Mapping[str, Any], headers: Iterable[Mapping[str, Any]], columns: Mapping[str, Column]
+) -> None:
+    """ValueError where sums say that they are of other weights than rows, or of rows that were made in another way.
+
+    ``about`` is what the sums say of themselves, ``headers`` what is said of the rows, ``columns`` those of these.
+    """
+    said = [about, *headers]
+    ours, theirs = _fingerprints(said[1:]), _fingerprints(said[:1])
+    remedy = "Make them of the same model and specs; moments.about.clear() takes them all the same."
+    if ours and theirs and ours.isdisjoint(theirs):
+        raise ValueError(broken_rule(WHO, "moments", "be of the model of the rows", "another", remedy))
+    if "specs" not in about:
+        return
+    meanings = [Meanings(header) for header in said]
+    for name, column in columns.items():
+        made = [meaning.made_by(name, column) for meaning in meanings]
+        odd = _differing(one and one.spec for one in made)
+        if made[0] is not None and odd:
+            rule, got = f"be made as the rows at {name!r}", f"another {', '.join(odd)}"
+            raise ValueError(broken_rule(WHO, "moments", rule, got, remedy))
+
+
+def check_whole(ds: Any, names: Iterable[str]) -> None:
+    """ValueError for columns that say that they are no weight gradients, or not these as they are."""
+    for name in names:
+        for part in ds.sources:
+            spec = part.made_by(name)
+            if spec is None:
+                continue
+            of = str(spec.get("of", "grad"))
+            odd = [f"rows of {of}"] if of != WEIGHT else [key for key in _NOT_WHOLE if key in spec]
+            if odd:
+                rule, got = "be whole weight gradients with ekfac", f"{odd[0]} at {name!r}"
+                remedy = 'The curvature is of these: collect with of="weight" alone, or take trackstar.'
+                raise ValueError(broken_rule(WHO, "points", rule, got, remedy))
 
 
 def _weights(ds: Any) -> set[str]:
-    models = [source.header.get("model") for source in ds.sources]
-    return {str(model["fingerprint"]) for model in models if isinstance(model, dict) and "fingerprint" in model}
+    return _fingerprints(source.header for source in ds.sources)
+
+
+def _fingerprints(headers: Iterable[Mapping[str, Any]]) -> set[str]:
+    models = [header.get("model") for header in headers]
+    return {str(model["fingerprint"]) for model in models if isinstance(model, Mapping) and "fingerprint" in model}
 
 
 def _specs(ds: Any) -> set[str]:

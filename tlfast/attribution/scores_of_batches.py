@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from ..collecting.fingerprint import describe_model
+from ..collecting.identity import describe_spec
 from ..collecting.passes import Passes
+from ..dataset.format.layout import WEIGHT, Column
 from ..errors import broken_rule
 from ..hooks.captured import Capture
 from ..hooks.layers import find_layer, row_shape
 from ..hooks.running import RunningSums
 from ..spec import Per, Points, Query, Spec
-from .moments import check_sizes, finite_moments, given_moments, mixed, whitening
-from .queries import WHO
+from .moments import check_sizes, finite_moments, given_moments, mixed, opened_moments, whitening
+from .queries import WHO, check_moments_alike
 
 _SAFE = 2.0**-50, 2.0**60  # norms whose squares, and those of their parts, are float32 numbers to the last bit
 
@@ -26,6 +30,16 @@ class Way(NamedTuple):
     moments: Any
     damping: float
     mix: float
+
+
+def check_moments_of_model(
+    about: Mapping[str, Any], model: nn.Module, specs: Sequence[Spec] = (), points: Iterable[str] = ()
+) -> None:
+    """ValueError where sums or factors say that they are of another model than this, or of other rows at its points."""
+    if about:
+        header = {"model": describe_model(model), "specs": [describe_spec(model, spec) for spec in specs]}
+        columns = {f"{point}:{WEIGHT}": Column(torch.float32, (), WEIGHT) for point in points}
+        check_moments_alike(about, [header], columns)
 
 
 class InBackward:
@@ -95,7 +109,9 @@ class Whitened:
             passes.run(lambda numbers, cap: sums.add(_rows(cap)), lambda start, stop: None)
             moments = finite_moments(sums, widths)
         else:
-            moments = given_moments(widths, way.moments, ":weight")
+            sums = opened_moments(way.moments)
+            check_moments_of_model(sums.about, passes.model, self.specs, list(widths))
+            moments = given_moments(widths, sums, ":weight")
         maps = whitening(mixed(moments, self._queries, way.mix), way.damping)
         asked = {point: query.cpu() @ maps[point] for point, query in self._queries.items()}
         norms = torch.stack([query.square().sum(1) for query in asked.values()]).sum(0).sqrt()

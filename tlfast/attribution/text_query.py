@@ -12,16 +12,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..collecting.from_text import Collection
 from ..collecting.huggingface import Loading, base_and_adapter, check_model_name, load_model, load_tokenizer
+from ..collecting.identity import describe_spec
 from ..collecting.losses import SAID
+from ..collecting.normalizer_files import Normalizers, Reader, reader_of
 from ..collecting.run import collect
 from ..collecting.settings import CollectSettings, load_settings
 from ..dataset import open_dataset
 from ..dataset.format.description import CONFIG
 from ..dataset.read.decoding import tokenizer_fingerprint
-from ..errors import broken_rule
+from ..errors import SpeakingAs, broken_rule
 from ..projections.projection import Projection
 from ..spec import DTYPE_NAMES, Spec
 
@@ -33,7 +36,9 @@ _OF_OTHER_DATA: dict[str, Any] = {
 
 
 @contextmanager
-def text_query(ds: Any, text: str, *, response: str = "", model: str = "", trust: bool = False) -> Iterator[Any]:
+def text_query(
+    ds: Any, text: str, *, response: str = "", model: str = "", normalizer: str = "", trust: bool = False
+) -> Iterator[Any]:
     """Give a dataset with the row of one text, as the dataset ``ds`` would have it; it is gone afterwards.
 
     Args:
@@ -41,6 +46,8 @@ def text_query(ds: Any, text: str, *, response: str = "", model: str = "", trust
         text: the text, or the prompt where examples have a prompt and a response.
         response: what follows it, where examples have one.
         model: the model's folder or name, where the dataset doesn't say it, or it lies elsewhere by now.
+        normalizer: the file of what its rows were normalized with, as `tlfast collect` takes it, where the dataset
+            doesn't say it, or it lies elsewhere by now.
         trust: run the code that lies beside the model.
 
     Raises:
@@ -53,14 +60,17 @@ def text_query(ds: Any, text: str, *, response: str = "", model: str = "", trust
         if settings is not None:
             settings = replace(settings, **_given(settings, Path(folder), text, response), out=out)
             settings = replace(settings, model=_known(model or settings.model), trust_remote_code=trust)
+            if normalizer and not settings.normalizer:
+                raise _refused("--normalizer", "be left out: rows aren't normalized", repr(normalizer))
+            settings = replace(settings, normalizer=normalizer or settings.normalizer)
             if settings.normalizer and not os.path.exists(os.path.expanduser(settings.normalizer)):
-                remedy = "Put it there; or collect rows with it, and use `tlfast score`."
+                remedy = "Give its place by --normalizer."
                 raise _refused("the normalizer", "lie where config.yaml says", repr(settings.normalizer), remedy)
             Collection(settings).collect(settings, "tlfast search", progress=False)
         else:
             if response:
                 raise _refused("--response", "be left out: examples of this dataset are single texts", repr(response))
-            _collect_alike(ds, text, model, trust, out)
+            _collect_alike(ds, text, model, normalizer, trust, out)
         made = open_dataset(out)
         if len(made) != 1:
             got, remedy = f"one that makes {len(made)}", "Shorten it; or collect several rows, and use `tlfast score`."
@@ -113,10 +123,10 @@ def _given(settings: CollectSettings, folder: Path, text: str, response: str) ->
     return _OF_OTHER_DATA | {"dataset": str(place)}
 
 
-def _collect_alike(ds: Any, text: str, model: str, trust: bool, out: str) -> None:
+def _collect_alike(ds: Any, text: str, model: str, normalizer: str, trust: bool, out: str) -> None:
     """Collect a text by what dataset.json says, where there are no settings of the command."""
     header = ds.header
-    specs = _specs(header)
+    specs, readers = _specs(header), _readers(header, normalizer)
     loss = {said: name for name, said in SAID.items()}.get(str(header.get("loss")))
     if loss is None:
         got, remedy = repr(header.get("loss")), "Collect queries with it, and use `tlfast score`."
@@ -135,6 +145,8 @@ def _collect_alike(ds: Any, text: str, model: str, trust: bool, out: str) -> Non
     loaded = load_model(name, _dtype(header), torch.device("cpu"), "", Loading("auto", adapter, trust))
     tokens = tokenizer(text, verbose=False)["input_ids"]
     kept = {key: header[key] for key in ("grad_scale", "calls", "missing") if key in header}
+    for k, read in readers.items():
+        specs[k] = replace(specs[k], normalizer=_read(read, loaded, specs[k], header["specs"][k]["normalizer"]))
     collect(loaded, [list(tokens)], out, points=specs, loss=loss, progress=False, non_finite="stop", **kept)
 
 
@@ -152,7 +164,7 @@ def _specs(header: Mapping[str, Any]) -> list[Spec]:
     if not isinstance(found, list) or not all(isinstance(said, Mapping) and set(said) <= known for said in found):
         got, remedy = "others", "Collect queries as it was made, and use `tlfast score`."
         raise _refused("the specs", "be in dataset.json, as tlfast.collect says them", got, remedy)
-    odd = next((key for said in found for key in ("ref", "queries", "normalizer") if key in said), None)
+    odd = next((key for said in found for key in ("ref", "queries") if key in said), None)
     if odd is not None:
         remedy = "Collect queries with it, and use `tlfast score`."
         got = "a ref" if odd == "ref" else odd
@@ -160,8 +172,31 @@ def _specs(header: Mapping[str, Any]) -> list[Spec]:
     return [_spec(dict(said)) for said in found]
 
 
+def _readers(header: Mapping[str, Any], path: str) -> dict[int, Reader]:
+    """What reads the normalizers of some specs, by number; ValueError where their file is missing, or isn't wanted."""
+    said = {k: spec["normalizer"] for k, spec in enumerate(header["specs"]) if spec.get("normalizer") is not None}
+    if said and not path:
+        got, remedy = "a digest alone in dataset.json", "Give the file that it was read from by --normalizer."
+        raise _refused("the normalizer of the rows", "be known", got, remedy)
+    if path and not said:
+        raise _refused("--normalizer", "be left out: rows aren't normalized", repr(path))
+    with SpeakingAs(_WHO, "collect"):
+        return {k: reader_of(path, one["kind"] if path.endswith(".npz") else "auto") for k, one in said.items()}
+
+
+def _read(read: Reader, model: nn.Module, spec: Spec, said: Mapping[str, Any]) -> Normalizers:
+    """The normalizers of a spec; ValueError for others than its rows were made with."""
+    with SpeakingAs(_WHO, "collect"):
+        made = read(model, spec.bias)
+        if describe_spec(model, replace(spec, normalizer=made)).get("normalizer") != dict(said):
+            rule, remedy = "hold what the rows were normalized with", "Give the file that it was read from."
+            raise _refused("--normalizer", rule, "other numbers", remedy)
+    return made
+
+
 def _spec(said: dict[str, Any]) -> Spec:
-    """The spec that `describe_spec` has described."""
+    """The spec that `describe_spec` has described, without its normalizers."""
+    said.pop("normalizer", None)
     said["dtype"] = DTYPE_NAMES.get(str(said.get("dtype")))
     if not said.get("over"):  # nothing is reduced
         said.pop("over", None)

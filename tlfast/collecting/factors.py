@@ -179,6 +179,10 @@ class _Factoring(Passes):
 
     def factors(self, kinds: Sequence[str], basis: Factors | None) -> Factors:
         """Add up what these kinds need."""
+        theirs = {} if basis is None else basis.about.get("model", {})
+        if theirs.get("fingerprint", self.header["model"]["fingerprint"]) != self.header["model"]["fingerprint"]:
+            remedy = "Its eigenvectors are of other weights: make it with this model."
+            raise ValueError(broken_rule(_WHO, "basis", "be of this model", "one of another", remedy))
         made = self._empty([kind for kind in kinds if kind != "ekfac" or basis is not None], basis)
         with self.at_work():
             probed = self.look()
@@ -196,7 +200,7 @@ class _Factoring(Passes):
             known = None if basis is None else _basis_of(basis, name, (n_outputs, n_inputs))
             modules[name] = ModuleFactors(name, n_outputs, n_inputs, has_bias, basis=known)
         made = Factors(kinds, modules, identity=self.identity)
-        made.skipped = self.skipped
+        made.skipped, made.about = self.skipped, {"model": self.header["model"]}
         return made
 
     def _add_up(self, made: Factors, probed: Probed) -> None:

@@ -63,11 +63,15 @@ class Passes(Work):
         return self.batching.source is None or self.batching.source.rules.has_tokens
 
     @cached_property
+    def header(self) -> dict[str, Any]:
+        """What a dataset of these rows would say of them."""
+        said = describe_loss(self.loss, "", None)[0]
+        return describe_collection(self.model, self.specs, said, self.batching, {}, self.options)
+
+    @property
     def identity(self) -> str:
         """What sums over these rows are of: those of other weights, points or losses have another."""
-        said = describe_loss(self.loss, "", None)[0]
-        header = describe_collection(self.model, self.specs, said, self.batching, {}, self.options)
-        return sha256_of({key: value for key, value in header.items() if key not in _OF_BATCHES})
+        return sha256_of({key: value for key, value in self.header.items() if key not in _OF_BATCHES})
 
     @property
     def skipped(self) -> list[tuple[str, int, str]]:

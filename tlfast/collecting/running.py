@@ -60,6 +60,7 @@ def running(
         options = row_options(_WHO, [name for name in SETTINGS if name != "rows_per_unit"], points, settings)
         passes = Passes(_WHO, model, batches, options)
         sums.identity, sums.skipped = passes.identity, passes.skipped
+        sums.about = {key: passes.header[key] for key in ("model", "specs")}
         with passes.at_work():
             probed = passes.look()
             cap = passes.enter(passes.most, passes.specs).unmasked(probed.unmasked)

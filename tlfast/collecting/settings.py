@@ -133,10 +133,10 @@ class TextOptions(DataOptions):
     """of --of weight: with the gradient of the bias, where a module has one"""
     normalizer: str = ""
     """of --of weight: divide gradients by the root of second moments, before they are projected: a .npz file of tlfast
-    factors --kinds adam, or the optimizer.pt of a checkpoint, or its folder"""
+    factors --kinds adam, or the optimizer.pt of a checkpoint, or bergson's normalizers.pth, or the folder of these"""
     normalizer_kind: NormalizerKind = "auto"
     """adam or adafactor (rows and columns of the moments), for which a .npz file has both; auto: adam of a .npz file,
-    else what the optimizer was"""
+    else what the file has"""
     summed: bool = False
     """of --of weight and a projection with form=one-sided: the rows of all points added up, in one column"""
     encoding: str = ""

@@ -106,12 +106,14 @@ def search(args: list[str]) -> int:
     arguments.add_argument(
         "--model", default="", metavar="M", help="the model, where the dataset doesn't say its place"
     )
+    arguments.add_argument("--normalizer", default="", metavar="FILE", help="what rows were normalized with, likewise")
     arguments.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the model")
     _add_shared(arguments, "cosine")
     wanted = arguments.read(args)
     wanted.out = None
     ds, source = _opened(wanted), open_dataset(wanted.dir, partial=wanted.partial)
-    more = {"response": wanted.response, "model": wanted.model, "trust": wanted.trust_remote_code}
+    more = {name: getattr(wanted, name) for name in ("response", "model", "normalizer")}
+    more |= {"trust": wanted.trust_remote_code}
     # What a model prints is not the answer.
     speaking = SpeakingAs("tlfast search", "collect")
     with speaking, redirect_stdout(sys.stderr), text_query(source, wanted.text, **more) as query:

@@ -155,6 +155,7 @@ class Factors:
         self.identity = identity
         self.skipped: list[tuple[str, int, str]] = []  # examples that were left out
         self.left_out: dict[str, str] = {}  # modules that a glob meant, and why they have no factors
+        self.about: dict[str, Any] = {}  # the model, as a dataset's header says it
         self._modules = dict(modules)
 
     @property
@@ -208,14 +209,17 @@ class Factors:
         if self.has_basis:
             raise ValueError(broken_rule(_WHO, "the factors", "have no eigenvectors yet", "some", "Use these."))
         made = Factors(self.kinds, {n: of.with_eigen() for n, of in self._modules.items()}, identity=self.identity)
-        made.skipped, made.left_out = list(self.skipped), dict(self.left_out)
-        return made
+        return self._told(made)
 
     def beside(self, other: Factors) -> Factors:
         """These and other kinds of the same modules, examples and eigenvectors."""
         modules = {n: replace(of, sums={**of.sums, **other[n].sums}) for n, of in self._modules.items()}
         made = Factors([*self.kinds, *other.kinds], modules, identity=self.identity)
-        made.skipped, made.left_out = list(self.skipped), dict(self.left_out)
+        return self._told(made)
+
+    def _told(self, made: Factors) -> Factors:
+        """With what is said of these."""
+        made.skipped, made.left_out, made.about = list(self.skipped), dict(self.left_out), dict(self.about)
         return made
 
     def precondition(
@@ -331,6 +335,7 @@ class Factors:
                 raise ValueError(broken_rule(_WHO, "the factors", rule, got, remedy))
         self._modules = {name: of.merged(other[name]) for name, of in self._modules.items()}
         self.skipped += other.skipped
+        self.about = self.about or dict(other.about)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -348,6 +353,7 @@ class Factors:
                 for of in self._modules.values()
             ],
             **({"left_out": self.left_out} if self.left_out else {}),
+            **({"about": self.about} if self.about else {}),
         }  # fmt: skip
         write_sums(path, said, tensors)
 
@@ -372,6 +378,7 @@ class Factors:
         made = cls(said["kinds"], modules, identity=said["identity"])
         made.skipped = [(source, start, reason) for source, start, reason in said["skipped"]]
         made.left_out = {str(name): str(why) for name, why in said.get("left_out", {}).items()}
+        made.about = dict(said.get("about", {}))
         return made
 
 

@@ -63,7 +63,7 @@ def find_layer(who: str, name: str, module: nn.Module) -> Layer:
     if made or getattr(module, "parametrizations", None) or isinstance(getattr(type(module), "weight", None), property):
         rule, got = "have a weight that is a parameter", f"{name or 'the model'}, whose weight is made of others"
         raise ValueError(broken_rule(who, "points", rule, got, "Leave it out, or remove its parametrization."))
-    found = linear_layer(module) or _convolution(module) or _embedding(who, name, module) or _norm(module)
+    found = linear_layer(module) or convolution(module) or _embedding(who, name, module) or _norm(module)
     if found is None:
         got = f"{name or 'the model'}, a {type(module).__name__}"
         remedy = "Name such layers; a glob means all modules with parameters of their own."
@@ -97,7 +97,8 @@ def linear_layer(module: Any) -> Layer | None:
     return None
 
 
-def _convolution(module: Any) -> Layer | None:
+def convolution(module: Any) -> Layer | None:
+    """What a convolution does with its weight; None for another module."""
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return None
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import broken_rule
-from .layers import linear_layer
+from .layers import convolution, linear_layer
 from .second_moments import AdafactorNormalizer as AdafactorNormalizer
 from .second_moments import AdamNormalizer as AdamNormalizer
 from .second_moments import Normalizer as Normalizer
@@ -24,10 +24,12 @@ _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|
 def read_optimizer(
     path: str | os.PathLike[str], model: nn.Module, *, bias: bool = False, names: Sequence[str] | None = None
 ) -> dict[str, Normalizer]:
-    """The second moments of linear layers that a training run has saved: the ``optimizer.pt`` of a checkpoint.
+    """The second moments of linear layers and convolutions that a training run has saved: the ``optimizer.pt`` of a
+    checkpoint.
 
     It is the ``state_dict`` of torch's Adam or AdamW, or of transformers' Adafactor, saved by `torch.save`; nothing in
-    it is run. Of Conv1D of transformers, whose weight lies as [I, O], the moments are turned.
+    it is run. Of Conv1D of transformers, whose weight lies as [I, O], the moments are turned. Convolutions have those
+    of Adam alone.
 
     Args:
         path: the file, or the folder of a checkpoint with ``optimizer.pt``.
@@ -70,11 +72,16 @@ def read_optimizer(
     made: dict[str, Normalizer] = {}
     for name, module in model.named_modules():
         state = states.get(f"{name}.weight" if name else "weight")
-        if linear_layer(module) is not None and state is not None:
+        if state is None:
+            continue
+        if linear_layer(module) is not None or (convolution(module) is not None and "exp_avg_sq" in state):
             of_bias = states.get(f"{name}.bias" if name else "bias") if bias else None
             made[name] = _normalizer(name, module, state, of_bias)
     if not made:
-        rule, remedy = "have second moments of linear layers", "Adam, AdamW and transformers' Adafactor have such."
+        rule, remedy = (
+            "have second moments of linear layers or convolutions",
+            "Adam, AdamW and transformers' Adafactor have such.",
+        )
         raise ValueError(broken_rule(_WHO, "path", rule, "none", remedy))
     return made
 
@@ -86,12 +93,15 @@ def _by_name(saved: Mapping[str, Any], model: nn.Module, names: Sequence[str] | 
     if names is None and all(group.get("param_names") for group in groups):
         names = [name for group in groups for name in group["param_names"]]
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sizes_fit = True
     if names is None:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if len(groups) == 2:
             kept = _undecayed(model)
-            names = [name for name in names if name not in kept] + [name for name in names if name in kept]
-    fits = len(names) == len(numbers) and (len(groups) <= 2 or all(name in shapes for name in names))
+            decayed = [name for name in names if name not in kept]
+            sizes_fit = len(decayed) == len(groups[0]["params"])
+            names = decayed + [name for name in names if name in kept]
+    fits = sizes_fit and len(names) == len(numbers) and (len(groups) <= 2 or all(name in shapes for name in names))
     states = (
         {name: saved["state"][n] for name, n in zip(names, numbers, strict=fits) if n in saved["state"]} if fits else {}
     )
@@ -120,17 +130,16 @@ def _normalizer(
     name: str, module: nn.Module, state: Mapping[str, Any], of_bias: Mapping[str, Any] | None
 ) -> Normalizer:
     layer = linear_layer(module)
-    assert layer is not None
-    turned = not isinstance(module, nn.Linear)
+    turned = layer is not None and not isinstance(module, nn.Linear)
     known = None if of_bias is None else of_bias.get("exp_avg_sq")
     bias = None if known is None else known.double()
-    if "exp_avg_sq_row" in state:
+    if layer is not None and "exp_avg_sq_row" in state:
         row, col = state["exp_avg_sq_row"].double(), state["exp_avg_sq_col"].double()
         row, col = (col, row) if turned else (row, col)
         if (len(row), len(col)) == (layer.n_outputs, layer.n_inputs):
             return AdafactorNormalizer(row, col, bias)
     elif "exp_avg_sq" in state:
-        v = state["exp_avg_sq"].double()
+        v = state["exp_avg_sq"].double().flatten(1)
         v = v.T if turned else v
         return AdamNormalizer(v if bias is None else torch.cat([v, bias[:, None]], 1))
     rule, remedy = "have a second moment of its shape", "Check the model, and the optimizer."

@@ -165,6 +165,7 @@ class RunningSums:
         self.stats = tuple(dict.fromkeys("sum" if word == "mean" else word for word in words))
         self.non_finite, self.identity = non_finite, identity
         self.skipped: list[tuple[str, int, str]] = []  # examples that were left out: see `tlfast.running`
+        self.about: dict[str, Any] = {}  # the model and specs of the rows, as a dataset's header says them
         self._columns: dict[str, RowSums] = {}
 
     @classmethod
@@ -271,6 +272,7 @@ class RunningSums:
             )
             self._column(name, column.shape, empty).merge(column)
         self.skipped += other.skipped
+        self.about = self.about or dict(other.about)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -279,6 +281,7 @@ class RunningSums:
             "format": _FORMAT, "version": _VERSION, "stats": self.stats, "non_finite": self.non_finite,
             "identity": self.identity, "skipped": self.skipped,
             "columns": [[c.name, c.shape, c.n, c.n_skipped] for c in self._columns.values()],
+            **({"about": self.about} if self.about else {}),
         }  # fmt: skip
         arrays = {
             f"{k}.{stat}": total
@@ -301,6 +304,7 @@ class RunningSums:
     def _read(cls, said: Any, tensor: Read) -> RunningSums:
         made = cls(said["stats"], non_finite=said["non_finite"], identity=said["identity"])
         made.skipped = [(source, start, reason) for source, start, reason in said["skipped"]]
+        made.about = dict(said.get("about", {}))
         for k, (name, shape, n, n_skipped) in enumerate(said["columns"]):
             totals = {stat: tensor(f"{k}.{stat}") for stat in made.stats}
             made._columns[name] = RowSums(name, tuple(shape), n, n_skipped, totals)
