@@ -77,6 +77,12 @@ def backward_ratio(measured: Measured, name: str) -> float:
     return statistics.median((b - (bb - ba)) / a for a, b, ba, bb in rounds)
 
 
+def cost_ratio(measured: Measured, name: str, other: str) -> float:
+    """What a variant adds to the bare model's backward over what another one adds, both beside the busy thread."""
+    bare = measured[BARE + BUSY]["backward"]
+    return measured[name + BUSY]["backward"].above(bare) / measured[other + BUSY]["backward"].above(bare)
+
+
 def table(title: str, measured: Measured, n_points: int) -> Table:
     """Forward and backward of every variant, alone and beside the busy thread."""
     rows: list[dict[str, Cell]] = []

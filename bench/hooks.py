@@ -102,6 +102,8 @@ def claims(kind: str, alone: Measured, busy: Measured) -> list[Claim]:
               above(RETURNING + NATIVELY) / above(RETURNING)),
         Claim(f"{kind}: {FULL_HOOK}{NATIVELY} / as PyTorch calls it, per point", "at most", 0.3,
               above(FULL_HOOK + NATIVELY) / above(FULL_HOOK)),
+        Claim(f"{kind}: {FULL_HOOK}{NATIVELY} / as PyTorch calls it, in a backward beside a busy thread", "at most", 1,
+              contention.cost_ratio(busy, FULL_HOOK + NATIVELY, FULL_HOOK)),
         Claim(f"{kind}: tlfast full / {FULL_HOOK}, per point", "at most", 0.2, above(AUTO_FULL) / above(FULL_HOOK)),
     ]  # fmt: skip
 

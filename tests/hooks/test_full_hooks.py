@@ -598,3 +598,48 @@ def test_threads() -> None:
         for thread in threads:
             thread.join()
     assert not errors
+
+
+@needs_native
+def test_threads_that_come_and_go() -> None:
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            model, calls = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), []
+            model[1].register_full_backward_hook(lambda _, given, __: calls.append(1) or (2 * given[0],))
+            grads = []
+            for step in range(60):
+                x = torch.full((2, 3), 0.3, requires_grad=True)
+                if (step + number) % 2:
+                    with tlfast.accelerate_hooks(model if number % 2 else None):
+                        model(x).sum().backward()
+                else:
+                    model(x).sum().backward()
+                grads.append(x.grad)
+            assert len(calls) == 60
+            assert all(torch.equal(grad, grads[0]) for grad in grads)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert torch_module.BackwardHook is BackwardHook
+
+
+@needs_native
+def test_a_deep_graph_is_let_go() -> None:
+    point = nn.Identity()
+    point.register_full_backward_hook(lambda *_: None)
+    with tlfast.accelerate_hooks():
+        x = leaf(1)
+        y = x * 1
+        for _ in range(10_000):
+            y = point(y)
+    call = weakref.ref(point)
+    del y, point  # as deep as this, destructors that call each other end the process
+    assert call() is None

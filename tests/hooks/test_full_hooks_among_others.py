@@ -191,6 +191,19 @@ def test_jit_trace_refuses_hooks_as_ever() -> None:
     assert "can't be compiled" in alike(lambda seen: torch.jit.trace(net(seen), leaf(2, 3)))[2][1]
 
 
+def test_a_scripted_module_calls_none() -> None:
+    def run(seen: Told) -> Any:
+        x = leaf(2, 3)
+        scripted = torch.jit.script(net(seen))
+        scripted(x).sum().backward()
+        seen.result(x.grad is None)
+        scripted.register_full_backward_hook(seen.hook("refused"))
+
+    calls, _, error = alike(run)
+    assert calls == [("result", False)]
+    assert error == (RuntimeError, "register_full_backward_hook is not supported on ScriptModules")
+
+
 class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

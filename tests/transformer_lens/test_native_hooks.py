@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -80,3 +81,67 @@ def test_they_are_native_inside_alone(model):
         lens.uninstall()
     assert not is_native(point(x).grad_fn)
     assert not is_native(copied(x).grad_fn)
+
+
+class Tripled:
+    """A conversion between what flows through a point and what its hooks see."""
+
+    def convert(self, grad):
+        return 3 * grad
+
+    def revert(self, grad):
+        return grad / 3
+
+
+def told_of_one_point():
+    """What hooks of every kind of `add_hook` see at one point, in order, as some of them go, and the gradients."""
+    point, seen = hook_point_type()(), []
+    point.name = "point"
+    takes = inspect.signature(point.add_hook).parameters
+
+    def add(text, returns=lambda grad: None, **kwargs):
+        def told(grad, hook):
+            seen.append((text, hook.name, grad.sum().tolist()))
+            return returns(grad)
+
+        point.add_hook(told, dir="bwd", **{name: value for name, value in kwargs.items() if name in takes})
+
+    def step():
+        x = torch.ones(2, 3, requires_grad=True)
+        point(x * torch.arange(3)).square().sum().backward()
+        seen.append(("step", "", x.grad.tolist()))
+
+    doubled = (lambda grad: 2 * grad) if accepts("grad") else (lambda grad: (2 * grad,))
+    add("first")
+    add("second", level=1)
+    add("before", prepend=True, level=1)
+    add("under two names", alias_names=["one", "other"], level=2)
+    add("permanent", is_permanent=True)
+    add("changes", doubled, level=2)
+    step()
+    if hasattr(point, "hook_conversion"):
+        point.hook_conversion = Tripled()
+        add("converted", (lambda grad: grad + 1) if accepts("grad") else (lambda grad: None), level=2)
+        step()
+        point.hook_conversion = None
+    for chosen in ({"level": 1}, {"level": 2}):
+        point.remove_hooks("bwd", **chosen)
+        step()
+    if hasattr(point, "backward_scale"):
+        point.backward_scale = 0.5  # hooks are given something that can be summed, and no more
+        step()
+    for chosen in ({}, {"including_permanent": True}):
+        point.remove_hooks("bwd", **chosen)
+        step()
+    return seen
+
+
+def test_levels_prepend_aliases_conversions_and_removals_are_the_same():
+    plain = told_of_one_point()
+    assert [text for text, _, _ in plain[:2]] == ["before", "first"]
+    assert [text for text, _, _ in plain[-6:]] == ["first", "permanent", "step", "permanent", "step", "step"]
+    lens.install()
+    try:
+        assert told_of_one_point() == plain
+    finally:
+        lens.uninstall()
