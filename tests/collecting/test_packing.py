@@ -144,6 +144,30 @@ def test_no_token_is_the_next_of_another_text_in_a_loss_without_labels(tmp_path)
         torch.testing.assert_close(one[point][:], other[point][:], rtol=1e-4, atol=1e-5)
 
 
+OWN_LOSS = """
+from torch.nn.functional import cross_entropy
+from tlfast.collecting.loss import token_logits
+
+def own(model, batch):
+    logits = token_logits(model, batch).flatten(0, 1)
+    return cross_entropy(logits, batch.next_tokens.flatten(), ignore_index=-100, reduction="sum")
+"""
+
+
+def test_a_loss_of_ones_own_needs_no_labels_of_packed_texts(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_loss_of_packs.py").write_text(OWN_LOSS)
+    text, own = ["--text", str(folder / "text"), "--max-examples", "5"], ["--loss", "own_loss_of_packs:own"]
+    assert main(words(folder, tmp_path / "named", *text)) == 0
+    assert main(words(folder, tmp_path / "own", *text, *own)) == 0
+    named, found = (tlfast.open_dataset(tmp_path / name) for name in ("named", "own"))
+    for point in named.points:
+        torch.testing.assert_close(found[point][:], named[point][:], rtol=1e-4, atol=1e-5)
+    answers = ["--dataset", str(folder / "data"), "--prompt-column", "prompt", "--response-column", "answer"]
+    refused = complaint_of(capsys, words(folder, tmp_path / "o", *answers, *own))
+    assert "fields of the examples must be used by the model or the loss, or be kept, got labels." in refused
+
+
 def test_a_dataset_with_one_pack_in_a_batch_goes_on_so(folder, tmp_path, monkeypatch):
     short = ("--text", str(folder / "text"), "--max-examples", "12", "--rows-per-unit", "3", "--batch-tokens", "256")
     with monkeypatch.context() as patch:

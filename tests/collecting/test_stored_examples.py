@@ -217,6 +217,9 @@ def test_a_reason_that_was_cut_with_an_address_is_that_of_today(rest):
     assert is_same_reason(f"audio is no sound ({ours})", f"audio is no sound ({begun})")
     assert not is_same_reason(f"audio is no sound ({ours})", "audio is no sound (Error opening: Format)")
     assert not is_same_reason("image is no image (none)", f"audio is no sound ({begun})")
+    gone = ", no file that can be read"
+    assert is_same_reason(f"image names 'a.png'{gone}", f"image names '/elsewhere/a.png'{gone}")
+    assert not is_same_reason(f"image names 'a.png'{gone}", f"file names '/elsewhere/a.png'{gone}")
 
 
 def test_a_data_set_of_the_hub_is_read_once_too(folder, tmp_path, monkeypatch, capsys):

@@ -246,7 +246,8 @@ def test_sounds_that_do_not_fit(folder, tmp_path, capsys):
     for name, data in places.items():
         (tmp_path / name).write_bytes(data)
         rows.append({"file": name, "said": "yes"})
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"file": 3, "said": "no"}]))
+    rows += [{"file": 3, "said": "no"}, {"file": "not/here.wav", "said": "no"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = {"audio_column": "file", "response_column": "said", "label_column": None}
     for cut in ([], ["--truncate"]):
         out = tmp_path / f"out{len(cut)}"
@@ -256,6 +257,7 @@ def test_sounds_that_do_not_fit(folder, tmp_path, capsys):
         assert reasons[0] == "file has 800 samples a second, the model 16000"
         assert reasons.get(2) == (None if cut else "file has 20000 samples, more than the 16000 that are read")
         assert reasons[4] == "file is a int, no file or its bytes"
+        assert reasons[5] == "file names 'here.wav', no file that can be read", "wherever the data lie"
         assert 1 not in reasons
 
 

@@ -132,7 +132,9 @@ class Collection:
         origin = getattr(self.examples, "origin", None)
         if origin is not None:
             origin = replace(origin, how={**origin.how, "pack": longest})
-        self.examples = MadeAnew(partial(packs, self.examples, longest), origin)
+        # Without labels of the data each text is its own: what a loss that has its own way makes nothing of.
+        ours = () if columns_of(settings).makes_labels else ("labels",)
+        self.examples = MadeAnew(partial(packs, self.examples, longest), origin, ours)
         check_packs(self.model, self.examples)
 
     @property

@@ -21,6 +21,7 @@ from .fields import BadField
 from .skipped import without_addresses
 
 Kind = Literal["image", "audio"]
+NO_FILE = ", no file that can be read"
 _WHO = "collect"
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -61,7 +62,8 @@ def media_bytes(value: Any, folder: Path, name: str) -> bytes:
                 return path.read_bytes()
         except (OSError, ValueError):
             pass
-        raise BadField(f"{name} names {value[:80]!r}, no file that can be read")
+        # Its last part: where data lie differs by machine, and a dataset holds this as the reason of what it left out.
+        raise BadField(f"{name} names {Path(value).name[:80]!r}{NO_FILE}")
     raise BadField(f"{name} is {'empty' if value in (None, '') else f'a {type(value).__name__}'}, no file or its bytes")
 
 

@@ -22,6 +22,7 @@ from ..errors import broken_rule
 from .checks import positions_of, said_positions
 from .identity import describe_examples
 from .json_parts import TWO_VALUES
+from .media import NO_FILE
 from .options import Resume
 from .skipped import without_addresses
 
@@ -99,7 +100,7 @@ def loss_as_begun(out: Place, said: dict[str, Any], unknown: Sequence[str], over
 
 
 def reasons_as_begun(out: Place, skipped: Sequence[list[Any]], overwrite: bool) -> None:
-    """Give what is skipped the reasons of the dataset that is continued: the first ones named objects of a process."""
+    """Give what is skipped the reasons of the dataset that is continued: the first ones named objects and paths."""
     if overwrite or not skipped or not holds_dataset(out, "collect"):
         return
     there = (entry for _, said in read_description(out, "collect").examples for entry in said.get("skipped") or ())
@@ -109,10 +110,12 @@ def reasons_as_begun(out: Place, skipped: Sequence[list[Any]], overwrite: bool) 
 
 
 def is_same_reason(ours: str, begun: str) -> bool:
-    """Whether the reason of a dataset is one of today's, with an object of its process in it.
+    """Whether the reason of a dataset is one of today's, with an object of its process in it, or a path of its machine.
 
-    Such a one was cut at a length that counts the object's address: less of the rest is there, before a bracket.
+    The former was cut at a length that counts the object's address: less of the rest is there, before a bracket.
     """
+    if ours.endswith(NO_FILE) and begun.endswith(NO_FILE):
+        return ours.partition(" names ")[0] == begun.partition(" names ")[0]
     plain = without_addresses(begun)
     return ours == plain or (plain != begun and ours.startswith(plain.removesuffix(")")))
 

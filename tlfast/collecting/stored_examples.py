@@ -9,7 +9,7 @@ import platform
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -37,10 +37,13 @@ class MadeAnew:
     Args:
         make: begins to make them.
         origin: what they are made of, and how; None: that can't be known.
+        may_be_unused: fields that they have beside what the user gave, of which a loss may make nothing.
     """
 
-    def __init__(self, make: Callable[[], Iterator[Any]], origin: Origin | None = None) -> None:
-        self._make, self.origin = make, origin
+    def __init__(
+        self, make: Callable[[], Iterator[Any]], origin: Origin | None = None, may_be_unused: Sequence[str] = ()
+    ) -> None:
+        self._make, self.origin, self.may_be_unused = make, origin, may_be_unused
 
     def __iter__(self) -> Iterator[Any]:
         return self._make()

@@ -38,7 +38,7 @@ from .options import CollectOptions
 from .packing import check_packs
 from .probe import Probe, Probed
 from .skipped import BadExamples
-from .stored_examples import stored_in
+from .stored_examples import MadeAnew, stored_in
 from .tasks import check_task, is_encoder_decoder
 
 BATCH_EXAMPLES = 16  # in a batch of examples without tokens, where nobody says how many
@@ -92,6 +92,7 @@ class Work:
             options.collate is None,
             spool_in,
         )
+        self._may_be_unused = batches.may_be_unused if isinstance(batches, MadeAnew) else ()
         self.stored = None if kept_in is None else stored_in(kept_in, batches, reader, self.bad, options.fingerprint)
         if self.stored is None or options.overwrite or not self.stored.restore():
             reader.read(batches)
@@ -179,7 +180,7 @@ class Work:
         if self.loss is preference_loss:
             self._check_pairs()
         probed = probe.look()
-        check_used(self.batching.use, options.keep_fields)
+        check_used(self.batching.use, (*options.keep_fields, *self._may_be_unused))
         if self.loss in (next_token_loss, response_loss) and not self.batching.use.read - {"labels"}:
             check_causal(self.model, self.batching, self.examples)
         return probed
