@@ -131,9 +131,10 @@ Weight::Weight(Form form)
           "be of rows of linear layers and convolutions, for each example", "another");
   require(!form_.whole || !form_.whole->projects() || (!form_.left && !form_.right && !form_.heads), "whole",
           "project alone", "with others");
-  const bool fits = form_.layer == Layer::linear && !form_.heads && (!form_.left || form_.left->dim() == 2);
-  require(form_.sums ? fits : form_.row != WeightRow::sums, "sums", "be there, of a linear layer without heads",
-          form_.sums ? "another" : "none");
+  const bool has_factors = form_.layer == Layer::linear || (conv && window.groups == 1);
+  const bool fits = has_factors && !form_.heads && (!form_.left || form_.left->dim() == 2);
+  require(form_.sums ? fits : form_.row != WeightRow::sums, "sums",
+          "be there, of a linear layer without heads or a convolution without groups", form_.sums ? "another" : "none");
 }
 
 at::Tensor Weight::keep(const std::string& who, const at::Tensor& input) const {

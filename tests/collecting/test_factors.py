@@ -230,11 +230,45 @@ def test_globs_mean_linear_layers_with_a_weight_of_their_own():
         tlfast.factors(model, [[1, 2, 3]], ["transformer.h.*.mlp.c_*", "lm_head"])
 
 
-def test_sums_are_of_linear_layers(backend):
+@pytest.mark.parametrize("bias", [False, True])
+def test_windows_of_a_convolution_are_its_tokens(bias, backend):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, (2, 3), stride=2, padding=1, dilation=(1, 2))
+    model = nn.Sequential(nn.Identity(), conv, nn.Conv2d(4, 4, 2, groups=2)).double()
+    data = torch.randn(5, 3, 6, 7, dtype=torch.float64)
+
+    def loss(model, batch):
+        return (model(batch["x"]) ** 2).sum()
+
+    settings = {"loss": loss, "embedding": model[0], "bias": bias, "backend": backend, "batch_examples": 2}
+    found = tlfast.factors(model, [{"x": x} for x in data], kinds=("kfac", "ekfac", "adam"), **settings)
+    assert found.names == ["1"]
+    assert found.left_out == {"2": "Conv2d"}
+    of = found["1"]
+    windows = nn.functional.unfold(data, (2, 3), dilation=(1, 2), padding=1, stride=2).mT  # [N, T, 18]
+    windows = torch.cat([windows, torch.ones_like(windows[..., :1])], 2) if bias else windows
+    made = conv(data).detach().requires_grad_()
+    (grad,) = torch.autograd.grad((model[2](made) ** 2).sum(), made)
+    grad = grad.flatten(2).mT  # [N, T, 4]
+    gradients = grad.mT @ windows
+    assert (of.n_examples, of.n_tokens) == (5, windows.shape[0] * windows.shape[1])
+    assert_near(of.inputs, windows.flatten(0, 1).T @ windows.flatten(0, 1), 1e-12)
+    assert_near(of.outputs, grad.flatten(0, 1).T @ grad.flatten(0, 1), 1e-12)
+    assert_near(of.second_moment, gradients.square().mean(0), 1e-12)
+    rotated = of.output_basis.T @ gradients @ of.input_basis
+    assert_near(of.eigenvalues, rotated.square().mean(0), 1e-10)
+    (loss(model, {"x": data})).backward()
+    assert_near(gradients.sum(0)[:, :18], conv.weight.grad.flatten(1), 1e-12)
+    assert found.normalizers()["1"](gradients).shape == gradients.shape
+
+
+def test_sums_are_of_layers_with_factors(backend):
     engine = pick_backend("capture", backend, {"cpu"})
     more = (None, torch.ones(2, 3), 1.0, 0, -1, (1, 0.0), None, (None, None, None), ())
     sums = engine.FactorSums("products")
-    with refuses("capture: sums must be there, of a linear layer without heads, got another."):
+    with refuses(
+        "capture: sums must be there, of a linear layer without heads or a convolution without groups, got another."
+    ):
         engine.Weight("embedding", sums, False, *more)
     with refuses("capture: kind must be one of products, squares, got 'rows'."):
         engine.FactorSums("rows")
@@ -245,6 +279,9 @@ def broken():
         return model(batch["x"]).sum() * torch.tensor(3e38)
 
     return loss
+
+
+LAYERS_ONLY = "factors: points must be linear layers, or convolutions without groups, got "
 
 
 def test_what_is_refused():
@@ -260,9 +297,9 @@ def test_what_is_refused():
         ("1", {"kinds": "ekfac", "basis": made.eigen(), "bias": True},
          "factors: basis must be of [150, 7] at 1, got [150, 6].", ValueError),
         ("3", {"kinds": "ekfac", "basis": made.eigen()}, "factors: basis must have the layer 3, got 1.", ValueError),
-        ("0", {}, "factors: points must be linear layers, got 0 (Embedding). Name", ValueError),
-        (["0", "1*", "2"], {}, "factors: points must be linear layers, got 0 (Embedding), 2 (GELU). Name", ValueError),
-        (lambda name: name in "02", {}, "factors: points must be linear layers, got 0 (Embedding). Name", ValueError),
+        ("0", {}, LAYERS_ONLY + "0 (Embedding). Name", ValueError),
+        (["0", "1*", "2"], {}, LAYERS_ONLY + "0 (Embedding), 2 (GELU). Name", ValueError),
+        (lambda name: name in "02", {}, LAYERS_ONLY + "0 (Embedding). Name", ValueError),
         (tlfast.Spec("1"), {}, "factors: points must be names, a glob or modules, got a Spec.", TypeError),
         ("1", {"calls": "sum"}, "factors: settings must be among bias, ", TypeError),
     ):  # fmt: skip

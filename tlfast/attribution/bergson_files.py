@@ -136,7 +136,8 @@ def write_bergson_factors(factors: Factors, folder: str | os.PathLike[str], mode
         model: in which the modules are.
 
     Raises:
-        ValueError: without eigenvectors, for a folder that has files, and for a module that the model hasn't.
+        ValueError: without eigenvectors, for a folder that has files, for a module that the model hasn't, and for one
+            that isn't a linear layer.
     """
     who = "write_bergson_factors"
     if not factors.has_basis or "kfac" not in factors.kinds:
@@ -150,6 +151,10 @@ def write_bergson_factors(factors: Factors, folder: str | os.PathLike[str], mode
     if "ekfac" in factors.kinds:
         made[_CORRECTED] = lambda of: of.eigenvalues
     names = {name: known_name(who, "factors", model, name) for name in factors}
+    odd = next((name for name in names if linear_layer(model.get_submodule(name)) is None), None)
+    if odd is not None:
+        rule, got = "be of linear layers", f"{odd} ({type(model.get_submodule(odd)).__name__})"
+        raise ValueError(broken_rule(who, "factors", rule, got, "bergson has none of others: name linear layers."))
     for kind, take in made.items():
         (out / kind).mkdir(parents=True)
         tensors = {known: take(factors[name]).cpu().float().contiguous() for name, known in names.items()}

@@ -66,7 +66,8 @@ def text_query(
             if settings.normalizer and not os.path.exists(os.path.expanduser(settings.normalizer)):
                 remedy = "Give its place by --normalizer."
                 raise _refused("the normalizer", "lie where config.yaml says", repr(settings.normalizer), remedy)
-            Collection(settings).collect(settings, "tlfast search", progress=False)
+            with SpeakingAs(_WHO, "collect"):
+                Collection(settings).collect(settings, "tlfast search", progress=False)
         else:
             if response:
                 raise _refused("--response", "be left out: examples of this dataset are single texts", repr(response))

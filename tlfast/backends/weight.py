@@ -36,8 +36,8 @@ class Weight:
     Args:
         layer: what the module does with its weight: linear, conv, embedding, layer_norm or rms_norm.
         row: what a row is: the gradient, its norm, or its dot products with queries ("scores"); of each position the
-            two factors, side by side, the norm, or these products; or running sums of a linear layer, where a row is
-            the number of positions that were added.
+            two factors, side by side, the norm, or these products; or running sums of a linear layer or a convolution,
+            where a row is the number of positions that were added.
         bias: whether the bias belongs to the weight.
         left: L [p, O], or of each head [n, p, O / n].
         right: R [p, I].
@@ -62,11 +62,10 @@ class Weight:
         self.bias, self.left, self.right, self._scale, self.heads = bias, left, right, row_scale, heads
         self.padding_idx, self.window = padding_idx, window
         self.normalized, self.eps = norm
-        if self._running is not None and (layer != "linear" or heads or (left is not None and left.dim() > 2)):
-            remedy = 'Make it by Spec(of="weight").'
-            raise ValueError(
-                broken_rule("capture", "sums", "be there, of a linear layer without heads", "another", remedy)
-            )
+        has_factors = layer == "linear" or (layer == "conv" and self.groups == 1)
+        if self._running is not None and (not has_factors or heads or (left is not None and left.dim() > 2)):
+            rule = "be there, of a linear layer without heads or a convolution without groups"
+            raise ValueError(broken_rule("capture", "sums", rule, "another", 'Make it by Spec(of="weight").'))
         self.of_norm = layer in ("layer_norm", "rms_norm")
         small = right is not None and right.shape[0] < right.shape[1]
         self._early = small and not self.of_norm and self._whole is None

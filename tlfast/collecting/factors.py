@@ -12,9 +12,9 @@ from torch import nn
 
 from ..errors import SpeakingAs, broken_rule
 from ..hooks.experts import ExpertLayer
-from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored
+from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored, has_factors
 from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors, with_reasons
-from ..hooks.layers import linear_layer, owns_weight, weighted_modules
+from ..hooks.layers import convolution, linear_layer, owns_weight, weighted_modules
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..hooks.points import as_list, find_points, is_glob, named_points
 from ..spec import Points, Spec, one_of
@@ -41,7 +41,7 @@ def factors(
     basis: Factors | None = None,
     **settings: Any,
 ) -> Factors:
-    """Add up what the curvature of the loss at some linear layers is made of, over all examples: no row is kept.
+    """Add up what the curvature of the loss at some layers is made of, over all examples: no row is kept.
 
     With a the input of a layer at a token, g the gradient at its output, and G = sum over tokens of g a^T [O, I] the
     weight gradient of an example:
@@ -60,9 +60,10 @@ def factors(
 
     Args:
         model, batches: as in `collect`.
-        points: the layers, by name or glob: `torch.nn.Linear`, or transformers' Conv1D. A glob that means other
-            modules too, as the default does, means the linear ones among these; not one whose weight is shared.
-            What it left out is in ``left_out``.
+        points: the layers, by name or glob: `torch.nn.Linear`, transformers' Conv1D, or a convolution without groups,
+            whose windows stand for tokens: a is a window [channels * kernel], and g the gradient there (Grosse and
+            Martens 2016). A glob that means other modules too, as the default does, means these among them; not one
+            whose weight is shared. What it left out is in ``left_out``.
         kinds: what to add up.
         basis: of "ekfac": `Factors` with eigenvectors. None: "kfac" must be among the kinds, and the examples go
             through the model twice.
@@ -90,7 +91,7 @@ def factors(
     if isinstance(given, Spec) or (isinstance(given, Sequence) and any(isinstance(one, Spec) for one in given)):
         rule, remedy = "be names, a glob or modules", "What is taken of a layer is settled: give its name."
         raise TypeError(broken_rule(_WHO, "points", rule, "a Spec", remedy))
-    found, left_out = _linear_layers(model, points)
+    found, left_out = _factored_layers(model, points)
     with SpeakingAs(_WHO, "collect"):
         options = row_options(_WHO, _ALLOWED, list(found), settings, of="weight", reduce="norm")
         made = _Factoring(model, batches, options, found).factors(wanted, basis)
@@ -119,8 +120,8 @@ def _check_kinds(wanted: Sequence[str], basis: Factors | None) -> None:
         raise ValueError(broken_rule(_WHO, "basis", "have eigenvectors", "none", "Give basis.eigen()."))
 
 
-def _linear_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linear layers that points mean, and why other modules with a weight are left out, by name.
+def _factored_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers with factors that points mean, and why other modules with a weight are left out, by name.
 
     Of a glob or predicate they are those whose weight is theirs alone; all that are named must be such.
 
@@ -133,27 +134,28 @@ def _linear_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Modul
     kept: dict[str, nn.Module] = {}
     if names:
         kept = weighted_modules(_WHO, model, Spec(names, of="weight"), {name: found[name] for name in names})
-    odd = {name: type(layer).__name__ for name, layer in kept.items() if not _is_linear(layer)}
+    odd = {name: type(layer).__name__ for name, layer in kept.items() if not _has_factors(layer)}
     owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
     left_out: dict[str, str] = {}
     for name, module in found.items():
         if name in names:
             continue
-        if linear_layer(module) is None:
+        if not _has_factors(module):
             left_out |= {name: type(module).__name__} if owns_weight(module) else {}
         elif owners[id(module._parameters.get("weight"))] > 1:
             left_out[name] = "a shared weight"
         else:
             kept[name] = module
     if odd or not kept:
-        rule, remedy = "be linear layers", "Name torch.nn.Linear, or Conv1D of transformers: others have no factors."
+        rule = "be linear layers, or convolutions without groups"
+        remedy = "Name torch.nn.Linear, Conv1D of transformers or torch.nn.Conv2d: others have no factors."
         raise ValueError(broken_rule(_WHO, "points", rule, with_reasons(odd or left_out) or "none", remedy))
     order = [name for name in [*found, *kept] if name in kept]
     return {name: kept[name] for name in order}, left_out
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return linear_layer(module) is not None or isinstance(module, ExpertLayer)
+def _has_factors(module: nn.Module) -> bool:
+    return has_factors(linear_layer(module) or convolution(module)) or isinstance(module, ExpertLayer)
 
 
 def _basis_of(basis: Factors, name: str, sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -168,13 +170,19 @@ def _basis_of(basis: Factors, name: str, sizes: tuple[int, int]) -> tuple[torch.
     return of.basis
 
 
+def _sizes(name: str, module: nn.Module, bias: bool) -> tuple[int, int, bool]:
+    """(outputs, inputs with that of the bias, whether there is one) of a layer; ValueError for one without factors."""
+    layer, has_bias = check_factored(_WHO, name, module, bias)
+    return layer.n_outputs, layer.n_inputs + has_bias, has_bias
+
+
 class _Factoring(Passes):
     """All examples through the model, batch by batch, into sums; twice for eigenvalues of their own eigenvectors."""
 
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], options: CollectOptions, layers: Mapping[str, nn.Module]
     ) -> None:
-        self._sizes = {name: check_factored(_WHO, name, layer, options.bias) for name, layer in layers.items()}
+        self._sizes = {name: _sizes(name, layer, options.bias) for name, layer in layers.items()}
         super().__init__(_WHO, model, batches, options)
 
     def factors(self, kinds: Sequence[str], basis: Factors | None) -> Factors:

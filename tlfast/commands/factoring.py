@@ -40,7 +40,9 @@ def _read(args: list[str]) -> Any:
     arguments = Arguments("factors", "Factors of the curvature of a model.", "a model with data, or --merge FILE ...")
     arguments.add_argument("model", nargs="?", metavar="MODEL", help="a folder or name of transformers' models")
     arguments.add_argument("--out", required=True, metavar="FILE", help="a new .npz file")
-    arguments.add_argument("--points", nargs="+", default=["**"], metavar="GLOB", help="linear layers; without it all")
+    arguments.add_argument(
+        "--points", nargs="+", default=["**"], metavar="GLOB", help="layers with factors; without it all"
+    )
     arguments.add_argument("--kinds", nargs="+", default=["kfac"], metavar="KIND", help=", ".join(FACTOR_KINDS))
     arguments.add_argument("--bias", action="store_true", help="with the bias of each layer")
     arguments.add_argument("--basis", metavar="FILE", help='of "ekfac": the merged "kfac" of all parts')

@@ -11,7 +11,7 @@ from ..errors import broken_rule
 from ..spec import Spec
 from .captured import Capture
 from .factors import Factors
-from .layers import find_layer
+from .layers import Layer, find_layer
 from .options import CaptureOptions
 
 # What a spec's name says is added up.
@@ -30,23 +30,28 @@ class FactorCapture(Capture):
         super().__init__(model, options)
 
     def _of_weight(self, column: str, name: str, module: nn.Module, spec: Spec, calls: str) -> Column:
-        _, _, has_bias = check_factored("capture", name, module, spec.bias)
+        layer, has_bias = check_factored("capture", name, module, spec.bias)
         kind, left, right = spec.label, None, None
         if kind == EIGENVALUES:
             assert self._basis is not None
             left, right = self._basis[name].output_basis.T, self._basis[name].input_basis.T
         sums = self.sums[name, kind] = self._engine.FactorSums("products" if kind == PRODUCTS else "squares")
         weight = self._engine.Weight(
-            "linear", sums, has_bias, left, right, 1.0, 0, -1, (1, 0.0), None, (None, None, None), ()
+            layer.kind, sums, has_bias, left, right, 1.0, 0, -1, (1, 0.0), layer.window, (None, None, None), ()
         )  # fmt: skip
         return self._engine.Column(column, "none", (), None, self.capacity, calls, "weight", None, None, weight)
 
 
-def check_factored(who: str, name: str, module: nn.Module, bias: bool) -> tuple[int, int, bool]:
-    """(outputs, inputs with that of the bias, whether there is one) of a linear layer; ValueError for another."""
+def check_factored(who: str, name: str, module: nn.Module, bias: bool) -> tuple[Layer, bool]:
+    """A layer that has factors, and whether its bias counts as one more input; ValueError for another."""
     layer = find_layer(who, name, module)
-    if layer.kind != "linear":
-        rule, remedy = "be linear layers for factors", "Name these alone: other weights have no such factors."
+    if not has_factors(layer):
+        rule = "be linear layers, or convolutions without groups, for factors"
+        remedy = "Name these alone: other weights have no such factors."
         raise ValueError(broken_rule(who, "points", rule, f"{name} ({type(module).__name__})", remedy))
-    has_bias = bias and layer.has_bias
-    return layer.n_outputs, layer.n_inputs + has_bias, has_bias
+    return layer, bias and layer.has_bias
+
+
+def has_factors(layer: Layer | None) -> bool:
+    """Whether the curvature of a layer is made of one factor for its inputs and one for its outputs."""
+    return layer is not None and (layer.kind == "linear" or (layer.window is not None and layer.window[5] == 1))
