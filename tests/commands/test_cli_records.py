@@ -272,6 +272,25 @@ def test_positions_before_that_of_padding_are_no_tokens(folder, tmp_path, monkey
     assert all(reason.endswith(" tokens, more than 28") for reason in reasons)
 
 
+def test_labels_of_each_class(folder, tmp_path, own_ends):
+    """A list of 0 and 1 in the data, of an example whose text has another number of tokens."""
+    rows = [{"text": one["text"], "is": [k % 2, 1, k // 2 % 2]} for k, one in enumerate(RECORDS[:5])]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"column": "text", "label_column": "is", "points": "bert.encoder.layer.0", "model": str(own_ends)}
+    assert main(words(folder, tmp_path / "out", str(tmp_path / "l.jsonl"), **columns)) == 0
+    dataset = tlfast.open_dataset(tmp_path / "out")
+    model = huggingface.load_model(str(own_ends), None, torch.device("cpu"), "", huggingface.Loading("auto")).eval()
+    for row, example in enumerate(dataset.examples):
+        ids, truth = torch.tensor([example["input_ids"]]), torch.tensor([rows[row]["is"]]).float()
+
+        def loss(ids=ids, truth=truth):
+            logits = model(input_ids=ids).logits
+            return torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+
+        for point, grad in gradients_alone(model, dataset.points, loss).items():
+            torch.testing.assert_close(dataset[point][row], grad[0].sum(0), rtol=1e-3, atol=1e-4)
+
+
 def test_columns_of_which_a_models_loss_makes_nothing_are_refused(folder, tmp_path, capsys, own_ends):
     found = {"model": str(own_ends), "points": "bert.encoder.layer.0"}
     refused = complaint_of(capsys, words(folder, tmp_path / "o", **found, messages_column="messages"))

@@ -60,7 +60,17 @@ from .run import Run
 from .settings import COLUMNS, CollectSettings, stored_as
 from .skipped import BadExamples
 from .stored_examples import MadeAnew, Origin
-from .tasks import CAUSAL, CLASSIFIER, MASKED, SEQ2SEQ, check_task, has_own_ends, task_of, unwrapped
+from .tasks import (
+    CAUSAL,
+    CLASSIFIER,
+    MASKED,
+    SEQ2SEQ,
+    check_task,
+    classifies_whole,
+    has_own_ends,
+    task_of,
+    unwrapped,
+)
 from .text import TextFile, check_plain, find_text_files, texts
 from .tokenizing import Columns, Tokenizing
 
@@ -243,10 +253,17 @@ class Collection:
             columns, self.tokenizer, task, self.bad, condition=settings.filter, place=settings.dataset, **how
         )
         self._made_by = tokenizing
+        tokenizing.of_whole = classifies_whole(self.model)
         strict = settings.overwrite or settings.extend or not records_as_begun(settings.out)
         hub = on_hub(settings.dataset, settings.name, settings.split)
         files = files_of(settings.dataset, settings.split, hub)
-        how |= {"columns": asdict(columns), "task": task, "split": settings.split, "name": settings.name}
+        how |= {
+            "columns": asdict(columns),
+            "task": task,
+            "of_whole": tokenizing.of_whole,
+            "split": settings.split,
+            "name": settings.name,
+        }
 
         def examples() -> Iterator[Any]:
             self.bad.forget()

@@ -70,6 +70,12 @@ def has_own_ends(task: str | None) -> bool:
     return task in (MASKED, CLASSIFIER, SEQ2SEQ)
 
 
+def classifies_whole(model: nn.Module) -> bool:
+    """Whether a model gives classes to an example, and not to each of its tokens."""
+    names = [kind.__name__ for kind in type(unwrapped(model)).__mro__]
+    return task_of(model) == CLASSIFIER and not any(name.endswith("ForTokenClassification") for name in names)
+
+
 def check_task(model: nn.Module, loss: str) -> None:
     """ValueError where a loss, by its name, asks of a model what its class isn't for."""
     task = task_of(model)

@@ -107,6 +107,7 @@ class Tokenizing:
         self.first, self.last, self.longest, self.truncate = list(first), list(last), longest, truncate
         self.condition = Condition(condition, _WHO) if condition else None
         self.label_ids, self.place = label_ids or {}, place
+        self.of_whole = False  # whether a list of labels is one for each class, and not one for each token
         self._quick: dict[str, bool] = {}  # columns whose texts the tokenizer's own backend encodes as it does itself
         self._kept = False  # whether a record has come that has all columns that are to be kept
         self.unused: list[str] = []  # columns that records have and nobody asks for; known once the first is read
@@ -268,12 +269,12 @@ class Tokenizing:
         for what in (ids, labels) if apart and isinstance(labels, array) else (ids,):
             if self.longest is not None and len(what) > self.longest and not self.truncate:
                 raise Unusable(f"{len(what)} tokens, more than {self.longest}")
-        along = isinstance(labels, array) and not apart
+        along = isinstance(labels, array) and not apart and not self.of_whole
         if along and len(labels) != len(ids):
             raise Unusable(f"{len(labels)} labels for {len(ids)} tokens")
         ids = ids[: self.longest] if self._cuts else ids
         if isinstance(labels, array):
-            labels = labels[: self.longest] if self._cuts else labels
+            labels = labels[: self.longest] if self._cuts and not self.of_whole else labels
             n_asked = len(labels) - labels.count(NOT_ASKED_FOR)
             if along and n_asked and labels[0] != NOT_ASKED_FOR and self.task in (None, CAUSAL):
                 n_asked -= 1  # the first token is nobody's next
