@@ -23,7 +23,7 @@ PREDICTION = (
     "Pairs: two rows a token are written and read four times more, 0.1 ms of 1.5 ms a token: 90 % and more of the bare "
     "forward and backward; the SAE's step comes on top of either."
 )
-ROUNDS, LENS_ROUNDS = 5, 3  # a round of the lens takes twice as long, and its ratios are steady
+ROUNDS = 3
 CORPUS = {"corpus": "drawn tokens", "skip_first_positions": 16}
 EPS = torch.finfo(torch.float32).eps
 
@@ -34,7 +34,7 @@ def jacobian_lens(result: Result, quick: bool) -> None:
     theirs: Any = import_module("transformer_lens.tools.analysis.jacobian_lens")
     lens: Any = import_module("tlfast.transformer_lens")
     bench_lens: Any = import_module("bench.lens")
-    width, heads, length, rounds = (64, 1, 32, 1) if quick else (320, 5, 48, LENS_ROUNDS)
+    width, heads, length, rounds = (64, 1, 32, 1) if quick else (320, 5, 48, ROUNDS)
     bridge = bench_lens.build(4, width, heads, length)
     bridge.to_tokens = lambda prompt, **given: prompt  # it has no tokenizer
     prompt = torch.randint(512, (1, length), generator=torch.Generator().manual_seed(0))
@@ -193,8 +193,7 @@ def run(quick: bool = False) -> Result:
     import warnings
 
     warnings.simplefilter("ignore")  # TransformerLens says at every norm which path it takes
-    rounds = {"rounds": 1 if quick else ROUNDS, "rounds of a lens": 1 if quick else LENS_ROUNDS}
-    settings = {"quick": quick, **rounds, "threads": torch.get_num_threads()}
+    settings = {"quick": quick, "rounds": 1 if quick else ROUNDS, "threads": torch.get_num_threads()}
     result = Result("recipes_lens", PREDICTION, settings)
     pairs(result, quick)
     if find_spec("transformer_lens") is not None:

@@ -19,7 +19,8 @@ Of = Literal["grad", "act", "grad*act", "grad*ref", "weight"]
 Side = Literal["output", "input"]
 Per = Literal["example", "token"]
 Encoding = Literal[
-    "int8", "int8:64", "float8_e4m3fn", "int4:64", "int8:stochastic", "int8:64:stochastic", "int4:64:stochastic"
+    "int8", "int8:64", "float8_e4m3fn", "int4:64", "int8:stochastic", "int8:64:stochastic", "float8_e4m3fn:stochastic",
+    "int4:64:stochastic",
 ]  # fmt: skip
 Calls = Literal["raise", "sum", "last", "stack"]
 Missing = Literal["raise", "nan"]
@@ -123,8 +124,8 @@ class Spec:
         per: "example", or "token": each real token has a row, and padding has none. Only dimensions behind the
             positions can be reduced then.
         encoding: how rows are stored in a dataset: None, as they are; "int8", "int8:64", "float8_e4m3fn" or "int4:64",
-            as `tlfast.dataset.Column` has them, an integer one perhaps with ":stochastic" behind it. What is encoded
-            are the rows as ``dtype`` has them, not float64.
+            as `tlfast.dataset.Column` has them, perhaps with ":stochastic" behind it. What is encoded are the rows as
+            ``dtype`` has them, not float64.
         project: of "weight": how many numbers each side is projected to, or a `Projection`: rows are L G R^T
             [dim, dim] then, the dot product of two of which is that of the gradients, on average (Johnson and
             Lindenstrauss). None: rows are G itself. A norm has a vector for its weight, an embedding must be projected.

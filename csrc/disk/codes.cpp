@@ -28,20 +28,26 @@ TLFAST_INLINE float largest_of(const G* __restrict values, int64_t n) {
   return widen(stored);
 }
 
-// The nearest code of a quotient, half to even, as a byte; and what a byte stands for, which is exact.
+// The whole number below, or the one above where what is between them is more than a number of [0, 1).
+TLFAST_INLINE float one_of_two(float quotient, float uniform) {
+  const float rounded = float_of(bits_of(quotient + 0x1.8p23f)) - 0x1.8p23f;
+  const float below = rounded > quotient ? rounded - 1 : rounded;
+  return quotient - below > uniform ? below + 1 : below;
+}
+
+// The nearest code of a quotient, half to even, as a byte; one of the two around it, drawn by a number of [0, 1); and
+// what a byte stands for, which is exact.
 struct Integer {
+  static constexpr float kLargest = 127;
   // Numbers near 1.5 * 2^23 are integers: the sum rounds, and its last byte is the code in two's complement.
   static TLFAST_INLINE uint8_t nearest(float quotient) { return uint8_t(bits_of(quotient + 0x1.8p23f)); }
-  // The one below, or the one above where what is between them is more than a number of [0, 1).
   static TLFAST_INLINE uint8_t drawn(float quotient, float uniform, float largest) {
-    const float rounded = float_of(bits_of(quotient + 0x1.8p23f)) - 0x1.8p23f;
-    const float below = rounded > quotient ? rounded - 1 : rounded;
-    const float code = quotient - below > uniform ? below + 1 : below;
-    return nearest(std::max(-largest, std::min(code, largest)));
+    return nearest(std::max(-largest, std::min(one_of_two(quotient, uniform), largest)));
   }
   static TLFAST_INLINE float value(uint8_t code) { return float(int8_t(code)); }
 };
 struct Float8 {
+  static constexpr float kLargest = 448;
   // Exponent bias 7 against 127, 3 fraction bits against 23. A quotient is below 449, so there is no overflow.
   static TLFAST_INLINE uint8_t nearest(float quotient) {
     const uint32_t u = bits_of(quotient), sign = (u >> 24) & 0x80u, size = u & 0x7fffffffu;
@@ -50,6 +56,14 @@ struct Float8 {
     // Below 2^-6 the codes are multiples of 2^-9, which is the last place of numbers near 2^14: the sum rounds.
     const uint32_t tiny = bits_of(float_of(size) + 0x1p14f) - bits_of(0x1p14f);
     return uint8_t(sign | (size < 0x3c800000u ? tiny : normal));
+  }
+  // Around a quotient codes are 2^-3 of its power of two apart, 2^-9 at least; so what is divided and multiplied by is
+  // exact.
+  static TLFAST_INLINE uint8_t drawn(float quotient, float uniform, float largest) {
+    const uint32_t power = std::max(bits_of(quotient) & 0x7f800000u, 0x3c800000u);
+    const float apart = float_of(power - (3u << 23));
+    const float code = one_of_two(quotient / apart, uniform) * apart;
+    return nearest(std::max(-largest, std::min(code, largest)));
   }
   static TLFAST_INLINE float value(uint8_t code) {
     const uint32_t sign = uint32_t(code & 0x80u) << 24, size = code & 0x7fu;
@@ -117,7 +131,7 @@ struct Drawn {
 // Where the codes of one block lie, a byte each.
 template <class Code>
 struct Bytes {
-  static constexpr float kLargest = 127;
+  static constexpr float kLargest = Code::kLargest;
   static TLFAST_INLINE int64_t size(int64_t n) { return n; }
   template <class How, class G>
   static TLFAST_INLINE void fill(const How& how, const G* values, float scale, int64_t first, int64_t n,
@@ -217,11 +231,9 @@ template <class G>
 void encode_as(const G* rows, float per_code, const CodedRows& to, const Rounding* rounding) {
   with_codes(to.kind, [&](auto codes) {
     using Codes = typename decltype(codes)::type;
-    constexpr bool integers = !std::is_same_v<Codes, Bytes<Float8>>;  // between which alone codes are drawn
-    if constexpr (integers)
-      if (rounding)
-        return For<Encode<Codes, G, true>>::here(rows, per_code, to.n_rows, to.n_values, to.block, to.codes, to.scales,
-                                                 rounding);
+    if (rounding)
+      return For<Encode<Codes, G, true>>::here(rows, per_code, to.n_rows, to.n_values, to.block, to.codes, to.scales,
+                                               rounding);
     For<Encode<Codes, G, false>>::here(rows, per_code, to.n_rows, to.n_values, to.block, to.codes, to.scales, rounding);
   });
 }

@@ -23,7 +23,7 @@ struct CodedRows {
   int64_t row_bytes() const { return kind == CodeKind::int4 ? (n_values + 1) / 2 : n_values; }
 };
 
-// By which random numbers rows of int8 or int4 are rounded: of each row its example and its place among the example's.
+// By which random numbers rows are rounded: of each row its example and its place among the example's.
 struct Rounding {
   uint32_t key[2];
   const int64_t *examples, *positions;

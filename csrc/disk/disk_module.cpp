@@ -131,8 +131,8 @@ void encode_from(uintptr_t rows, const std::string& row_dtype, float per_code, c
   if (random) {
     const auto& [first, second, examples, positions] = *random;
     const bool cut = to.block < to.n_values && to.block % 4 != 0;  // a block would begin within four drawn numbers
-    if (to.kind == CodeKind::float8 || cut || !examples || !positions)
-      throw py::value_error(broken_rule(who, "random", "be of integer codes, with addresses", "another",
+    if (cut || !examples || !positions)
+      throw py::value_error(broken_rule(who, "random", "be of blocks of fours, with addresses", "another",
                                         "Round to the nearest, or encode in Python."));
     rounding = Rounding{
         {first, second}, reinterpret_cast<const int64_t*>(examples), reinterpret_cast<const int64_t*>(positions)};

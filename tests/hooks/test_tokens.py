@@ -91,7 +91,8 @@ def test_a_token_has_one_position_to_reduce():
             {"encoding": "int3"},
             (
                 "Spec: encoding must be one of int8, int8:64, float8_e4m3fn, int4:64, "
-                "int8:stochastic, int8:64:stochastic, int4:64:stochastic, got 'int3'. Check the spelling."
+                "int8:stochastic, int8:64:stochastic, float8_e4m3fn:stochastic, int4:64:stochastic, got 'int3'. Check "
+                "the spelling."
             ),
         ),
         (

@@ -155,7 +155,7 @@ def collect(
         per: "example", or "token": each token has a row, ``ds[point][example]`` is [length, ...], and padding has none.
             ``reduce`` and ``over`` are left as they are then, or name dimensions behind the positions.
         encoding: how rows are stored: "int8" or "float8_e4m3fn" (codes, and a scale for each row), "int8:64" or
-            "int4:64" (for each 64 values), an integer one perhaps with ":stochastic" behind it: rounded at random, by
+            "int4:64" (for each 64 values), perhaps with ":stochastic" behind it: rounded at random, by
             the example's number, so that the mean is right; None: as ``dtype`` says.
         embedding: the module at which the graph starts, its name, or several, as in `freeze`; None: found by itself.
             The rows are the same wherever it starts before the points.

@@ -140,7 +140,7 @@ class TextOptions(DataOptions):
     summed: bool = False
     """of --of weight and a projection with form=one-sided: the rows of all points added up, in one column"""
     encoding: str = ""
-    """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64, an integer one also rounded at random
+    """store rows in low precision: int8, int8:64, float8_e4m3fn or int4:64, also rounded at random
     (int8:stochastic, see docs/format.md); empty: by --dtype"""
     output: str = ""
     """index or key of the output to take where a module has several; empty: the first tensor"""

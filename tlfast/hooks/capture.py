@@ -92,7 +92,7 @@ def capture(
         per: "example", or "token": ``cap[name]`` is Tensor[tokens, ...], of the real tokens that the mask of
             `Capture.batch` keeps, and ``cap.where(name)`` says whose they are.
         encoding: how `Capture.into` stores rows in a dataset: "int8", "int8:64", "float8_e4m3fn" or "int4:64",
-            integer ones perhaps with ":stochastic" behind them.
+            perhaps with ":stochastic" behind it.
         project: of "weight": the size of each side of a projected gradient, or a `Projection`. See `Spec`.
         bias: of "weight": with the gradient of the bias, where a module has one.
         normalizer: of "weight": a normalizer, or a mapping from points to such, that divides gradients before they are

@@ -54,7 +54,7 @@ def test_the_first_version_that_suffices(column, version):
             Column(F32, (2,), encoding="int4"),
             (
                 "who: encoding of 'h' must be None or one of int8, int8:64, float8_e4m3fn, int4:64, "
-                "int8:stochastic, int8:64:stochastic, int4:64:stochastic, got 'int4'."
+                "int8:stochastic, int8:64:stochastic, float8_e4m3fn:stochastic, int4:64:stochastic, got 'int4'."
             ),
         ),
         (

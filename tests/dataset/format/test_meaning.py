@@ -80,6 +80,8 @@ def test_every_form_of_a_capture(tmp_path):
          + BOUND.format(127)),
         ("int4:64", "int4 with a scale for each 64 values, " + BOUND.format(14)),
         ("float8_e4m3fn", "float8_e4m3fn with a scale for each row, " + BOUND.format("16 of the value, or 1/458,752")),
+        ("float8_e4m3fn:stochastic", "float8_e4m3fn rounded at random, right on average, with a scale for each row, "
+         + BOUND.format("8 of the value, or 1/229,376")),
     ],
 )  # fmt: skip
 def test_the_error_of_an_encoding(encoding, text):

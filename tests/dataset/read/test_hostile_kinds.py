@@ -83,14 +83,14 @@ def test_a_header_of_another_number_of_tokens(out):
             lambda c: c[3].update(encoding="int2"),
             (
                 "encoding of 'q' must be None or one of int8, int8:64, float8_e4m3fn, int4:64, "
-                "int8:stochastic, int8:64:stochastic, int4:64:stochastic, got 'int2'"
+                "int8:stochastic, int8:64:stochastic, float8_e4m3fn:stochastic, int4:64:stochastic, got 'int2'"
             ),
         ),
         (
             lambda c: c[3].update(encoding=8),
             (
                 "encoding of 'q' must be None or one of int8, int8:64, float8_e4m3fn, int4:64, "
-                "int8:stochastic, int8:64:stochastic, int4:64:stochastic, got 8"
+                "int8:stochastic, int8:64:stochastic, float8_e4m3fn:stochastic, int4:64:stochastic, got 8"
             ),
         ),
         (lambda c: c[3].update(dtype="F16"), "dtype of the encoded 'q' must be float32"),

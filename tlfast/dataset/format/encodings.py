@@ -29,7 +29,7 @@ _KINDS = {
 }
 NEAREST = tuple(_KINDS)
 _STOCHASTIC = ":stochastic"  # rounded to one of the two codes around it, at random, so that the mean is right
-STOCHASTIC = {name + _STOCHASTIC: name for name in NEAREST if not _KINDS[name].dtype.is_floating_point}
+STOCHASTIC = {name + _STOCHASTIC: name for name in NEAREST}
 _KINDS |= {name: _KINDS[nearest] for name, nearest in STOCHASTIC.items()}
 BLOCKS = {name: kind.block for name, kind in _KINDS.items()}
 ENCODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly can be encoded
@@ -66,7 +66,8 @@ def told(encoding: str) -> str:
     stored = encoding.partition(":")[0] + (" rounded at random, right on average," if is_random else "")
     scales = "row" if kind.block is None else f"{kind.block} values"
     if kind.dtype.is_floating_point:
-        bound = f"1/16 of the value, or 1/{1024 * kind.largest:,} of the largest magnitude that shares it"
+        share, least = (8, 512) if is_random else (16, 1024)
+        bound = f"1/{share} of the value, or 1/{least * kind.largest:,} of the largest magnitude that shares it"
     else:
         bound = f"1/{kind.largest if is_random else 2 * kind.largest} of the largest magnitude that shares it"
     return f"stored as {stored} with a scale for each {scales}, off by at most {bound}"
@@ -94,9 +95,9 @@ def encode(
     """Return the codes and scales of rows [rows, *row shape] of float32, bfloat16 or float16.
 
     A value is its code times the scale of its block, to half a scale: ``|x - decoded| <= scale * (1/2 + 2**-16)``; of
-    float8 codes, to ``max(|x| / 16, scale / 1024) * (1 + 2**-16)``. Rounded stochastically it is off by less than
-    ``scale * (1 + 2**-16)``, and the mean over all random numbers by ``scale * 2**-14`` at most. A block with a NaN or
-    an infinity has a NaN as its scale, and reads back as NaN.
+    float8 codes, to ``max(|x| / 16, scale / 1024) * (1 + 2**-16)``. Rounded stochastically it is off by less than twice
+    as much, and the mean over all random numbers by ``scale * 2**-14`` at most, of float8 codes ``scale * 2**-12``. A
+    block with a NaN or an infinity has a NaN as its scale, and reads back as NaN.
 
     Args:
         rows: on any device; each row has a value.
@@ -198,11 +199,20 @@ def _quantize(
     scales.copy_(torch.where(largest.isfinite(), scale, torch.nan))
     quotients = values / scales.unsqueeze(-1)
     if uniforms is not None:
-        below = quotients.floor()
-        quotients = below.add_((quotients - below) > uniforms).clamp_(-largest_code, largest_code)
+        apart = _apart_by(quotients) if codes.dtype.is_floating_point else None  # of whole numbers: 1
+        steps = quotients if apart is None else quotients / apart
+        below = steps.floor()
+        drawn = below.add_((steps - below) > uniforms)
+        quotients = (drawn if apart is None else drawn.mul_(apart)).clamp_(-largest_code, largest_code)
     elif not codes.dtype.is_floating_point:
         quotients.round_()  # half to even, as the cast to float8 rounds
     codes.copy_(quotients.nan_to_num_(nan=0.0))  # what a NaN becomes as an int is the CPU's
+
+
+def _apart_by(quotients: torch.Tensor) -> torch.Tensor:
+    """How far float8 codes around each quotient are from each other: 2^-3 of its power of two, 2^-9 at least."""
+    powers = quotients.view(torch.int32) & 0x7F800000
+    return (powers.clamp_(min=0x3C800000) - (3 << 23)).view(torch.float32)
 
 
 def _in_pairs(codes: torch.Tensor) -> torch.Tensor:

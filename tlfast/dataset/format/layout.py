@@ -61,7 +61,7 @@ class Column(NamedTuple):
         of: what the values are: "grad", "act", "weight" (the gradient of a module's weight), or another short text.
         per: whether each example has a row, or each of its tokens.
         encoding: None, or how rows are stored: "int8" or "float8_e4m3fn" (a scale for each row), "int8:64" or "int4:64"
-            (a scale for each 64 values); integer ones perhaps with ":stochastic" behind them.
+            (a scale for each 64 values); perhaps with ":stochastic" behind it.
 
     Example:
         >>> import torch
