@@ -11,6 +11,7 @@ from lens_models import tokens
 
 import tlfast
 import tlfast.transformer_lens as lens
+from tlfast.transformer_lens import acceleration
 from tlfast.transformer_lens.compatibility import accepts, registered_hooks
 from tlfast.transformer_lens.library import hook_point_type
 
@@ -145,3 +146,17 @@ def test_levels_prepend_aliases_conversions_and_removals_are_the_same():
         assert told_of_one_point() == plain
     finally:
         lens.uninstall()
+
+
+@pytest.mark.parametrize("enter", [lens.install, lambda: lens.accelerate(None).__enter__()], ids=["all", "one"])
+def test_what_can_not_be_put_in_force_leaves_nothing_behind(enter, monkeypatch):
+    def refuse(only):
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(acceleration.full_hooks, "enter", refuse)
+    monkeypatch.setattr(acceleration, "hook_points", lambda who, model: {})
+    before = inspect.getattr_static(hook_point_type(), "register_full_backward_hook", None)
+    with pytest.raises(RuntimeError, match="not here"):
+        enter()
+    assert not lens.installed()
+    assert inspect.getattr_static(hook_point_type(), "register_full_backward_hook", None) is before

@@ -186,6 +186,16 @@ def installed() -> bool:
     return _in_force.everywhere()
 
 
+def _enter(only: list[Any] | None, hooked: list[Any]) -> None:
+    """Put both in force, for these objects or for all, or neither."""
+    _in_force.enter(_replacements, only)
+    try:
+        full_hooks.enter(hooked)
+    except BaseException:
+        _in_force.leave(only)
+        raise
+
+
 def install() -> None:
     """Let every TransformerLens model cache through tlfast, from now on, until `uninstall`.
 
@@ -204,8 +214,7 @@ def install() -> None:
     """
     if not installed():
         warn_if_wrong()
-    _in_force.enter(_replacements)
-    full_hooks.enter([hook_point_type()])
+    _enter(None, [hook_point_type()])
 
 
 def uninstall() -> None:
@@ -229,8 +238,7 @@ def accelerate(model: Any) -> Iterator[Any]:
             loss, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     """
     only = [model, *{id(point): point for point in hook_points("accelerate", model).values()}.values()]
-    _in_force.enter(_replacements, only)
-    full_hooks.enter(only)
+    _enter(only, only)
     try:
         yield model
     finally:
