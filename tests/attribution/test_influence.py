@@ -117,3 +117,7 @@ def test_second_moments_of_other_rows_are_refused(tmp_path):
         tlfast.score(rows, rows, "trackstar", moments=sums)
     with pytest.raises(ValueError, match=text):
         tlfast.score(model, TEXTS, "trackstar", moments=sums, **of_model)
+    tlfast.collect(model, TEXTS, tmp_path / "sums", points="0", reduce="sum", progress=False)
+    tokens = tlfast.running(model, TEXTS, "0", per="token", stats="moment2_full")
+    with pytest.raises(ValueError, match=r"^score: moments must be made as the rows at '0', got another per\. Make"):
+        tlfast.score(tmp_path / "sums", tmp_path / "sums", "trackstar", moments=tokens)

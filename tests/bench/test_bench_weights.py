@@ -95,6 +95,7 @@ def test_factors_are_checked_and_timed():
 
 
 @pytest.mark.peers("kronfluence")
+@pytest.mark.filterwarnings("default")  # theirs
 def test_kronfluences_factors_are_checked_like_ours():
     work = weight_factors.make_work(**weight_factors.QUICK)
     ways = weight_factors.ways_for(work)

@@ -194,8 +194,10 @@ def check_moments_alike(
     meanings = [Meanings(header) for header in said]
     for name, column in columns.items():
         made = [meaning.made_by(name, column) for meaning in meanings]
-        odd = _differing(one and one.spec for one in made)
-        if made[0] is not None and odd:
+        odd = [] if made[0] is None else _differing(one and one.spec for one in made)
+        if made[0] is None and meanings[0].made_by(name, column._replace(per="token")) is not None:
+            odd = ["per"]
+        if odd:
             rule, got = f"be made as the rows at {name!r}", f"another {', '.join(odd)}"
             raise ValueError(broken_rule(WHO, "moments", rule, got, remedy))
 
