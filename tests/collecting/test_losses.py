@@ -224,10 +224,11 @@ class Returns(torch.nn.Module):
         ([[2.0, -1.0]], [[1.0, 0.0]], None, "each"),
         ([[2.0, -1.0]], [[1, 0]], None, "each"),
         ([[2.0, -1.0]], [[1, 1]], "multi_label_classification", "each"),
+        ([[2.0, -1.0]], [1], "multi_label_classification", "classes"),
     ],
     ids=[
         "classes", "one output", "one output, a column", "several targets", "whole targets", "several classes",
-        "whole numbers", "whole numbers by the config",
+        "whole numbers", "whole numbers by the config", "classes against the config",
     ],
 )  # fmt: skip
 def test_what_labels_mean_to_a_classifier(logits, labels, kind, truth):

@@ -14,7 +14,10 @@ from torch import nn
 import tlfast
 from tlfast.cli import main
 from tlfast.collecting import huggingface
+from tlfast.collecting.batches import Batching
+from tlfast.collecting.examples import ExampleReader
 from tlfast.collecting.packing import check_packs, packed, preference_pair
+from tlfast.collecting.skipped import BadExamples
 from tlfast.dataset import Example
 
 
@@ -142,6 +145,41 @@ def test_no_token_is_the_next_of_another_text_in_a_loss_without_labels(tmp_path)
     one, other = (tlfast.open_dataset(tmp_path / name) for name in ("labels", "alone"))
     for point in one.points:
         torch.testing.assert_close(one[point][:], other[point][:], rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_were_joined_in_a_dataset_go_on_so(tmp_path, monkeypatch):
+    packs = [{name: value for name, value in pack.items() if name != "labels"} for pack in packed(examples(), 20)]
+    model = task_model("llama", "causal")
+    settings = {"points": "model.layers.*", "reduce": "sum", "rows_per_unit": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("tlfast.collecting.run.next_tokens_as_begun", lambda out, overwrite: False)
+        collect(model, tmp_path / "old", packs, **settings)
+        collect(model, tmp_path / "begun", packs, units="0:1", **settings)
+    collect(model, tmp_path / "begun", packs, **settings)
+    assert unit_bytes(tmp_path / "begun") == unit_bytes(tmp_path / "old")
+    for turn in ("0:1", ""):
+        collect(model, tmp_path / "new", packs, units=turn, **settings)
+    batching = [tlfast.open_dataset(tmp_path / name).header["batching"] for name in ("old", "begun", "new")]
+    assert [said.get("next_tokens") for said in batching] == [None, None, "within texts"]
+    assert unit_bytes(tmp_path / "new") != unit_bytes(tmp_path / "old")
+
+
+def test_next_tokens_of_an_example_are_the_same_beside_any_other():
+    """Positions may begin anew in one of them alone, or be odd."""
+    lines = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2], [3, 3, 4]]
+    parts = [{"input_ids": list(range(1, 1 + len(line))), "position_ids": torch.tensor(line)} for line in lines]
+    together = next_tokens_of(parts)
+    for part, row in zip(parts, together, strict=True):
+        assert next_tokens_of([part])[0].tolist() == row[: len(part["input_ids"])].tolist()
+        assert (row[len(part["input_ids"]) :] == -100).all()
+    assert together[0].tolist() == [2, 3, -100, -100, 6, -100]
+
+
+def next_tokens_of(parts):
+    reader = ExampleReader(BadExamples())
+    reader.read(parts)
+    batching = Batching(64, source=reader.source)
+    return batching.batch(reader.examples, max(len(part["input_ids"]) for part in parts)).next_tokens
 
 
 OWN_LOSS = """

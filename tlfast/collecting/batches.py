@@ -39,6 +39,7 @@ class Batch:
     fields: FieldsOfBatch = field(default_factory=FieldsOfBatch)
     decoder_mask: torch.Tensor | None = None  # bool [B, L]: what a decoder really reads; None: all of it
     packed: bool = False  # some example is of several texts: their position_ids begin anew, also at each padded token
+    joined: bool = False  # the first token of a text is the next one of the text before, as it once was
 
     def started(self) -> Batch:
         """The same with fields that require grad where they are floats: the graph starts there."""
@@ -76,11 +77,14 @@ class Batch:
         """
         next_tokens = torch.full_like(self.input_ids, -100)
         next_tokens[:, :-1] = self.input_ids[:, 1:]
-        if self.mask is not None:
-            next_tokens[:, :-1].masked_fill_(~(self.mask[:, :-1] & self.mask[:, 1:]), -100)
-        if self.packed:
+        asked = next_tokens[:, :-1]
+        real = torch.ones_like(asked, dtype=torch.bool) if self.mask is None else self.mask[:, :-1] & self.mask[:, 1:]
+        if self.packed and not self.joined:
             positions = self.fields.peek()["position_ids"]
-            next_tokens[:, :-1].masked_fill_(positions[:, 1:] <= positions[:, :-1], -100)
+            here, after = positions[:, :-1], positions[:, 1:]
+            several = (real & (after < here)).any(1, keepdim=True)  # of each example alone, whatever it is beside
+            real = real & ~(several & (after <= here))
+        asked.masked_fill_(~real, -100)
         return next_tokens
 
     @property
@@ -112,7 +116,8 @@ class Batch:
             return pinned.to(device, non_blocking=True)
 
         mask, decoded = (None if part is None else move(part) for part in (self.mask, self.decoder_mask))
-        return Batch(move(self.input_ids), mask, self.padding_side, self.fields.moved(move), decoded, self.packed)
+        fields = self.fields.moved(move)
+        return replace(self, input_ids=move(self.input_ids), mask=mask, fields=fields, decoder_mask=decoded)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class Batching:
         collate: (the examples of a batch) -> its fields, in place of the rules of `FieldRules`.
         use: what fields the batches have, and which of them somebody reads.
         at_inputs: the graph starts at the fields that are floats.
+        next_in_text: whether the next token of a text's last is none, where an example may be of several, and somebody
+            may ask for it; None: nobody does.
     """
 
     batch_tokens: int
@@ -147,6 +154,7 @@ class Batching:
     use: FieldUse = field(default_factory=FieldUse)
     one_width: bool = False
     at_inputs: bool = False
+    next_in_text: bool | None = None
 
     def size(self, example: Example) -> int:
         """The tokens of an example, or what stands for them."""
@@ -195,7 +203,8 @@ class Batching:
         together = self.source.rules.collated(values, n_positions, self.padding_side)
         decoded = self.source.rules.decoder_mask(values)
         packed = any(_restarts(part.get("position_ids")) for part in values)
-        return Batch(ids, mask, self.padding_side, FieldsOfBatch(together, self.use), decoded, packed)
+        joined = self.next_in_text is False
+        return Batch(ids, mask, self.padding_side, FieldsOfBatch(together, self.use), decoded, packed, joined)
 
     def _padded(self, examples: Sequence[Example], n_positions: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = np.full((len(examples), n_positions), self.pad_id, dtype=np.int64)

@@ -36,6 +36,7 @@ IN_OTHER_WORDS = {  # and which key of the header, or of dataset.json, says them
     "fingerprint": "examples", "keep_fields": "fields", "batch_examples": "batching", "size": "batching",
     "collate": "collate",
 }  # fmt: skip
+NEXT_IN_TEXT = "within texts"  # of the next tokens of examples of several: the first such datasets say nothing
 MAKES_NO_OTHER_ROWS = (
     "attach", "backend", "embedding", "units", "share", "resume", "extend", "overwrite", "staging", "non_finite",
     "disk_wait_s", "deterministic", "progress", "config",
@@ -141,6 +142,8 @@ def _more_of(batching: Batching, options: CollectOptions) -> dict[str, Any]:
     more: dict[str, Any] = {} if batching.buckets is None else {"buckets": list(batching.buckets)}
     if batching.batch_examples is not None:
         more["batch_examples"] = batching.batch_examples
+    if batching.next_in_text:
+        more["next_tokens"] = NEXT_IN_TEXT
     return more if options.size is None else more | {"size": describe_function(options.size)[0]}
 
 

@@ -60,7 +60,7 @@ def classification_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     logits, labels = _wide(logits_of(call_model(model, batch))), _field(batch, "labels", "classification")
     kind = getattr(getattr(unwrapped(model), "config", None), "problem_type", None)
     whole = not labels.is_floating_point() and kind != "regression" and logits.shape[-1] > 1
-    if whole and labels.shape != logits.shape and kind != "multi_label_classification":
+    if whole and labels.shape != logits.shape:
         _check_labels(labels, logits.shape[:-1])
         return F.cross_entropy(
             logits.flatten(0, -2), labels.flatten().long(), ignore_index=NOT_ASKED_FOR, reduction="sum"

@@ -20,7 +20,7 @@ from ..dataset.write.folder import holds_dataset, refuse_stranger
 from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
 from .checks import positions_of, said_positions
-from .identity import describe_examples
+from .identity import NEXT_IN_TEXT, describe_examples
 from .json_parts import TWO_VALUES
 from .media import NO_FILE
 from .options import Resume
@@ -167,6 +167,17 @@ def packs_as_begun(out: Place, overwrite: bool) -> int | None:
     batching = read_description(out, "collect").header.get("batching")
     found = batching.get("batch_examples") if isinstance(batching, dict) else None
     return found if isinstance(found, int) else None
+
+
+def next_tokens_as_begun(out: Place, overwrite: bool) -> bool:
+    """Whether the last token of a text has no next one in the dataset that may be continued, as in every new one.
+
+    In the first ones with several texts in an example it was the first token of the text behind. They say nothing.
+    """
+    if overwrite or not holds_dataset(out, "collect"):
+        return True
+    batching = read_description(out, "collect").header.get("batching")
+    return isinstance(batching, dict) and batching.get("next_tokens") == NEXT_IN_TEXT
 
 
 def add_the_rest(

@@ -54,6 +54,7 @@ from .resume import (
     check_folder,
     existing_folder,
     loss_as_begun,
+    next_tokens_as_begun,
     own_part,
     positions_as_begun,
     reasons_as_begun,
@@ -261,6 +262,10 @@ class Run(Work):
     def most_tokens(self) -> int | None:
         """Those of the dataset that it continues."""
         return positions_as_begun(self.out, self.model, self.options.overwrite)
+
+    def next_in_text(self) -> bool:
+        """As in the dataset that it continues."""
+        return next_tokens_as_begun(self.out, self.options.overwrite)
 
     def collect(self, notes: Sequence[str] = ()) -> Report:
         """Make the units that are asked for and missing; ``notes`` are lines to be shown once, when work begins."""

@@ -30,7 +30,7 @@ from .checks import (
     width_of,
 )
 from .determinism import deterministic
-from .examples import ExampleReader
+from .examples import ExampleReader, FieldSource
 from .graph_cache import CudaGraph
 from .loss import check_causal, next_token_loss
 from .losses import OF_ONE_TOKEN, loss_called, name_of, preference_loss, response_loss
@@ -118,7 +118,17 @@ class Work:
             reader.sizes or None, reader.source, options.collate, one_width=per_token,
             at_inputs=not has_tokens and options.embedding is None
             and (starts_at_inputs(self.model) or is_encoder_decoder(self.model)),
+            next_in_text=self.next_in_text() if self._may_ask_across_texts(reader.source) else None,
         )  # fmt: skip
+
+    def _may_ask_across_texts(self, source: FieldSource | None) -> bool:
+        """Whether an example may be of several texts, and the loss ask for the token after each position."""
+        names = () if source is None else source.rules.names
+        return "position_ids" in names and ("labels" not in names or name_of(self.loss) is None)
+
+    def next_in_text(self) -> bool:
+        """Whether the last token of a text has no next one, where an example is of several."""
+        return True
 
     def most_tokens(self) -> int | None:
         """The tokens that an example may have where nobody says; None: any number."""
