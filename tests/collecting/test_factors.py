@@ -10,6 +10,7 @@ from torch import nn
 
 import tlfast
 from tlfast import Factors
+from tlfast.attribution import write_bergson_factors
 from tlfast.backends.choice import pick_backend
 
 KINDS = ("kfac", "ekfac", "adam")
@@ -231,7 +232,7 @@ def test_globs_mean_linear_layers_with_a_weight_of_their_own():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_windows_of_a_convolution_are_its_tokens(bias, backend):
+def test_windows_of_a_convolution_are_its_tokens(bias, backend, tmp_path):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, (2, 3), stride=2, padding=1, dilation=(1, 2))
     model = nn.Sequential(nn.Identity(), conv, nn.Conv2d(4, 4, 2, groups=2)).double()
@@ -260,6 +261,8 @@ def test_windows_of_a_convolution_are_its_tokens(bias, backend):
     (loss(model, {"x": data})).backward()
     assert_near(gradients.sum(0)[:, :18], conv.weight.grad.flatten(1), 1e-12)
     assert found.normalizers()["1"](gradients).shape == gradients.shape
+    with refuses("write_bergson_factors: factors must be of linear layers, got 1 (Conv2d). bergson has none of others"):
+        write_bergson_factors(found, tmp_path, model)
 
 
 def test_sums_are_of_layers_with_factors(backend):
