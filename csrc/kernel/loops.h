@@ -86,21 +86,44 @@ struct Lanes {
 };
 
 // results[r] = the row at offsets[r], reduced as by Lanes and then by Fold: for many short rows, each of which is one
-// result.
+// result. The last lanes are folded of many rows in turn, whose sums don't wait for each other.
 template <class G, class R>
 struct ShortRows {
   using A = typename AccumulatorOf<G>::type;
+  static constexpr int64_t kTogether = 32, kLeft = 8;  // rows, and lanes of each that are left then
+
+  template <int64_t kHalf>
+  static TLFAST_INLINE void halve(A* acc) {
+    for (int64_t j = 0; j < kHalf; ++j) acc[j] = R::combine(acc[j], acc[j + kHalf]);
+    if constexpr (kHalf > kLeft) halve<kHalf / 2>(acc);
+  }
+
   static TLFAST_INLINE void run(A* __restrict results, const G* __restrict grad, const int64_t* offsets, int64_t n,
                                 int64_t length) {
     const int64_t whole = length / kLanes * kLanes;
-    for (int64_t k = 0; k < n; ++k) {
-      const G* __restrict row = grad + offsets[k];
-      A acc[kLanes] = {};
-      for (int64_t i = 0; i < whole; i += kLanes)
-        for (int64_t j = 0; j < kLanes; ++j) acc[j] = R::step(acc[j], A(widen(row[i + j])));
-      for (int64_t j = 0; whole + j < length; ++j) acc[j] = R::step(acc[j], A(widen(row[whole + j])));
-      Fold<R, kLanes / 2>::run(acc);
-      results[k] = acc[0];
+    const A zero = A(length < 0);  // no constant: GCC would fill with `rep stos`, which takes longer than a row
+    alignas(64) A left[kTogether * kLeft];
+    for (int64_t first = 0; first < n; first += kTogether) {
+      const int64_t here = n - first < kTogether ? n - first : kTogether;
+      for (int64_t r = 0; r < here; ++r) {
+        const G* __restrict row = grad + offsets[first + r];
+        alignas(64) A acc[kLanes];
+        if (whole)
+          for (int64_t j = 0; j < kLanes; ++j) acc[j] = R::step(A(0), A(widen(row[j])));
+        else
+          for (int64_t j = 0; j < kLanes; ++j) acc[j] = zero;
+        for (int64_t i = kLanes; i < whole; i += kLanes)
+          for (int64_t j = 0; j < kLanes; ++j) acc[j] = R::step(acc[j], A(widen(row[i + j])));
+        for (int64_t j = 0; whole + j < length; ++j) acc[j] = R::step(acc[j], A(widen(row[whole + j])));
+        halve<kLanes / 2>(acc);
+        for (int64_t j = 0; j < kLeft; ++j) left[r * kLeft + j] = acc[j];
+      }
+      for (int64_t r = 0; r < here; ++r) {  // as Fold halves 8 lanes, to 4, 2 and 1
+        const A* const a = left + r * kLeft;
+        const A even = R::combine(R::combine(a[0], a[4]), R::combine(a[2], a[6]));
+        const A odd = R::combine(R::combine(a[1], a[5]), R::combine(a[3], a[7]));
+        results[first + r] = R::combine(even, odd);
+      }
     }
   }
 };

@@ -53,6 +53,13 @@ struct Alone {
   }
 };
 
+// Whether each of n rows begins where the one before ends.
+inline bool adjacent(const int64_t* rows, int64_t n, int64_t length) {
+  for (int64_t k = 1; k < n; ++k)
+    if (rows[k] != rows[k - 1] + length) return false;
+  return true;
+}
+
 template <class A>
 using MultiplyRows = void (*)(A* products, const void* grad, const void* ref, const int64_t* grad_rows,
                               const int64_t* ref_rows, int64_t n, int64_t length, const Dim& inner, bool ahead);
@@ -121,7 +128,11 @@ struct Products {
     for (int64_t r = 0; r < std::min(together, rows.n); ++r) at[r] = r * inner.size;
     for (int64_t k = 0; k < rows.n; k += together) {
       const int64_t n = std::min(together, rows.n - k);
-      multiply(held, grad, ref, rows.grad + k, rows.ref + k, n, inner.size, inner, false);
+      // Rows that lie behind each other in both are one long row to the loop.
+      const bool one = inner.grad == 1 && inner.ref == 1 && adjacent(rows.grad + k, n, inner.size) &&
+                       adjacent(rows.ref + k, n, inner.size);
+      multiply(held, grad, ref, rows.grad + k, rows.ref + k, one ? 1 : n, one ? n * inner.size : inner.size, inner,
+               false);
       For<ShortRows<A, R>>::here(results + k, static_cast<const A*>(held), static_cast<const int64_t*>(at), n,
                                  inner.size);
     }
