@@ -89,10 +89,13 @@ def test_export_names_the_points_that_it_can_export(tmp_path, capsys):
     words = ["export", str(tmp_path / "d"), "--to", "npy"]
     text = complaint_of(capsys, words)
     assert text == (
-        "export_dataset: point 't' must have a row for each example, got one per token. "
-        "Leave it out, and read ds['t']. These have one: 'h.0', 'h 1'."
+        "export_dataset: points must have rows of one kind, got 't', 'u' per token and 'h.0', 'h 1' per example. "
+        "Name those of one kind, and then the others."
     )
     assert main([*words, "--points", "h.0", "h 1"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--points", "t", "--out", str(tmp_path / "t")]) == 0
+    assert capsys.readouterr().out == f"1 examples: {tmp_path}/t\n"
 
 
 @pytest.mark.parametrize(
