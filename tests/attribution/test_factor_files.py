@@ -20,6 +20,7 @@ from tlfast.attribution import (
     write_bergson_normalizers,
     write_kronfluence,
 )
+from tlfast.hooks.normalizers import AdamNormalizer
 
 
 def refuses(text):
@@ -152,6 +153,31 @@ def test_what_bergson_reads(made, tmp_path):
         read_bergson_normalizers(path, model.head)
 
 
+def test_bergson_gets_no_convolution_and_a_damaged_file_is_refused(made, tmp_path):
+    """bergson 2.5 makes normalizers of matrices alone."""
+    base, path = made[0], tmp_path / "normalizers.pth"
+    conv = nn.Sequential(nn.Conv1d(4, 5, 3))
+    with refuses("write_bergson_normalizers: normalizers must be of linear layers, got 0 (Conv1d). bergson has none"):
+        write_bergson_normalizers({"0": AdamNormalizer(torch.ones(5, 12))}, path, conv)
+    with refuses("write_bergson_normalizers: normalizers must be of gradients [3, 6] at 2, got [3, 7]."):
+        write_bergson_normalizers({"2": AdamNormalizer(torch.ones(3, 7))}, path, base)
+    adam, rows = {"__class__": "AdamNormalizer"}, {"__class__": "AdafactorNormalizer", "row": torch.ones(5)}
+    whole = torch.ones(5, 4)
+    for said, text in (
+        (adam, "hold weight_avg_sq of '1' as floats of 2 dimensions, got NoneType."),
+        (adam | {"weight_avg_sq": 3}, "hold weight_avg_sq of '1' as floats of 2 dimensions, got int."),
+        (adam | {"weight_avg_sq": torch.ones(5, 3)}, "hold second moments of '1' in its shape, got {'weight_avg_sq': "),
+        (adam | {"weight_avg_sq": whole, "bias_avg_sq": torch.ones(4)}, "hold second moments of '1' in its shape, got"),
+        (adam | {"weight_avg_sq": whole, "bias_avg_sq": "x"}, "hold bias_avg_sq of '1' as floats of 1 dimension, got"),
+        (rows, "hold col of '1' as floats of 1 dimension, got NoneType."),
+        (rows | {"col": whole}, "hold col of '1' as floats of 1 dimension, got torch.float32 [5, 4]."),
+        (["AdamNormalizer"], "hold Adam's or Adafactor's second moments, got None."),
+    ):
+        torch.save({"1": said}, path)
+        with refuses(f"read_bergson_normalizers: {path} must {text}"):
+            read_bergson_normalizers(path, base)
+
+
 def test_second_moments_as_bergson_keeps_them(made, tmp_path):
     """The mean of x x^T of projected rows, and its eigenvalues; scores are the same by what is read."""
     base, model = made[0], Headed(made[0])
@@ -225,6 +251,12 @@ def test_factors_as_bergson_keeps_them(made, tmp_path):
     check_same(read_bergson_factors(folder, base), factors)
     with refuses(f"read_bergson_factors: {folder} must be of modules of the model, got '1'."):
         read_bergson_factors(folder, model.head)
+    for path in (folder / "eigen_gradient_sharded").iterdir():
+        path.unlink()
+    with refuses(
+        "read_bergson_factors: folder must hold the same modules in eigen_gradient_sharded as in others, got 0 "
+    ):
+        read_bergson_factors(folder, base)
     (folder / "config.yaml").write_text("steps: [{hessian: {hessian_cfg: {method: shampoo}}}]")
     with refuses("read_bergson_factors: folder must be of the method \"kfac\", got 'shampoo'."):
         read_bergson_factors(folder, base)

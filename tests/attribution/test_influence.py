@@ -117,7 +117,13 @@ def test_second_moments_of_other_rows_are_refused(tmp_path):
         tlfast.score(rows, rows, "trackstar", moments=sums)
     with pytest.raises(ValueError, match=text):
         tlfast.score(model, TEXTS, "trackstar", moments=sums, **of_model)
-    tlfast.collect(model, TEXTS, tmp_path / "sums", points="0", reduce="sum", progress=False)
+    coded = tmp_path / "coded"  # sums know nothing of the encoding of rows
+    encoded = tlfast.Spec("1", of="weight", project=2, encoding="int8")
+    tlfast.collect(model, TEXTS, coded, points=encoded, progress=False)
+    assert tlfast.score(coded, coded, "trackstar", moments=tmp_path / "sums.npz", k=1).scores.shape == (5, 1)
+    with pytest.raises(ValueError, match=text):
+        tlfast.score(coded, coded, "trackstar", moments=sums)
+    tlfast.collect(model, TEXTS, tmp_path / "sums", points="0", reduce="sum", encoding="int8", progress=False)
     tokens = tlfast.running(model, TEXTS, "0", per="token", stats="moment2_full")
     with pytest.raises(ValueError, match=r"^score: moments must be made as the rows at '0', got another per\. Make"):
         tlfast.score(tmp_path / "sums", tmp_path / "sums", "trackstar", moments=tokens)

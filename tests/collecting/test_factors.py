@@ -265,6 +265,67 @@ def test_windows_of_a_convolution_are_its_tokens(bias, backend, tmp_path):
         write_bergson_factors(found, tmp_path, model)
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_glob_leaves_convolutions_out_that_are_none_and_a_name_raises():
+    made_of_others = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 1))
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 2), Doubled(3, 3, 1), made_of_others)
+    examples = [{"x": torch.randn(2, 4, 4)} for _ in range(2)]
+    settings = {"loss": lambda model, batch: model(batch["x"]).square().sum(), "embedding": model[0]}
+    found = tlfast.factors(model, examples, **settings)
+    assert found.names == ["1"]
+    assert found.left_out["2"] == "Doubled with another gradient than its kind"
+    assert found.left_out["3"] == "a weight that is made of others"
+    for name, text in (
+        ("2", "have the weight gradient of their kind of layer, conv"),
+        ("3", "have a weight that is a"),
+    ):
+        with refuses(f"factors: points must {text}"):
+            tlfast.factors(model, examples, ["1", name], **settings)
+
+
+class Convolved(nn.Module):
+    """A text model with a convolution, whose positions are the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv, self.out = nn.Embedding(VOCAB, 6), nn.Conv1d(6, 6, 1), nn.Linear(6, VOCAB)
+
+    def forward(self, ids):
+        return self.out(self.conv(self.embed(ids).mT).mT)
+
+
+def test_a_glob_leaves_out_a_convolution_over_padded_tokens():
+    torch.manual_seed(0)
+    model, examples = Convolved(), texts()
+    found = tlfast.factors(model, examples, kinds=("kfac", "ekfac"))
+    assert found.names == ["out"]
+    assert found.left_out == {"embed": "Embedding", "conv": "Conv1d, whose windows lie over padding"}
+    assert found["out"].n_tokens == sum(map(len, examples))
+    assert tlfast.factors(model, examples, kinds="ekfac", basis=found).names == ["out"]
+    with refuses("factors at conv: a gradient must have the positions, as many as the batch has, as dimension 1 alone"):
+        tlfast.factors(model, examples, ["conv", "o*"])
+    assert tlfast.factors(model, examples, batch_tokens=1).names == ["conv", "out"]
+
+
+def test_sounds_of_several_lengths_are_not_padded():
+    model = nn.Sequential(nn.Identity(), nn.Conv1d(1, 3, 2, stride=2, bias=False))
+    sounds = [{"input_values": torch.randn(n)} for n in (8, 8, 4, 4)]
+
+    def loss(model, batch):
+        return model(batch["input_values"][:, None]).square().sum()
+
+    text = "factors: a field must have one length in each batch of examples without input_ids, got [8] and [4] in 'inp"
+    with refuses(text):
+        run(model, sounds, loss)
+    alone, pairs = (run(model, sounds, loss, batch_examples=n)["1"] for n in (1, 2))
+    assert alone.n_tokens == pairs.n_tokens == 12
+    assert_near(pairs.inputs, alone.inputs)
+
+
 def test_sums_are_of_layers_with_factors(backend):
     engine = pick_backend("capture", backend, {"cpu"})
     more = (None, torch.ones(2, 3), 1.0, 0, -1, (1, 0.0), None, (None, None, None), ())

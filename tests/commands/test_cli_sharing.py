@@ -93,6 +93,9 @@ def test_export_names_the_points_that_it_can_export(tmp_path, capsys):
         "Name those of one kind, and then the others."
     )
     assert main([*words, "--points", "h.0", "h 1"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--points", "t", "--out", str(tmp_path / "t")]) == 0
+    assert capsys.readouterr().out == f"1 examples: {tmp_path}/t\n"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..dataset.errors import extra
 from ..errors import broken_rule
-from ..hooks.bergson_normalizers import known_name, loaded, our_names
+from ..hooks.bergson_normalizers import known_name, linear_at, loaded, our_names
 from ..hooks.bergson_normalizers import read_bergson_normalizers as read_bergson_normalizers
 from ..hooks.bergson_normalizers import write_bergson_normalizers as write_bergson_normalizers
 from ..hooks.factors import Factors, ModuleFactors
@@ -151,10 +151,8 @@ def write_bergson_factors(factors: Factors, folder: str | os.PathLike[str], mode
     if "ekfac" in factors.kinds:
         made[_CORRECTED] = lambda of: of.eigenvalues
     names = {name: known_name(who, "factors", model, name) for name in factors}
-    odd = next((name for name in names if linear_layer(model.get_submodule(name)) is None), None)
-    if odd is not None:
-        rule, got = "be of linear layers", f"{odd} ({type(model.get_submodule(odd)).__name__})"
-        raise ValueError(broken_rule(who, "factors", rule, got, "bergson has none of others: name linear layers."))
+    for name in names:
+        linear_at(who, "factors", model, name)
     for kind, take in made.items():
         (out / kind).mkdir(parents=True)
         tensors = {known: take(factors[name]).cpu().float().contiguous() for name, known in names.items()}
@@ -183,6 +181,7 @@ def read_bergson_factors(folder: str | os.PathLike[str], model: nn.Module, *, n_
     if not inputs or set(inputs) != set(outputs) or not (place / _TOKENS).is_file():
         rule, remedy = f"hold activation_sharded, gradient_sharded and {_TOKENS}", "Give the folder of a run."
         raise ValueError(broken_rule(who, "folder", rule, os.fspath(folder), remedy))
+    _check_whole(who, parts)
     n_tokens = int(torch.load(place / _TOKENS, map_location="cpu", weights_only=True))
     plain, corrected = parts["eigenvalue_sharded"], parts[_CORRECTED]
     if n_examples is None and not plain:
@@ -208,6 +207,18 @@ def read_bergson_factors(folder: str | os.PathLike[str], model: nn.Module, *, n_
         has_bias = len(a) > layer.n_inputs
         modules[name] = ModuleFactors(name, len(s), len(a), has_bias, n, n_tokens, sums, basis)
     return Factors(["kfac", *(["ekfac"] if corrected else [])], modules, identity="bergson")
+
+
+def _check_whole(who: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """ValueError where a kind of tensor lacks a module that another has, or eigenvectors are of one side alone."""
+    modules = set(parts["activation_sharded"])
+    sides = [bool(parts[kind]) for kind in ("eigen_activation_sharded", "eigen_gradient_sharded")]
+    odd = next((kind for kind, held in parts.items() if held and set(held) != modules), None)
+    if odd is None and sides[0] != sides[1]:
+        odd = "eigen_gradient_sharded" if sides[0] else "eigen_activation_sharded"
+    if odd is not None:
+        rule, got = f"hold the same modules in {odd} as in others", f"{len(parts[odd])} in place of {len(modules)}"
+        raise ValueError(broken_rule(who, "folder", rule, got, "It is damaged, or the run hasn't ended: fit it again."))
 
 
 def _check_method(who: str, place: Path) -> None:

@@ -193,9 +193,10 @@ def check_moments_alike(
         return
     meanings = [Meanings(header) for header in said]
     for name, column in columns.items():
-        made = [meaning.made_by(name, column) for meaning in meanings]
-        odd = [] if made[0] is None else _differing(one and one.spec for one in made)
-        if made[0] is None and meanings[0].made_by(name, column._replace(per="token")) is not None:
+        summed = column._replace(encoding=None)  # what is summed isn't encoded, as rows may be
+        of_sums, made = meanings[0].made_by(name, summed), [one.made_by(name, column) for one in meanings[1:]]
+        odd = [] if of_sums is None else _differing(one and one.spec for one in (of_sums, *made))
+        if of_sums is None and meanings[0].made_by(name, summed._replace(per="token")) is not None:
             odd = ["per"]
         if odd:
             rule, got = f"be made as the rows at {name!r}", f"another {', '.join(odd)}"

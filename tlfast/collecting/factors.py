@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from ..errors import SpeakingAs, broken_rule
+from ..hooks.dimensions import UncoveredError
 from ..hooks.experts import ExpertLayer
 from ..hooks.factoring import EIGENVALUES, PRODUCTS, SQUARES, FactorCapture, check_factored, has_factors
 from ..hooks.factors import FACTOR_KINDS, SUMS, FactorKind, Factors, ModuleFactors, with_reasons
-from ..hooks.layers import convolution, linear_layer, owns_weight, weighted_modules
+from ..hooks.layers import convolution, find_layer, is_taken, linear_layer, owns_weight, weighted_modules
 from ..hooks.options import CaptureOptions, TapOptions, taken
 from ..hooks.points import as_list, find_points, is_glob, named_points
 from ..spec import Points, Spec, one_of
+from .fields import is_apart, leaves
 from .options import CollectOptions
-from .passes import Passes
+from .passes import SORTED, Passes
 from .probe import Probed
 from .stream import SETTINGS, row_options
 
@@ -50,9 +52,10 @@ def factors(
     - "ekfac": the eigenvalues Lam = mean over examples of (Q_S^T G Q_A)^2 in the eigenvectors of S and A.
     - "adam": v = mean over examples of G^2.
 
-    The model runs in eval mode and frozen, and is as before afterwards. Padding never counts. The gradients are those
-    of the loss that is given: with the labels of the data these are factors of the empirical Fisher matrix; those of
-    the Fisher matrix itself (Gauss-Newton) need a loss that draws labels from the model's own predictions.
+    The model runs in eval mode and frozen, and is as before afterwards. Padding never counts: that of tokens is masked,
+    and batches of examples without tokens that are padded, as sounds of several lengths are, are refused. The gradients
+    are those of the loss that is given: with the labels of the data these are factors of the empirical Fisher matrix;
+    those of the Fisher matrix itself (Gauss-Newton) need a loss that draws labels from the model's own predictions.
 
     For several processes, or several calls, give each a part of the examples, save what it returns, and `merge` the
     parts. "ekfac" needs the eigenvectors of all examples first: merge parts of "kfac", call `eigen`, and give that as
@@ -63,7 +66,8 @@ def factors(
         points: the layers, by name or glob: `torch.nn.Linear`, transformers' Conv1D, or a convolution without groups,
             whose windows stand for tokens: a is a window [channels * kernel], and g the gradient there (Grosse and
             Martens 2016). A glob that means other modules too, as the default does, means these among them; not one
-            whose weight is shared. What it left out is in ``left_out``.
+            whose weight is shared or made of others, that does another thing than its class, or whose windows lie over
+            padding. What it left out is in ``left_out``.
         kinds: what to add up.
         basis: of "ekfac": `Factors` with eigenvectors. None: "kfac" must be among the kinds, and the examples go
             through the model twice.
@@ -72,7 +76,7 @@ def factors(
 
     Returns:
         `Factors`; ``skipped`` are the (source, start, reason) of bad examples, and ``left_out`` says of modules with a
-        weight that a glob meant, too, why they have none: their class, or "a shared weight".
+        weight that a glob meant, too, why they have none: their class, "a shared weight", or what else.
 
     Raises:
         ValueError, TypeError: for bad arguments, and all that `collect` refuses, before the first batch.
@@ -91,11 +95,12 @@ def factors(
     if isinstance(given, Spec) or (isinstance(given, Sequence) and any(isinstance(one, Spec) for one in given)):
         rule, remedy = "be names, a glob or modules", "What is taken of a layer is settled: give its name."
         raise TypeError(broken_rule(_WHO, "points", rule, "a Spec", remedy))
-    found, left_out = _factored_layers(model, points)
+    found, swept, left_out = _factored_layers(model, points)
     with SpeakingAs(_WHO, "collect"):
         options = row_options(_WHO, _ALLOWED, list(found), settings, of="weight", reduce="norm")
-        made = _Factoring(model, batches, options, found).factors(wanted, basis)
-    made.left_out = left_out
+        work = _Factoring(model, batches, options, found, swept)
+        made = work.factors(wanted, basis)
+    made.left_out = left_out | work.left_out
     return made
 
 
@@ -120,8 +125,9 @@ def _check_kinds(wanted: Sequence[str], basis: Factors | None) -> None:
         raise ValueError(broken_rule(_WHO, "basis", "have eigenvectors", "none", "Give basis.eigen()."))
 
 
-def _factored_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers with factors that points mean, and why other modules with a weight are left out, by name.
+def _factored_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Module], set[str], dict[str, str]]:
+    """The layers with factors that points mean; which of them a glob or predicate alone means; and why it leaves other
+    modules with a weight out, by name.
 
     Of a glob or predicate they are those whose weight is theirs alone; all that are named must be such.
 
@@ -137,21 +143,38 @@ def _factored_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Mod
     odd = {name: type(layer).__name__ for name, layer in kept.items() if not _has_factors(layer)}
     owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
     left_out: dict[str, str] = {}
+    modules, swept = dict(model.named_modules(remove_duplicate=False)), set[str]()
     for name, module in found.items():
         if name in names:
             continue
         if not _has_factors(module):
             left_out |= {name: type(module).__name__} if owns_weight(module) else {}
-        elif owners[id(module._parameters.get("weight"))] > 1:
-            left_out[name] = "a shared weight"
+            continue
+        why = "a weight that a MultiheadAttention takes" if is_taken(modules, name) else _why_none(module, owners)
+        if why is not None:
+            left_out[name] = why
         else:
             kept[name] = module
+            swept.add(name)
     if odd or not kept:
         rule = "be linear layers, or convolutions without groups"
         remedy = "Name torch.nn.Linear, Conv1D of transformers or torch.nn.Conv2d: others have no factors."
         raise ValueError(broken_rule(_WHO, "points", rule, with_reasons(odd or left_out) or "none", remedy))
     order = [name for name in [*found, *kept] if name in kept]
-    return {name: kept[name] for name in order}, left_out
+    return {name: kept[name] for name in order}, swept, left_out
+
+
+def _why_none(module: nn.Module, owners: Mapping[int, int]) -> str | None:
+    """Why a layer of a class that has factors has none; None for one that has. ``owners`` of each weight, by id."""
+    weight = module._parameters.get("weight")
+    if weight is not None and owners[id(weight)] > 1:
+        return "a shared weight"
+    try:
+        find_layer(_WHO, "", module)
+    except (ValueError, TypeError):
+        does_other = f"{type(module).__name__} with another gradient than its kind"
+        return does_other if weight is not None else "a weight that is made of others"
+    return None
 
 
 def _has_factors(module: nn.Module) -> bool:
@@ -180,10 +203,53 @@ class _Factoring(Passes):
     """All examples through the model, batch by batch, into sums; twice for eigenvalues of their own eigenvectors."""
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], options: CollectOptions, layers: Mapping[str, nn.Module]
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        options: CollectOptions,
+        layers: Mapping[str, nn.Module],
+        swept: Iterable[str],
     ) -> None:
         self._sizes = {name: _sizes(name, layer, options.bias) for name, layer in layers.items()}
+        self._swept = set(swept)  # layers that may be left out, since nobody has named them
+        self.left_out: dict[str, str] = {}
         super().__init__(_WHO, model, batches, options)
+        self._check_one_length()
+
+    def _check_one_length(self) -> None:
+        """ValueError where examples without tokens are padded in a batch: no mask says which windows are padding."""
+        source = self.batching.source
+        if self.has_tokens or source is None or not source.rules.uneven:
+            return
+        for start in range(0, len(self.examples), SORTED):
+            part = self.examples[start : start + SORTED]
+            for rows, n_positions in self.batching.parts(part, self.batching.order(part)):
+                shapes: dict[str, torch.Size] = {}
+                for k in rows if len(rows) > 1 else ():
+                    for name, value in leaves(self.batching.batch([part[k]], n_positions).fields.peek()):
+                        if not isinstance(value, torch.Tensor) or is_apart(name):
+                            continue
+                        first = shapes.setdefault(name, value.shape)
+                        if first != value.shape:
+                            rule = "have one length in each batch of examples without input_ids"
+                            got = f"{list(first[1:])} and {list(value.shape[1:])} in {name!r}"
+                            remedy = "Padding would count there: say batch_examples=1 (--batch-examples 1)."
+                            raise ValueError(broken_rule(_WHO, "a field", rule, got, remedy))
+
+    def look(self, most: int | None = None) -> Probed:
+        """Try a few examples; leave convolutions out that padding gets into, where nobody has named them."""
+        while True:
+            try:
+                return super().look(most)
+            except UncoveredError as error:
+                swept = {name: self.model.get_submodule(name) for name in error.points if name in self._swept}
+                odd = {name: module for name, module in swept.items() if convolution(module) is not None}
+                if not odd or len(odd) == len(self._sizes):
+                    raise
+                for name, module in odd.items():
+                    del self._sizes[name]
+                    self.left_out[name] = f"{type(module).__name__}, whose windows lie over padding"
+            self.specs = [replace(self.specs[0], points=list(self._sizes))]
 
     def factors(self, kinds: Sequence[str], basis: Factors | None) -> Factors:
         """Add up what these kinds need."""
@@ -191,9 +257,13 @@ class _Factoring(Passes):
         if theirs.get("fingerprint", self.header["model"]["fingerprint"]) != self.header["model"]["fingerprint"]:
             remedy = "Its eigenvectors are of other weights: make it with this model."
             raise ValueError(broken_rule(_WHO, "basis", "be of this model", "one of another", remedy))
-        made = self._empty([kind for kind in kinds if kind != "ekfac" or basis is not None], basis)
+        if basis is not None:  # of what nobody has named it may lack what was left out, as here
+            for name, (n_outputs, n_inputs, _) in self._sizes.items():
+                if name in basis or name not in self._swept:
+                    _basis_of(basis, name, (n_outputs, n_inputs))
         with self.at_work():
             probed = self.look()
+            made = self._empty([kind for kind in kinds if kind != "ekfac" or basis is not None], basis)
             self._add_up(made, probed)
             if len(made.kinds) < len(set(kinds)):
                 made = made.eigen()

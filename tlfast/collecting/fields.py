@@ -197,6 +197,11 @@ def pad_value(name: str, pad_id: int) -> int | None:
     return pad_id if leaf.endswith("_ids") else None
 
 
+def is_apart(name: str) -> bool:
+    """Whether a field of this name is no input of an encoder: labels, or what a decoder reads, which has a mask."""
+    return pad_value(name, 0) == NOT_ASKED_FOR or name.rpartition(".")[2].startswith("decoder_")
+
+
 @dataclass
 class _Seen:
     """What the values of one field have had in common so far."""
@@ -341,6 +346,12 @@ class FieldRules:
         """Whether a field has one shape in all examples."""
         seen = (self._seen or {}).get(name)
         return seen is not None and seen.shape is not None and -1 not in seen.shape
+
+    @property
+    def uneven(self) -> bool:
+        """Whether a field of numbers that is an input has several shapes."""
+        seen = (self._seen or {}).items()
+        return any(one.dtype is not None and not self.one_shape(name) and not is_apart(name) for name, one in seen)
 
     def collated(self, examples: Sequence[Mapping[str, Value]], n_positions: int, side: Side) -> Fields:
         """The fields of a batch: numbers as a tensor [B, ...], texts as a list, mappings as mappings."""

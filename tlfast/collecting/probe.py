@@ -22,7 +22,7 @@ from ..dataset.format.layout import Column
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from ..hooks.captured import Capture
-from ..hooks.dimensions import Seen, has_positions
+from ..hooks.dimensions import Seen, UncoveredError, has_positions
 from ..hooks.freeze import starting_modules
 from ..spec import Spec
 from .batches import Batch, Batching, PaddingSide
@@ -268,9 +268,12 @@ class Probe:
     # What they show.
 
     def _unmasked(self, passes: Sequence[_Pass]) -> set[str]:
-        """The columns that a mask has nothing to do with; ValueError where dimensions are not what they should be."""
+        """The columns that a mask has nothing to do with; ValueError where dimensions are not what they should be.
+
+        An `UncoveredError` names all points of its kind, where nothing else is wrong.
+        """
         one_width = self.batching.width is not None or len(self.by_length) == 1
-        unmasked = set()
+        unmasked, uncovered = set[str](), list[UncoveredError]()
         for column, (point, spec) in self.wanted.items():
             if column in self.routed:  # which has other positions, and none that are padding
                 unmasked.add(column)
@@ -287,11 +290,21 @@ class Probe:
                 seen = [replace(one.seen[place], n_positions=one.n_decoded or 0) for one in there]
                 width = any(self.batching.source.rules.one_shape(name) for name in DECODED if self.batching.source)
             chooses = spec.at is not None and not any(column in one.by_mask for one in there)
-            if seen and not has_positions(point, spec, seen, self.pads, width, self._without_padding(), chooses):
+            try:
+                covered = not seen or has_positions(
+                    point, spec, seen, self.pads, width, self._without_padding(), chooses
+                )
+            except UncoveredError as error:
+                uncovered.append(error)
+                continue
+            if not covered:
                 unmasked.add(column)
                 if spec.at is not None and self.has_tokens:
                     rule, got = "have the positions as dimension 1 where there is an at=", ", ".join(map(str, seen))
                     raise ValueError(broken_rule(f"collect at {point}", "a gradient", rule, got, "Leave it out."))
+        if uncovered:
+            uncovered[0].points = tuple(dict.fromkeys(point for error in uncovered for point in error.points))
+            raise uncovered[0]
         return unmasked
 
     def _decodes(self, passes: Sequence[_Pass], place: str) -> bool:

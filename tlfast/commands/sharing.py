@@ -29,16 +29,18 @@ def export(args: list[str]) -> int:
     arguments.add_argument("--points", nargs="+", metavar="GLOB", help="the points to export; without it, all")
     arguments.add_argument("--partial", action="store_true", help="the units that are there, although some are missing")
     wanted = arguments.read(args)
-    points, n_rows = None, 0
+    points, n_examples, unit = None, 0, "rows"
     if wanted.to in FORMATS:  # else export_dataset says it
         dataset = open_dataset(wanted.dir, partial=wanted.partial)
-        n_rows = len(dataset)
+        n_examples = len(dataset)
         if wanted.points is not None:
             points = match_names("tlfast export", dataset.points, wanted.points)
-    with bar("export", n_rows, "rows") as progress:
+        if any(dataset.column(point).per == "token" for point in points or dataset.points):
+            unit = "examples"  # which have a row for each token
+    with bar("export", n_examples, unit) as progress:
         options = {"to": wanted.to, "points": points, "partial": wanted.partial}
         made = export_dataset(wanted.dir, wanted.out, **options, progress=progress)
-    print(f"{n_rows} rows: {made}")
+    print(f"{n_examples} {unit}: {made}")
     return OK
 
 

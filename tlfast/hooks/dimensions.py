@@ -10,6 +10,12 @@ from ..errors import broken_rule
 from ..spec import Spec
 
 
+class UncoveredError(ValueError):
+    """Where examples are padded, the positions at some ``points`` are no dimension that a mask covers."""
+
+    points: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Seen:
     """The size of a gradient in a batch of B examples and P positions."""
@@ -44,7 +50,8 @@ def has_positions(
         chooses: of dimension 1 a few positions are kept, as many of each example.
 
     Raises:
-        ValueError: where the sizes show that the rows would not be what was asked for.
+        ValueError: where the sizes show that the rows would not be what was asked for; an `UncoveredError` where that
+            is for padding alone.
     """
     seen = list(dict.fromkeys(seen))
     who, got = f"collect at {point}", ", ".join(map(str, seen))
@@ -88,5 +95,7 @@ def has_positions(
         raise ValueError(broken_rule(who, "rows", "have one shape for all lengths", got, remedy))
     if pads and following and (not covered or following != [1]):
         rule = "have the positions, as many as the batch has, as dimension 1 alone where examples are padded"
-        raise ValueError(broken_rule(who, "a gradient", rule, got, without_padding))
+        error = UncoveredError(broken_rule(who, "a gradient", rule, got, without_padding))
+        error.points = (point,)
+        raise error
     return covered

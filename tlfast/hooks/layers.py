@@ -108,6 +108,11 @@ def convolution(module: Any) -> Layer | None:
     return Layer("conv", module.out_channels, n_inputs, module.bias is not None, window=window)
 
 
+def is_taken(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether the module around one of this name takes its weight without calling it, as a MultiheadAttention does."""
+    return bool(name) and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
 def _embedding(who: str, name: str, module: nn.Module) -> Layer | None:
     if not isinstance(module, nn.Embedding):
         return None
@@ -160,8 +165,7 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
         own = [*experts._parameters.values()] if is_experts(experts) else own
         sharing = [owners.get(id(one), []) for one in own]
         shared = next((names for names in sharing if len(names) > 1), None)
-        around = modules.get(name.rpartition(".")[0])
-        if isinstance(around, nn.MultiheadAttention) and name:
+        if is_taken(modules, name):
             rule, got = "be modules that are called", f"{name}, whose weight a MultiheadAttention takes by itself"
             raise TypeError(broken_rule(who, "points", rule, got, "Leave it out: what it is given isn't seen."))
         if shared:

@@ -121,6 +121,26 @@ def token_columns(made, to):
     return found | {"t": values["t"].reshape(-1, 5), "tq": values["tq"].reshape(-1, 2, 3)}
 
 
+def test_what_stands_beside_tokens_is_made_for_few_at_a_time(tmp_path, monkeypatch):
+    """A norm of a token is 4 bytes, beside a copy of its example's texts: parts of so many bytes have many tokens."""
+    from tlfast.dataset import Example
+
+    columns, plan = {"t": Column(torch.float32, (), per="token")}, Plan(3, 3)
+    with kinds_cases.make_writer(tmp_path / "ds", columns=columns, plan=plan) as writer:
+        examples = [Example(i, list(range(4)), "long" * 25, 0, 4) for i in range(3)]
+        writer.write_unit(plan.unit(0), {"t": torch.arange(12.0)}, examples)
+    monkeypatch.setattr(arrow_rows, "PART_BYTES", 400)
+    rows = arrow_rows.Rows(open_dataset(tmp_path / "ds"), ["t"], who="here", tokens="all")
+    batches = list(rows.batches(rows.schema()))
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2, 2]
+    assert [value for batch in batches for value in batch.column("grad:t").to_pylist()] == list(range(12))
+    assert [value for batch in batches for value in batch.column("position").to_pylist()] == [0, 1, 2, 3] * 3
+    monkeypatch.setattr(arrow_rows, "PART_BYTES", 1 << 20)
+    assert [len(part.arrays["t"]) for part in rows.parts()] == [12]
+    monkeypatch.setattr(arrow_rows, "PART_ROWS", 9)
+    assert [len(part.arrays["t"]) for part in rows.parts()] == [8, 4]
+
+
 @pytest.mark.parametrize("to", [name for name in FORMATS if name != "bergson"])
 def test_rows_per_token_are_records_of_their_own(tmp_path, to):
     kinds_cases.write_units(kinds_cases.make_writer(tmp_path / "ds"))

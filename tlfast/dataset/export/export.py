@@ -45,7 +45,7 @@ def export_dataset(
             float32, which holds it exactly. Of points per token each real token is a row, with "id" and "position".
         points: the points to export, in this order; None: all. Those per token and others are exports of their own.
         partial: export the committed units although others are missing.
-        progress: called with the number of rows just written.
+        progress: called with the number of examples whose rows were just written.
 
     Returns:
         The path of what was made. It appears under this name when it is whole and on the disk.

@@ -16,6 +16,7 @@ from ..format.layout import DTYPE_NAMES, WEIGHT, Column
 from ..format.row_table import NORM, row_schema
 
 PART_BYTES = 32 << 20  # of gradients in memory at a time: large enough for the disk, far below a unit
+PART_ROWS = 1 << 16  # in memory at a time: of norms 32 MiB would be millions, and what is said beside each is larger
 GRADIENTS = "grad:"  # a point's rows stand in the column "grad:<point>", beside "norm:<point>"
 POSITION = "position"  # beside "id", which of an example's real tokens a row is, counted from 0
 
@@ -29,9 +30,10 @@ def _names(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive rows: what is said beside each as an Arrow table, and their gradients, [rows, *row_shape]."""
+    """Some consecutive rows: of which examples, how many each has, and their gradients, [rows, *row_shape]."""
 
-    examples: Any
+    examples: Array
+    lengths: Array
     arrays: dict[str, Array]
 
 
@@ -103,18 +105,19 @@ class Rows:
         return sum(column.row_bytes for column in self.columns.values())
 
     def parts(self) -> Iterator[Part]:
-        """Yield all rows in order; a part has at most PART_BYTES, or the rows of one example."""
+        """Yield all rows in order; a part has at most PART_BYTES and PART_ROWS, or the rows of one example."""
         for examples, lengths in self.stretches(self.row_bytes):
             arrays = {point: self.values(point, examples) for point in self.columns}
-            yield Part(self._beside(examples, lengths), arrays)
+            yield Part(examples, lengths, arrays)
             self.written(len(examples))
 
     def stretches(self, row_bytes: int) -> Iterator[tuple[Array, Array]]:
         """Yield some examples at a time, all in order, and how many rows each has: int64 [examples] each.
 
-        They are compared with their checksums before. Their rows, of ``row_bytes`` each, fit into PART_BYTES.
+        They are compared with their checksums before. Their rows are PART_ROWS at most, and, of ``row_bytes`` each, fit
+        into PART_BYTES.
         """
-        most = max(1, PART_BYTES // max(1, row_bytes))  # rows
+        most = max(1, min(PART_ROWS, PART_BYTES // max(1, row_bytes)))
         for first, end in zip(*(bounds.tolist() for bounds in self.dataset.unit_bounds), strict=True):
             if self._verify:  # a copy has no checksums, so what goes into it must be right
                 self.dataset.verify_rows(first, end)
@@ -140,25 +143,51 @@ class Rows:
         array: Array = rows.to(self.columns[point].dtype).numpy()
         return array
 
-    def _beside(self, examples: Array, lengths: Array) -> Any:
-        """What is known of each row's example, as an Arrow table; of rows per token with their positions."""
-        table = self.dataset.examples.arrow(examples)
+    def _beside(self, part: Part) -> Iterator[tuple[slice, Any]]:
+        """Yield some rows of a part at a time, and what is known of each one's example, as an Arrow table.
+
+        Rows per token have their positions beside them, and a copy of what their example says: so few are yielded at a
+        time that these copies have PART_BYTES at most, or are one.
+        """
+        table = self.dataset.examples.arrow(part.examples)
         if not self.per_token:
-            return table
+            yield slice(0, len(part.examples)), table
+            return
         pa = extra("pyarrow", self._who)
-        each = table.select(self._of_tokens(table.schema)).take(np.repeat(np.arange(len(examples)), lengths))
-        positions = [np.arange(n, dtype=np.int32) for n in lengths.tolist()]
-        return each.add_column(1, POSITION, pa.array(np.concatenate([np.empty(0, np.int32), *positions])))
+        table = table.select(self._of_tokens(table.schema))
+        owners = np.repeat(np.arange(len(part.examples)), part.lengths)
+        positions = np.arange(len(owners)) - np.repeat(np.cumsum(part.lengths) - part.lengths, part.lengths)
+        before = np.cumsum(self._bytes_beside(table)[owners])
+        start = 0
+        while start < len(owners) or start == 0:
+            done = before[start - 1] if start else 0
+            stop = max(start + 1, int(np.searchsorted(before, done + PART_BYTES, side="right")))
+            rows = slice(start, min(stop, len(owners)))
+            here = pa.array(positions[rows].astype(np.int32))
+            yield rows, table.take(owners[rows]).add_column(1, POSITION, here)
+            start = stop
+
+    def _bytes_beside(self, table: Any) -> Array:
+        """How many bytes each row of a table of numbers and texts has: int64 [rows]."""
+        pa, compute = extra("pyarrow", self._who), extra("pyarrow.compute", self._who)
+        found: Array = np.full(len(table), 4, np.int64)  # of the position
+        for column in table.columns:
+            if pa.types.is_string(column.type):
+                sizes = compute.fill_null(compute.binary_length(column), 0)
+                found += 4 + sizes.to_numpy().astype(np.int64)
+            else:
+                found += 8
+        return found
 
     def _of_tokens(self, schema: Any) -> list[str]:
         """Columns of a row table that go beside each token: not lists, which belong to the example, nor its norms."""
         types = extra("pyarrow", self._who).types
         return [f.name for f in schema if not types.is_list(f.type) and not f.name.startswith(NORM)]
 
-    def written(self, n_rows: int) -> None:
+    def written(self, n_examples: int) -> None:
         """Tell who wants to know that the rows of so many examples more were written."""
         if self._progress is not None:
-            self._progress(n_rows)
+            self._progress(n_examples)
 
     def provenance(self) -> dict[str, Any]:
         """What the file says of itself: how the data were made, and each point as it was stored."""
@@ -197,9 +226,12 @@ class Rows:
         """Yield the parts as Arrow record batches of ``schema``."""
         pa = extra("pyarrow", self._who)
         for part in self.parts():
-            columns = [column.combine_chunks() for column in part.examples.columns]
-            columns += [_lists(part.arrays[point], column, self._who) for point, column in self.columns.items()]
-            yield pa.record_batch(columns[: len(schema)], schema=schema)
+            for rows, table in self._beside(part):
+                columns = [column.combine_chunks() for column in table.columns]
+                columns += [
+                    _lists(part.arrays[point][rows], column, self._who) for point, column in self.columns.items()
+                ]
+                yield pa.record_batch(columns[: len(schema)], schema=schema)
 
     def _stored(self, point: str) -> str:
         column: Column = self.dataset.column(point)
