@@ -239,7 +239,7 @@ def test_what_a_tokenizer_puts_around_a_text_stands_there_once(folder, tmp_path,
     refused = complaint_of(capsys, words(folder, tmp_path / "o", **columns, bos="never"))
     assert "bos must be auto for this tokenizer, got 'never'. It puts the token to each text itself." in refused
 
-    def twice(self, settings, columns):
+    def twice(self, settings, columns, earlier):
         return [tokenizer.bos_token_id], []
 
     with monkeypatch.context() as patches:

@@ -67,7 +67,8 @@ def text_query(
                 remedy = "Give its place by --normalizer."
                 raise _refused("the normalizer", "lie where config.yaml says", repr(settings.normalizer), remedy)
             with SpeakingAs(_WHO, "collect"):
-                Collection(settings).collect(settings, "tlfast search", progress=False)
+                like = str(ds.sources[0].path)
+                Collection(settings, like).collect(settings, "tlfast search", progress=False)
         else:
             if response:
                 raise _refused("--response", "be left out: examples of this dataset are single texts", repr(response))

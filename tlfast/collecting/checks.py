@@ -140,7 +140,8 @@ def check_peaceful(overwrite: bool, resume: str) -> None:
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens a Hugging Face model has positions for; None where nobody says."""
     said = said_positions(model)
-    return None if said is None else min([said, *(n - place - 1 for place, n in places_of_padding(model))])
+    found = places_of_padding(model, looked_up=True)
+    return None if said is None else min([said, *(n - place - 1 for place, n in found)])
 
 
 def said_positions(model: nn.Module) -> int | None:

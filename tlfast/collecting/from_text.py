@@ -49,9 +49,9 @@ from .progress import Report
 from .records import HubRecords, Record, files_of, media_of, on_hub, read_records
 from .resume import (
     check_folder,
-    ends_twice,
     existing_folder,
     has_units,
+    most_have_around,
     packs_as_begun,
     positions_as_begun,
     records_as_begun,
@@ -92,10 +92,15 @@ def collect_text(settings: CollectSettings, made_by: str) -> Report:
 class Collection:
     """The model and the examples of a run, loaded once: `collect` takes them through as often as it is called."""
 
-    def __init__(self, settings: CollectSettings) -> None:
-        """Cheap checks first, the model last."""
+    def __init__(self, settings: CollectSettings, like: str = "") -> None:
+        """Cheap checks first, the model last.
+
+        The examples are made as those of the dataset in the folder ``like``; "": as those of ``out``, where that has
+        any, else as today.
+        """
         settings.check()
         check_folder(settings.out, settings.resume, settings.overwrite, settings.staging or None)
+        self._like, goes_on = like, bool(like) or continues(settings)
         name, adapter = base_and_adapter(settings.model, settings.adapter)
         check_model_name(name)
         self.device = device = pick_device(settings.device)
@@ -114,15 +119,16 @@ class Collection:
             from ..transformer_lens.loading import as_bridge
             from ..transformer_lens.names import find_names
 
-            check_fits(model, settings)
+            check_fits(model, settings, goes_on)
             model = as_bridge(model)
             find_names("collect", model, settings.points)
         else:
             find_points("collect", model, settings.points)  # a wrong glob is found before a long text is cut
-            check_fits(model, settings)
+            check_fits(model, settings, goes_on)
         self.normalizer: Any = None if read is None else read(model, settings.bias)
         check_kind(model, settings, kind)
-        check_texts(model, settings)
+        if not goes_on:
+            check_texts(model, settings)
         self.bad = BadExamples(settings.bad_examples)
         self.model: nn.Module = model
         self.loss: Any = fitting_loss(settings, model) if loss is None else loss
@@ -130,22 +136,25 @@ class Collection:
         self._name = name
         self.examples = self._made(settings, files)
         if settings.pack:
-            self._pack(settings)
+            self.examples = self._packed(settings, self.examples)
+            check_packs(self.model, self.examples)
         check_labels(self.model, settings, self.loss)
 
-    def _pack(self, settings: CollectSettings) -> None:
-        longest = (settings.seq_len or positions_of(self.model)) if settings.dataset else settings.text_len
+    def _packed(self, settings: CollectSettings, examples: Any, earlier: bool = False) -> MadeAnew:
+        """The examples in packs; of a data set as long as one may be, now or by what earlier versions took for it."""
+        longest = self._longest(settings, earlier) if settings.dataset else settings.text_len
         if task_of(self.model) not in (None, CAUSAL) or longest is None:
             got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
             remedy = "Leave it out."
             raise ValueError(broken_rule("collect", "pack", "be for a causal language model", got, remedy))
-        origin = getattr(self.examples, "origin", None)
+        origin = getattr(examples, "origin", None)
         if origin is not None:
             origin = replace(origin, how={**origin.how, "pack": longest})
         # Without labels of the data each text is its own: what a loss that has its own way makes nothing of.
         ours = () if columns_of(settings).makes_labels else ("labels",)
-        self.examples = MadeAnew(partial(packs, self.examples, longest), origin, ours)
-        check_packs(self.model, self.examples)
+        before = getattr(examples, "earlier", None)
+        then = None if before is None else lambda: self._packed(settings, before(), earlier=True)
+        return MadeAnew(partial(packs, examples, longest), origin, ours, then)
 
     @property
     def unused(self) -> list[str]:
@@ -238,29 +247,38 @@ class Collection:
         files = files_of(settings.dataset, settings.split, hub) if names is None else []
         return self._origin(settings, files, how, made.unused)
 
-    def _records(self, settings: CollectSettings) -> MadeAnew:
+    def _longest(self, settings: CollectSettings, earlier: bool) -> int | None:
+        """The most tokens of a record's text, or of a pack of these; None: any number."""
+        if settings.seq_len and self._like:  # a text more for a dataset that may have been given too many
+            return min(settings.seq_len, positions_of(self.model) or settings.seq_len)
+        if settings.seq_len or earlier:
+            return settings.seq_len or said_positions(self.model)
+        return positions_as_begun(settings.out, self.model, settings.overwrite)
+
+    def _records(self, settings: CollectSettings, earlier: bool = False) -> MadeAnew:
+        """The examples of records, as `_way` says it."""
         columns = columns_of(settings)
         if columns.messages:
             check_template(self.tokenizer)
-        first, last = self._around(settings, columns)
-        how: dict[str, Any] = {
-            "first": first, "last": last,
-            "longest": settings.seq_len or positions_as_begun(settings.out, self.model, settings.overwrite),
-            "truncate": settings.truncate, "label_ids": self._label_ids,
-        }  # fmt: skip
+        way = self._way(settings, columns, earlier)
+        as_earlier = None
+        if not earlier and way != self._way(settings, columns, earlier=True):
+            as_earlier = partial(self._records, settings, earlier=True)
+        of_whole = way.pop("of_whole")
+        how: dict[str, Any] = {**way, "truncate": settings.truncate, "label_ids": self._label_ids}
         task = task_of(self.model)
         tokenizing = Tokenizing(
             columns, self.tokenizer, task, self.bad, condition=settings.filter, place=settings.dataset, **how
         )
-        self._made_by = tokenizing
-        tokenizing.of_whole = classifies_whole(self.model)
+        self._made_by = self._made_by if earlier else tokenizing
+        tokenizing.of_whole = of_whole
         strict = settings.overwrite or settings.extend or not records_as_begun(settings.out)
         hub = on_hub(settings.dataset, settings.name, settings.split)
         files = files_of(settings.dataset, settings.split, hub)
         how |= {
             "columns": asdict(columns),
             "task": task,
-            "of_whole": tokenizing.of_whole,
+            "of_whole": of_whole,
             "split": settings.split,
             "name": settings.name,
         }
@@ -273,26 +291,54 @@ class Collection:
             )  # fmt: skip
             return tokenizing.examples(records, settings.max_examples or None)
 
-        return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused))
+        return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused), earlier=as_earlier)
 
-    def _around(self, settings: CollectSettings, columns: Columns) -> tuple[list[int], list[int]]:
-        """The tokens that are put before and behind each text, beside those that the tokenizer or a template puts."""
+    def _way(self, settings: CollectSettings, columns: Columns, earlier: bool) -> dict[str, Any]:
+        """All by which records become other examples than those that earlier versions made of them."""
+        first, last = self._around(settings, columns, earlier)
+        return {
+            "first": first,
+            "last": last,
+            "longest": self._longest(settings, earlier),
+            "of_whole": classifies_whole(self.model) and not earlier,
+        }
+
+    def _around(self, settings: CollectSettings, columns: Columns, earlier: bool) -> tuple[list[int], list[int]]:
+        """The tokens that are put before and behind each text, beside those that the tokenizer or a template puts.
+
+        Earlier versions put these also where the tokenizer had put them, and an end behind each response.
+        """
         first = beginning_of_text(self.tokenizer, settings.bos)
         last = end_of_text(self.tokenizer, settings.eos, bool(columns.response))
+        if earlier or not has_own_ends(task_of(self.model)):
+            return ([], []) if columns.messages else (first, last)
         if columns.messages:
             return [], []
-        if not has_own_ends(task_of(self.model)):
-            return first, last
-        begun = goes_on(settings)
-        if begun and ends_twice(settings.out, first, last):
-            return first, last
-        more = more_around(self.tokenizer, settings.bos, settings.eos, strict=not begun)
-        if columns.prompt and any(more) and not begun:
+        goes_on = bool(self._like) or continues(settings)
+        more = more_around(self.tokenizer, settings.bos, settings.eos, strict=not goes_on)
+        if columns.prompt and any(more) and not goes_on:
             argument = "bos" if more[0] else "eos"
             got, remedy = repr(getattr(settings, argument)), "Prompt and response are as the tokenizer makes them."
             rule = f"be auto for prompts of {type(unwrapped(self.model)).__name__}"
             raise ValueError(broken_rule("collect", argument, rule, got, remedy))
-        return ([], []) if columns.prompt else more
+        now = ([], []) if columns.prompt else more
+        return (first, last) if self._like and self._alike(settings, columns, (first, last), now) else now
+
+    def _alike(self, settings: CollectSettings, columns: Columns, then: Any, now: Any) -> bool:
+        """Whether the dataset whose examples these shall be like has what earlier versions put around a text.
+
+        So it is where today's refuse its settings; else its tokens show it.
+        """
+        try:
+            more = more_around(self.tokenizer, settings.bos, settings.eos)
+        except ValueError:
+            return True
+        if columns.prompt and any(more):
+            return True
+        own = list(self.tokenizer("a")["input_ids"])
+        first = [*own[:1], *then[0]] if then[0] != now[0] else []
+        last = [*(own[-1:] if own[-1:] == then[1] else []), *then[1]] if then[1] != now[1] else []
+        return most_have_around(self._like, first, last, settings.seq_len or said_positions(self.model))
 
     def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
@@ -338,7 +384,7 @@ def _text_files(settings: CollectSettings) -> list[TextFile]:
     if not any(file.path.stat().st_size for file in files):
         got = f"{len(files)} empty file{'s' * (len(files) != 1)}"
         raise ValueError(broken_rule("collect", "text", "hold text", got, "Give files with something in them."))
-    if settings.extend or not goes_on(settings):
+    if settings.extend or not continues(settings):
         check_plain(files, settings.pattern)
     return files
 
@@ -415,7 +461,7 @@ def check_kind(model: nn.Module, settings: CollectSettings, kind: str) -> None:
         raise ValueError(broken_rule("collect", "the columns", rule, got, "Or take another model."))
 
 
-def goes_on(settings: CollectSettings) -> bool:
+def continues(settings: CollectSettings) -> bool:
     """Whether a dataset with units is continued: what was begun goes on for ever."""
     return not settings.overwrite and has_units(settings.out)
 
@@ -425,8 +471,6 @@ def check_texts(model: nn.Module, settings: CollectSettings) -> None:
 
     And for tokens around conversations, which the template of these puts alone.
     """
-    if goes_on(settings):
-        return
     odd = next((name for name in ("bos", "eos") if getattr(settings, name) != "auto"), None)
     if settings.messages_column and odd is not None:
         got, remedy = repr(getattr(settings, odd)), "The chat template says what is around a turn."
@@ -475,11 +519,10 @@ def check_labels(model: nn.Module, settings: CollectSettings, loss: Any) -> None
         raise ValueError(broken_rule("collect", "labels", rule, got, remedy))
 
 
-def check_fits(model: nn.Module, settings: CollectSettings) -> None:
-    """ValueError for examples that may be longer than the model has positions."""
-    n_positions, seq_len = positions_of(model), settings.seq_len if settings.dataset else settings.text_len
-    if goes_on(settings):
-        n_positions = said_positions(model)
+def check_fits(model: nn.Module, settings: CollectSettings, goes_on: bool) -> None:
+    """ValueError for examples that may be longer than the model has positions, or than was asked of what goes on."""
+    n_positions = said_positions(model) if goes_on else positions_of(model)
+    seq_len = settings.seq_len if settings.dataset else settings.text_len
     if n_positions is not None and seq_len > n_positions:
         rule = f"be at most {n_positions}, the positions of the model"
         raise ValueError(broken_rule("collect", "seq_len", rule, seq_len, "Give a smaller --seq-len."))

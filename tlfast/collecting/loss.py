@@ -69,13 +69,16 @@ def accepted_names(model: nn.Module) -> frozenset[str]:
     return _accepted(model)
 
 
-def places_of_padding(model: nn.Module) -> Iterator[tuple[int, int]]:
+def places_of_padding(model: nn.Module, looked_up: bool = False) -> Iterator[tuple[int, int]]:
     """Of each embedding of positions that has one for padding, which it is, and how many positions there are.
 
-    Models with such count on from there, as RoBERTa's kin do.
+    Models with such count on from there, as RoBERTa's kin do. Those that are ``looked_up`` are asked for positions; a
+    class of its own may find them itself, as ProphetNet's, which gives the last one to all tokens behind.
     """
     for name, module in model.named_modules():
         of_positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if looked_up and type(module).forward is not nn.Embedding.forward:
+            continue
         if of_positions and module.padding_idx is not None:
             yield module.padding_idx, module.num_embeddings
 

@@ -28,7 +28,7 @@ from .skipped import without_addresses
 
 Place = str | os.PathLike[str]
 Skipped = Sequence[Sequence[Any]]
-_LOOKED_AT = 8  # examples that show how a dataset was begun
+_LOOKED_AT = 64  # examples that show how those of a dataset were made
 
 
 def check_folder(out: Place, resume: Resume, overwrite: bool, staging: Place | None = None) -> None:
@@ -132,17 +132,26 @@ def records_as_begun(out: Place) -> bool:
     return not any(str(reason).endswith(TWO_VALUES) for *_, reason in skipped)
 
 
-def ends_twice(out: Place, first: Sequence[int], last: Sequence[int]) -> bool:
-    """Whether the examples of the dataset in ``out`` begin, or end, with these tokens twice.
+def holds_first(out: Place, examples: Sequence[Example], skipped: Skipped, fingerprint: str = "") -> bool:
+    """Whether all examples of the dataset in ``out`` are the first of these, also what was left out among them."""
+    start = bad = 0
+    for number, (n, said) in enumerate(read_description(out, "collect").examples):
+        stop, stop_bad = start + n, bad + _n_skipped(said)
+        if stop > len(examples):
+            return False
+        if not _agree(said, examples[start:stop], skipped[bad:stop_bad], "" if number else fingerprint):
+            return False
+        start, bad = stop, stop_bad
+    return True
 
-    So do those that were begun before what a tokenizer itself puts around a text was left to it alone.
-    """
-    texts = [list(example["input_ids"]) for example in islice(open_dataset(out, partial=True).examples, _LOOKED_AT)]
-    twice = [*first, *first], [*last, *last]
-    return bool(texts) and (
-        (bool(first) and all(ids[: len(twice[0])] == twice[0] for ids in texts))
-        or (bool(last) and all(ids[-len(twice[1]) :] == twice[1] for ids in texts))
-    )
+
+def most_have_around(out: Place, first: Sequence[int], last: Sequence[int], longest: int | None) -> bool:
+    """Whether most texts of the dataset in ``out`` have these tokens at one end; the longest ones may have been cut."""
+    rows = islice(open_dataset(out, partial=True).examples, _LOOKED_AT)
+    texts = [ids for row in rows if len(ids := list(row["input_ids"])) != longest]
+    n_first = sum(ids[: len(first)] == list(first) for ids in texts) if first else 0
+    n_last = sum(ids[-len(last) :] == list(last) for ids in texts) if last else 0
+    return 2 * max(n_first, n_last) > len(texts)
 
 
 def positions_as_begun(out: Place, model: nn.Module, overwrite: bool) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ from ..spec import (
     Spec,
 )
 from .batches import Collate, PaddingSide, unit_rows_of
-from .checks import check_peaceful
+from .checks import check_peaceful, said_positions
 from .determinism import Deterministic, as_begun, describe_machine
 from .drain import Drain, streams_for
 from .fsdp import Lockstep, agreed, is_sharded, share_of_group
@@ -53,6 +54,8 @@ from .resume import (
     add_the_rest,
     check_folder,
     existing_folder,
+    has_units,
+    holds_first,
     loss_as_begun,
     next_tokens_as_begun,
     own_part,
@@ -62,6 +65,7 @@ from .resume import (
 from .signals import Terminated, stopping
 from .skipped import BadPolicy
 from .spool import lengths_of
+from .stored_examples import MadeAnew
 from .unit import Oddities, Runner
 from .unit_queue import Share, Todo, share_of, units_in
 from .work import Work
@@ -255,12 +259,31 @@ class Run(Work):
         self.loss_at_first, self.loss_unknown = describe_loss(self.loss, options.identity, options.header)
         graphs: CudaGraph = "off" if self.together else self.graphs_possible(options.cuda_graph)
         self.with_graphs = graphs_wanted(graphs, self.devices, lambda: self.enter(1, self.specs).backend)
-        here = not url_of(out)
-        self.read(batches, self.with_graphs, existing_folder(out) if here else None, os.fspath(out) if here else None)
+        self._as_earlier = False
+        self._read(batches)
         self.with_graphs = self.batching.buckets is not None
+
+    def _read(self, batches: Iterable[Any]) -> None:
+        """Read the examples: as they are made today, or as earlier versions made those of the dataset that goes on."""
+        out, here = self.out, not url_of(self.out)
+        where = self.with_graphs, existing_folder(out) if here else None, os.fspath(out) if here else None
+        earlier = batches.earlier if isinstance(batches, MadeAnew) else None
+        if earlier is None or self.options.overwrite or not has_units(out):
+            self.read(batches, *where)
+            return
+        with suppress(ValueError):  # what is wrong today may have been right
+            self.read(batches, *where)
+            reasons_as_begun(out, self.bad.skipped, overwrite=False)
+            if holds_first(out, self.examples, self.bad.skipped, self.options.fingerprint):
+                return
+        self.bad.forget()
+        self._as_earlier = True
+        self.read(earlier(), *where)
 
     def most_tokens(self) -> int | None:
         """Those of the dataset that it continues."""
+        if self._as_earlier:
+            return said_positions(self.model)
         return positions_as_begun(self.out, self.model, self.options.overwrite)
 
     def next_in_text(self) -> bool:

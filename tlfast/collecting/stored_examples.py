@@ -38,12 +38,17 @@ class MadeAnew:
         make: begins to make them.
         origin: what they are made of, and how; None: that can't be known.
         may_be_unused: fields that they have beside what the user gave, of which a loss may make nothing.
+        earlier: gives the same as earlier versions made them; None: as they are made now.
     """
 
     def __init__(
-        self, make: Callable[[], Iterator[Any]], origin: Origin | None = None, may_be_unused: Sequence[str] = ()
+        self,
+        make: Callable[[], Iterator[Any]],
+        origin: Origin | None = None,
+        may_be_unused: Sequence[str] = (),
+        earlier: Callable[[], MadeAnew] | None = None,
     ) -> None:
-        self._make, self.origin, self.may_be_unused = make, origin, may_be_unused
+        self._make, self.origin, self.may_be_unused, self.earlier = make, origin, may_be_unused, earlier
 
     def __iter__(self) -> Iterator[Any]:
         return self._make()
