@@ -83,12 +83,13 @@ def cost_rows(measured: Measured, floor: str, n_points: int = 1, unit: float = 1
 
 
 def rate_rows(measured: Measured, floor: str, n: int, what: str = "examples") -> list[dict[str, Cell]]:
-    """One row a variant, which has done ``n`` things in a call: its rates, and its CPU time beside the floor's."""
+    """One row a variant, which does ``n`` things in a step: its rates, and its CPU time beside the floor's."""
     base = measured[floor]["cpu"]
     return [
         {"variant": name, f"{what}/s": n / times["total"].median, f"{what}/s_cpu": n / times["cpu"].median,
          "percent_of_floor_cpu": times["cpu"].ratio(base) * 100,
-         "overhead_percent_cpu": None if name == floor else (times["cpu"].ratio(base) - 1) * 100}
+         "overhead_percent_cpu": None if name == floor else (times["cpu"].ratio(base) - 1) * 100,
+         "set_up_s": times["set_up"].median}
         for name, times in measured.items()
     ]  # fmt: skip
 

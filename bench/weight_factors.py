@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,16 +15,16 @@ import tlfast
 from tlfast.collecting.batches import Batch
 from tlfast.collecting.loss import next_token_loss
 
-from .measure import Measured, check_close, interleave, timed
+from .measure import Measured, check_close
 from .report import Claim, Findings, Table, rate_rows
 from .rivals import first_tensor
 from .storing import hooked
+from .turns import silent, take_turns
 from .weight_norms import Work, make_work
-from .weight_ways import silent
 
-SHAPE = {"n_layers": 4, "width": 128, "length": 64, "batch": 16, "n_batches": 6}
-QUICK = {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_batches": 1}
-ROUNDS = 5
+SHAPE = {"n_layers": 4, "width": 128, "length": 64, "batch": 16, "n_batches": 33}
+QUICK = {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_batches": 3}
+TOGETHER = 4  # batches to a sample: what is summed in float32 goes to float64 once in them
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer A [I, I] and S [O, O], sums over tokens
 
@@ -72,7 +72,7 @@ class Prepared:
 
 
 def prepared(work: Work) -> Prepared:
-    """What kronfluence does once; it isn't timed."""
+    """What kronfluence does before all."""
     from kronfluence.analyzer import prepare_model
     from kronfluence.task import Task
 
@@ -90,19 +90,18 @@ def prepared(work: Work) -> Prepared:
     return Prepared(prepare_model(model=deepcopy(work.model), task=task), task)
 
 
-def kronfluence(work: Work, made: Prepared) -> Sums:
+def kronfluence(work: Work) -> Sums:
     """kronfluence's covariance matrices of the empirical Fisher, by its own loop, and nothing written."""
     from kronfluence.arguments import FactorArguments
     from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
     from kronfluence.utils.state import State
     from torch.utils.data import DataLoader
 
-    examples = [row for batch in work.batches for row in batch.input_ids]
+    made, examples = prepared(work), [row for batch in work.batches for row in batch.input_ids]
     loader: Any = DataLoader(examples, batch_size=len(work.batches[0].input_ids))  # type: ignore[arg-type]
-    with silent():
-        _, found = fit_covariance_matrices_with_loader(
-            made.model, State(), made.task, loader, FactorArguments(use_empirical_fisher=True)
-        )
+    _, found = fit_covariance_matrices_with_loader(
+        made.model, State(), made.task, loader, FactorArguments(use_empirical_fisher=True)
+    )
     return {name: (found["activation_covariance"][name], found["gradient_covariance"][name]) for name in work.points}
 
 
@@ -124,12 +123,9 @@ Way = Callable[[Work], "Sums | None"]
 WAYS: dict[str, Way] = {FLOOR: floor, PYTHON: python_hooks, OURS: ours}
 
 
-def ways_for(work: Work) -> dict[str, Way]:
+def ways_here() -> dict[str, Way]:
     """All ways that can be gone here."""
-    if not find_spec("kronfluence"):
-        return WAYS
-    made = prepared(work)
-    return {**WAYS, KRONFLUENCE: lambda work: kronfluence(work, made)}
+    return {**WAYS, KRONFLUENCE: kronfluence} if find_spec("kronfluence") else WAYS
 
 
 def true_sums(work: Work) -> dict[str, tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
@@ -163,7 +159,8 @@ def check_ways(work: Work, ways: dict[str, Way]) -> None:
     first = Work(work.model, work.batches[:2], work.points)
     true = true_sums(first)
     for name, way in ways.items():
-        found = way(first)
+        with silent():
+            found = way(first)
         for point, both in (found or {}).items():
             for side, got, (wanted, bound) in zip(("A", "S"), both, true[point], strict=True):
                 check_close(f"{name}, {side} at {point}", got, wanted, bound)
@@ -172,9 +169,10 @@ def check_ways(work: Work, ways: dict[str, Way]) -> None:
 def findings(quick: bool, ways: dict[str, Way] | None = None) -> Findings:
     """Check, then measure; of a rival that isn't installed there is no row."""
     work = make_work(**(QUICK if quick else SHAPE))
-    ways = ways_for(work) if ways is None else ways
+    ways = ways_here() if ways is None else ways
     check_ways(work, ways)
-    measured = interleave({name: timed(way, work) for name, way in ways.items()}, 2 if quick else ROUNDS)
+    turns = {name: lambda model, _, way=way: way(replace(work, model=model)) for name, way in ways.items()}
+    measured = take_turns(work.model, turns, len(work.batches), 1 if quick else TOGETHER)
     found = Findings([_table(work, measured)])
     if OURS not in measured:
         return found
@@ -192,7 +190,7 @@ def findings(quick: bool, ways: dict[str, Way] | None = None) -> Findings:
 
 
 def _table(work: Work, measured: Measured) -> Table:
-    n = sum(batch.input_ids.numel() for batch in work.batches)
+    n = work.batches[0].input_ids.numel()
     rows = rate_rows(measured, FLOOR, n, "tokens")
-    title = f"K-FAC's A and S: {n} tokens, {len(work.points)} layers of a Llama"
+    title = f"K-FAC's A and S: {n} tokens a step, {len(work.points)} layers of a Llama"
     return Table(title, FLOOR, list(rows[0]), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ import tlfast
 from tlfast import Spec
 
 from . import weight_ways
-from .measure import Measured, check_close, interleave, timed
+from .measure import Measured, check_close
 from .report import Claim, Findings, Table, rate_rows
 from .rivals import first_tensor
 from .storing import hooked
+from .turns import take_turns
 
 N_QUERIES = 8
 N_TOKENS = 16  # of each query that is given as the factors of its tokens
-ROUNDS = 5
+STEPS = 9  # the first one warms up, the last one is left out
 MOST = 25.0  # percent above the floor
 
 
@@ -127,7 +128,7 @@ def true_scores(
 def check_ways(work: Work, ways: dict[str, Way], factors: Callable[[weight_ways.Work], Mapping[str, Any]]) -> None:
     """Compare the scores of the first batch with those of float64. ``factors`` gives gradients and inputs by layer."""
     of = work.of
-    first = Work(weight_ways.Work(of.model, of.batches[:1], of.points, of.dim, of.rows_per_unit), work.queries)
+    first = replace(work, of=replace(of, batches=of.batches[:1]))
     true, bound = true_scores(first, factors(first.of))
     for name, way in ways.items():
         found = way(first)
@@ -145,7 +146,11 @@ def findings(
     ways, found = WAYS if ways is None else ways, Findings()
     for what, work in make_works(of).items():
         check_ways(work, ways, factors)
-        measured = interleave({name: timed(way, work) for name, way in ways.items()}, 2 if quick else ROUNDS)
+        turns = {
+            name: lambda model, _, way=way, work=work: way(replace(work, of=replace(work.of, model=model)))
+            for name, way in ways.items()
+        }
+        measured = take_turns(work.of.model, turns, len(work.of.batches))
         found.tables.append(_table(what, work, measured))
         if OURS in measured:
             above = (measured[OURS]["cpu"].ratio(measured[FLOOR]["cpu"]) - 1) * 100
@@ -169,9 +174,9 @@ def products(work: Work) -> tuple[float, float]:
 
 
 def _table(what: str, work: Work, measured: Measured) -> Table:
-    n = work.of.n_examples
+    n = len(work.of.batches[0].input_ids)
     rows = rate_rows(measured, FLOOR, n)
     scores, layers = products(work)
-    title = f"{what}: {n} examples, {len(work.of.points)} layers, width {work.of.sizes(work.of.points[0])[1]}"
+    title = f"{what}: {n} examples a step, {len(work.of.points)} layers, width {work.of.sizes(work.of.points[0])[1]}"
     note = f"multiplications of the scores: {scores / layers * 100:.0f} % of those of the layers, forward and backward"
     return Table(title, FLOOR, list(rows[0]), rows, note)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -42,6 +39,7 @@ class Work:
     dim: int
     rows_per_unit: int
     kind: Any = "rademacher"
+    begin: Callable[[], None] = lambda: None  # called where a step begins, by what doesn't run the model
 
     @property
     def project(self) -> tlfast.Projection:
@@ -93,6 +91,7 @@ def products(work: Work, out: Path) -> None:
     row = torch.empty(n, work.dim, work.dim)
     wide = {size: torch.ones(n * length, size) for point in work.points for size in work.sizes(point)}
     for _ in work.batches:
+        work.begin()
         for point in work.points:
             for side, matrix in enumerate(_signs(work, point)):
                 torch.mm(wide[matrix.shape[1]], matrix.T, out=inside[side].view(n * length, work.dim))
@@ -173,7 +172,7 @@ def bergson_collector(work: Work, out: Path) -> Path:
     starts = np.cumsum([0, *(len(batch.input_ids) for batch in work.batches)]).tolist()
     batches = [list(range(start, stop)) for start, stop in pairwise(starts)]
     settings = IndexConfig(run_path=str(out / "index"), projection_dim=work.dim)
-    with tlfast.freeze(work.model), silent():
+    with tlfast.freeze(work.model):
         work.model.transformer.ln_f.bias.requires_grad_(True)
         collect_gradients(
             work.model, data, GradientProcessor(projection_dim=work.dim), settings, batches=batches,
@@ -189,17 +188,6 @@ def read_index(found: Path, work: Work, point: str) -> torch.Tensor:
     stored = np.fromfile(found / "gradients.bin", np.float32).reshape(work.n_examples, -1)
     at = list(sizes).index(point.removeprefix(BASE)) * work.dim**2
     return torch.from_numpy(stored[:, at : at + work.dim**2]).view(-1, work.dim, work.dim)
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Without what bergson prints, logs and draws."""
-    logging.disable(logging.INFO)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _ours(work: Work, point: str) -> Matrices:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,9 +17,11 @@ from tlfast.collecting.loss import next_token_loss
 
 from . import weight_factors, weight_norms, weight_queries
 from .collect import SCRATCH, file_system, make_work
-from .measure import Measured, Sections, check_close, interleave
+from .measure import Measured, check_close
 from .report import Cell, Claim, Findings, Result, Table
 from .rivals import first_tensor
+from .turns import Way as Turn
+from .turns import silent, take_turns
 from .weight_ways import BERGSON, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, Way, Work
 
 # Beside the floor: of the smaller p of a model all ways, of others what their targets and rivals are about.
@@ -51,9 +53,18 @@ class Model:
 
     name: str
     shape: dict[str, int]
-    rounds: int
     most: dict[tuple[int, str], float]
     ways: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def steps_of_unit(self) -> int:
+        """Batches whose rows are one unit on the disk: a sample."""
+        return self.shape["rows_per_unit"] // self.shape["batch"]
+
+    @property
+    def rounds(self) -> int:
+        """Samples: all units but the first one; one more batch is the last."""
+        return (self.shape["n_examples"] // self.shape["batch"] - 1) // self.steps_of_unit - 1
 
     def measures(self, work: Work, way: str) -> bool:
         """Whether a way is measured; one that isn't known by its name always is."""
@@ -62,17 +73,16 @@ class Model:
 
 
 MODELS = (
-    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 192, "rows_per_unit": 64}, 5,
+    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 592, "rows_per_unit": 64},
           {(16, SIGNS): 9.0, (64, SIGNS): 36.0, (64, "hadamard"): 8.0, (64, "count-sketch"): 8.0},
           {(16, SIGNS): tuple(WAYS)}),
-    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 24, "rows_per_unit": 16}, 7,
+    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 136, "rows_per_unit": 16},
           {(16, SIGNS): 3.0, (64, SIGNS): 6.0},
           {(64, SIGNS): (PRODUCTS, PYTHON, INTO)}),
 )  # fmt: skip
 QUICK = Model(
     "d 32",
-    {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_examples": 8, "rows_per_unit": 4},
-    2,
+    {"n_layers": 1, "width": 32, "length": 8, "batch": 4, "n_examples": 16, "rows_per_unit": 4},
     {(4, SIGNS): 9.0},
     {(4, SIGNS): tuple(WAYS)},
 )
@@ -111,7 +121,8 @@ def check_ways(work: Work, ways: dict[str, Way]) -> None:
         if way.read is None or way.matrices is None:
             continue
         with tempfile.TemporaryDirectory(dir=SCRATCH) as out:
-            found = way.run(first, Path(out))
+            with silent():
+                found = way.run(first, Path(out))
             for point, (grad, given) in true.items():
                 left, right = (matrix.double() for matrix in way.matrices(work, point))
                 grad, given = grad.double(), given.double()
@@ -123,18 +134,9 @@ def check_ways(work: Work, ways: dict[str, Way]) -> None:
                 check_close(f"{name} at {point}", way.read(found, first, point), rows, bound)
 
 
-def sampler(work: Work, way: Way) -> Callable[[], Sections]:
-    """What does the whole work once, into a new folder; the folder's making and removal aren't timed."""
-
-    def sample() -> Sections:
-        with tempfile.TemporaryDirectory(dir=SCRATCH) as out:
-            cpu, start = time.process_time(), time.perf_counter()
-            found = way.run(work, Path(out))
-            stop, cpu_stop = time.perf_counter(), time.process_time()
-            del found
-        return {"total": stop - start, "cpu": cpu_stop - cpu}
-
-    return sample
+def turn_of(work: Work, way: Way, out: Path) -> Turn:
+    """The whole work, into a new folder, by the copy of the model that it is given."""
+    return lambda model, begin: way.run(replace(work, model=model, begin=begin), out)
 
 
 def installed(library: str) -> str:
@@ -172,15 +174,19 @@ def run(quick: bool = False, ways: dict[str, Way] | None = None) -> Result:
 
 def measure(model: Model, ways: dict[str, Way]) -> Iterator[tuple[Work, Measured]]:
     """Check each way of a model's works, and measure all of them in turn; the works share the floor."""
-    samplers: dict[str, Callable[[], Sections]] = {}
-    names: dict[str, dict[str, str]] = {}  # of each work: the way -> its name among all samplers
+    turns: dict[str, Turn] = {}
+    names: dict[str, dict[str, str]] = {}  # of each work: the way -> its name among all turns
     made = {_name(model, work): work for work in works(model)}
-    for what, work in made.items():
-        ours = {name: way for name, way in ways.items() if model.measures(work, name)}
-        check_ways(work, ours)
-        names[what] = {name: name if name == FLOOR else f"{what}: {name}" for name in ours}
-        samplers |= {names[what][name]: sampler(work, way) for name, way in ours.items()}
-    measured = interleave(samplers, model.rounds)
+    with ExitStack() as folders:
+        for what, work in made.items():
+            ours = {name: way for name, way in ways.items() if model.measures(work, name)}
+            check_ways(work, ours)
+            names[what] = {name: name if name == FLOOR else f"{what}: {name}" for name in ours}
+            for name, way in ours.items():
+                out = Path(folders.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH)))
+                turns[names[what][name]] = turn_of(work, way, out)
+        (work, *_) = made.values()
+        measured = take_turns(work.model, turns, len(work.batches), model.steps_of_unit)
     for what, work in made.items():
         yield work, {name: measured[among] for name, among in names[what].items()}
 
@@ -188,7 +194,7 @@ def measure(model: Model, ways: dict[str, Way]) -> Iterator[tuple[Work, Measured
 def _queries(model: Model, quick: bool) -> Findings:
     """Of the last model, the widest, whose arithmetic is most of its time."""
     work = works(model)[0]
-    return weight_queries.findings(quick, replace(work, batches=work.batches[:1]), factors)
+    return weight_queries.findings(quick, replace(work, batches=work.batches[: weight_queries.STEPS]), factors)
 
 
 def _percent(measured: Measured, name: str) -> float:
@@ -216,17 +222,20 @@ def _claims(model: Model, work: Work, measured: Measured) -> list[Claim]:
 def _table(model: Model, work: Work, measured: Measured) -> Table:
     rows: list[dict[str, Cell]] = []
     base, bound = measured[FLOOR], measured[PRODUCTS]["cpu"].median if PRODUCTS in measured else None
+    n = model.shape["batch"]
     for name, times in measured.items():
         above = None if name in (FLOOR, PRODUCTS) else times["cpu"].above(base["cpu"])
         rows.append(
-            {"variant": name, "examples/s": work.n_examples / times["total"].median,
-             "examples/s_cpu": work.n_examples / times["cpu"].median,
+            {"variant": name, "examples/s_cpu": n / times["cpu"].median,
              "percent_of_floor_cpu": times["cpu"].ratio(base["cpu"]) * 100,
              "overhead_percent_cpu": None if above is None else _percent(measured, name),
-             "overhead_percent": None if above is None else (times["total"].ratio(base["total"]) - 1) * 100,
-             "times_the_products": None if above is None or bound is None else above / bound}
+             "times_the_products": None if above is None or bound is None else above / bound,
+             "set_up_s": times["set_up"].median, "close_s": times["close"].median}
         )  # fmt: skip
-    n_bytes = 4 * work.n_examples * len(work.points) * work.dim**2
-    of_rows = f"{work.n_examples} examples, {len(work.points)} layers, {n_bytes / 1e6:.1f} MB of rows"
-    note = "overhead: above the floor; times_the_products: that, beside the arithmetic alone"
+    n_bytes = 4 * n * len(work.points) * work.dim**2
+    of_rows = f"{n} examples a step, {len(work.points)} layers, {n_bytes / 1e6:.1f} MB of rows"
+    note = (
+        "overhead: of a step, above the floor; times_the_products: that, beside the arithmetic alone; set_up, close: "
+        "CPU time before the first step, and of the last one with the end"
+    )
     return Table(f"{_name(model, work)}: {of_rows}", FLOOR, list(rows[0]), rows, note)

@@ -6,12 +6,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from checkout import ROOT
 
 sys.path.append(str(ROOT))
 
 from bench import weight_factors, weight_norms, weight_queries, weights
 from bench.measure import WrongResult
+from bench.turns import take_turns
 from bench.weight_ways import CAPTURE, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, bergson_collector, read_index
 
 OURS = [name for name in WAYS if name.startswith("tlfast")]
@@ -46,7 +48,7 @@ def test_a_wrong_way_is_not_timed(monkeypatch):
     def timed(*args):
         raise AssertionError("timed before the check")
 
-    monkeypatch.setattr(weights, "interleave", timed)
+    monkeypatch.setattr(weights, "take_turns", timed)
     right = WAYS[PYTHON]
     transposed = replace(right, read=lambda *given: right.read(*given).mT)
     with pytest.raises(
@@ -69,7 +71,7 @@ def test_norms_are_checked_and_timed():
     ways = {name: way for name, way in weight_norms.WAYS.items() if name not in weight_norms.OPACUS}
     found = weight_norms.findings(quick=True, ways=ways)
     assert [row["variant"] for row in found.tables[0].rows] == list(ways)
-    assert len(found.claims) == 1
+    assert len(found.claims) == 2
     wrong = {weight_norms.FLOOR: ways[weight_norms.FLOOR], "wrong": lambda work: ways[weight_norms.GRAM](work) * 1.01}
     with pytest.raises(WrongResult, match="wrong: values must be within the computed bound"):
         weight_norms.findings(quick=True, ways=wrong)
@@ -98,8 +100,9 @@ def test_factors_are_checked_and_timed():
 @pytest.mark.filterwarnings("default")  # theirs
 def test_kronfluences_factors_are_checked_like_ours():
     work = weight_factors.make_work(**weight_factors.QUICK)
-    ways = weight_factors.ways_for(work)
-    weight_factors.check_ways(work, {name: ways[name] for name in (weight_factors.KRONFLUENCE,)})
+    weight_factors.check_ways(
+        work, {weight_factors.KRONFLUENCE: weight_factors.ways_here()[weight_factors.KRONFLUENCE]}
+    )
 
 
 def test_scores_of_queries_are_checked_and_timed():
@@ -113,3 +116,33 @@ def test_scores_of_queries_are_checked_and_timed():
     wrong = {"wrong": lambda work: weight_queries.python_hooks(work) * 1.01}
     with pytest.raises(WrongResult, match="wrong: values must be within the computed bound"):
         weight_queries.findings(True, work, weights.factors, wrong)
+
+
+def test_ways_take_a_step_each_in_turn():
+    model, seen = torch.nn.Linear(2, 2), []
+
+    def by_model(model, begin):
+        seen.append("a begins")
+        for step in range(4):
+            model(torch.zeros(1, 2))
+            seen.append(f"a{step}")
+
+    def by_itself(model, begin):
+        for step in range(4):
+            begin()
+            seen.append(f"b{step}")
+
+    measured = take_turns(model, {"a": by_model, "b": by_itself}, 4)
+    assert seen == ["a begins", "b0", "a0", "a1", "b1", "b2", "a2", "a3", "b3"]
+    for times in measured.values():
+        assert [len(times[name].samples) for name in ("cpu", "total", "set_up", "close")] == [2, 2, 1, 1]
+    assert not model._forward_pre_hooks
+
+    def broken(model, begin):
+        begin()
+        raise WrongResult("broken")
+
+    with pytest.raises(WrongResult, match="broken"):
+        take_turns(model, {"broken": broken}, 4)
+    with pytest.raises(RuntimeError, match="a must take 5 steps, got 4"):
+        take_turns(model, {"a": by_model}, 5)
