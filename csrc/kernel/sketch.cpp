@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "choose.h"
@@ -25,27 +28,69 @@ TLFAST_INLINE void add_to(A* __restrict to, const A* __restrict from, int64_t n)
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
-// Two stages of a Hadamard transform: each takes the sums and differences of the halves, side by side.
+// Eight floats or four doubles, which one instruction takes on AVX2. GCC before 12 names the shuffle otherwise.
 template <class A>
-TLFAST_INLINE void two_stages(A* __restrict to, const A* __restrict from, int64_t n) {
-  const int64_t quarter = n / 4;
-  const A* __restrict a = from, * __restrict b = from + quarter, * __restrict c = from + 2 * quarter, * __restrict d = from + 3 * quarter;
-  for (int64_t i = 0; i < quarter; ++i) {
-    const A sum = a[i] + c[i], difference = a[i] - c[i], sum2 = b[i] + d[i], difference2 = b[i] - d[i];
-    to[4 * i] = sum + sum2;
-    to[4 * i + 1] = sum - sum2;
-    to[4 * i + 2] = difference + difference2;
-    to[4 * i + 3] = difference - difference2;
-  }
-}
+struct Lanes {
+  static constexpr int64_t n = 32 / sizeof(A);
+  typedef A Numbers __attribute__((vector_size(32)));
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Places __attribute__((vector_size(32)));
 
+  static TLFAST_INLINE void load(Numbers& to, const A* from) { std::memcpy(&to, from, sizeof(to)); }
+  static TLFAST_INLINE void store(A* to, const Numbers& from) { std::memcpy(to, &from, sizeof(from)); }
+
+  // The sum and the difference of lanes that are `kApart` from each other, in their places.
+  template <int64_t kApart, size_t... kLane>
+  static TLFAST_INLINE void stage(Numbers& x, std::index_sequence<kLane...>) {
+    const Numbers signs{(kLane & kApart ? A(-1) : A(1))...};
+#if __has_builtin(__builtin_shufflevector)
+    const Numbers others = __builtin_shufflevector(x, x, (kLane ^ kApart)...);
+#else
+    const Numbers others = __builtin_shuffle(x, Places{(kLane ^ kApart)...});
+#endif
+    x = others + x * signs;
+  }
+  template <int64_t kApart = n / 2>
+  static TLFAST_INLINE void last_stages(Numbers& x) {
+    if constexpr (kApart > 0) {
+      stage<kApart>(x, std::make_index_sequence<size_t(n)>());
+      last_stages<kApart / 2>(x);
+    }
+  }
+};
+
+// A Hadamard transform of n numbers, a power of two, in place: sums and differences of those that are n / 2 apart, then
+// n / 4, and so on.
 template <class A>
-TLFAST_INLINE void one_stage(A* __restrict to, const A* __restrict from, int64_t n) {
-  const int64_t half = n / 2;
-  const A* __restrict a = from, * __restrict b = from + half;
-  for (int64_t i = 0; i < half; ++i) {
-    to[2 * i] = a[i] + b[i];
-    to[2 * i + 1] = a[i] - b[i];
+TLFAST_INLINE void transform(A* x, int64_t n) {
+  using L = Lanes<A>;
+  typename L::Numbers a, b, c, d;
+  int64_t apart = n / 2;
+  for (; apart >= 2 * L::n; apart /= 4) {  // two stages at once
+    const int64_t half = apart / 2;
+    for (A* block = x; block < x + n; block += 2 * apart)
+      for (A* at = block; at < block + half; at += L::n) {
+        L::load(a, at), L::load(b, at + half), L::load(c, at + apart), L::load(d, at + apart + half);
+        const typename L::Numbers sum = a + c, difference = a - c, sum2 = b + d, difference2 = b - d;
+        a = sum + sum2, b = sum - sum2, c = difference + difference2, d = difference - difference2;
+        L::store(at, a), L::store(at + half, b), L::store(at + apart, c), L::store(at + apart + half, d);
+      }
+  }
+  if (apart == L::n) {
+    for (A* at = x; at < x + n; at += 2 * L::n) {
+      L::load(c, at), L::load(d, at + L::n);
+      a = c + d, b = c - d;
+      L::last_stages(a), L::last_stages(b);
+      L::store(at, a), L::store(at + L::n, b);
+    }
+  } else if (n >= L::n) {
+    for (A* at = x; at < x + n; at += L::n) L::load(a, at), L::last_stages(a), L::store(at, a);
+  } else {
+    for (; apart > 0; apart /= 2)
+      for (int64_t i = 0; i < n; ++i)
+        if (!(i & apart)) {
+          const A first = x[i], second = x[i + apart];
+          x[i] = first + second, x[i + apart] = first - second;
+        }
   }
 }
 
@@ -73,18 +118,15 @@ struct Transformed {
   const Sketch& sketch;
   int64_t part;
 
-  TLFAST_INLINE const A* block(A* from, const G* __restrict x, int64_t q, int64_t n) const {
+  TLFAST_INLINE const A* block(A* to, const G* __restrict x, int64_t q, int64_t n) const {
     const int64_t width = sketch.width;
     const A* const signs = static_cast<const A*>(sketch.input_signs) + q * width;
-    A* next = from + width;
-    for (int64_t i = 0; i < n; ++i) from[i] = A(widen(x[i])) * signs[i];
-    for (int64_t i = n; i < width; ++i) from[i] = A(0);
-    int64_t left = std::countr_zero(uint64_t(width));
-    for (; left >= 2; left -= 2, std::swap(from, next)) two_stages(next, from, width);
-    if (left) one_stage(next, from, width), std::swap(from, next);
+    for (int64_t i = 0; i < n; ++i) to[i] = A(widen(x[i])) * signs[i];
+    for (int64_t i = n; i < width; ++i) to[i] = A(0);
+    transform(to, width);
     const A* const output_signs = static_cast<const A*>(sketch.output_signs) + q * width;
-    for (int64_t i = 0; i < width; ++i) from[i] *= output_signs[i];
-    return from;
+    for (int64_t i = 0; i < width; ++i) to[i] *= output_signs[i];
+    return to;
   }
 };
 

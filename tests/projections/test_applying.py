@@ -74,7 +74,9 @@ def test_a_check_that_can_fail():
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("projection", [*SKETCHES, Projection(64, "hadamard"), Projection(128, "hadamard")], ids=str)
+@pytest.mark.parametrize(
+    "projection", [*SKETCHES, *(Projection(1 << k, "hadamard") for k in (1, 2, 3, 5, 6, 7, 8))], ids=str
+)
 def test_native_code_makes_the_bits_of_its_twin(projection, dtype):
     usable("native")
     role = projection.roles[0]
