@@ -148,7 +148,7 @@ build/peers/installed: $(STAMPS)/torch | $(STAMPS)/install
 # LXT can't be imported beside a newer transformers, and what it asks for beyond it isn't used by its rules of language models.
 build/lxt/installed: $(STAMPS)/torch | $(STAMPS)/install
 	$(call BESIDE,build/lxt,"transformers==4.57.6" "huggingface-hub<1")
-	@build/lxt/bin/python -m pip --disable-pip-version-check install -q --no-deps lxt==2.1
+	@build/lxt/bin/python -m pip --disable-pip-version-check install -q --no-deps lxt==2.1 || { rm $@; exit 1; }
 
 bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
 	$(PY) -m bench $(BENCH_ARGS)
