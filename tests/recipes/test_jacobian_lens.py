@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from functools import wraps
+from types import MethodType
 
 import pytest
 import torch
@@ -71,6 +73,55 @@ def test_models_of_hugging_face(kind):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert lens.metadata["fit_dtype"] == "float64"
+
+
+class Identity(torch.autograd.Function):
+    """LXT's rule of an activation: it runs inside, without a graph, and the backward is the rule's own."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        out = function(x)
+        ctx.save_for_backward(out / (x + 1e-6))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad * ctx.saved_tensors[0]
+
+
+def by_identity(plain):
+    def forward(self, x):
+        return Identity.apply(lambda given: plain(self, given), x)
+
+    return forward
+
+
+class Ruled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return Identity.apply(self.inner, x)
+
+
+@pytest.mark.parametrize("where", ["around", "class", "instance", "hidden"])
+def test_a_rule_of_an_activation_makes_its_derivative(where, monkeypatch):
+    """Wherever it was put, the rows are those that autograd has of the model as it then is."""
+    model = Stream().double()
+    plain = plain_lens(model, model.blocks, prompts())[0]
+    rule = by_identity(nn.GELU.forward)
+    if where == "hidden":
+        rule = wraps(nn.GELU.forward)(rule)
+    for block in model.blocks:
+        block.act = Ruled(nn.GELU()) if where == "around" else nn.GELU()
+        if where == "instance":
+            block.act.forward = MethodType(rule, block.act)
+    if where in ("class", "hidden"):
+        monkeypatch.setattr(nn.GELU, "forward", rule)
+    truth, bound = plain_lens(model, model.blocks, prompts())
+    check(fit(model, prompts()), truth, bound)
+    assert not torch.allclose(plain, truth, rtol=0.01)
 
 
 def test_layers_alone_are_those_of_all():

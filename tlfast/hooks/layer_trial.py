@@ -25,7 +25,8 @@ def does_as_known(
 
     A class may say that it is an ``nn.Linear`` or a ``LayerNorm`` and multiply its output, pad its input, or make its
     weight of others. So a copy with drawn weights is run on two drawn examples, and what autograd gives for each is
-    compared with the formula. The forwards of torch's own classes, and that of transformers' Conv1D, are known.
+    compared with the formula. The forwards of torch's own classes, and that of transformers' Conv1D, are known, where
+    nobody has put others in their place.
     A weight that isn't of float numbers is quantised, which can't be tried: its class is believed.
     """
     forward = _forward_of(module)
@@ -33,7 +34,9 @@ def does_as_known(
         return False
     known = next((one for one in (*_KNOWN, conv1d_of_transformers()) if forward is getattr(one, "forward", None)), None)
     # What the forward of a convolution calls.
-    if known is not None and getattr(type(module), "_conv_forward", None) is getattr(known, "_conv_forward", None):
+    inner = getattr(type(module), "_conv_forward", None)
+    used = [one for one in (forward, inner) if one is not None]
+    if known and inner is getattr(known, "_conv_forward", None) and all(_is_own(known, one) for one in used):
         return True
     weight: Any = module.weight
     if weight.dtype not in STORED_DTYPES:
@@ -45,6 +48,11 @@ def does_as_known(
     # A large linear layer in small first, since its weight may be of gigabytes; not all can be made smaller.
     sizes = (True, False) if kind == "linear" and weight.numel() > _SMALL**2 else (False,)
     return any(_tried(module, forward, formula, small) for small in sizes)
+
+
+def _is_own(known: type[nn.Module], forward: Any) -> bool:
+    """Whether a forward is the one that came with a class: others put theirs into torch's own classes, too."""
+    return getattr(forward, "__module__", None) == known.__module__ and not hasattr(forward, "__wrapped__")
 
 
 def _tried(module: nn.Module, forward: Any, formula: Weight, small: bool) -> bool:

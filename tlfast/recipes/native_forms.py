@@ -15,10 +15,12 @@ _TANH_GELUS = ("NewGELUActivation", "FastGELUActivation")
 _WIDE = (torch.float32, torch.float64)  # in 16 bits the operations round one by one, which is what the model computes
 
 
-def _own_forward(module: nn.Module, package: str) -> bool:
-    """Whether a module's forward is its package's: rules of relevance put others in its place."""
-    home: str = getattr(type(module).forward, "__module__", "")
-    return "forward" not in vars(module) and home.split(".")[0] == package
+def own_forward(module: nn.Module, package: str) -> bool:
+    """Whether a module's forward is its package's: rules of relevance put others in its place, or around it."""
+    forward = type(module).forward
+    home: str = getattr(forward, "__module__", "")
+    around = hasattr(forward, "__wrapped__")
+    return "forward" not in vars(module) and home.split(".")[0] == package and not around
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -38,13 +40,14 @@ def _tanh_gelu(written: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def native_norms(model: nn.Module, watched: Collection[nn.Module] = ()) -> Iterator[None]:
     """Let a TransformerLens bridge use torch's LayerNorm, by the switch that it has for it, where it writes it out.
 
-    Not where a hook is inside, or one of the modules that are ``watched``.
+    Not where a hook is inside, a rule of relevance in force, or one of the modules that are ``watched``.
     """
     found: list[Any] = []
     for module in model.modules():
         switch = getattr(module, "use_native_layernorm_autograd", None)
         is_norm = switch is False and type(getattr(module, "original_component", None)) is nn.LayerNorm
-        if is_norm and _own_forward(module, "transformer_lens"):
+        ruled = any((getattr(module, "_relevance_rule_refcounts", None) or {}).values())  # of TransformerLens after 4.3
+        if is_norm and not ruled and own_forward(module, "transformer_lens"):
             inside = set(module.modules()) - {module}
             if not inside & set(watched) and not any(_hooked(part) for part in inside):
                 found.append(module)
@@ -63,7 +66,7 @@ def native_forms(model: nn.Module, watched: Collection[nn.Module]) -> Iterator[N
     found: list[Any] = [
         module
         for module in model.modules()
-        if type(module).__name__ in _TANH_GELUS and _own_forward(module, "transformers")
+        if type(module).__name__ in _TANH_GELUS and own_forward(module, "transformers")
     ]
     with native_norms(model, watched):
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .native_forms import native_norms
+from .native_forms import native_norms, own_forward
 
 # Those that take each number by itself, by the names of their classes. Written out in Python, as those of transformers
 # are, one is a dozen operations in each backward; its derivative is one product.
@@ -41,6 +41,8 @@ class _Sloped(torch.autograd.Function):
 
 def _sloped(module: nn.Module, args: Any, output: Any) -> Any:
     x = args[0] if len(args) == 1 else None
+    if not torch.is_grad_enabled():  # inside of another function, whose backward is its own
+        return None
     if not isinstance(x, torch.Tensor) or not x.requires_grad or getattr(output, "shape", None) != x.shape:
         return None
     at = x.detach().requires_grad_()
@@ -50,8 +52,9 @@ def _sloped(module: nn.Module, args: Any, output: Any) -> Any:
 
 @contextmanager
 def slopes_once(model: nn.Module) -> Iterator[None]:
-    """Let activation functions that run inside keep their derivative; those that somebody hooked stay as they are.
+    """Let activation functions that run inside keep their derivative.
 
+    Those that somebody hooked, or gave another forward, stay as they are: their derivative is what these make it.
     A bridge of TransformerLens writes its norms out, too. Where that is the LayerNorm of torch, it is torch's own here,
     by a switch that the bridge has for it. A backward through such a forward can't be differentiated again.
     """
@@ -59,6 +62,7 @@ def slopes_once(model: nn.Module) -> Iterator[None]:
         module
         for module in model.modules()
         if type(module).__name__ in _ELEMENTWISE.get(type(module).__module__, ())
+        and own_forward(module, type(module).__module__.partition(".")[0])
         and not any(getattr(module, name) for name in _HOOKS)
     ]
     with native_norms(model):

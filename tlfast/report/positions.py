@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..dataset import GradientDataset
-from ..dataset.read.row_dataset import per_example, per_token
+from ..dataset.read.row_dataset import per_example
 
 _CHUNK_BYTES = 32 << 20  # of rows in memory at a time
 
@@ -67,7 +67,7 @@ def _of_rows(dataset: GradientDataset, point: str, rows: Array, lengths: Array) 
 
 def _of_tokens(dataset: GradientDataset, point: str, rows: Array, lengths: Array) -> Iterator[tuple[Array, Array]]:
     """Yield positions and norms of the tokens of some rows at a time."""
-    column = per_token("write_report", dataset, point)
+    column: Any = dataset[point]
     token_bytes = column.dtype.itemsize * int(np.prod(column.flat.shape[1:], dtype=np.int64))
     for part in _chunks(len(rows), token_bytes * int(lengths.max(initial=1))):
         values, counts = column.joined(rows[part])

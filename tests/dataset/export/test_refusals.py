@@ -12,7 +12,7 @@ import pytest
 import torch
 from dataset_cases import flip, make_dataset, make_writer
 
-from tlfast.dataset import Column, DatasetError, FieldExample, Plan, export_dataset, open_dataset
+from tlfast.dataset import Column, DatasetError, FieldExample, Plan, export_dataset
 from tlfast.dataset.export.formats import FORMATS
 
 
@@ -88,8 +88,6 @@ def test_rows_per_token_are_refused_where_nobody_could_tell_whose_they_are(tmp_p
     message = r"point 't' must have a row for each example, got one per token\. Leave it out, and read ds\['t'\]"
     with pytest.raises(DatasetError, match="export_dataset: " + message):
         export_dataset(tmp_path / "ds", to="bergson")  # has such rows of weights alone
-    with pytest.raises(DatasetError, match=r"to_numpy: point 'tq' must have a row for each example"):
-        open_dataset(tmp_path / "ds").to_numpy(["tq"])
     rule = (
         r"export_dataset: points must have rows of one kind, got 't', 'tq' per token and 'h', 'h:act', 'q' per example"
     )

@@ -10,7 +10,8 @@ import torch
 from dataset_cases import COLUMNS, make_dataset, make_writer, truth
 from dataset_cases import examples as examples_of
 
-from tlfast.dataset import DatasetError, Plan, open_dataset
+import tlfast
+from tlfast.dataset import Column, DatasetError, Plan, concat_datasets, open_dataset
 from tlfast.dataset.read import arrow_rows, converting
 
 ROWS = [9, 1, 1, 10]
@@ -62,17 +63,157 @@ def test_a_hugging_face_dataset(ds):
     assert len(ds.to_hf()) == 11
 
 
-def test_what_can_not_be_converted(tmp_path):
-    kinds_cases.write_units(kinds_cases.make_writer(tmp_path))
-    kinds = open_dataset(tmp_path)
-    for call in ("to_numpy", "to_pandas"):
-        with pytest.raises(
-            DatasetError, match=f"{call}: point 't' must have a row for each example, got one per token."
-        ):
-            getattr(kinds, call)(["t"])
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    kinds_cases.write_units(kinds_cases.make_writer(folder))
+    return open_dataset(folder)
+
+
+def test_what_can_not_be_converted(kinds, tmp_path):
+    mixed = "points must have rows of one kind, got 't' per token and 'h' per example. Name those of one kind, and"
+    for call in ("to_numpy", "to_pandas", "to_hf", "to_faiss"):
+        wanted = {"point": ["t", "h"]} if call == "to_faiss" else {"points": ["t", "h"]}
+        with pytest.raises(DatasetError, match=f"{call}: {mixed}"):
+            getattr(kinds, call)(**wanted)
         with pytest.raises(KeyError, match=r"GradientDataset: point must be one of h, .*, got 'nope'"):
-            getattr(kinds, call)(["nope"])
+            getattr(kinds, call)(**{name: ["nope"] for name in wanted})
     assert np.array_equal(kinds.to_numpy("q")["q"], kinds["q"][:].numpy())
+    for name in ("id", "position"):
+        writer = kinds_cases.make_writer(tmp_path / name, columns={name: kinds_cases.COLUMNS["t"]})
+        kinds_cases.write_units(writer)
+        message = f"to_numpy: points must not include the name of another array, got '{name}'. Leave it out, and read"
+        with pytest.raises(DatasetError, match=message):
+            open_dataset(tmp_path / name).to_numpy()
+        assert len(open_dataset(tmp_path / name).to_pandas([name])) == 15
+
+
+TOKENS_OF = {
+    "all": (lambda ds: ds, range(7)),
+    "some": (lambda ds: ds.select([6, 1, 0]), [6, 1, 0]),
+    "several": (lambda ds: concat_datasets([ds, ds.select([4])]), [*range(7), 4]),
+    "none": (lambda ds: ds.select([1]), [1]),
+}
+
+
+@pytest.mark.parametrize("view", TOKENS_OF)
+def test_rows_per_token(kinds, view):
+    """Each real token has a row of its own, which says whose it is."""
+    made, examples = TOKENS_OF[view]
+    view, lengths = made(kinds), kinds_cases.LENGTHS
+    ids, positions = [i for i in examples for _ in range(lengths[i])], [k for i in examples for k in range(lengths[i])]
+    right = {point: torch.cat([kinds[point][i] for i in examples]).numpy() for point in ("t", "tq")}
+    arrays = view.to_numpy(["tq", "t"])
+    assert list(arrays) == ["id", "position", "tq", "t"]
+    frame = view.to_pandas(["tq", "t"])
+    assert list(frame.columns) == ["id", "position", "source", "start", "length", "flags", "grad:tq", "grad:t"]
+    hf = view.to_hf(["tq", "t"])
+    assert hf.column_names == list(frame.columns)
+    for found in (arrays, frame, hf):
+        assert list(found["id"][:]) == ids
+        assert list(found["position"][:]) == positions
+    assert frame["start"].tolist() == hf["start"][:] == [10 * i for i in ids]
+    for point in ("tq", "t"):
+        assert (arrays[point].dtype, arrays[point].shape) == (right[point].dtype, right[point].shape)
+        for values in (arrays[point], list(frame[f"grad:{point}"]), hf[f"grad:{point}"][:]):
+            values = np.asarray(values, right[point].dtype).reshape(right[point].shape)
+            assert values.tobytes() == right[point].tobytes()
+    assert frame.attrs["tlfast"] == {point: kinds.holds(point) for point in ("tq", "t")}
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("view", TOKENS_OF)
+def test_an_index_of_tokens_finds_what_a_search_finds(kinds, view, metric):
+    view = TOKENS_OF[view][0](kinds)
+    queries = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    index = view.to_faiss(point="tq", metric=metric)
+    assert index.ntotal == len(view["tq"].flat)
+    directions = queries / queries.norm(dim=1, keepdim=True)
+    scores, numbers = index.search((queries if metric == "dot" else directions).numpy(), 40)
+    found, right = view.from_faiss(scores, numbers, point="tq"), view.search(queries, 40, point="tq", metric=metric)
+    n = right.indices.shape[1]
+    assert n == index.ntotal < 40
+    torch.testing.assert_close(found.scores[:, :n], right.scores, rtol=0, atol=1e-5)
+    if len(set(view.ids.tolist())) == len(view):  # else several rows have equal scores
+        assert torch.equal(found.indices[:, :n], right.indices)
+        assert torch.equal(found.positions[:, :n], right.positions)
+    for query in range(3):
+        assert len(found[query]) == n
+        for hit in found[query]:
+            row = view["tq"][hit["row"]][hit["position"]].flatten()
+            score = row @ queries[query] / (1 if metric == "dot" else row.norm() * queries[query].norm())
+            assert abs(float(score) - hit["score"]) < 1e-5
+            assert hit["length"] == kinds_cases.LENGTHS[hit["id"]] > hit["position"]
+    assert (found.indices[:, n:] == -1).all()
+    assert found.scores[:, n:].isnan().all()
+    assert "token" in repr(found) or not n
+
+
+def test_what_an_index_can_not_have_found(kinds):
+    scores, numbers = np.zeros((1, 2), np.float32), np.array([[0, 15]])
+    message = "from_faiss: numbers must be -1, for none, or of the 15 rows, got 15. Ask an index that ds.to_faiss has"
+    with pytest.raises(IndexError, match=message):
+        kinds.from_faiss(scores, numbers, point="t")
+    with pytest.raises(IndexError, match="got -2"):
+        kinds.from_faiss(scores, np.array([[-2, 1]]), point="t")
+    message = r"from_faiss: scores must be floats .*, got torch.float32 \[1, 2\] beside torch.int64 \[2\]. Give both"
+    with pytest.raises(ValueError, match=message):
+        kinds.from_faiss(scores, numbers[0], point="t")
+    with pytest.raises(ValueError, match=r"from_faiss: point must be one of 'h', .*, got none. Say whose rows"):
+        kinds.from_faiss(scores, numbers)
+    found = kinds.from_faiss(np.ones((1, 2), np.float32), np.array([[6, -1]]), point="h")
+    assert (found.indices.tolist(), found.positions, found[0][0]["id"]) == ([[6, -1]], None, 6)
+
+
+def test_a_token_that_is_not_finite(tmp_path):
+    columns = {"t": Column(torch.float32, (2,), per="token")}
+    writer = kinds_cases.make_writer(tmp_path, columns=columns)
+    values = {"t": [torch.ones(n, 2) for n in kinds_cases.LENGTHS]}
+    values["t"][4][2, 1] = torch.nan
+    kinds_cases.write_units(writer, values)
+    ds = open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="NaN or infinity in token 2 of row 4, after"):
+        ds.to_faiss()
+    assert ds.filter("not non_finite").to_faiss().ntotal == 11
+
+
+def test_two_factors_of_a_token_are_no_vector(tmp_path):
+    """Their dot product is g g' + a a', where that of the gradients is g g' times a a'."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5)), torch.randn(2, 4, 3)
+    specs = [
+        tlfast.Spec("*", of="weight", per="token", name="whole"),
+        tlfast.Spec("*", of="weight", per="token", project=2, name="small"),
+        tlfast.Spec("0", "norm", of="weight", per="token"),
+    ]
+    with (
+        tlfast.capture(model, specs, rows=2) as cap,
+        cap.into(tmp_path / "ds", plan=Plan(2, 2)) as out,
+        cap.batch(ids=[0, 1]),
+    ):
+        model(x).square().sum().backward()
+    assert out is not None
+    ds = open_dataset(tmp_path / "ds")
+    sizes = {"0:whole": (5, 3), "0:small": (2, 2), "1:whole": None, "1:small": None, "0:weight:norm": None}
+    for view in (ds, ds.select([1]), concat_datasets([ds, ds])):
+        assert {point: view.factor_sizes(point) for point in sizes} == sizes
+        for point, size in sizes.items():
+            queries = view[point].flat[:1]
+            if size is None:
+                assert view.search(queries, 9, point=point).indices.shape == (1, min(9, len(view[point].flat)))
+                assert view.to_faiss(point=point).ntotal == len(view[point].flat)
+                continue
+            message = f"point '{point}' must have rows whose dot products are those of gradients, got the two factors"
+            with pytest.raises(ValueError, match=f"search: {message}"):
+                view.search(queries, 1, point=point)
+            with pytest.raises(ValueError, match=f"to_faiss: {message}"):
+                view.to_faiss(point=point)
+    g, a = ds["0:whole"][1].split(sizes["0:whole"], 1)
+    hidden = model[0](x[1]).detach().requires_grad_()
+    (right,) = torch.autograd.grad(model[1](hidden).square().sum(), hidden)
+    torch.testing.assert_close(g, right)
+    torch.testing.assert_close(a, x[1])
+    assert "two factors" in ds.holds("0:small")
+    assert "two factors" not in ds.holds("1:small") + ds.holds("1:whole")
 
 
 def test_views_without_rows(ds, vectors, tmp_path):

@@ -21,6 +21,7 @@ from tlfast.dataset import (
     ShuffledBatches,
     concat_datasets,
     join_datasets,
+    merge_datasets,
     open_dataset,
 )
 
@@ -197,14 +198,84 @@ def test_tokens_carry_the_fields_of_their_examples(ds):
         assert [len(tokens) for tokens in batch["input_ids"]] == [LENGTHS[i] for i in ids]
 
 
+VIEWS = {
+    "some": (lambda ds: ds.select([6, 1, 0, 0]), [6, 1, 0, 0]),
+    "filtered": (lambda ds: ds.filter("length > 1"), [0, 2, 4, 6]),
+    "several": (lambda ds: concat_datasets([ds, ds]), [*range(N), *range(N)]),
+    "some of several": (
+        lambda ds: concat_datasets([ds.select([4]), ds, ds.select([2, 5])]).select([7, 0, 9, 8, 5]),
+        [6, 4, 5, 2, 4],
+    ),
+    "joined": (lambda ds: join_datasets(ds, ds.select([5, 3, 2])).left.view, [2, 3, 5]),
+    "without tokens": (lambda ds: ds.select([5, 1]), [5, 1]),
+    "empty": (lambda ds: ds.select([]), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_flat_rows_of_a_view_and_whose_they_are(ds, view):
+    """Tokens count on over the view's own rows, one taken twice too."""
+    (made, examples), codes = VIEWS[view], ds.raw("tq")
+    view = pickle.loads(pickle.dumps(made(ds)))
+    whose = [(row, k) for row, i in enumerate(examples) for k in range(LENGTHS[i])]
+    for point in ("t", "tq"):
+        column = view[point]
+        whole = torch.cat([ds[point].flat[[]], *(ds[point][i] for i in examples)])
+        assert column.flat.shape == whole.shape
+        assert same_bits(column.flat[:], whole)
+        assert list(zip(*(part.tolist() for part in column.where()), strict=True)) == whose
+        assert column.lengths().tolist() == [LENGTHS[i] for i in examples]
+        if whose:
+            some = torch.arange(len(whose)).flip(0)[::2]
+            assert same_bits(column.flat[some], whole[some])
+            assert column.where(-1) == whose[-1]
+            assert [part.tolist() for part in column.where(some[None])] == [
+                [list(p)] for p in zip(*(whose[i] for i in some), strict=True)
+            ]
+        with pytest.raises(IndexError, match="row must be in"):
+            column.where(len(whose))
+    raw = [codes.codes.flat[[]], *(codes[i].codes for i in examples)]
+    assert torch.equal(view.raw("tq").codes.flat[:], torch.cat(raw))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_shuffled_batches_of_the_tokens_of_a_view(ds, view):
+    made, examples = VIEWS[view]
+    view = made(ds)
+    every = sorted((i, k) for i in examples for k in range(LENGTHS[i]))
+    for more in ({}, {"shuffle": False}, {"rank": 0, "world_size": 1}):
+        found = []
+        for batch in ShuffledBatches(view, 4, points=["t", "tq"], block_rows=2, mixed_blocks=3, **more):
+            here = list(zip(batch["id"].tolist(), batch["position"].tolist(), strict=True))
+            for point in ("t", "tq"):
+                assert same_bits(batch[point], torch.stack([ds[point][i][k] for i, k in here]))
+            found += here
+        assert sorted(found) == every
+    if every:
+        loaded = list(DataLoader(ShuffledBatches(view, 3, points=["t"], block_rows=2), batch_size=None, num_workers=2))
+        assert (
+            sorted(
+                zip(
+                    torch.cat([b["id"] for b in loaded]).tolist(),
+                    torch.cat([b["position"] for b in loaded]).tolist(),
+                    strict=True,
+                )
+            )
+            == every
+        )
+
+
+def test_the_tokens_of_merged_datasets(ds, out, tmp_path):
+    write_units(make_writer(tmp_path / "more"))
+    merge_datasets(tmp_path / "m", [out, tmp_path / "more"])
+    merged = open_dataset(tmp_path / "m")
+    assert same_bits(merged["t"].flat[:], torch.cat([ds["t"].flat[:]] * 2))
+    examples, positions = merged["t"].where([15, 29, 0])
+    assert (merged.ids_of(examples).tolist(), positions.tolist()) == ([7, 13, 0], [0, 4, 0])
+    assert [len(batch["t"]) for batch in ShuffledBatches(merged, 16, points="t")] == [16, 14]
+
+
 def test_tokens_that_no_batch_has(tmp_path, ds):
-    text = (
-        "ShuffledBatches: point 't', per token, must be of all rows of one dataset, got one of a view. Take the "
-        "datasets in view.sources, or examples by RowDataset."
-    )
-    for view in (ds.select([0, 2]), concat_datasets([ds, ds])):
-        with pytest.raises(ValueError, match=re.escape(text)):
-            ShuffledBatches(view, batch_size=2, points=["t"])
     columns = {"position": COLUMNS["t"], "t": COLUMNS["t"]}
     write_units(make_writer(tmp_path / "d", columns=columns))
     text = "ShuffledBatches: points must not include the name of a token's position, got 'position'. Leave it out, and"
@@ -261,10 +332,7 @@ def test_what_only_other_columns_have_is_an_error_with_a_hint(ds):
     message = "TokenColumn: shape must be asked of a column per example, got 't', per token. See column.flat.shape and"
     with pytest.raises(AttributeError, match=re.escape(message)):
         ds["t"].shape  # noqa: B018 (it raises)
-    message = "DatasetView: flat must be asked of a dataset's own column, got t. Index it by rows of the view, or take"
-    with pytest.raises(AttributeError, match=re.escape(message)):
-        joined.left["t"].flat  # noqa: B018 (it raises)
-    assert joined.left.ds["t"].flat.shape == (sum(LENGTHS), 5)
+    assert joined.left["t"].flat.shape == (sum(LENGTHS), 5)
 
 
 def test_a_loader_of_them_makes_lists(ds):

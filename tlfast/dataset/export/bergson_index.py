@@ -13,9 +13,10 @@ import torch
 
 from ..errors import dataset_error, extra
 from ..format.layout import WEIGHT
+from ..format.meaning import factor_of
 from ..read.arrow_rows import Rows
 from ..read.decoding import text_of
-from .bergson_projection import ENDING, factor_of, heads_of, inside_base, modules_of, processor_of
+from .bergson_projection import ENDING, heads_of, inside_base, modules_of, processor_of
 from .hf_folder import save_to_disk, say
 
 _WHO = "export_dataset"

@@ -173,17 +173,6 @@ def modules_of(
     return {f"{module}.head_{head}": size for head in range(n_heads)} or {module: size}
 
 
-def factor_of(name: str, column: Column, dim: int | None, about: Mapping[str, Any]) -> int | None:
-    """Return how many numbers the first of two factors has which rows are, side by side; None for other rows."""
-    if column.per != "token" or len(column.row_shape) != 1:
-        return None
-    if dim is not None:
-        return dim if tuple(column.row_shape) == (2 * dim,) else None
-    said = about.get("factors")
-    found = said.get(name) if isinstance(said, Mapping) else None
-    return found if isinstance(found, int) and 0 < found < column.row_shape[0] else None
-
-
 def heads_of(headers: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
     """Return the heads, (how many, how wide), as which specs take the outputs of modules."""
     specs = [spec for header in headers for spec in header.get("specs", ()) if spec.get("of") == WEIGHT]

@@ -97,6 +97,15 @@ class Meanings:
         rank = 1 + len(shape) + len(dims)  # of the gradient, with heads as a dimension of their own
         return 1 not in {dim + rank if dim < 0 else dim for dim in dims}
 
+    def first_factor(self, name: str, column: Column) -> int | None:
+        """Return how many numbers the first of two factors has which a token's row is; None for other rows."""
+        if column.of != WEIGHT:
+            return None
+        made = self.made_by(name, column)
+        project = None if made is None else made.spec.get("project")
+        dim = project.get("dim") if isinstance(project, Mapping) else None
+        return factor_of(name, column, dim if type(dim) is int else None, self._about)
+
     def holds(self, name: str, column: Column) -> str:
         """Return in words what a column holds."""
         made = self.made_by(name, column)
@@ -104,7 +113,7 @@ class Meanings:
             said = [_OF.get(column.of, column.of).rstrip(",")]
             said += ["a row for each real token"] if column.per == "token" else []
         elif column.of == WEIGHT:
-            said = list(_of_weight(name, column, made.spec, self._about))
+            said = list(_of_weight(column, made.spec, self.first_factor(name, column)))
         else:
             said = list(_of_place(column, made.spec))
         if made is not None:
@@ -178,8 +187,8 @@ def _of_place(column: Column, spec: Mapping[str, Any]) -> Iterator[str]:
         yield "not reduced"
 
 
-def _of_weight(name: str, column: Column, spec: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[str]:
-    """What is said of a row of weight gradients."""
+def _of_weight(column: Column, spec: Mapping[str, Any], first: int | None) -> Iterator[str]:
+    """What is said of a row of weight gradients; ``first``: the numbers of the first of two factors."""
     shape = list(column.row_shape)
     if spec.get("summed") is True:
         yield f"weight gradients of {_points(spec)} added up"
@@ -202,18 +211,22 @@ def _of_weight(name: str, column: Column, spec: Mapping[str, Any], about: Mappin
         yield f"its dot products with {shape[0] if shape else 'some'} queries"
     elif spec.get("reduce") == "norm":
         yield "its norm"
-    elif column.per == "token" and len(shape) == 1:
-        yield _factors(name, shape[0], project, about)
+    elif first is not None:
+        yield f"as its two factors side by side, that of the outputs first: {first} numbers and {shape[0] - first}"
 
 
-def _factors(name: str, size: int, project: Any, about: Mapping[str, Any]) -> str:
-    """Two factors of a token's row, side by side: how many numbers the first has."""
-    known = about.get("factors")
-    first = known.get(name) if isinstance(known, Mapping) else None
-    if isinstance(project, Mapping) and size % 2 == 0:
-        first = size // 2
-    numbers = f": {first} numbers and {size - first}" if isinstance(first, int) and 0 < first < size else ""
-    return f"as its two factors side by side, that of the outputs first{numbers}"
+def factor_of(name: str, column: Column, dim: int | None, about: Mapping[str, Any]) -> int | None:
+    """Return how many numbers the first of two factors has which rows of weights are, side by side.
+
+    None for other rows: those of a norm are the token's own vector, and as many as ``dim`` where they are projected.
+    """
+    if column.per != "token" or len(column.row_shape) != 1:
+        return None
+    if dim is not None:
+        return dim if tuple(column.row_shape) == (2 * dim,) else None
+    said = about.get("factors")
+    found = said.get(name) if isinstance(said, Mapping) else None
+    return found if isinstance(found, int) and 0 < found < column.row_shape[0] else None
 
 
 def _projected(project: Mapping[str, Any]) -> Iterator[str]:

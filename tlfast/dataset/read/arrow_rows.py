@@ -21,7 +21,7 @@ GRADIENTS = "grad:"  # a point's rows stand in the column "grad:<point>", beside
 POSITION = "position"  # beside "id", which of an example's real tokens a row is, counted from 0
 
 Array = np.ndarray[Any, Any]
-Tokens = Literal["none", "weights", "all"]
+Tokens = Literal["weights", "all"]
 
 
 def _names(names: Sequence[str]) -> str:
@@ -47,7 +47,7 @@ class Rows:
         progress: called with the number of examples just written.
         who: who speaks in an error.
         verify: whether rows are compared with their checksums first.
-        tokens: which points may have rows per token: none, those of weights, all.
+        tokens: which points may have rows per token: those of weights, or all.
 
     Attributes:
         per_token: whether the points have rows per token.
@@ -61,7 +61,7 @@ class Rows:
         *,
         who: str,
         verify: bool = True,
-        tokens: Tokens = "none",
+        tokens: Tokens = "all",
     ) -> None:
         self.dataset = dataset
         self._who, self._verify = who, verify
@@ -80,7 +80,7 @@ class Rows:
         said = {point: self.dataset.column(point) for point in points}
         ragged = [point for point, column in said.items() if column.per == "token"]
         whole = [point for point in points if point not in ragged]
-        refused = [p for p in ragged if tokens == "none" or (tokens == "weights" and said[p].of != WEIGHT)]
+        refused = [point for point in ragged if tokens == "weights" and said[point].of != WEIGHT]
         if refused:
             have_one = [name for name in self.dataset.points if self.dataset.column(name).per == "example"]
             others = f" These have one: {_names(have_one)}." if have_one else ""
@@ -98,6 +98,11 @@ class Rows:
     def n_rows(self) -> int:
         """How many rows a point has: examples, or real tokens."""
         return int(self.dataset[next(iter(self.columns))].lengths().sum()) if self.per_token else len(self)
+
+    def column(self, point: str) -> Any:
+        """The rows of a point behind each other, to be indexed: one for each example, or for each real token."""
+        found = self.dataset[point]
+        return found.flat if self.per_token else found
 
     @property
     def row_bytes(self) -> int:
@@ -143,7 +148,7 @@ class Rows:
         array: Array = rows.to(self.columns[point].dtype).numpy()
         return array
 
-    def _beside(self, part: Part) -> Iterator[tuple[slice, Any]]:
+    def beside(self, part: Part) -> Iterator[tuple[slice, Any]]:
         """Yield some rows of a part at a time, and what is known of each one's example, as an Arrow table.
 
         Rows per token have their positions beside them, and a copy of what their example says: so few are yielded at a
@@ -226,7 +231,7 @@ class Rows:
         """Yield the parts as Arrow record batches of ``schema``."""
         pa = extra("pyarrow", self._who)
         for part in self.parts():
-            for rows, table in self._beside(part):
+            for rows, table in self.beside(part):
                 columns = [column.combine_chunks() for column in table.columns]
                 columns += [
                     _lists(part.arrays[point][rows], column, self._who) for point, column in self.columns.items()

@@ -24,7 +24,7 @@ class SearchResult(Sequence[list[dict[str, Any]]]):
         indices: int64 [Q, k]: the rows of what was searched, best first; -1 where there are no more.
         scores: [Q, k], float32 or float64; NaN where there are no more.
         positions: of a point per token int64 [Q, k]: which token of the example; else None.
-        metric: "dot" or "cosine".
+        metric: "dot", "cosine", or "faiss" of what an index has found.
         points: whose rows were scored.
     """
 

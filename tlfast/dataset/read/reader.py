@@ -106,7 +106,7 @@ class GradientDataset(Readable, OnHub):
         self._partial = partial
         self._files = UnitFiles(store, commits, description.columns, mapped)
         self.examples = ExampleTable(store, commits, list(description.columns), description.kept)
-        self._spans = TokenSpans(self.examples, self._files)
+        self.spans = TokenSpans(self.examples, self._files)
 
     @classmethod
     def _open(cls, place: Any, partial: bool) -> Any:
@@ -178,7 +178,7 @@ class GradientDataset(Readable, OnHub):
         """
         column = self.column(point)
         flat = column_of(point, column, self._files)
-        return TokenColumn(flat, self._spans) if column.per == "token" else flat
+        return TokenColumn(flat, self.spans) if column.per == "token" else flat
 
     def column(self, point: str) -> Column:
         """Return what ``point`` is: dtype, shape of a row, of what, per example or token, encoding; or KeyError."""
@@ -197,6 +197,12 @@ class GradientDataset(Readable, OnHub):
         made = self._description.meanings.made_by(point, self.column(point))
         return None if made is None else dict(made.spec)
 
+    def factor_sizes(self, point: str) -> tuple[int, int] | None:
+        """Return how many numbers g and a have, where a row of ``point`` is the two factors of a token; else None."""
+        column = self.column(point)
+        first = self._description.meanings.first_factor(point, column)
+        return None if first is None else (first, column.row_shape[0] - first)
+
     def keeps_positions(self, point: str) -> bool:
         """Return whether a row of ``point`` begins with the dimension of positions, as far as the header says."""
         return self._description.meanings.keeps_positions(point, self.column(point))
@@ -214,7 +220,7 @@ class GradientDataset(Readable, OnHub):
             raise ValueError(broken_rule("GradientDataset.raw", "point", rule, f"the plain {point!r}", remedy))
         fields = [GradientColumn(name, field, self._files) for name, field in column.fields(point).items()]
         if column.per == "token":
-            return RawColumn(*(TokenColumn(field, self._spans) for field in fields))
+            return RawColumn(*(TokenColumn(field, self.spans) for field in fields))
         return RawColumn(*fields)
 
     def ids_of(self, rows: Any) -> torch.Tensor:

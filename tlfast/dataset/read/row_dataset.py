@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from ...errors import broken_rule
 from .columns import integers, row_numbers
 from .row_fields import columns_of, entries
-from .token_columns import TokenColumn
 from .views import Readable
 
 Batch = dict[str, Any]
@@ -42,15 +41,6 @@ def per_example(who: str, ds: Readable, point: str) -> Any:
     if ds.column(point).per == "token":
         remedy = "Leave it out of points, and read it by ds[point]."
         raise ValueError(broken_rule(who, f"point {point!r}", "have a row for each example", "one per token", remedy))
-    return column
-
-
-def per_token(who: str, ds: Readable, point: str) -> TokenColumn:
-    """Return the rows of a point per token; ValueError where they don't lie behind each other, as in most views."""
-    column = ds[point]
-    if not isinstance(column, TokenColumn):
-        rule, remedy = "be of all rows of one dataset", "Take the datasets in view.sources, or examples by RowDataset."
-        raise ValueError(broken_rule(who, f"point {point!r}, per token,", rule, "one of a view", remedy))
     return column
 
 

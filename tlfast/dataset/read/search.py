@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from queue import Empty, SimpleQueue
@@ -118,6 +118,7 @@ def _checked(ds: Any, queries: Any, point: str | None, metric: str) -> tuple[boo
     if len(kinds) > 1 or (kinds == {"token"} and len(named) > 1):
         rule, remedy = "have a row for each example", "Search a point per token alone."
         raise ValueError(broken_rule(_WHO, "points", rule, f"{', '.join(map(repr, named))}, per token", remedy))
+    check_vectors(_WHO, ds, named)
     check_alike(_WHO, named)
     wide = any(ds.column(name).dtype == torch.float64 for name in named)
     dtype = torch.float64 if wide else torch.float32
@@ -132,6 +133,17 @@ def check_alike(who: str, named: Mapping[str, Any]) -> None:
     device = {q.device for q in named.values() if isinstance(q, torch.Tensor)}
     if len(device) > 1:
         raise ValueError(broken_rule(who, "queries", "be on one device", sorted(map(str, device)), "Move them."))
+
+
+def check_vectors(who: str, ds: Any, names: Iterable[str]) -> None:
+    """ValueError for rows of two factors, whose dot product is a sum of two where that of gradients is a product."""
+    for name in names:
+        sizes = ds.factor_sizes(name)
+        if sizes is not None:
+            rule = "have rows whose dot products are those of gradients"
+            got = f"the two factors of each token side by side, {sizes[0]} numbers and {sizes[1]}"
+            remedy = f"Multiply the dot products of both: g, a = ds[{name!r}][row].split({list(sizes)}, 1)."
+            raise ValueError(broken_rule(who, f"point {name!r}", rule, got, remedy))
 
 
 def _only(ds: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,7 +13,7 @@ from ...errors import broken_rule
 from ..errors import dataset_error, extra
 from ..format.row_table import NORM, as_examples
 from .columns import GradientColumn, Piece, row_numbers
-from .token_columns import TokenColumn
+from .token_columns import TokenColumn, TokenSpans
 
 Array = np.ndarray[Any, Any]
 _SPARSE = 8  # rows of a run from which on reading it as a stretch is faster than gathering its rows
@@ -57,6 +58,69 @@ class Selection:
         ends = np.append(begins[1:], len(rows)) if len(begins) else begins
         return list(zip(which[begins].tolist(), local[begins].tolist(), begins.tolist(), ends.tolist(), strict=True))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all rows of all datasets, in their order."""
+        return self.rows is None
+
+    def unit_bounds(self, parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+        """Return where stretches that lie behind each other start and stop: int64 [stretches] each.
+
+        They are the units of the datasets, whose bounds are ``parts``; selected rows are one stretch.
+        """
+        if not self.is_whole:
+            return np.zeros(min(1, len(self)), np.int64), np.full(min(1, len(self)), len(self), np.int64)
+        starts, stops = ([part[i] + at for part, at in zip(parts, self.starts, strict=True)] for i in (0, 1))
+        return np.concatenate(starts), np.concatenate(stops)
+
+
+class TokenSelection(Selection):
+    """The tokens of a view's examples, behind each other: numbers of tokens in place of those of rows.
+
+    It takes 24 bytes for each example, once it is asked.
+    """
+
+    def __init__(self, spans: Sequence[TokenSpans], examples: Selection) -> None:
+        super().__init__([part.n_tokens for part in spans])
+        self._spans, self._examples = spans, examples
+
+    @cached_property
+    def _bounds(self) -> tuple[Array, Array, Array]:
+        """Of each example of the view where its tokens begin among those of all datasets, and begin and end here."""
+        n = len(self._examples)
+        firsts, lengths = np.empty(n, np.int64), np.empty(n, np.int64)
+        for k, where, local in self._examples.by_dataset(np.arange(n)):
+            starts, stops = self._spans[k].bounds(local)
+            firsts[where], lengths[where] = starts + self.starts[k], stops - starts
+        ends = np.cumsum(lengths)
+        return firsts, ends - lengths, ends
+
+    def __len__(self) -> int:
+        ends = self._bounds[2]
+        return int(ends[-1]) if len(ends) else 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all tokens of all datasets, in their order."""
+        return self._examples.is_whole
+
+    @property
+    def lengths(self) -> Array:
+        """How many tokens each example of the view has: int64 [examples]."""
+        _, begins, ends = self._bounds
+        return ends - begins
+
+    def whose(self, tokens: Array) -> tuple[Array, Array]:
+        """Return the example of each token, a row of the view, and its position there: int64, as ``tokens``."""
+        _, begins, ends = self._bounds
+        owners = np.searchsorted(ends, tokens, side="right")
+        return owners, tokens - begins[owners] if tokens.size else tokens
+
+    def among_all(self, tokens: Array) -> Array:
+        """Return the numbers of tokens of the view among all tokens of all datasets."""
+        owners, positions = self.whose(tokens)
+        return self._bounds[0][owners] + positions if tokens.size else tokens
+
 
 class ViewColumn:
     """One point's rows in a view: indexed, and read in stretches, as a GradientColumn is."""
@@ -88,6 +152,11 @@ class ViewColumn:
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self._columns[0].row_bytes
+
+    @property
+    def unit_bounds(self) -> tuple[Array, Array]:
+        """Where stretches that lie behind each other start, and where they stop; int64 [stretches] each."""
+        return self._selection.unit_bounds([column.unit_bounds for column in self._columns])
 
     def __repr__(self) -> str:
         return f"ViewColumn({self.name!r}, {str(self.dtype).removeprefix('torch.')}, {list(self.shape)})"
@@ -126,27 +195,31 @@ class ViewColumn:
 class ViewTokenColumn:
     """The rows of one point per token in a view: ``column[example]``, as of a TokenColumn."""
 
-    def __init__(self, columns: Sequence[TokenColumn], selection: Selection) -> None:
+    def __init__(self, columns: Sequence[TokenColumn], selection: Selection, tokens: TokenSelection) -> None:
         self._columns = columns
         self._selection = selection
+        self._tokens = tokens
         self.name, self.dtype = columns[0].name, columns[0].dtype
-
-    def _refused(self, what: str, remedy: str) -> AttributeError:
-        return AttributeError(broken_rule("DatasetView", what, "be asked of a dataset's own column", self.name, remedy))
 
     @property
     def shape(self) -> NoReturn:
         """AttributeError: examples differ in length."""
-        raise self._refused("shape", f"See view[{self.name!r}].lengths().")
+        rule, remedy = "be asked of a column per example", "See column.flat.shape and column.lengths()."
+        raise AttributeError(broken_rule("DatasetView", "shape", rule, f"{self.name!r}, per token", remedy))
 
     @property
-    def flat(self) -> NoReturn:
-        """AttributeError: the examples of a view don't lie behind each other."""
-        raise self._refused("flat", "Index it by rows of the view, or take .flat of a dataset in view.sources.")
+    def flat(self) -> ViewColumn:
+        """The rows of all tokens of the view's examples, behind each other; nothing is copied."""
+        return ViewColumn([column.flat for column in self._columns], self._tokens)
 
-    def where(self, index: Any = slice(None)) -> NoReturn:
-        """AttributeError: a view has no tokens behind each other."""
-        raise self._refused("where", "Index it by rows of the view, or ask a dataset in view.sources.")
+    def where(self, index: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the example and the position of each of the rows ``flat[index]``: int64, of the index's shape.
+
+        ``example`` is a row of the view (``view.examples[example]``), ``position`` counts its real tokens from 0.
+        """
+        tokens = _indexed(index, len(self._tokens))
+        rows, positions = self._tokens.whose(tokens)
+        return torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(positions))
 
     def __len__(self) -> int:
         return len(self._selection)
@@ -174,8 +247,7 @@ class ViewTokenColumn:
 
     def lengths(self) -> torch.Tensor:
         """Return how many tokens each example has: int64 [examples]."""
-        found = torch.cat([torch.empty(0, dtype=torch.int64), *(column.lengths() for column in self._columns)])
-        return found[torch.from_numpy(self._selection.among_all(np.arange(len(self))))]
+        return torch.from_numpy(self._tokens.lengths)
 
 
 class ViewExamples(Sequence[dict[str, Any]]):

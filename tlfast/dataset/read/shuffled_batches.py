@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...errors import broken_rule
 from .ahead import read_ahead
 from .columns import read_stretches
-from .row_dataset import Batch, checked_entries, per_example, per_token
+from .row_dataset import Batch, checked_entries, per_example
 from .row_fields import entries
 from .shuffle import Blocks, Group, check_seed, share
 from .views import Readable
@@ -39,7 +39,7 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     Where all points are per token, a row is a token's: tokens of different examples are mixed, ``batch_size`` and the
     others count them, and a batch has "position", int64 [b], too, which of the real tokens of example "id" each is.
-    Fields are those of its example. Of a view that works where it has all rows of one dataset.
+    Fields are those of its example.
 
     Args:
         ds: an open dataset, or a view of some, with the fields that ``ds.with_fields`` named; of a partial one the
@@ -112,7 +112,7 @@ class ShuffledBatches(IterableDataset[Batch]):
     def _columns(self) -> list[Any]:
         """What is read: rows of examples, or of tokens, all behind each other."""
         if self._per_token:
-            return [per_token("ShuffledBatches", self.ds, point).flat for point in self.points]
+            return [self.ds[point].flat for point in self.points]
         return [per_example("ShuffledBatches", self.ds, point) for point in self.points]
 
     def _block_rows(self) -> int:
@@ -199,7 +199,7 @@ class ShuffledBatches(IterableDataset[Batch]):
             memory = free.get_nowait()
         positions: Batch = {}
         if self._per_token:
-            owners, positions[POSITION] = per_token("ShuffledBatches", self.ds, self.points[0]).where(rows)
+            owners, positions[POSITION] = self.ds[self.points[0]].where(rows)
             rows = owners.numpy()
         data: Batch = {"id": self.ds.ids_of(rows)} | positions | read_stretches(self._columns(), bounds, memory)
         data |= entries(self.ds.examples, rows, self.fields)

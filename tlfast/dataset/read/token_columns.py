@@ -26,6 +26,11 @@ class TokenSpans:
     def __len__(self) -> int:
         return len(self._files.examples)
 
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens all examples have."""
+        return len(self._files.tokens)
+
     def _of_unit(self, k: int) -> Array:
         """Where in the unit the tokens of each of its examples begin, and where the last ends: int64 [rows + 1]."""
         if k not in self._offsets:  # that the lengths add up to the tokens of the commit is checked where they are read

@@ -16,12 +16,12 @@ from ..format.row_table import NORM, as_examples
 from ..format.strict_json import sha256_of
 from .columns import RawColumn, integers, row_numbers
 from .conditions import Condition
-from .converting import to_faiss, to_hf, to_numpy, to_pandas
+from .converting import from_faiss, to_faiss, to_hf, to_numpy, to_pandas
 from .decoding import given_tokenizer
 from .found import SearchResult
 from .row_fields import NORMS, arrays, blocks
 from .search import search
-from .selection import Selection, ViewColumn, ViewExamples, ViewTokenColumn
+from .selection import Selection, TokenSelection, ViewColumn, ViewExamples, ViewTokenColumn
 from .showing import Sample, described, take_sample
 from .token_columns import TokenColumn
 
@@ -64,6 +64,13 @@ class Readable(ABC):
     @abstractmethod
     def holds(self, point: str) -> str:
         """Return in words what ``point`` holds: which form of which place, how reduced, projected and stored."""
+
+    @abstractmethod
+    def factor_sizes(self, point: str) -> tuple[int, int] | None:
+        """Return how many numbers g and a have, where a token's row is these two factors side by side; else None.
+
+        Their outer product, g at the outputs, is the token's share of the weight gradient.
+        """
 
     @abstractmethod
     def ids_of(self, rows: Any) -> torch.Tensor:
@@ -265,11 +272,13 @@ class Readable(ABC):
     def to_numpy(self, points: Iterable[str] | None = None) -> dict[str, Array]:
         """Return the rows of points (all by default) as arrays [rows, *shape of a row], all of them in memory.
 
-        bfloat16 becomes float32, which holds it exactly; an encoded point is decoded.
+        bfloat16 becomes float32, which holds it exactly; an encoded point is decoded. Of points per token the rows are
+        those of all real tokens behind each other, [tokens, *shape of a row]; "id" and "position", int64 [tokens], say
+        which example each is of, and which of its tokens.
 
         Raises:
             KeyError: for a point that there isn't.
-            DatasetError: for one per token, or whose rows have no values.
+            DatasetError: for points per token beside others, or one whose rows have no values.
         """
         return to_numpy(self, points)
 
@@ -277,7 +286,8 @@ class Readable(ABC):
         """Return the row tables as a pandas data frame: id, input_ids, source, ..., ``norm:<point>``, in memory.
 
         Of each of ``points`` it has the rows too: a column ``grad:<point>`` of arrays, as of `to_numpy`; and
-        ``frame.attrs["tlfast"]`` says what each holds. Needs the extra ``hub``.
+        ``frame.attrs["tlfast"]`` says what each holds. Of points per token each real token is a record, with its
+        "position", and beside it what is neither a list nor a norm of its example. Needs the extra ``hub``.
         """
         return to_pandas(self, points)
 
@@ -294,7 +304,8 @@ class Readable(ABC):
         """Add all rows of a point to a FAISS index, as float32, in blocks of 32 MiB; return it.
 
         Number i in the index is row i. ``point`` is by default the only one; of several the values are laid behind each
-        other. Needs the extra ``faiss``.
+        other. Of a point per token number i is row i of ``ds[point].flat``. `from_faiss` says which examples, and which
+        of their tokens, a search in the index has found. Needs the extra ``faiss``.
 
         Args:
             index: an empty, trained one; by default an IndexFlatIP, which holds all rows in memory.
@@ -303,9 +314,29 @@ class Readable(ABC):
                 the queries too.
 
         Raises:
-            ValueError: for an index that isn't empty or trained, or is of another size; for a row that isn't finite.
+            ValueError: for an index that isn't empty or trained, or is of another size; for a row that isn't finite;
+                for the two factors of a token's weight gradient, whose dot products are no gradients'.
+            DatasetError: for points per token beside others, or one whose rows have no values.
         """
         return to_faiss(self, index, point, metric)
+
+    def from_faiss(self, scores: Any, numbers: Any, *, point: str | Iterable[str] | None = None) -> SearchResult:
+        """Return what a search in an index of `to_faiss` has found: ``ds.from_faiss(*index.search(queries, k))``.
+
+        Args:
+            scores: [Q, k], as the index has returned them.
+            numbers: int64 [Q, k], which of its rows; -1 where it has found no more.
+            point: whose rows the index got, as `to_faiss` was told.
+
+        Returns:
+            A SearchResult, as of `search`: ``indices`` are rows of this dataset, ``scores`` those of the index, NaN
+            where the index is -1; of points per token ``positions`` say which token of the example each is.
+
+        Raises:
+            IndexError: for a number that the index can't have.
+            ValueError: for arrays of other shapes or dtypes.
+        """
+        return from_faiss(self, scores, numbers, point)
 
     def _view(
         self, rows: Array | None, points: Sequence[str] | None = None, loaded: tuple[str, ...] | None = None
@@ -343,6 +374,7 @@ class DatasetView(Readable):
     ) -> None:
         self._sources = list(sources)
         self._chosen = Selection([len(source) for source in sources], rows)
+        self._tokens = TokenSelection([source.spans for source in sources], self._chosen)
         self._points = list(points)
         self.loaded = loaded
         self._id_offsets = [0] * len(self._sources) if offsets is None else list(offsets)
@@ -374,8 +406,13 @@ class DatasetView(Readable):
         columns = [source[point] for source in self._sources]
         if len(columns) == 1 and self._chosen.rows is None:
             return columns[0]
-        made: Any = ViewTokenColumn if isinstance(columns[0], TokenColumn) else ViewColumn
-        return made(columns, self._chosen)
+        return self._chosen_of(columns)
+
+    def _chosen_of(self, columns: Sequence[Any]) -> Any:
+        """The rows of the view, of the same column of each dataset."""
+        if isinstance(columns[0], TokenColumn):
+            return ViewTokenColumn(columns, self._chosen, self._tokens)
+        return ViewColumn(columns, self._chosen)
 
     def column(self, point: str) -> Column:
         """Return what ``point`` is; KeyError where the view has none of that name."""
@@ -393,13 +430,18 @@ class DatasetView(Readable):
             return texts[0]
         return " | ".join(f"of dataset {k}: {text}" for k, text in enumerate(texts, 1))
 
+    def factor_sizes(self, point: str) -> tuple[int, int] | None:
+        """Return how many numbers the two factors of a token's row have, as a dataset does."""
+        self.column(point)
+        found: tuple[int, int] | None = self._sources[0].factor_sizes(point)
+        return found
+
     def raw(self, point: str) -> RawColumn:
         """Return the codes and scales of an encoded ``point``, as a dataset does."""
         self.column(point)
         parts = [source.raw(point) for source in self._sources]
-        made: Any = ViewTokenColumn if self.column(point).per == "token" else ViewColumn
         sides = [[part.codes for part in parts], [part.scales for part in parts]]
-        return RawColumn(*(made(side, self._chosen) for side in sides))
+        return RawColumn(*(self._chosen_of(side) for side in sides))
 
     def where(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which of ``sources`` each row is of, and which row of it: int64 each, of the shape of ``rows``."""
@@ -437,12 +479,7 @@ class DatasetView(Readable):
 
         They are the units of the datasets; selected rows are one stretch.
         """
-        if self._chosen.rows is not None:
-            return np.zeros(min(1, len(self)), np.int64), np.full(min(1, len(self)), len(self), np.int64)
-        bounds = [source.unit_bounds for source in self._sources]
-        first = self._chosen.starts
-        starts, stops = ([part[i] + at for part, at in zip(bounds, first, strict=True)] for i in (0, 1))
-        return np.concatenate(starts), np.concatenate(stops)
+        return self._chosen.unit_bounds([source.unit_bounds for source in self._sources])
 
     def verify_rows(self, start: int, stop: int) -> None:
         """Re-read the units of these rows against their checksums; DatasetError where something is wrong."""
