@@ -184,6 +184,20 @@ def factor_of(name: str, column: Column, dim: int | None, about: Mapping[str, An
     return found if isinstance(found, int) and 0 < found < column.row_shape[0] else None
 
 
+def check_linear(columns: Iterable[str], about: Mapping[str, Any]) -> None:
+    """Raise DatasetError for a column that its dataset notes to be of another layer than a linear one.
+
+    bergson takes a convolution for a linear layer of its channels, fails at its input, and hooks no embedding or norm.
+    """
+    kinds = about.get("layers")
+    for name in columns:
+        kind = kinds.get(name) if isinstance(kinds, Mapping) else None
+        if kind is not None:
+            rule, got = "be of a linear layer", f"one of the kind {kind}"
+            remedy = "bergson has no such rows: leave it out with points=, or export it to npy."
+            raise dataset_error(_WHO, f"point {name!r}", rule, got, remedy)
+
+
 def heads_of(headers: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
     """Return the heads, (how many, how wide), as which specs take the outputs of modules."""
     specs = [spec for header in headers for spec in header.get("specs", ()) if spec.get("of") == WEIGHT]
