@@ -195,6 +195,10 @@ REFUSED = {
     "one-sided": ({"specs": odd({"form": "one-sided"})}, "for each module, or one-sided and summed, got one-s"),
     "sketch": ({"specs": odd({"nonzeros": 2})}, "must have no other settings than dim, .*, got nonzeros"),
     "normalized": ({"specs": odd({}, normalize="adam")}, "spec of rows of weights must say nothing .*'adam'"),
+    "a normalizer": (
+        {"specs": odd({}, normalizer={"kind": "adam", "sha256": "0"})},
+        "rows of weights must be of gradients that aren't normalized, got .* bergson divides its queries by normali",
+    ),
     "norms": ({"specs": [SPEC | {"reduce": "norm"}]}, "rows of weights must say nothing .* got reduce='norm'"),
     "per token": ({"specs": [SPEC], "per": "token"}, r"point 'h\.0:weight' must be projected to have rows per tok"),
     "nothing said": ({"specs": []}, "dataset must say in its header, under specs, how rows of weights were"),

@@ -71,6 +71,10 @@ def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         got = f"{said[0]} and {next(other for other in said if other != said[0])}"
         raise dataset_error(_WHO, "projection, bias and summed", rule, got, "Collect them into a dataset each.")
     settings = PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0], said[0][2])
+    if any(spec.get("normalizer") is not None for spec in found):
+        rule, got = "be of gradients that aren't normalized", "normalized ones, and a digest of the normalizers"
+        remedy = "bergson divides its queries by normalizers.pth, whose numbers a dataset hasn't: export it to npy."
+        raise dataset_error(_WHO, "rows of weights", rule, got, remedy)
     odd = sorted({f"{key}={spec[key]!r}" for spec in found for key in spec.keys() - _HARMLESS})
     odd += ["reduce='norm'"] if any(spec.get("reduce") == "norm" for spec in found) else []
     if odd:
