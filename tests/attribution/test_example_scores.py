@@ -282,6 +282,29 @@ def test_refusals(make, text):
         score_examples(model(), examples, queries, method, **settings)
 
 
+def test_layers_without_such_rows_are_refused_before_queries_are_made():
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 4), Turned(4, 3, 1), torch.nn.Linear(3, 9))
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    texts, more = [[1, 2], [3, 4]], {"batch_tokens": 1}
+    with pytest.raises(ValueError, match=r'^score at 1.conv: per="token" must be left out at a convolution, got one\.'):
+        score_examples(net, texts, texts, "dot", points=["1.conv"], per="token", **more)
+    with pytest.raises(ValueError, match=r"^score at 0: the weight gradient of an embedding must be projected, got"):
+        score_examples(net, texts, texts, "dot", points=["0"], **more)
+    assert not calls
+
+
+class Turned(torch.nn.Module):
+    """A convolution over positions."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(*sizes)
+
+    def forward(self, x):
+        return self.conv(x.mT).mT
+
+
 def test_refusals_of_score():
     with pytest.raises(TypeError, match="examples must be given where a model is scored"):
         tlfast.score(model(), ASKED)

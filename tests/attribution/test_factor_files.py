@@ -219,6 +219,19 @@ def test_second_moments_as_bergson_keeps_them(made, tmp_path):
         write_bergson_hessians(tlfast.RunningSums(), tmp_path, base)
 
 
+def test_second_moments_of_other_layers_are_refused(tmp_path):
+    """bergson has no rows of a convolution, nor of an embedding."""
+    model = nn.Sequential(nn.Conv1d(4, 5, 1), nn.Embedding(4, 5), nn.Linear(5, 4))
+    for name, kind in (("0", "Conv1d"), ("1", "Embedding")):
+        sums = tlfast.RunningSums("moment2_full")
+        sums.add({f"{point}:weight": torch.randn(3, 2, 2) for point in (name, "2")})
+        with refuses(
+            f"write_bergson_hessians: sums must be of linear layers, got {name} ({kind}). bergson has none of"
+        ):
+            write_bergson_hessians(sums, tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
 def test_heads_have_second_moments_of_their_own(tmp_path):
     model, sums = nn.Sequential(nn.Linear(4, 6)), tlfast.RunningSums("moment2_full")
     rows = torch.randn(5, 3, 2, 2)

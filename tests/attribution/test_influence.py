@@ -49,6 +49,49 @@ def test_influence_is_through_the_inverse_of_the_curvature(tmp_path, damping):
     torch.testing.assert_close(on_the_fly.scores, wanted, rtol=1e-8, atol=1e-10)
 
 
+def test_columns_by_a_name_of_ones_own_are_those_of_their_modules(tmp_path):
+    """Whatever a spec calls them; several of one module, too, and a view of a merged dataset."""
+    model, factors = fitted()
+    specs = [tlfast.Spec("1", of="weight", name="mine"), tlfast.Spec(["1", "3"], of="weight", name="again")]
+    for part in ("a", "b"):
+        tlfast.collect(model, TEXTS, tmp_path / part, points=specs, progress=False)
+    ds = tlfast.open_dataset(tmp_path / "a")
+    assert ds.points == ["1:mine", "1:again", "3:again"]
+    modules = {point: point[0] for point in ds.points}
+    assert {point: ds.module_of(point) for point in ds.points} == modules
+    rows = {point: ds[point][:] for point in ds.points}
+    wanted = sum(
+        truth({modules[point]: rows[point]}, {modules[point]: rows[point][1:3]}, 0.1) for point in rows
+    )  # fmt: skip
+    asked = {point: values[1:3] for point, values in rows.items()}
+    found = tlfast.score(ds, asked, "ekfac", moments=factors, k=None)
+    torch.testing.assert_close(found.scores, wanted, rtol=1e-8, atol=1e-10)
+    both = tlfast.dataset.concat_datasets([ds, tlfast.open_dataset(tmp_path / "b")])
+    found = tlfast.score(both.filter("length > 1"), asked, "ekfac", moments=factors, k=None)
+    torch.testing.assert_close(found.scores, wanted.repeat(1, 2), rtol=1e-8, atol=1e-10)
+
+
+def test_factors_of_other_modules_are_refused_before_anything_runs(tmp_path):
+    model, _ = fitted()
+    some = tlfast.factors(model, TEXTS, "1", kinds=("kfac", "ekfac"))
+    with_bias = tlfast.factors(model, TEXTS, "1", kinds="kfac", bias=True).eigen()
+    tlfast.collect(model, TEXTS, tmp_path / "x", points=tlfast.Spec(["1", "3"], of="weight", name="w"), progress=False)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    for given, text in (
+        (some, r"moments must have factors of each module that is scored, got none of '3'\. They have '1': name"),
+        (with_bias, r"moments must be of gradients \[5, 4\] at '1', got \[5, 5\]\. Say bias= alike"),
+        (tlfast.factors(model, TEXTS, ["1", "3"]), "moments must have eigenvectors, got none"),
+    ):
+        calls.clear()
+        with pytest.raises(ValueError, match=f"^score: {text}"):
+            tlfast.score(tmp_path / "x", tmp_path / "x", "ekfac", moments=given)
+        with pytest.raises(ValueError, match=f"^score: {text}"):
+            tlfast.score(model, TEXTS[:1], "ekfac", examples=TEXTS, points=["1", "3"], moments=given)
+        assert not calls
+    handle.remove()
+
+
 def test_factors_that_are_none_are_refused():
     model, factors = fitted()
     of_model = {"examples": TEXTS, "points": ["1"]}

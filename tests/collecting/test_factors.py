@@ -244,7 +244,7 @@ def test_windows_of_a_convolution_are_its_tokens(bias, backend, tmp_path):
     settings = {"loss": loss, "embedding": model[0], "bias": bias, "backend": backend, "batch_examples": 2}
     found = tlfast.factors(model, [{"x": x} for x in data], kinds=("kfac", "ekfac", "adam"), **settings)
     assert found.names == ["1"]
-    assert found.left_out == {"2": "Conv2d"}
+    assert found.left_out == {"2": "Conv2d with groups"}
     of = found["1"]
     windows = nn.functional.unfold(data, (2, 3), dilation=(1, 2), padding=1, stride=2).mT  # [N, T, 18]
     windows = torch.cat([windows, torch.ones_like(windows[..., :1])], 2) if bias else windows
@@ -318,12 +318,56 @@ def test_sounds_of_several_lengths_are_not_padded():
     def loss(model, batch):
         return model(batch["input_values"][:, None]).square().sum()
 
-    text = "factors: a field must have one length in each batch of examples without input_ids, got [8] and [4] in 'inp"
+    text = (
+        "factors: a field must have one length in each batch, or that of input_ids, got [8] and [4] in 'input_values'"
+    )
     with refuses(text):
         run(model, sounds, loss)
     alone, pairs = (run(model, sounds, loss, batch_examples=n)["1"] for n in (1, 2))
     assert alone.n_tokens == pairs.n_tokens == 12
     assert_near(pairs.inputs, alone.inputs)
+
+
+class Hearing(nn.Module):
+    """Texts beside sounds, each with a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.read = nn.Embedding(9, 3), nn.Linear(3, 2)
+        self.begin, self.hear = nn.Identity(), nn.Linear(1, 2)
+
+    def forward(self, batch):
+        return self.read(self.embed(batch.input_ids + batch["token_type_ids"])), self.hear(
+            self.begin(batch["input_values"][..., None])
+        )
+
+
+def heard(model, batch):
+    text, sound = model(batch)
+    if batch.mask is not None:
+        text = text * batch.mask[..., None]
+    kept = torch.arange(sound.shape[1]) < batch["n"][:, None]  # what a model's own mask does
+    return (text.sum((1, 2)) * (sound * kept[..., None]).square().sum((1, 2))).sum()
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 3), (3, 2, 3, 2)], ids=["of one length", "padded"])
+def test_sounds_beside_texts_are_not_padded_either(lengths):
+    """Whether texts are padded has nothing to do with it."""
+    examples = [
+        {"input_ids": [1 + k] * n, "token_type_ids": [0] * n, "input_values": torch.randn(m), "n": m}
+        for k, (n, m) in enumerate(zip(lengths, (8, 8, 4, 4), strict=True))
+    ]
+    model = Hearing()
+    with refuses("factors: a field must have one length in each batch, or that of input_ids, got [8] and [4] in 'inp"):
+        tlfast.factors(model, examples, ["hear"], loss=heard, embedding="begin")
+    alone = tlfast.factors(model, examples, ["hear"], loss=heard, embedding="begin", batch_examples=1)["hear"]
+    sounds = torch.cat([example["input_values"] for example in examples]).double()
+    assert alone.n_tokens == len(sounds) == 24
+    assert_near(alone.inputs, sounds.square().sum().view(1, 1))
+    alike = [{**one, "input_values": torch.ones(4), "n": 4} for one in examples]
+    of_text = tlfast.factors(model, alike, ["read"], loss=heard)
+    assert of_text["read"].n_tokens == sum(lengths)
 
 
 def test_sums_are_of_layers_with_factors(backend):

@@ -209,3 +209,13 @@ def test_matrices_are_made_once_for_all_captures_of_a_run(tmp_path, monkeypatch,
     assert sorted(made) == [(f"transformer.h.{layer}.mlp.c_fc", side) for layer in (0, 1) for side in ("left", "right")]
     tlfast.running(model, examples, spec)
     assert len(made) == 8
+
+
+def test_what_a_layer_hasnt_is_said_as_it_is(tmp_path):
+    """A norm has no normalizer, whatever its shape; nothing has run, and nothing is left."""
+    norm = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.LayerNorm(4))
+    norm.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    spec = Spec("1", of="weight", normalizer=AdamNormalizer(torch.ones(1, 4)))
+    with pytest.raises(ValueError, match=r"^collect at 1: normalizer must be left out but at linear layers and convol"):
+        collect(norm, tmp_path / "x", [[1, 2]], points=[spec])
+    assert not (tmp_path / "x").exists()

@@ -19,6 +19,8 @@ from tlfast.collecting import from_text
 from tlfast.collecting.checks import positions_of
 from tlfast.collecting.from_text import Collection
 from tlfast.collecting.huggingface import load_tokenizer
+from tlfast.collecting.resume import most_have_around
+from tlfast.dataset import DatasetWriter, Example, Plan
 
 LOSS = """
 from tlfast.collecting.loss import call_model
@@ -163,6 +165,26 @@ def test_a_list_among_labels_has_the_reason_that_it_had(tmp_path, monkeypatch):
     found = tlfast.open_dataset(tmp_path / "out")
     assert len(found) == 4
     assert [reason.startswith("2 labels for ") for *_, reason in found.skipped] == [True]
+
+
+@pytest.mark.parametrize(
+    "texts, around",
+    [
+        ([[1, 5, 2]], True),
+        ([[1, 5, 6, 7]], True),  # one that was cut shows its beginning
+        ([[5, 6, 7, 2]], False),  # by chance: what is cut has no end of its own
+        ([[5, 6]], False),
+        ([[5, 6]] * 90 + [[1, 5, 2]] * 110, True),  # the first ones are others
+        ([[1, 5, 2]] * 90 + [[5, 6]] * 110, False),
+    ],
+)
+def test_few_texts_and_first_ones_that_are_others(texts, around, tmp_path):
+    plan = Plan(len(texts), 64)
+    with DatasetWriter(tmp_path / "out", header={}, columns={"a": (torch.float32, (1,))}, plan=plan) as writer:
+        for unit in plan.units:
+            examples = [Example(k, texts[k], "a", k, len(texts[k])) for k in range(unit.start, unit.stop)]
+            writer.write_unit(unit, {"a": torch.ones(len(unit), 1)}, examples)
+    assert most_have_around(tmp_path / "out", [1], [2], 4) is around
 
 
 class Clamping(torch.nn.Embedding):

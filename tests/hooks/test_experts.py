@@ -14,6 +14,13 @@ from weighted_models import assert_near
 
 import tlfast
 from tlfast import Projection, Spec
+from tlfast.attribution import (
+    read_bergson_hessians,
+    read_bergson_normalizers,
+    write_bergson_factors,
+    write_bergson_hessians,
+    write_bergson_normalizers,
+)
 
 SHARED = {
     "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -222,6 +229,85 @@ def test_some_experts_by_their_names(backend):
         assert_near(cap[name], wanted[name.removesuffix(":weight")], 1)
     with pytest.raises(ValueError, match=r'expert_3.down_proj must be of="weight" at a matrix of an expert'):
         tlfast.capture(model, points[0], rows=4)
+
+
+def test_experts_are_scored_as_other_layers_are(tmp_path):
+    """By each method, of rows that are stored, too, by whatever name; bergson's files know them, too."""
+    model, (ids, mask), points = made("qwen3"), inputs(), POINTS[1:]
+    examples = [row[real].tolist() for row, real in zip(ids, mask, strict=True) if real.sum() > 1]
+    rows = {name: values[[length > 1 for length in LENGTHS]] for name, values in truths(model, points).items()}
+
+    def of_batch(model, batch):
+        return loss(
+            model, batch.input_ids, torch.ones_like(batch.input_ids).bool() if batch.mask is None else batch.mask
+        )
+
+    def products(queries):
+        return sum(queries[name].flatten(1) @ rows[name].flatten(1).T for name in rows)
+
+    more = {"examples": examples, "points": points, "k": None, "loss": of_batch}
+    found = tlfast.score(model, examples[:2], "dot", **more)
+    torch.testing.assert_close(found.scores, products({name: values[:2] for name, values in rows.items()}))
+    factors = tlfast.factors(model, examples, points, kinds=("kfac", "ekfac", "adam"), loss=of_batch, missing="nan")
+    ready = factors.precondition({name: values[:2] for name, values in rows.items()})
+    found = tlfast.score(model, examples[:2], "ekfac", moments=factors, **more)
+    torch.testing.assert_close(found.scores, products(ready))
+    whole = Spec(points, of="weight", name="whole")
+    tlfast.collect(model, examples, tmp_path / "rows", points=whole, loss=of_batch, progress=False)
+    ds = tlfast.open_dataset(tmp_path / "rows")
+    asked = {point: ds[point][:2] for point in ds.points}
+    found = tlfast.score(ds, asked, "ekfac", moments=factors, k=None)
+    torch.testing.assert_close(found.scores, products(ready))
+    projection = tlfast.Projection(2, scheme="bergson-2")
+    live = tlfast.score(model, examples[:2], "trackstar", project=projection, **more)
+    spec = Spec(points, of="weight", project=projection)
+    tlfast.collect(model, examples, tmp_path / "p", points=spec, loss=of_batch, progress=False)
+    ds = tlfast.open_dataset(tmp_path / "p")
+    stored = tlfast.score(ds, {point: ds[point][:2] for point in ds.points}, "trackstar", k=None)
+    torch.testing.assert_close(live.scores, stored.scores)
+    sums = tlfast.running(model, examples, spec, stats="moment2_full", loss=of_batch)
+    write_bergson_hessians(sums, tmp_path, model)
+    names = read_bergson_hessians(tmp_path, model, n_rows=3).names
+    assert names == [f"{name}:weight" for name in factors]
+    write_bergson_normalizers(factors.normalizers(), tmp_path / "n.pth", model)
+    assert list(read_bergson_normalizers(tmp_path / "n.pth", model)) == factors.names
+    with pytest.raises(
+        ValueError, match=r"factors must be of layers that get all tokens, got .*gate_up_proj, an expert"
+    ):
+        write_bergson_factors(factors, tmp_path / "f", model)
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+def test_factors_of_experts_count_the_tokens_that_they_get(kind):
+    """Whatever else is in a batch: an expert's tokens of each example lie side by side, with nothing behind them."""
+    model, (ids, mask) = made(kind), inputs()
+    examples = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+    module, seen = model.get_submodule(POINTS[1]), []
+
+    def of_batch(model, batch):
+        real = torch.ones_like(batch.input_ids).bool() if batch.mask is None else batch.mask
+        return loss(model, batch.input_ids, real)
+
+    handle = module.register_forward_hook(lambda _, args, out: seen.append((args[0].detach(), args[1])))
+    for tokens in examples[:2] + examples[3:]:
+        row = torch.tensor([tokens])
+        loss(model, row, torch.ones_like(row).bool())
+    handle.remove()
+    settings = {"kinds": ("kfac", "ekfac"), "loss": of_batch, "missing": "nan", "bias": True}
+    runs = [tlfast.factors(model, examples, [POINTS[1]], batch_examples=n, **settings) for n in (1, 4)]
+    assert runs[0].names == runs[1].names
+    for number in range(module.num_experts):
+        given = torch.cat([hidden[(index == number).any(-1)] for hidden, index in seen])
+        for found in runs:
+            up, down = (found[f"{POINTS[1]}.expert_{number}.{name}"] for name in ("gate_up_proj", "down_proj"))
+            assert up.n_tokens == down.n_tokens == len(given)
+            a = torch.cat([given, torch.ones(len(given), 1)], 1) if up.bias else given
+            assert_near(up.inputs, a.T @ a, 1)
+            assert down.n_examples == 3
+    for name in runs[0]:
+        for what in ("inputs", "outputs", "kfac_eigenvalues"):
+            assert_near(getattr(runs[0][name], what), getattr(runs[1][name], what), 1)
 
 
 def test_factors_of_experts_that_a_glob_names():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..errors import broken_rule
 from ..hooks.bergson_normalizers import known_name, linear_at, loaded, our_names
 from ..hooks.bergson_normalizers import read_bergson_normalizers as read_bergson_normalizers
 from ..hooks.bergson_normalizers import write_bergson_normalizers as write_bergson_normalizers
+from ..hooks.experts import ExpertLayer, submodule
 from ..hooks.factors import Factors, ModuleFactors
 from ..hooks.layers import linear_layer
 from ..hooks.running import RowSums, RunningSums
@@ -54,7 +55,7 @@ def write_bergson_hessians(sums: RunningSums, folder: str | os.PathLike[str], mo
         model: whose modules they are of.
 
     Raises:
-        ValueError: for other sums, and for a module that the model hasn't.
+        ValueError: for other sums, for a module that the model hasn't, and for one that isn't a linear layer.
     """
     who, hessians = "write_bergson_hessians", dict[str, torch.Tensor]()
     if "moment2_full" not in sums.stats or not sums.names:
@@ -62,7 +63,9 @@ def write_bergson_hessians(sums: RunningSums, folder: str | os.PathLike[str], mo
         raise ValueError(broken_rule(who, "sums", rule, got, 'Say tlfast.running(..., stats="moment2_full").'))
     for column in sums.names:
         shape, moment = sums[column].shape, sums[column].moment2_full
-        name = known_name(who, "sums", model, column.removesuffix(_ENDING))
+        module = column.removesuffix(_ENDING)
+        name = known_name(who, "sums", model, module)
+        linear_at(who, "sums", model, module)
         if len(shape) != 3:
             hessians[name] = moment
             continue
@@ -153,6 +156,7 @@ def write_bergson_factors(factors: Factors, folder: str | os.PathLike[str], mode
     names = {name: known_name(who, "factors", model, name) for name in factors}
     for name in names:
         linear_at(who, "factors", model, name)
+    _check_dense(who, "factors", model, names)
     for kind, take in made.items():
         (out / kind).mkdir(parents=True)
         tensors = {known: take(factors[name]).cpu().float().contiguous() for name, known in names.items()}
@@ -188,9 +192,11 @@ def read_bergson_factors(folder: str | os.PathLike[str], model: nn.Module, *, n_
         rule, remedy = "be given where there are no eigenvalues", "Say n_examples=."
         raise ValueError(broken_rule(who, "n_examples", rule, "none", remedy))
     modules = {}
-    for theirs, name in our_names(who, folder, model, list(inputs)).items():
+    names = our_names(who, folder, model, list(inputs))
+    _check_dense(who, "folder", model, names.values())
+    for theirs, name in names.items():
         a, s = (_symmetric(part[theirs]) for part in (inputs, outputs))
-        layer = linear_layer(model.get_submodule(name))
+        layer = linear_layer(submodule(model, name))
         fits = layer is not None and len(s) == layer.n_outputs and len(a) in (layer.n_inputs, layer.n_inputs + 1)
         if layer is None or not fits:
             rule, got = "be of linear layers of this size", f"[{len(s)}, {len(a)}] at {name!r}"
@@ -207,6 +213,14 @@ def read_bergson_factors(folder: str | os.PathLike[str], model: nn.Module, *, n_
         has_bias = len(a) > layer.n_inputs
         modules[name] = ModuleFactors(name, len(s), len(a), has_bias, n, n_tokens, sums, basis)
     return Factors(["kfac", *(["ekfac"] if corrected else [])], modules, identity="bergson")
+
+
+def _check_dense(who: str, argument: str, model: nn.Module, names: Iterable[str]) -> None:
+    """ValueError for experts: the files have one number of positions, and each of these gets some of them."""
+    odd = next((name for name in names if isinstance(submodule(model, name), ExpertLayer)), None)
+    if odd is not None:
+        rule, remedy = "be of layers that get all tokens", "The files have one number of tokens for all: leave it out."
+        raise ValueError(broken_rule(who, argument, rule, f"{odd}, an expert", remedy))
 
 
 def _check_whole(who: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

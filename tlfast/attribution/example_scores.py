@@ -17,11 +17,14 @@ from ..dataset.read.search import Best, Block, Taker
 from ..dataset.read.views import Readable
 from ..errors import SpeakingAs, broken_rule
 from ..hooks.captured import Capture
+from ..hooks.factors import Factors
+from ..hooks.layers import check_weight_spec, find_layer, row_shape, weighted_modules
+from ..hooks.points import find_points
 from ..spec import Per, Points, Project, Query, Spec, one_of
 from .every_score import InFile, InMemory, check_out, check_room
 from .given_examples import GivenExamples
 from .gradient_queries import QueryExamples, as_tensors, count, divided, gradients_of, query_norms
-from .methods import DAMPING, check_arguments, given_factors
+from .methods import DAMPING, check_arguments, check_factors, given_factors
 from .queries import WHO
 from .result import Scores
 from .scores_of_batches import InBackward, Way, Whitened, check_moments_of_model
@@ -106,9 +109,8 @@ def score_examples(
     _check_wanted(wanted, method, k, out)
     path = None if out is None else check_out(out)
     tokenizer, progress = settings.pop("tokenizer", None), settings.pop("progress", None)
+    _check_points(model, queries, wanted, given_factors(way.moments) if method == "ekfac" else None)
     given, asked = _given(model, queries, wanted, settings)
-    if method == "ekfac":
-        check_moments_of_model(given_factors(way.moments).about, model)
     scoring = _whitened(given, wanted) if method == "trackstar" else _scored_in_backward(given, wanted, way)
     passes = Passes(WHO, model, examples, row_options(WHO, SETTINGS, scoring.specs, settings))
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
@@ -155,6 +157,21 @@ def _check_wanted(wanted: Wanted, method: str, k: int | None, out: Any) -> None:
         rule = f'be {"a number" if k is None else "left out"} with per="token"'
         remedy = 'tlfast.collect keeps the scores of all tokens: Spec(points, of="weight", queries=..., per="token").'
         raise ValueError(broken_rule(WHO, odd[0], rule, odd[1], remedy))
+
+
+def _check_points(model: nn.Module, queries: Any, wanted: Wanted, factors: Factors | None) -> None:
+    """ValueError for modules without such rows, or for factors of other weights than theirs."""
+    if factors is not None:
+        check_moments_of_model(factors.about, model)
+    points: Any = list(queries) if wanted.points is None and isinstance(queries, Mapping) else wanted.points
+    if not points:
+        return  # which is refused by what makes the queries
+    spec = Spec(points, of="weight", project=wanted.project, bias=wanted.bias, per=wanted.per)
+    modules = weighted_modules(WHO, model, spec, find_points(WHO, model, points))
+    for name, module in modules.items():
+        check_weight_spec(WHO, name, module, spec)
+    if factors is not None:
+        check_factors(factors, {name: row_shape(find_layer(WHO, name, one), spec) for name, one in modules.items()})
 
 
 def _given(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,11 +84,15 @@ def _ekfac(asked: Asked) -> Prepared:
     factors = given_factors(asked.moments)
     check_whole(asked.ds, asked.queries.points)
     check_moments_alike(factors.about, *_said(asked))
-    given = {
-        point: query.reshape(len(query), *asked.ds[point].shape[1:]) for point, query in asked.queries.rows.items()
-    }
-    made = factors.precondition(given, damping_factor=asked.damping)
-    return Prepared({point: query.flatten(1) for point, query in made.items()}, {}, False)
+    shapes = {point: tuple(asked.ds.column(point).row_shape) for point in asked.queries.points}
+    modules = {point: asked.ds.sources[0].module_of(point) for point in shapes}
+    check_factors(factors, {modules[point]: shape for point, shape in shapes.items()})
+    made = {}
+    for point, query in asked.queries.rows.items():
+        given = {modules[point]: query.reshape(len(query), *shapes[point])}
+        (ready,) = factors.precondition(given, damping_factor=asked.damping).values()
+        made[point] = ready.flatten(1)
+    return Prepared(made, {}, False)
 
 
 def _said(asked: Asked) -> tuple[list[Any], dict[str, Any]]:
@@ -106,6 +110,21 @@ def given_factors(given: Any) -> Factors:
         remedy = "Give moments=tlfast.factors(...), or their file."
         raise TypeError(broken_rule(WHO, "moments", 'be Factors with method="ekfac"', got, remedy))
     return given
+
+
+def check_factors(factors: Factors, wanted: Mapping[str, Sequence[int]]) -> None:
+    """ValueError unless there are eigenvectors, and factors of each of these modules with gradients of its shape."""
+    if not factors.has_basis:
+        raise ValueError(broken_rule(WHO, "moments", "have eigenvectors", "none", "Call eigen() first."))
+    for module, shape in wanted.items():
+        if module not in factors:
+            rule, known = "have factors of each module that is scored", ", ".join(map(repr, factors.names[:8]))
+            remedy = f"They have {known}{', ...' * (len(factors) > 8)}: name columns of these by points=."
+            raise ValueError(broken_rule(WHO, "moments", rule, f"none of {module!r}", remedy))
+        of = factors[module]
+        if tuple(shape[-2:]) != (of.n_outputs, of.n_inputs):
+            rule, got = f"be of gradients {list(shape[-2:])} at {module!r}", [of.n_outputs, of.n_inputs]
+            raise ValueError(broken_rule(WHO, "moments", rule, got, "Say bias= alike where both are made."))
 
 
 # A method is a line here: `docs/attribution.md` says what each computes.

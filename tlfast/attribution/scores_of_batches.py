@@ -14,6 +14,7 @@ from ..collecting.passes import Passes
 from ..dataset.format.layout import WEIGHT, Column
 from ..errors import broken_rule
 from ..hooks.captured import Capture
+from ..hooks.experts import submodule
 from ..hooks.layers import find_layer, row_shape
 from ..hooks.running import RunningSums
 from ..spec import Per, Points, Query, Spec
@@ -129,7 +130,7 @@ class Whitened:
             remedy = "Leave points= out: a mapping names them."
             raise ValueError(broken_rule(WHO, "queries", "be of the points that are scored", got, remedy))
         for point, shape in self._shapes.items():
-            expected = row_shape(find_layer(WHO, point, passes.model.get_submodule(point)), wanted[point])
+            expected = row_shape(find_layer(WHO, point, submodule(passes.model, point)), wanted[point])
             if shape != expected:
                 rule = f"have the shape [Q, {', '.join(map(str, expected))}] at {point!r}"
                 remedy = "Say project= and bias= as they were made."

@@ -14,7 +14,7 @@ from torch import nn
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from ..hooks.captured import captures_of
-from ..hooks.layers import check_queries, find_layer, weighted_modules
+from ..hooks.layers import check_weight_spec, find_layer, weighted_modules
 from ..hooks.points import find_points, named_points
 from ..spec import Spec, SpecArguments, as_specs
 from .batches import Batch, Batching
@@ -46,7 +46,7 @@ def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
         if spec.of == "weight":
             for name, module in weighted_modules("collect", model, spec, found).items():
                 find_layer("collect", name, module)
-                check_queries("collect", name, module, spec)
+                check_weight_spec("collect", name, module, spec)
         if spec.of == "grad*ref" and spec.ref is None:
             remedy = "Give a tensor, or a function of the batch."
             raise ValueError(broken_rule("collect", "ref", 'be given with of="grad*ref"', "none", remedy))

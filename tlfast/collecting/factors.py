@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dataset.format.plan import Example
 from ..errors import SpeakingAs, broken_rule
 from ..hooks.dimensions import UncoveredError
 from ..hooks.experts import ExpertLayer
@@ -53,9 +54,10 @@ def factors(
     - "adam": v = mean over examples of G^2.
 
     The model runs in eval mode and frozen, and is as before afterwards. Padding never counts: that of tokens is masked,
-    and batches of examples without tokens that are padded, as sounds of several lengths are, are refused. The gradients
-    are those of the loss that is given: with the labels of the data these are factors of the empirical Fisher matrix;
-    those of the Fisher matrix itself (Gauss-Newton) need a loss that draws labels from the model's own predictions.
+    and batches in which a field of another length than the tokens is padded, as sounds of several lengths are, are
+    refused. The gradients are those of the loss that is given: with the labels of the data these are factors of the
+    empirical Fisher matrix; those of the Fisher matrix itself (Gauss-Newton) need a loss that draws labels from the
+    model's own predictions.
 
     For several processes, or several calls, give each a part of the examples, save what it returns, and `merge` the
     parts. "ekfac" needs the eigenvectors of all examples first: merge parts of "kfac", call `eigen`, and give that as
@@ -140,7 +142,7 @@ def _factored_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Mod
     kept: dict[str, nn.Module] = {}
     if names:
         kept = weighted_modules(_WHO, model, Spec(names, of="weight"), {name: found[name] for name in names})
-    odd = {name: type(layer).__name__ for name, layer in kept.items() if not _has_factors(layer)}
+    odd = {name: _kind(layer) for name, layer in kept.items() if not _has_factors(layer)}
     owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
     left_out: dict[str, str] = {}
     modules, swept = dict(model.named_modules(remove_duplicate=False)), set[str]()
@@ -148,7 +150,7 @@ def _factored_layers(model: nn.Module, points: Points) -> tuple[dict[str, nn.Mod
         if name in names:
             continue
         if not _has_factors(module):
-            left_out |= {name: type(module).__name__} if owns_weight(module) else {}
+            left_out |= {name: _kind(module)} if owns_weight(module) else {}
             continue
         why = "a weight that a MultiheadAttention takes" if is_taken(modules, name) else _why_none(module, owners)
         if why is not None:
@@ -175,6 +177,11 @@ def _why_none(module: nn.Module, owners: Mapping[int, int]) -> str | None:
         does_other = f"{type(module).__name__} with another gradient than its kind"
         return does_other if weight is not None else "a weight that is made of others"
     return None
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module without factors is, in words."""
+    return f"{type(module).__name__}{' with groups' if convolution(module) is not None else ''}"
 
 
 def _has_factors(module: nn.Module) -> bool:
@@ -217,24 +224,34 @@ class _Factoring(Passes):
         self._check_one_length()
 
     def _check_one_length(self) -> None:
-        """ValueError where examples without tokens are padded in a batch: no mask says which windows are padding."""
+        """ValueError where a field that isn't as long as the tokens is padded in a batch: no mask covers that."""
         source = self.batching.source
-        if self.has_tokens or source is None or not source.rules.uneven:
+        if source is None or not source.rules.uneven:
             return
         for start in range(0, len(self.examples), SORTED):
             part = self.examples[start : start + SORTED]
             for rows, n_positions in self.batching.parts(part, self.batching.order(part)):
-                shapes: dict[str, torch.Size] = {}
-                for k in rows if len(rows) > 1 else ():
-                    for name, value in leaves(self.batching.batch([part[k]], n_positions).fields.peek()):
-                        if not isinstance(value, torch.Tensor) or is_apart(name):
-                            continue
-                        first = shapes.setdefault(name, value.shape)
-                        if first != value.shape:
-                            rule = "have one length in each batch of examples without input_ids"
-                            got = f"{list(first[1:])} and {list(value.shape[1:])} in {name!r}"
-                            remedy = "Padding would count there: say batch_examples=1 (--batch-examples 1)."
-                            raise ValueError(broken_rule(_WHO, "a field", rule, got, remedy))
+                together = [part[k] for k in rows] if len(rows) > 1 else []
+                for name, shapes in self._shapes_apart(together, n_positions).items():
+                    odd = next((shape for shape in shapes if shape != shapes[0]), None)
+                    if odd is not None:
+                        rule = "have one length in each batch, or that of input_ids"
+                        got = f"{list(shapes[0][1:])} and {list(odd[1:])} in {name!r}"
+                        remedy = "Padding would count there: say batch_examples=1 (--batch-examples 1)."
+                        raise ValueError(broken_rule(_WHO, "a field", rule, got, remedy))
+
+    def _shapes_apart(self, examples: Sequence[Example], n_positions: int) -> dict[str, list[torch.Size]]:
+        """By field its shapes of each example alone; not of fields that are as long as the tokens of all of these."""
+        shapes: dict[str, list[torch.Size]] = {}
+        as_tokens: dict[str, bool] = {}
+        for one in examples:
+            batch = self.batching.batch([one], n_positions)
+            length = (batch.input_ids.shape[1],) if self.has_tokens else None
+            for name, value in leaves(batch.fields.peek()):
+                if isinstance(value, torch.Tensor) and not is_apart(name):
+                    shapes.setdefault(name, []).append(value.shape)
+                    as_tokens[name] = as_tokens.get(name, True) and value.shape[1:2] == length
+        return {name: found for name, found in shapes.items() if not as_tokens[name]}
 
     def look(self, most: int | None = None) -> Probed:
         """Try a few examples; leave convolutions out that padding gets into, where nobody has named them."""
@@ -299,8 +316,12 @@ class _Factoring(Passes):
         for name, count in counts.items():
             of = made[name]
             of.n_examples, of.n_tokens = count.totals()
+            n_empty = cap.n_empty.get(name, 0)
+            of.n_tokens -= n_empty
             for label in added:
                 totals = cap.sums[name, label].totals()
+                if label == PRODUCTS and of.bias and totals:
+                    totals[0][-1, -1] -= n_empty  # zeros but for the 1 that stands for the bias
                 for kind in (kind for kind in made.kinds if _ADDED[kind] == label):
                     of.sums |= dict(zip(SUMS[kind], totals, strict=True))
             _check_finite(of)

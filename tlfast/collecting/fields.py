@@ -349,9 +349,11 @@ class FieldRules:
 
     @property
     def uneven(self) -> bool:
-        """Whether a field of numbers that is an input has several shapes."""
-        seen = (self._seen or {}).items()
-        return any(one.dtype is not None and not self.one_shape(name) and not is_apart(name) for name, one in seen)
+        """Whether a field of numbers that is an input has several shapes, which aren't those of the tokens."""
+        return any(
+            one.dtype is not None and not one.as_tokens and not self.one_shape(name) and not is_apart(name)
+            for name, one in (self._seen or {}).items()
+        )
 
     def collated(self, examples: Sequence[Mapping[str, Value]], n_positions: int, side: Side) -> Fields:
         """The fields of a batch: numbers as a tensor [B, ...], texts as a list, mappings as mappings."""

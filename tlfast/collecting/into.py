@@ -65,7 +65,7 @@ class IntoDataset:
         else:
             self.plan = _checked_place(out, plan, header, staging)
             self._settings |= {"plan": plan, "header": _header_of(cap, header or {})}
-            self._settings |= {"about": {"factors": cap.factor_sizes}} if cap.factor_sizes else {}
+            self._settings |= {"about": cap.about_weights} if cap.about_weights else {}
         n_rows = min(self.plan.n_examples, self.plan.rows_per_unit)
         if cap.capacity < n_rows:
             remedy = f"Give capture rows={n_rows}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -146,12 +145,18 @@ def holds_first(out: Place, examples: Sequence[Example], skipped: Skipped, finge
 
 
 def most_have_around(out: Place, first: Sequence[int], last: Sequence[int], longest: int | None) -> bool:
-    """Whether most texts of the dataset in ``out`` have these tokens at one end; the longest ones may have been cut."""
-    rows = islice(open_dataset(out, partial=True).examples, _LOOKED_AT)
-    texts = [ids for row in rows if len(ids := list(row["input_ids"])) != longest]
+    """Whether most texts of the dataset in ``out`` have these tokens at one end.
+
+    Some of all are looked at, from the first to the last. The longest ones may have been cut, and show their beginning
+    alone.
+    """
+    examples = open_dataset(out, partial=True).examples
+    n = len(examples)
+    texts = [list(examples[k * n // min(n, _LOOKED_AT)]["input_ids"]) for k in range(min(n, _LOOKED_AT))]
+    whole = [ids for ids in texts if len(ids) != longest]
     n_first = sum(ids[: len(first)] == list(first) for ids in texts) if first else 0
-    n_last = sum(ids[-len(last) :] == list(last) for ids in texts) if last else 0
-    return 2 * max(n_first, n_last) > len(texts)
+    n_last = sum(ids[-len(last) :] == list(last) for ids in whole) if last else 0
+    return 2 * n_first > len(texts) or 2 * n_last > len(whole)
 
 
 def positions_as_begun(out: Place, model: nn.Module, overwrite: bool) -> int | None:

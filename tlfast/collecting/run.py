@@ -347,18 +347,13 @@ class Run(Work):
             plan=Plan(n_own, n_rows),
             config=options.config,
             overwrite=options.overwrite,
-            about=here | self._factors(),
+            about=here | self.enter(1, self.specs).about_weights,
             backend=options.backend,
             replace_unused=options.resume == "auto" and not options.extend,
             fields=self.kept_types,
         )
         add_the_rest(writer, self.examples, bad.skipped, options.extend, options.config)
         return writer
-
-    def _factors(self) -> dict[str, Any]:
-        """What a dataset notes of rows that are two factors, side by side; not a part of its identity."""
-        sizes = self.enter(1, self.specs).factor_sizes
-        return {"factors": sizes} if sizes else {}
 
     def _make(
         self,

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import broken_rule
 from ..projections.projection import Projection
-from .layers import Layer, linear_layer, projected_name
+from .experts import ExpertLayer, all_expert_layers, submodule
+from .layers import Layer, find_layer, linear_layer, projected_name
 from .second_moments import AdafactorNormalizer, AdamNormalizer, Normalizer
 
 _BASE = Projection(1, scheme="bergson-2")
@@ -21,8 +22,9 @@ _KEPT = {"AdamNormalizer": {"weight_avg_sq": 2}, "AdafactorNormalizer": {"row": 
 
 
 def _names(model: nn.Module) -> dict[str, str]:
-    """How bergson calls each module."""
-    return {name: projected_name(model, name, _BASE) for name, _ in model.named_modules()}
+    """How bergson calls each module, and each matrix of experts that lie in one."""
+    names = [*(name for name, _ in model.named_modules()), *all_expert_layers(model)]
+    return {name: projected_name(model, name, _BASE) for name in names}
 
 
 def known_name(who: str, argument: str, model: nn.Module, name: str) -> str:
@@ -46,8 +48,8 @@ def our_names(who: str, path: object, model: nn.Module, theirs: list[str]) -> di
 
 def linear_at(who: str, argument: str, model: nn.Module, name: str) -> Layer:
     """The linear layer of a name; ValueError for a module of another kind, of which bergson keeps nothing."""
-    module = model.get_submodule(name)
-    layer = linear_layer(module)
+    module = submodule(model, name)
+    layer = find_layer(who, name, module) if isinstance(module, ExpertLayer) else linear_layer(module)
     if layer is None:
         rule, remedy = "be of linear layers", "bergson has none of others: name linear layers."
         raise ValueError(broken_rule(who, argument, rule, f"{name} ({type(module).__name__})", remedy))
@@ -150,7 +152,8 @@ def _check_kept(who: str, path: object, model: nn.Module, name: str, said: Mappi
             got = f"{held.dtype} {list(held.shape)}" if isinstance(held, torch.Tensor) else type(held).__name__
             rule = f"hold {key} of {name!r} as floats of {n_dims} dimension{'s' * (n_dims > 1)}"
             raise ValueError(broken_rule(who, os.fspath(str(path)), rule, got, remedy))
-    layer = linear_layer(model.get_submodule(name))
+    module = submodule(model, name)
+    layer = find_layer(who, name, module) if isinstance(module, ExpertLayer) else linear_layer(module)
     sizes = {key: list(said[key].shape) for key in wanted}
     n_outputs = sizes["row" if "row" in sizes else "weight_avg_sq"][0]
     n_inputs = sizes["col" if "col" in sizes else "weight_avg_sq"][-1]

@@ -24,7 +24,7 @@ from .captured_rows import CapturedRows
 from .diagnosis import changed_in_place, in_place_error, n_backwards, tell_no_rows, why_no_rows
 from .experts import ExpertLayer, RoutedCalls
 from .into import Into, check_ids, openers
-from .layers import engine_weight, factor_size, weight_arguments, weighted_modules
+from .layers import engine_weight, factor_size, find_layer, weight_arguments, weighted_modules
 from .options import CaptureOptions
 from .points import find_points
 from .running import RunningSums
@@ -109,14 +109,23 @@ class Capture(CapturedRows):
         return [RoutedCalls("capture", name, self._model, several, self._open_mask) for name, several in layers.items()]
 
     @property
-    def factor_sizes(self) -> dict[str, int]:
-        """Of columns that have the factors (g, a) of each token side by side: how many numbers g has."""
-        found = {
-            column: factor_size(module, self.wanted[column][1])
-            for (module, _), columns in zip(self._taps, self._columns_of, strict=True)
-            for column in columns
-        }
-        return {column: size for column, size in found.items() if size is not None}
+    def about_weights(self) -> dict[str, dict[str, Any]]:
+        """What a dataset notes of columns of weight gradients, beside its identity: nothing of most.
+
+        "factors": of those that have the factors (g, a) of each token side by side, how many numbers g has. "layers":
+        the kind of those that aren't of linear layers alone.
+        """
+        sizes, kinds = dict[str, int](), dict[str, str]()
+        for (module, tap), columns in zip(self._taps, self._columns_of, strict=True):
+            for column in columns:
+                spec = self.wanted[column][1]
+                size = factor_size(module, spec)
+                if size is not None:
+                    sizes[column] = size
+                if spec.of == "weight":
+                    kind = find_layer("capture", tap.name, module).kind
+                    kinds |= {} if kind == "linear" else {column: kind}
+        return {key: found for key, found in (("factors", sizes), ("layers", kinds)) if found}
 
     @property
     def routed(self) -> list[str]:

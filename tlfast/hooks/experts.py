@@ -8,6 +8,7 @@ what is captured there is the gradient of that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -112,6 +113,7 @@ class RoutedCalls:
         self, who: str, name: str, model: nn.Module, layers: Iterable[ExpertLayer], mask: Callable[[], Bool | None]
     ):
         self.who, self.mask, self.n_examples, self.active = f"{who} at {name}", mask, 0, False
+        self.n_empty = Counter[int]()  # by expert, positions that were called and hold no token
         self.module = model.get_submodule(name)
         self.parent = model.get_submodule(name.rpartition(".")[0])
         self.layers = {(one.number, one.parameter): one for one in layers}
@@ -169,15 +171,18 @@ class RoutedCalls:
                 picked = index == number
                 chosen = picked.any(-1) if real is None else picked.any(-1) & real
                 at = _Places(chosen.view(n, -1))
+                self.n_empty[number] += at.n_empty
                 weight = (weights * picked).sum(-1)[at.token, None]
                 given = at.spread(hidden[at.token]).requires_grad_()
-                made = self._expert(number, given)
+                made = self._expert(number, given, at.filled)
                 back = at.spread((grad[at.token] * weight).to(made.dtype))
                 torch.autograd.grad(made, given, back)
 
-    def _expert(self, number: int, given: torch.Tensor) -> torch.Tensor:
+    def _expert(self, number: int, given: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
+        """What an expert makes of tokens; the second matrix, too, is given zeros where there is none."""
         up, down = (self._layer(number, name) for name in (_up_of(self.module), _DOWN))
-        made: torch.Tensor = down(_activated(self.module, up(given)))
+        inner = _activated(self.module, up(given))
+        made: torch.Tensor = down(torch.where(filled, inner, 0))
         return made
 
     def _layer(self, number: int, parameter: str) -> ExpertLayer:
@@ -202,6 +207,9 @@ class _Places:
         self.token = example * n_positions + position
         self._at = example, (chosen.cumsum(1) - 1)[example, position]
         self._shape = n, max(1, int(chosen.sum(1).max()))
+        self.n_empty = n * self._shape[1] - len(example)
+        self.filled = chosen.new_zeros(*self._shape, 1)
+        self.filled[self._at] = True
 
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [B, most, D]."""

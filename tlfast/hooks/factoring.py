@@ -29,6 +29,17 @@ class FactorCapture(Capture):
         self._basis = basis
         super().__init__(model, options)
 
+    @property
+    def n_empty(self) -> dict[str, int]:
+        """By expert, how many of the positions that were counted held no token: those behind each example's own."""
+        return {
+            tap.name: calls.n_empty[number]
+            for module, tap in self._taps
+            for calls in self._routed
+            for (number, _), layer in calls.layers.items()
+            if layer is module
+        }
+
     def _of_weight(self, column: str, name: str, module: nn.Module, spec: Spec, calls: str) -> Column:
         layer, has_bias = check_factored("capture", name, module, spec.bias)
         kind, left, right = spec.label, None, None

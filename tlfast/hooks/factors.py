@@ -72,7 +72,7 @@ class ModuleFactors:
         output_basis, input_basis = self.output_basis, self.input_basis
         of_outputs = torch.einsum("ok,op,pk->k", output_basis, self.outputs, output_basis)
         of_inputs = torch.einsum("ik,ij,jk->k", input_basis, self.inputs, input_basis)
-        both = (self.n_tokens * self.n_examples) ** 0.5
+        both = max(1, self.n_tokens * self.n_examples) ** 0.5  # an expert may get no token: its sums are zeros
         return of_outputs.clamp_min(0) / both, of_inputs.clamp_min(0) / both
 
     @property

@@ -183,9 +183,10 @@ def weighted_modules(who: str, model: nn.Module, spec: Spec, found: Mapping[str,
     return kept
 
 
-def check_queries(who: str, name: str, module: nn.Module, spec: Spec) -> None:
-    """ValueError for queries of a spec that aren't as its rows are at a module, or for its normalizer."""
+def check_weight_spec(who: str, name: str, module: nn.Module, spec: Spec) -> None:
+    """ValueError for what a spec says and a module hasn't, and for queries or a normalizer that aren't as its rows."""
     layer, at_point = find_layer(who, name, module), f"{who} at {name}"
+    _check_at(at_point, layer, spec)
     if spec.queries is not None:
         queries_at(at_point, name, spec.queries, row_shape(layer, spec))
     normalizer_at(at_point, name, spec.normalizer, (layer.n_outputs, layer.n_inputs + (spec.bias and layer.has_bias)))

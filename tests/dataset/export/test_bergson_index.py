@@ -12,11 +12,11 @@ import torch
 import yaml
 from bergson_cases import DIM, MODULES, PROJECT, TEXTS, philox, signs, some_rows, true_rows, write
 from dataset_cases import content, same_bits
-from tiny_models import complaint_of, save_model, tiny_model
+from tiny_models import collect, complaint_of, save_model, tiny_model
 
 import tlfast
 from tlfast.cli import main
-from tlfast.dataset import DatasetError, export_dataset, import_bergson, open_dataset
+from tlfast.dataset import DatasetError, Plan, export_dataset, import_bergson, open_dataset
 from tlfast.dataset.read import arrow_rows
 
 KEYS = [
@@ -24,6 +24,7 @@ KEYS = [
     "projection_seed", "projection_version",
 ]  # fmt: skip
 SPEC = {"points": "h.*", "of": "weight"}
+ONE_SIDED = {"scheme": "bergson-2", "form": "one-sided"}
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +195,10 @@ REFUSED = {
     "one-sided": ({"specs": odd({"form": "one-sided"})}, "for each module, or one-sided and summed, got one-s"),
     "sketch": ({"specs": odd({"nonzeros": 2})}, "must have no other settings than dim, .*, got nonzeros"),
     "normalized": ({"specs": odd({}, normalize="adam")}, "spec of rows of weights must say nothing .*'adam'"),
+    "a normalizer": (
+        {"specs": odd({}, normalizer={"kind": "adam", "sha256": "0"})},
+        "rows of weights must be of gradients that aren't normalized, got .* bergson divides its queries by normali",
+    ),
     "norms": ({"specs": [SPEC | {"reduce": "norm"}]}, "rows of weights must say nothing .* got reduce='norm'"),
     "per token": ({"specs": [SPEC], "per": "token"}, r"point 'h\.0:weight' must be projected to have rows per tok"),
     "nothing said": ({"specs": []}, "dataset must say in its header, under specs, how rows of weights were"),
@@ -219,6 +224,41 @@ def test_what_bergson_would_misread_is_refused(tmp_path, case):
     with pytest.raises(DatasetError, match=f"^export_dataset: .*{text}"):
         export_dataset(tmp_path / "ds", to="bergson")
     assert os.listdir(tmp_path) == ["ds"]
+
+
+class Layers(torch.nn.Module):
+    """A layer of each kind that has such rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = torch.nn.Embedding(256, 4), torch.nn.Conv1d(4, 4, 1)
+        self.norm, self.out = torch.nn.LayerNorm(4), torch.nn.Linear(4, 256)
+
+    def forward(self, tokens):
+        return self.out(self.norm(self.conv(self.embed(tokens).mT).mT))
+
+
+@pytest.mark.parametrize("points, kind", [("conv", "conv"), ("embed", "embedding"), ("norm", "layer_norm")])
+def test_layers_that_bergson_has_no_rows_of_are_refused(tmp_path, points, kind):
+    """It takes a convolution for a linear layer of its channels, whose matrices have other sizes."""
+    specs = [tlfast.Spec([points, "out"], of="weight", project=tlfast.Projection(4, scheme="bergson-2"))]
+    collect(Layers(), tmp_path / "ds", [[1, 2, 3]] * 3, points=specs, batch_tokens=1)
+    with pytest.raises(DatasetError, match=rf"point '{points}:weight' must be of a linear layer, got one of .* {kind}"):
+        export_dataset(tmp_path / "ds", to="bergson")
+    made = export_dataset(tmp_path / "ds", to="bergson", points=["out:weight"])
+    assert list(json.loads((made / "info.json").read_text())["grad_sizes"]) == ["out"]
+    summed = tlfast.Spec(["conv", "out"], of="weight", summed=True, project=tlfast.Projection(4, **ONE_SIDED))
+    collect(Layers(), tmp_path / "summed", [[1, 2, 3]] * 3, points=[summed], batch_tokens=1)
+    with pytest.raises(DatasetError, match="point 'gradients:weight' must be of a linear layer, got one of the kind c"):
+        export_dataset(tmp_path / "summed", to="bergson")
+    model = Layers()
+    with (
+        tlfast.capture(model, [tlfast.Spec("conv", of="weight", project=4)], rows=1) as cap,
+        cap.into(tmp_path / "own", plan=Plan(1, 1), header={"model": "mine"}),
+        cap.batch(ids=[0]),
+    ):
+        model(torch.ones(1, 3, dtype=torch.int64)).sum().backward()
+    assert open_dataset(tmp_path / "own").info()["about"]["layers"] == {"conv:weight": "conv"}
 
 
 def test_a_point_that_is_left_out_isnt_refused(tmp_path):

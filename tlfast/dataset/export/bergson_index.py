@@ -16,7 +16,7 @@ from ..format.layout import WEIGHT
 from ..format.meaning import factor_of
 from ..read.arrow_rows import Rows
 from ..read.decoding import text_of
-from .bergson_projection import ENDING, heads_of, inside_base, modules_of, processor_of
+from .bergson_projection import ENDING, check_linear, heads_of, inside_base, modules_of, processor_of
 from .hf_folder import save_to_disk, say
 
 _WHO = "export_dataset"
@@ -79,6 +79,8 @@ def _named(rows: Rows) -> _Rows:
     counts = {n for n, _ in heads}
     names = inside_base(said, headers)
     about = rows.dataset.sources[0].info()["about"]
+    for source in rows.dataset.sources:
+        check_linear(said, source.info()["about"])
     factors = {point: factor_of(point, column, processor["projection_dim"], about) for point, column in said.items()}
     shapes = {point: modules_of(point, column, processor, counts, factors[point]) for point, column in said.items()}
     modules = {

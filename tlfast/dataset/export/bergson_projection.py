@@ -71,6 +71,10 @@ def processor_of(headers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         got = f"{said[0]} and {next(other for other in said if other != said[0])}"
         raise dataset_error(_WHO, "projection, bias and summed", rule, got, "Collect them into a dataset each.")
     settings = PROCESSOR | {"include_bias": said[0][1]} | _settings(said[0][0], said[0][2])
+    if any(spec.get("normalizer") is not None for spec in found):
+        rule, got = "be of gradients that aren't normalized", "normalized ones, and a digest of the normalizers"
+        remedy = "bergson divides its queries by normalizers.pth, whose numbers a dataset hasn't: export it to npy."
+        raise dataset_error(_WHO, "rows of weights", rule, got, remedy)
     odd = sorted({f"{key}={spec[key]!r}" for spec in found for key in spec.keys() - _HARMLESS})
     odd += ["reduce='norm'"] if any(spec.get("reduce") == "norm" for spec in found) else []
     if odd:
@@ -171,6 +175,20 @@ def modules_of(
         raise dataset_error(_WHO, f"point {name!r}", rule, f"rows of {list(shape)}", remedy)
     size = prod(one) if dim is None else dim * dim
     return {f"{module}.head_{head}": size for head in range(n_heads)} or {module: size}
+
+
+def check_linear(columns: Iterable[str], about: Mapping[str, Any]) -> None:
+    """Raise DatasetError for a column that its dataset notes to be of another layer than a linear one.
+
+    bergson takes a convolution for a linear layer of its channels, fails at its input, and hooks no embedding or norm.
+    """
+    kinds = about.get("layers")
+    for name in columns:
+        kind = kinds.get(name) if isinstance(kinds, Mapping) else None
+        if kind is not None:
+            rule, got = "be of a linear layer", f"one of the kind {kind}"
+            remedy = "bergson has no such rows: leave it out with points=, or export it to npy."
+            raise dataset_error(_WHO, f"point {name!r}", rule, got, remedy)
 
 
 def heads_of(headers: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:

@@ -17,7 +17,7 @@ from ..check.verify import Report, check_unit, missing_names, verify_dataset
 from ..errors import NoDataset, dataset_error
 from ..format.commits import Commit, read_commits, read_folder
 from ..format.description import Description, skipped_examples
-from ..format.layout import DTYPE_NAMES, Column
+from ..format.layout import DTYPE_NAMES, WEIGHT, Column
 from ..format.merged import read_parts
 from ..format.plan import Plan, Unit
 from ..format.row_table import ExampleTable
@@ -202,6 +202,14 @@ class GradientDataset(Readable, OnHub):
         column = self.column(point)
         first = self._description.meanings.first_factor(point, column)
         return None if first is None else (first, column.row_shape[0] - first)
+
+    def module_of(self, point: str) -> str:
+        """Return the name of the module that ``point`` is of: its own but for the label of what made it.
+
+        Where the header doesn't tell it is the name before ":weight", or all of it.
+        """
+        made = self._description.meanings.made_by(point, self.column(point))
+        return point.removesuffix(f":{WEIGHT}") if made is None else made.point
 
     def keeps_positions(self, point: str) -> bool:
         """Return whether a row of ``point`` begins with the dimension of positions, as far as the header says."""
