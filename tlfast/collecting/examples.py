@@ -16,7 +16,7 @@ from ..dataset.format.plan import Example
 from ..errors import broken_rule
 from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, is_unicode, told_and_packed, unpacked
 from .items import Item, Reading, as_tokens
-from .skipped import BadExamples
+from .skipped import BadExamples, RefusedExamples
 from .spool import DIGEST_BYTES, Examples, Spool
 
 _AT_ONCE = 256  # items asked of a data set together
@@ -182,7 +182,7 @@ class ExampleReader:
         if not self.examples:
             got = str(self.bad) if len(self.bad) else "none"
             remedy = "Look at these; fields= says what to take." if len(self.bad) else "Is the iterable used up?"
-            raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
+            raise RefusedExamples(broken_rule("collect", "batches", "hold examples", got, remedy))
         if self.padded:
             self.rules.check(self.keep)
         return self.examples

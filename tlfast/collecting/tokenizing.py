@@ -17,7 +17,7 @@ from ..errors import broken_rule
 from .chat import chat_tokens
 from .fields import NOT_ASKED_FOR, is_unicode
 from .records import Record
-from .skipped import BadExamples
+from .skipped import BadExamples, RefusedExamples
 from .tasks import CAUSAL, SEQ2SEQ, has_own_ends
 
 _AT_ONCE = 512  # texts given to a tokenizer together, which works on them in parallel
@@ -121,7 +121,8 @@ class Tokenizing:
         """Yield the examples, ``most`` at most: `Example`s where they are tokens alone, else mappings of fields.
 
         Raises:
-            ValueError: for a column that the first record lacks, a wrong condition, or no examples at all.
+            ValueError: for a column that the first record lacks, or a wrong condition.
+            RefusedExamples: for no examples at all.
         """
         waiting, self._kept = iter(records), False
         n_records = n_found = 0
@@ -145,7 +146,8 @@ class Tokenizing:
         if not n_found:
             got = f"{n_records} records without" if n_records else f"no records in {self.place!r}"
             got += f"; {self.bad}" if len(self.bad) else ""
-            raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
+            remedy = "Look at the columns, and the filter."
+            raise RefusedExamples(broken_rule(_WHO, "dataset", "hold examples", got, remedy))
 
     def _next(self, waiting: Iterator[Record], pool: ThreadPoolExecutor, first: bool = False) -> _Chunk | None:
         """Some records, whose texts are being encoded; None behind the last, but for what was bad there."""
