@@ -38,6 +38,7 @@ from .huggingface import (
     portable_name,
     response_encoder,
 )
+from .items import singles
 from .loss import accepted_names
 from .losses import loss_called, name_of
 from .media import Processor, decoded_by, kind_of
@@ -149,7 +150,7 @@ class Collection:
         ours = () if columns_of(settings).makes_labels else ("labels",)
         before = getattr(examples, "earlier", None)
         then = None if before is None else lambda: self._packed(settings, before(), earlier=True)
-        return MadeAnew(partial(packs, examples, longest), origin, ours, then)
+        return MadeAnew(lambda: packs(singles(examples), longest), origin, ours, then)
 
     @property
     def unused(self) -> list[str]:
@@ -279,7 +280,7 @@ class Collection:
                 settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted,
                 strict=strict, hub=hub,
             )  # fmt: skip
-            return tokenizing.examples(records, settings.max_examples or None)
+            return tokenizing.together(records, settings.max_examples or None)
 
         return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused), earlier=as_earlier)
 
