@@ -140,8 +140,17 @@ def check_peaceful(overwrite: bool, resume: str) -> None:
 
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens a Hugging Face model has positions for; None where nobody says."""
+    return _positions(model, counted=True)
+
+
+def positions_once(model: nn.Module) -> int | None:
+    """What earlier versions took for `positions_of`: to them all with a position of padding counted on from there."""
+    return _positions(model, counted=False)
+
+
+def _positions(model: nn.Module, counted: bool) -> int | None:
     said = said_positions(model)
-    found = places_of_padding(model, looked_up=True)
+    found = places_of_padding(model, looked_up=True, counted=counted)
     return None if said is None else min([said, *(n - place - 1 for place, n in found)])
 
 
