@@ -115,9 +115,9 @@ class Timed(Collection):
         super().__init__(settings)
         self.model.register_forward_pre_hook(lambda *_: self.forwards.append(time.perf_counter()))
 
-    def _records(self, settings: CollectSettings) -> Any:
-        self.loaded = time.perf_counter()
-        return super()._records(settings)
+    def _records(self, settings: CollectSettings, earlier: bool = False) -> Any:
+        self.loaded = self.loaded or time.perf_counter()
+        return super()._records(settings, earlier)
 
 
 def planning(settings: CollectSettings, n_steps: int) -> float:

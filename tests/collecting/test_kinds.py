@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from task_kinds import FAMILIES, TEXT, examples_for, gradients, loss_alone, n_terms, points_of, tiny_model
+from task_kinds import FAMILIES, TEXT, examples_for, gradients, loss_alone, n_terms, points_of, tiny_config, tiny_model
 from tiny_models import collect
+from transformers import LxmertConfig, LxmertModel, UMT5ForTokenClassification
 
 import tlfast
 from tlfast.collecting.batches import Batching
 from tlfast.collecting.examples import ExampleReader
+from tlfast.collecting.loss import call_model
 from tlfast.collecting.losses import LOSSES
 from tlfast.collecting.skipped import BadExamples
 
@@ -146,6 +148,22 @@ def test_some_kinds(tmp_path, family, kind, side, taken):
     assert (rows_or_none(family, tiny_model(family, kind), side, tmp_path) == "") == taken
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_of_tokens_stand_at_their_tokens_beside_a_config_of_a_decoder(tmp_path, side):
+    """UMT5 as an encoder alone, whose config speaks of a decoder."""
+    model = UMT5ForTokenClassification(tiny_config("umt5", num_labels=3)).eval()
+    assert model.config.is_encoder_decoder
+    examples = examples_for("encoder", model)
+    for example in examples:
+        example["labels"] = [label if label < 0 else label % 3 for label in example["labels"]]
+    points = points_of(model, examples[0])
+    collect(model, tmp_path, examples, points=points, loss="classification", dtype="float32", padding_side=side)
+    dataset = tlfast.open_dataset(tmp_path)
+    for i, grads in enumerate(truth(model, points, examples)):
+        for point, grad in grads.items():
+            assert not far_off(model, dataset[point][i], grad, grad.shape[1])
+
+
 def test_a_wrong_row_is_found(tmp_path):
     model = tiny_model("encoder", "mpnet")
     examples = examples_for("encoder", model)
@@ -184,3 +202,44 @@ def test_sound_of_several_lengths(tmp_path):
         for point, grad in grads.items():
             n = grad.shape[1]
             assert not far_off(model, dataset[point][k] / n, grad, n)
+
+
+def test_positions_that_are_counted_from_zero_beside_one_for_padding(tmp_path, monkeypatch):
+    """LXMERT's: an example may have all of them. A dataset of an earlier version, which left that out, goes on so."""
+    torch.manual_seed(0)
+    config = LxmertConfig(
+        vocab_size=64, hidden_size=32, num_attention_heads=4, intermediate_size=32, l_layers=2, x_layers=1, r_layers=1,
+        max_position_embeddings=24, visual_feat_dim=8,
+    )  # fmt: skip
+    model, points = LxmertModel(config).eval(), ["encoder.layer.0", "encoder.layer.1"]
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    seen = [{"visual_feats": torch.randn(5, 8), "visual_pos": torch.rand(5, 4)} for _ in range(4)]
+    lengths = (9, 12, 24, 20)
+    examples = [{"input_ids": torch.randint(5, 64, (n,)).tolist(), **one} for n, one in zip(lengths, seen, strict=True)]
+
+    def loss(model, batch):
+        return call_model(model, batch).pooled_output.square().sum()
+
+    def made(out, **more):
+        settings = {"loss": loss, "identity": "squares", "reduce": "mean", "dtype": "float32", "rows_per_unit": 2}
+        collect(model, out, examples, points=points, **settings, **more)
+        return tlfast.open_dataset(out, partial=True)
+
+    for batch_tokens in (1, 60):
+        dataset = made(tmp_path / str(batch_tokens), batch_tokens=batch_tokens)
+        assert dataset.skipped == []
+        for k, example in enumerate(examples):
+            inputs = {name: torch.as_tensor(value)[None] for name, value in example.items()}
+            grads = gradients(model, points, lambda inputs=inputs: model(**inputs).pooled_output.square().sum())
+            for point, grad in grads.items():
+                assert not far_off(model, dataset[point][k], grad, grad.shape[1])
+    with pytest.raises(ValueError, match=r'padding_side="right" .* gives the right rows'):
+        made(tmp_path / "left", padding_side="left")
+    with monkeypatch.context() as patches:
+        patches.setattr("tlfast.collecting.run.positions_as_begun", lambda out, model, overwrite: 23)
+        made(tmp_path / "begun", units="0:1")
+    dataset = made(tmp_path / "begun")
+    assert len(dataset) == 3
+    assert [reason for *_, reason in dataset.skipped] == ["24 tokens, more than 23"]

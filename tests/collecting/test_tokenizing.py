@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tlfast.collecting import tokenizing
 from tlfast.collecting.chat import chat_tokens, check_template
+from tlfast.collecting.examples import ExampleReader
 from tlfast.collecting.records import Record
 from tlfast.collecting.skipped import BadExamples
 from tlfast.collecting.tasks import CLASSIFIER, SEQ2SEQ
@@ -208,3 +209,51 @@ def test_what_is_bad_is_told_in_the_order_of_reading(monkeypatch):
     assert [start for _, start, _ in bad.skipped] == [1, 2, 4, 5, 6]
     found = Tokenizing(Columns("t"), TOKENIZER, None, BadExamples("skip", bad)).examples(records())
     assert [next(found).start for _ in range(2)] == [0, 3]
+
+
+def parts_of(reader):
+    """All that a reader knows of its examples, and the bytes that it spooled."""
+    said, numbers, spools = reader.examples.to_parts()
+    if reader.source is not None:
+        spools["fields"] = reader.source.spool
+    bytes_of = {name: (list(spool.ends), b"".join(spool.blocks())) for name, spool in spools.items()}
+    return said, {name: list(values) for name, values in numbers.items()}, bytes_of, reader.rules.to_json()
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}] * 2
+LINES = [
+    {"t": "abcdef"[: k % 7], "q": "xyz"[: k % 3 + 1], "a": "uvw"[: k % 4], "m": TURNS[: 1 + k % 5]} for k in range(40)
+]
+
+
+@pytest.mark.parametrize("longest, least", [(None, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "columns, task",
+    [
+        (Columns("t"), None), (Columns(prompt="q", response="a"), None), (Columns(prompt="q", response="a"), SEQ2SEQ),
+        (Columns(messages="m"), None), (Columns("t", keep=("q",)), None), (Columns("t", label="a"), CLASSIFIER),
+    ],
+)  # fmt: skip
+def test_many_at_once_are_what_they_are_one_by_one(columns, task, longest, least, monkeypatch):
+    monkeypatch.setattr(tokenizing, "_AT_ONCE", 6)
+    records = [Record(one, f"{k // 15}.jsonl", k) for k, one in enumerate(LINES)]
+    found, taken = [], []
+    if longest is not None and columns.messages:
+        longest = len(chat_tokens(CHAT, TURNS[:longest])[0])
+
+    def noted(self, texts):
+        taken.append(take(self, texts))
+        return taken[-1]
+
+    take = ExampleReader._take_together
+    monkeypatch.setattr(ExampleReader, "_take_together", noted)
+    for way in ("examples", "together"):
+        bad, apart = BadExamples("skip"), frozenset({"labels"} if task == SEQ2SEQ else ())
+        made = Tokenizing(columns, CHAT, task, bad, label_ids={"u": 0, "uv": 1})
+        reader = ExampleReader(BadExamples("skip", bad), least, longest, keep=columns.keep, apart=apart)
+        reader.read(getattr(made, way)(records))
+        assert bool(taken) == (way == "together" and not columns.keep and not columns.label)
+        found.append((*parts_of(reader), reader.bad.skipped))
+    assert found[0] == found[1]
+    if taken and longest is None:
+        assert any(taken)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from record_files import RECORDS, save_chat_model, save_task_model
-from tiny_models import byte_tokenizer
+from tiny_models import byte_tokenizer, complaint_of
 from tokenizers.processors import TemplateProcessing
 
 import tlfast
@@ -115,6 +115,47 @@ def test_todays_go_on_as_today(classifier, tmp_path):
     assert tokens(tmp_path) == [
         [*encode(one["prompt"])["input_ids"], *encode(one["answer"])["input_ids"]] for one in records
     ]
+
+
+def test_examples_of_neither_way_are_told_as_todays(tmp_path, capsys):
+    """A text that is longer than the model has positions, which earlier versions took; fewer texts than there are."""
+    roberta = {"vocab_size": 256, "max_position_embeddings": 28, "pad_token_id": 3}
+    model = save_task_model(tmp_path / "model", "roberta", "sequence", **roberta)
+    tokenizer = byte_tokenizer(bos_token="^", eos_token="~", pad_token="|")
+    ends = [("^", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("^ $A", "^ $A ^ $B", ends)
+    tokenizer.save_pretrained(model)
+    columns = {"column": "text", "loss": "loss_of_earlier:own", "bos": "always"}
+    begun = [{"text": "abc"}, {"text": "de"}, {"text": "fghi"}]
+
+    def told(records, *more):
+        return [*words(tmp_path, records, model, "roberta.encoder.layer.0", **columns), *more]
+
+    assert main(told(begun)) == 0
+    longer = [*begun, {"text": "x" * 25}]
+    assert "26 tokens, more than 24" in complaint_of(capsys, told(longer, "--extend", "--bad-examples", "stop"))
+    assert main(told([*begun, {"text": "k"}], "--extend")) == 0
+    refused = complaint_of(capsys, told(begun))
+    assert "examples must be all 4 of the dataset, which was extended, got the first 3 of them." in refused
+
+
+def test_data_that_cannot_be_read_are_not_read_again(classifier, tmp_path, monkeypatch, capsys):
+    """Examples are made as earlier versions did because of what a dataset holds, and for no other reason."""
+    columns = {"prompt_column": "prompt", "response_column": "answer", "loss": "loss_of_earlier:own"}
+    records = [{"prompt": one["prompt"], "answer": one["answer"][:9]} for one in RECORDS[:5]]
+    told = words(tmp_path, records, classifier.model, "bert.encoder.layer.0", **columns)
+    with earlier_version(monkeypatch):
+        assert main([*told, "--units", "0:1"]) == 0
+    words(tmp_path, [{"prompt": "a"}], classifier.model, "bert.encoder.layer.0", **columns)
+    made, ways = Collection._records, []
+
+    def noted(self, settings, earlier=False):
+        ways.append(earlier)
+        return made(self, settings, earlier)
+
+    monkeypatch.setattr(Collection, "_records", noted)
+    assert "the columns must name columns of the data (prompt), got 'answer'" in complaint_of(capsys, told)
+    assert ways == [False]
 
 
 def test_what_is_refused_today_is_searched(tmp_path, monkeypatch):

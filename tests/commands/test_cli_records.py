@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 import tlfast
 from tlfast.cli import main
 from tlfast.collecting import huggingface
-from tlfast.collecting.from_text import Collection
+from tlfast.collecting.begun_examples import Ways
 from tlfast.collecting.settings import load_settings
 
 OWN_LOSS = """
@@ -239,11 +239,11 @@ def test_what_a_tokenizer_puts_around_a_text_stands_there_once(folder, tmp_path,
     refused = complaint_of(capsys, words(folder, tmp_path / "o", **columns, bos="never"))
     assert "bos must be auto for this tokenizer, got 'never'. It puts the token to each text itself." in refused
 
-    def twice(self, settings, columns, earlier):
+    def twice(self, earlier):
         return [tokenizer.bos_token_id], []
 
     with monkeypatch.context() as patches:
-        patches.setattr(Collection, "_around", twice)
+        patches.setattr(Ways, "around", twice)
         assert main([*words(folder, tmp_path / "old", **columns, bos="always"), "--units", "0:1"]) == 0
     assert main(words(folder, tmp_path / "old", **columns, bos="always")) == 0
     found = [row["input_ids"] for row in tlfast.open_dataset(tmp_path / "old").examples]
@@ -263,7 +263,7 @@ def test_positions_before_that_of_padding_are_no_tokens(folder, tmp_path, monkey
 
     short = {**columns, "filter": "length < 23 or length > 28"}
     with monkeypatch.context() as patches:
-        for module in ("from_text", "run"):
+        for module in ("begun_examples", "run"):
             patches.setattr(f"tlfast.collecting.{module}.positions_as_begun", lambda out, model, overwrite: 28)
         assert main([*words(folder, tmp_path / "old", **short), "--units", "0:1"]) == 0
     assert main(words(folder, tmp_path / "old", **short)) == 0

@@ -192,7 +192,7 @@ ROOMS = (
             ("options",),
             ("checks", "identity", "settings", "unit"),
             ("fsdp", "loop", "probe", "resume"),
-            ("into", "work"),
+            ("begun_examples", "into", "work"),
             ("passes", "run", "stream"),
             ("factors", "from_text", "rehearsal", "running"),
             ("ray_cluster",),

@@ -48,7 +48,7 @@ def chat_tokens(tokenizer: Any, messages: Any) -> tuple[array[int], array[int]]:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = found["input_ids"], found["offset_mapping"]
         theirs = [any(start <= first < last <= stop for start, stop in spans) for first, last in offsets]
-    return array("i", ids), array("i", [t if own else NOT_ASKED_FOR for t, own in zip(ids, theirs, strict=True)])
+    return array("i", ids), array("q", [t if own else NOT_ASKED_FOR for t, own in zip(ids, theirs, strict=True)])
 
 
 def _check_messages(messages: Any) -> None:

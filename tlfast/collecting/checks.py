@@ -23,6 +23,7 @@ from .fields import FieldUse, leaves
 from .loss import places_of_padding
 from .losses import OF_TOKENS
 from .options import CollectOptions
+from .skipped import RefusedExamples
 
 
 def wanted_specs(model: nn.Module, options: CollectOptions) -> list[Spec]:
@@ -139,8 +140,17 @@ def check_peaceful(overwrite: bool, resume: str) -> None:
 
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens a Hugging Face model has positions for; None where nobody says."""
+    return _positions(model, counted=True)
+
+
+def positions_once(model: nn.Module) -> int | None:
+    """What earlier versions took for `positions_of`: to them all with a position of padding counted on from there."""
+    return _positions(model, counted=False)
+
+
+def _positions(model: nn.Module, counted: bool) -> int | None:
     said = said_positions(model)
-    found = places_of_padding(model, looked_up=True)
+    found = places_of_padding(model, looked_up=True, counted=counted)
     return None if said is None else min([said, *(n - place - 1 for place, n in found)])
 
 
@@ -162,7 +172,7 @@ def width_of(specs: Sequence[Spec], longest: int, seq_len: int | None) -> int | 
 
 
 def check_positions(specs: Sequence[Spec], examples: Sequence[Example]) -> None:
-    """ValueError for positions of tokens that an example hasn't, before any of them goes through the model."""
+    """RefusedExamples for positions of tokens that one of them hasn't, before any of them goes through the model."""
     for spec in specs:
         wanted = () if spec.at is None or isinstance(spec.at, str) else spec.at
         for position in (wanted,) if isinstance(wanted, int) else wanted:
@@ -171,7 +181,7 @@ def check_positions(specs: Sequence[Spec], examples: Sequence[Example]) -> None:
             if short is not None:
                 got = f"{position} for example {short.id}, which has {short.length}"
                 remedy = "Leave such examples out (--filter), or choose another."
-                raise ValueError(broken_rule("collect", "at", "be tokens that every example has", got, remedy))
+                raise RefusedExamples(broken_rule("collect", "at", "be tokens that every example has", got, remedy))
 
 
 def as_mapping(fields: Sequence[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -10,13 +10,26 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
-from .fields import BadField, FieldRules, Fields, as_kept, as_value, digest_of, is_unicode, told_and_packed, unpacked
-from .items import Item, Reading, as_tokens
-from .skipped import BadExamples
+from .fields import (
+    BadField,
+    FieldRules,
+    Fields,
+    as_kept,
+    as_value,
+    digest_of,
+    each_told_and_packed,
+    is_unicode,
+    told_and_packed,
+    unpacked,
+)
+from .items import Item, Reading, Texts, as_tokens
+from .skipped import BadExamples, RefusedExamples
 from .spool import DIGEST_BYTES, Examples, Spool
 
 _AT_ONCE = 256  # items asked of a data set together
@@ -122,6 +135,12 @@ class Spooled(FieldSource):
         self.spool.add(data)
         return digest
 
+    def add_all(self, name: str, values: Sequence[array[int]]) -> list[bytes]:
+        """Know the field of each of the next examples, which have this one, int64 [n]; returns their `digest_of`."""
+        digests, data = each_told_and_packed(name, values)
+        self.spool.add_all(data)
+        return digests
+
     def fetch(self, numbers: Sequence[int]) -> list[Fields]:
         return [unpacked(self.spool[number]) for number in numbers]
 
@@ -176,13 +195,16 @@ class ExampleReader:
         again = data if map_style or isinstance(data, AskedAgain) else None
         number = 0
         for k, given in enumerate(_all_items(data) if map_style else data):
+            if type(given) is Texts and again is None and self._take_together(given):
+                number += len(given)
+                continue
             for part, item in enumerate(reading.items(given, f"batches[{k}]")):
                 self._take(number, item, (k, part), again, reading)
                 number += 1
         if not self.examples:
             got = str(self.bad) if len(self.bad) else "none"
             remedy = "Look at these; fields= says what to take." if len(self.bad) else "Is the iterable used up?"
-            raise ValueError(broken_rule("collect", "batches", "hold examples", got, remedy))
+            raise RefusedExamples(broken_rule("collect", "batches", "hold examples", got, remedy))
         if self.padded:
             self.rules.check(self.keep)
         return self.examples
@@ -190,6 +212,29 @@ class ExampleReader:
     def reading(self, data: Any) -> Reading:
         """How the items of these data are read."""
         return Reading(self.fields, self.apart, isinstance(data, DataLoader))
+
+    def _take_together(self, texts: Texts) -> bool:
+        """Take examples at once; False, and none of them is taken, where each must be looked at by itself."""
+        if self.fields is not None or self.keep or self.size is not None or not len(texts):
+            return False
+        lengths, tokens = list(map(len, texts.tokens)), [ids.tobytes() for ids in texts.tokens]
+        if not (self._fits(min(lengths)) and self._fits(max(lengths))):
+            return False
+        if np.frombuffer(b"".join(tokens), np.int32).min() < 0:
+            return False
+        digests: list[bytes] = []
+        if texts.labels is None:
+            if self.rules.refusal({}, lengths[0]) is not None:
+                return False
+        else:
+            for n, n_tokens in dict.fromkeys(zip(map(len, texts.labels), lengths, strict=True)):
+                if self.rules.refusal({"labels": torch.zeros(n, dtype=torch.int64)}, n_tokens) is not None:
+                    return False
+            self.source = self.source or Spooled(self.rules, Spool(self.spool_in))
+            assert isinstance(self.source, Spooled)  # others are of data that give their items again
+            digests = self.source.add_all("labels", texts.labels)
+        self.examples.add_all(tokens, texts.source, texts.starts, digests)
+        return True
 
     def _take(self, number: int, item: Item, place: tuple[int, int], data: Any, reading: Reading) -> None:
         tokens = None if item.input_ids is None else as_tokens(item.input_ids)

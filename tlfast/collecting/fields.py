@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -128,6 +129,19 @@ def told_and_packed(fields: Fields) -> tuple[bytes, bytes]:
     told = [part for n in sorted(data) for part in (_begins(n, fields[n].dtype, fields[n].shape), data[n])]
     known = _layout(tuple((name, value.dtype, value.shape) for name, value in fields.items()))
     return hashlib.blake2b(b"".join(told), digest_size=16).digest(), b"".join((known, *data.values()))
+
+
+def each_told_and_packed(name: str, values: Iterable[array[int]]) -> tuple[list[bytes], list[bytes]]:
+    """`told_and_packed` of examples with one field each, int64 [n]."""
+    told, data, known = list[bytes](), list[bytes](), dict[int, tuple[bytes, bytes]]()
+    for value in values:
+        n, of_value = len(value), value.tobytes()
+        if n not in known:
+            known[n] = _begins(name, torch.int64, (n,)), _layout(((name, torch.int64, (n,)),))
+        begins, layout = known[n]
+        told.append(hashlib.blake2b(begins + of_value, digest_size=16).digest())
+        data.append(layout + of_value)
+    return told, data
 
 
 @lru_cache(4096)  # most examples of a collection have one of a few

@@ -21,6 +21,7 @@ from ..dataset.read.conditions import Condition
 from ..dataset.read.decoding import tokenizer_fingerprint
 from ..errors import broken_rule
 from ..hooks.points import find_points
+from .begun_examples import Ways, continues
 from .chat import check_template
 from .checks import positions_of, said_positions
 from .data_files import DataFiles
@@ -31,14 +32,13 @@ from .huggingface import (
     beginning_of_text,
     check_model_name,
     encoder,
-    end_of_text,
     load_model,
     load_tokenizer,
-    more_around,
     pick_device,
     portable_name,
     response_encoder,
 )
+from .items import singles
 from .loss import accepted_names
 from .losses import loss_called, name_of
 from .media import Processor, decoded_by, kind_of
@@ -50,14 +50,11 @@ from .records import HubRecords, Record, files_of, media_of, on_hub, read_record
 from .resume import (
     check_folder,
     existing_folder,
-    has_units,
-    most_have_around,
     packs_as_begun,
-    positions_as_begun,
     records_as_begun,
 )
 from .run import Run
-from .settings import COLUMNS, CollectSettings, stored_as
+from .settings import COLUMNS, CollectSettings, columns_of, stored_as
 from .skipped import BadExamples
 from .stored_examples import MadeAnew, Origin
 from .tasks import (
@@ -66,13 +63,12 @@ from .tasks import (
     MASKED,
     SEQ2SEQ,
     check_task,
-    classifies_whole,
     has_own_ends,
     task_of,
     unwrapped,
 )
 from .text import TextFile, check_plain, find_text_files, texts
-from .tokenizing import Columns, Tokenizing
+from .tokenizing import Tokenizing
 
 _MOST_HASHED = 1 << 30  # bytes of data, a second or two, of which --max-examples may take but the first
 
@@ -142,7 +138,7 @@ class Collection:
 
     def _packed(self, settings: CollectSettings, examples: Any, earlier: bool = False) -> MadeAnew:
         """The examples in packs; of a data set as long as one may be, now or by what earlier versions took for it."""
-        longest = self._longest(settings, earlier) if settings.dataset else settings.text_len
+        longest = self._ways(settings).longest(earlier) if settings.dataset else settings.text_len
         if task_of(self.model) not in (None, CAUSAL) or longest is None:
             got = f"{type(self.model).__name__}, {task_of(self.model) or 'of unknown length: give --seq-len'}"
             remedy = "Leave it out."
@@ -154,7 +150,7 @@ class Collection:
         ours = () if columns_of(settings).makes_labels else ("labels",)
         before = getattr(examples, "earlier", None)
         then = None if before is None else lambda: self._packed(settings, before(), earlier=True)
-        return MadeAnew(partial(packs, examples, longest), origin, ours, then)
+        return MadeAnew(lambda: packs(singles(examples), longest), origin, ours, then)
 
     @property
     def unused(self) -> list[str]:
@@ -247,22 +243,17 @@ class Collection:
         files = files_of(settings.dataset, settings.split, hub) if names is None else []
         return self._origin(settings, files, how, made.unused)
 
-    def _longest(self, settings: CollectSettings, earlier: bool) -> int | None:
-        """The most tokens of a record's text, or of a pack of these; None: any number."""
-        if settings.seq_len and self._like:  # a text more for a dataset that may have been given too many
-            return min(settings.seq_len, positions_of(self.model) or settings.seq_len)
-        if settings.seq_len or earlier:
-            return settings.seq_len or said_positions(self.model)
-        return positions_as_begun(settings.out, self.model, settings.overwrite)
+    def _ways(self, settings: CollectSettings) -> Ways:
+        return Ways(settings, self.model, self.tokenizer, self._like)
 
     def _records(self, settings: CollectSettings, earlier: bool = False) -> MadeAnew:
-        """The examples of records, as `_way` says it."""
+        """The examples of records, made as today or as earlier versions did."""
         columns = columns_of(settings)
         if columns.messages:
             check_template(self.tokenizer)
-        way = self._way(settings, columns, earlier)
-        as_earlier = None
-        if not earlier and way != self._way(settings, columns, earlier=True):
+        ways, as_earlier = self._ways(settings), None
+        way = ways.way(earlier)
+        if not earlier and way != ways.way(earlier=True):
             as_earlier = partial(self._records, settings, earlier=True)
         of_whole = way.pop("of_whole")
         how: dict[str, Any] = {**way, "truncate": settings.truncate, "label_ids": self._label_ids}
@@ -289,56 +280,9 @@ class Collection:
                 settings.dataset, self.bad, settings.name, settings.split, columns.texts, tokenizing.wanted,
                 strict=strict, hub=hub,
             )  # fmt: skip
-            return tokenizing.examples(records, settings.max_examples or None)
+            return tokenizing.together(records, settings.max_examples or None)
 
         return MadeAnew(examples, self._origin(settings, files, how, tokenizing.unused), earlier=as_earlier)
-
-    def _way(self, settings: CollectSettings, columns: Columns, earlier: bool) -> dict[str, Any]:
-        """All by which records become other examples than those that earlier versions made of them."""
-        first, last = self._around(settings, columns, earlier)
-        return {
-            "first": first,
-            "last": last,
-            "longest": self._longest(settings, earlier),
-            "of_whole": classifies_whole(self.model) and not earlier,
-        }
-
-    def _around(self, settings: CollectSettings, columns: Columns, earlier: bool) -> tuple[list[int], list[int]]:
-        """The tokens that are put before and behind each text, beside those that the tokenizer or a template puts.
-
-        Earlier versions put these also where the tokenizer had put them, and an end behind each response.
-        """
-        first = beginning_of_text(self.tokenizer, settings.bos)
-        last = end_of_text(self.tokenizer, settings.eos, bool(columns.response))
-        if earlier or not has_own_ends(task_of(self.model)):
-            return ([], []) if columns.messages else (first, last)
-        if columns.messages:
-            return [], []
-        goes_on = bool(self._like) or continues(settings)
-        more = more_around(self.tokenizer, settings.bos, settings.eos, strict=not goes_on)
-        if columns.prompt and any(more) and not goes_on:
-            argument = "bos" if more[0] else "eos"
-            got, remedy = repr(getattr(settings, argument)), "Prompt and response are as the tokenizer makes them."
-            rule = f"be auto for prompts of {type(unwrapped(self.model)).__name__}"
-            raise ValueError(broken_rule("collect", argument, rule, got, remedy))
-        now = ([], []) if columns.prompt else more
-        return (first, last) if self._like and self._alike(settings, columns, (first, last), now) else now
-
-    def _alike(self, settings: CollectSettings, columns: Columns, then: Any, now: Any) -> bool:
-        """Whether the dataset whose examples these shall be like has what earlier versions put around a text.
-
-        So it is where today's refuse its settings; else its tokens show it.
-        """
-        try:
-            more = more_around(self.tokenizer, settings.bos, settings.eos)
-        except ValueError:
-            return True
-        if columns.prompt and any(more):
-            return True
-        own = list(self.tokenizer("a")["input_ids"])
-        first = [*own[:1], *then[0]] if then[0] != now[0] else []
-        last = [*(own[-1:] if own[-1:] == then[1] else []), *then[1]] if then[1] != now[1] else []
-        return most_have_around(self._like, first, last, settings.seq_len or said_positions(self.model))
 
     def run(
         self, settings: CollectSettings, made_by: str, progress: bool = True, share: tuple[int, int] | None = None
@@ -434,14 +378,6 @@ def imported(given: str, argument: str = "loss") -> Any:
     return found
 
 
-def columns_of(settings: CollectSettings) -> Columns:
-    """The columns of records that settings name."""
-    return Columns(
-        settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
-        settings.label_column, settings.keep_fields, settings.image_column, settings.audio_column,
-    )  # fmt: skip
-
-
 def kind_asked(settings: CollectSettings) -> str:
     """What the examples are of: "text", "image" or "audio"."""
     return columns_of(settings).kind
@@ -459,11 +395,6 @@ def check_kind(model: nn.Module, settings: CollectSettings, kind: str) -> None:
         flags = {"text": "--text, or --column and others of text", "image": "--image-column", "audio": "--audio-column"}
         rule = f"be {flags[reads]} for {type(unwrapped(model)).__name__}, which reads {main_input(model)}"
         raise ValueError(broken_rule("collect", "the columns", rule, got, "Or take another model."))
-
-
-def continues(settings: CollectSettings) -> bool:
-    """Whether a dataset with units is continued: what was begun goes on for ever."""
-    return not settings.overwrite and has_units(settings.out)
 
 
 def check_texts(model: nn.Module, settings: CollectSettings) -> None:

@@ -69,18 +69,29 @@ def accepted_names(model: nn.Module) -> frozenset[str]:
     return _accepted(model)
 
 
-def places_of_padding(model: nn.Module, looked_up: bool = False) -> Iterator[tuple[int, int]]:
+def places_of_padding(model: nn.Module, looked_up: bool = False, counted: bool = True) -> Iterator[tuple[int, int]]:
     """Of each embedding of positions that has one for padding, which it is, and how many positions there are.
 
-    Models with such count on from there, as RoBERTa's kin do. Those that are ``looked_up`` are asked for positions; a
-    class of its own may find them itself, as ProphetNet's, which gives the last one to all tokens behind.
+    Models with such count on from there, as RoBERTa's kin do; unless ``counted`` also those that are known not to.
+    Those that are ``looked_up`` are asked for positions; a class of its own may find them itself, as ProphetNet's,
+    which gives the last one to all tokens behind.
     """
     for name, module in model.named_modules():
+        if counted and not _counts_on(model.get_submodule(name.rpartition(".")[0])):
+            continue
         of_positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
         if looked_up and type(module).forward is not nn.Embedding.forward:
             continue
         if of_positions and module.padding_idx is not None:
             yield module.padding_idx, module.num_embeddings
+
+
+def _counts_on(owner: nn.Module) -> bool:
+    """Whether positions are counted from that of padding on, where one of an owner's embeddings has any.
+
+    In transformers such an owner knows it, too. LXMERT's doesn't, and counts from 0.
+    """
+    return hasattr(owner, "padding_idx") or not type(owner).__module__.startswith("transformers.models.")
 
 
 def _first_position(model: nn.Module) -> int:

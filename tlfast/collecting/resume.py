@@ -18,7 +18,7 @@ from ..dataset.read.reader import open_dataset
 from ..dataset.write.folder import holds_dataset, refuse_stranger
 from ..dataset.write.writer import DatasetWriter
 from ..errors import broken_rule
-from .checks import positions_of, said_positions
+from .checks import positions_of, positions_once, said_positions
 from .identity import NEXT_IN_TEXT, describe_examples
 from .json_parts import TWO_VALUES
 from .media import NO_FILE
@@ -162,13 +162,17 @@ def most_have_around(out: Place, first: Sequence[int], last: Sequence[int], long
 def positions_as_begun(out: Place, model: nn.Module, overwrite: bool) -> int | None:
     """How many tokens an example may have where nobody says, in a dataset that may be continued.
 
-    The first ones went by what a model's config says, and so do the reasons of what they left out.
+    The first ones went by what a model's config says, later ones by every position of padding, and so do the reasons
+    of what they left out.
     """
-    found, said = positions_of(model), said_positions(model)
-    if found == said or overwrite or not holds_dataset(out, "collect"):
+    found = positions_of(model)
+    earlier = {said_positions(model), positions_once(model)} - {found}
+    if not earlier or overwrite or not holds_dataset(out, "collect"):
         return found
     skipped = (entry for _, told in read_description(out, "collect").examples for entry in told.get("skipped") or ())
-    return said if any(str(reason).endswith(f" more than {said}") for *_, reason in skipped) else found
+    reasons = [str(reason) for *_, reason in skipped]
+    begun = (n for n in earlier if any(reason.endswith(f" more than {n}") for reason in reasons))
+    return next(begun, found)
 
 
 def packs_as_begun(out: Place, overwrite: bool) -> int | None:

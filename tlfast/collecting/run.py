@@ -63,7 +63,7 @@ from .resume import (
     reasons_as_begun,
 )
 from .signals import Terminated, stopping
-from .skipped import BadPolicy
+from .skipped import BadPolicy, RefusedExamples
 from .spool import lengths_of
 from .stored_examples import MadeAnew
 from .unit import Oddities, Runner
@@ -264,21 +264,39 @@ class Run(Work):
         self.with_graphs = self.batching.buckets is not None
 
     def _read(self, batches: Iterable[Any]) -> None:
-        """Read the examples: as they are made today, or as earlier versions made those of the dataset that goes on."""
+        """Read the examples: as they are made today, or as earlier versions made those of the dataset that goes on.
+
+        The latter where today's aren't those of the dataset, or are refused, and the others are.
+        """
         out, here = self.out, not url_of(self.out)
         where = self.with_graphs, existing_folder(out) if here else None, os.fspath(out) if here else None
         earlier = batches.earlier if isinstance(batches, MadeAnew) else None
         if earlier is None or self.options.overwrite or not has_units(out):
             self.read(batches, *where)
             return
-        with suppress(ValueError):  # what is wrong today may have been right
+        refused: RefusedExamples | None = None
+        try:
             self.read(batches, *where)
-            reasons_as_begun(out, self.bad.skipped, overwrite=False)
-            if holds_first(out, self.examples, self.bad.skipped, self.options.fingerprint):
-                return
+        except RefusedExamples as error:  # what is wrong today may have been right
+            refused = error
+        if refused is None and self._are_begun():
+            return
         self.bad.forget()
         self._as_earlier = True
-        self.read(earlier(), *where)
+        with suppress(RefusedExamples):
+            self.read(earlier(), *where)
+            if self._are_begun():
+                return
+        if refused is not None:
+            raise refused
+        self.bad.forget()
+        self._as_earlier = False
+        self.read(batches, *where)  # neither are: what differs is told of today's
+
+    def _are_begun(self) -> bool:
+        """Whether the examples that were read begin with those of the dataset that goes on."""
+        reasons_as_begun(self.out, self.bad.skipped, overwrite=False)
+        return holds_first(self.out, self.examples, self.bad.skipped, self.options.fingerprint)
 
     def most_tokens(self) -> int | None:
         """Those of the dataset that it continues."""

@@ -35,6 +35,7 @@ from ..spec import (
 from .huggingface import as_device_map
 from .normalizer_files import NormalizerKind
 from .options import CollectOptions, SharedOptions
+from .tokenizing import Columns
 from .unit_queue import units_in
 
 _MAX_BYTES = 1 << 20  # of a config.yaml at a URL
@@ -343,6 +344,14 @@ class CollectSettings(SharedOptions, TextOptions):
             del values["normalizer_kind"]
         text = str(extra("yaml", "tlfast collect").safe_dump(values, sort_keys=False, allow_unicode=True))
         return f"# {first_line}\n{text}"
+
+
+def columns_of(settings: CollectSettings) -> Columns:
+    """The columns of records that settings name."""
+    return Columns(
+        settings.column, settings.prompt_column, settings.response_column, settings.messages_column,
+        settings.label_column, settings.keep_fields, settings.image_column, settings.audio_column,
+    )  # fmt: skip
 
 
 def check_data(settings: CollectSettings) -> None:

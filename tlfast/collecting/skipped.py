@@ -26,6 +26,13 @@ def without_addresses(reason: str) -> str:
     return _ADDRESS.sub("", reason)
 
 
+class RefusedExamples(ValueError):
+    """Examples, as they were made, can't be used: not one of them, not all of them, or not with what is asked of them.
+
+    What else is wrong with data, or with how they are read, is another ValueError.
+    """
+
+
 class BadExamples:
     """What was left out, and why.
 
@@ -73,13 +80,15 @@ class BadExamples:
         self._own += skipped
 
     def leave_out(self, source: str, start: int, reason: str, error: str | None = None) -> None:
-        """Skip an example; with the policy "stop" raise ``error`` as a ValueError, where there is one."""
+        """Skip an example; with the policy "stop" raise ``error`` as RefusedExamples, where there is one."""
         if error is not None and self.policy == "stop":
-            raise ValueError(error)
+            raise RefusedExamples(error)
         if len(self) == self._most:
             got = f"one more: {source!r} at {start}, {reason}"
             remedy = 'bad_examples="stop" ends at the first, to look at it.'
-            raise ValueError(broken_rule("collect", "examples", f"have {self._most} bad ones at most", got, remedy))
+            raise RefusedExamples(
+                broken_rule("collect", "examples", f"have {self._most} bad ones at most", got, remedy)
+            )
         self._own.append([source, start, reason])
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain, islice
 from typing import Any, overload
 
 from ..dataset.format.plan import Example, FieldExample
@@ -68,6 +68,13 @@ class Spool:
         if len(self._new) > _BUFFER:
             self._flush()
 
+    def add_all(self, pieces: Sequence[bytes]) -> None:
+        """Append each of these."""
+        self._new += b"".join(pieces)
+        self.ends.extend(islice(accumulate(map(len, pieces), initial=self.ends[-1]), 1, None))
+        if len(self._new) > _BUFFER:
+            self._flush()
+
     def _flush(self) -> None:
         if self._new:
             self._file.seek(self.ends[-1] - len(self._new))
@@ -111,6 +118,13 @@ class _Columns:
         self.digests = bytearray()
         self.hashes: dict[tuple[int, int], str] = {}  # of the examples from one number up to another
 
+    def number_of(self, source: str) -> int:
+        """Of a source, which is known from now on."""
+        number = self.numbers.setdefault(source, len(self.names))
+        if number == len(self.names):
+            self.names.append(source)
+        return number
+
 
 class Examples(Sequence[Example]):
     """The examples ``start`` to ``stop`` of all that were added, numbered from 0: a slice of them is such a part, too.
@@ -140,15 +154,27 @@ class Examples(Sequence[Example]):
         columns = self._columns
         columns.tokens.add(tokens.tobytes())
         columns.starts.append(start)
-        number = columns.numbers.setdefault(source, len(columns.names))
-        if number == len(columns.names):
-            columns.names.append(source)
-        columns.sources.append(number)
+        columns.sources.append(columns.number_of(source))
         if digest:
             columns.digests += digest
             columns.kept.add(json.dumps(kept).encode() if kept else b"")
         columns.hashes.clear()
         self._stop += 1
+
+    def add_all(self, tokens: Sequence[bytes], source: str, starts: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Append examples of one source, of which nothing is kept: the bytes of each one's tokens, and its digest.
+
+        Without fields there are no ``digests``. Only to what is no slice.
+        """
+        columns = self._columns
+        columns.tokens.add_all(tokens)
+        columns.starts.extend(starts)
+        columns.sources.extend([columns.number_of(source)] * len(tokens))
+        if digests:
+            columns.digests += b"".join(digests)
+            columns.kept.add_all([b""] * len(digests))
+        columns.hashes.clear()
+        self._stop += len(tokens)
 
     def __len__(self) -> int:
         return self._stop - self._start

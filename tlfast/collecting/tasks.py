@@ -41,7 +41,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a Hugging Face model reads one sequence and writes another."""
+    """Whether a Hugging Face model reads one sequence and writes another.
+
+    One that gives a class to each token that it reads writes none, whatever its config says: T5's encoder alone.
+    """
+    if any(kind.__name__.endswith("ForTokenClassification") for kind in type(unwrapped(model)).__mro__):
+        return False
     return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +16,14 @@ from ..dataset.read.conditions import Condition
 from ..errors import broken_rule
 from .chat import chat_tokens
 from .fields import NOT_ASKED_FOR, is_unicode
+from .items import Texts, singles
 from .records import Record
-from .skipped import BadExamples
+from .skipped import BadExamples, RefusedExamples
 from .tasks import CAUSAL, SEQ2SEQ, has_own_ends
 
 _AT_ONCE = 512  # texts given to a tokenizer together, which works on them in parallel
 _WHO = "collect"
+_NOT_ASKED = array("q", [NOT_ASKED_FOR])
 # What a tokenizer's class may do to texts before its backend gets them.
 _CALLS = ("__call__", "_call_one", "_encode_plus", "_batch_encode_plus", "prepare_for_tokenization")
 
@@ -121,8 +123,13 @@ class Tokenizing:
         """Yield the examples, ``most`` at most: `Example`s where they are tokens alone, else mappings of fields.
 
         Raises:
-            ValueError: for a column that the first record lacks, a wrong condition, or no examples at all.
+            ValueError: for a column that the first record lacks, or a wrong condition.
+            RefusedExamples: for no examples at all.
         """
+        return singles(self.together(records, most))
+
+    def together(self, records: Iterable[Record], most: int | None = None) -> Iterator[Any]:
+        """Yield the same, those that have tokens and labels alone many at once: as `Texts`."""
         waiting, self._kept = iter(records), False
         n_records = n_found = 0
         with ThreadPoolExecutor(1) as pool:
@@ -136,16 +143,17 @@ class Tokenizing:
                     raise chunk.error
                 n_records += len(chunk.records)
                 # All of the chunk: so what is bad among them is told, too.
-                found = list(self._of(chunk, n_found))[: None if most is None else most - n_found]
+                found = self._of(chunk)[: None if most is None else most - n_found]
+                yield from self._as_examples(found, n_found)
                 n_found += len(found)
-                yield from found
                 if n_found == most:
                     break
                 chunk = following if ahead else self._next(waiting, pool)
         if not n_found:
             got = f"{n_records} records without" if n_records else f"no records in {self.place!r}"
             got += f"; {self.bad}" if len(self.bad) else ""
-            raise ValueError(broken_rule(_WHO, "dataset", "hold examples", got, "Look at the columns, and the filter."))
+            remedy = "Look at the columns, and the filter."
+            raise RefusedExamples(broken_rule(_WHO, "dataset", "hold examples", got, remedy))
 
     def _next(self, waiting: Iterator[Record], pool: ThreadPoolExecutor, first: bool = False) -> _Chunk | None:
         """Some records, whose texts are being encoded; None behind the last, but for what was bad there."""
@@ -168,36 +176,46 @@ class Tokenizing:
         check_first(record, self.columns, self.condition, ("length",))
         self.unused[:] = [name for name in record.values if name not in self.wanted]
 
-    def _of(self, chunk: _Chunk, n_before: int) -> Iterator[Any]:
-        tokens, n = chunk.tokens.result(), n_before
+    def _of(self, chunk: _Chunk) -> list[tuple[Record, array[int], Any]]:
+        """The records of a chunk that are examples, each with its tokens and its labels."""
+        tokens, found = chunk.tokens.result(), []
         for k, record in enumerate(chunk.records):
             try:
-                ids, labels = self._together({name: found[k] for name, found in tokens.items()}, record)
-                ids, labels = self._fitting(ids, labels)
-                self._check_kept(record)
-                wanted = self._wanted(record, len(ids))
+                ids, labels = self._fitting(*self._together(tokens, k, record))
+                if not self._kept:
+                    self._check_kept(record)
+                if self.condition is not None and not self._wanted(record, len(ids), self.condition):
+                    continue
             except Unusable as reason:
                 got, remedy = f"{reason}, in record {record.start} of {record.source}", "Correct it, or leave it out."
                 error = broken_rule(_WHO, "a record", "be an example", got, remedy)
                 self.bad.leave_out(record.source, record.start, str(reason), error)
                 continue
-            if not wanted:
-                continue
-            if labels is None and not self.columns.keep:
+            found.append((record, ids, labels))
+        return found
+
+    def _as_examples(self, found: Sequence[tuple[Record, array[int], Any]], n_before: int) -> Iterator[Any]:
+        if not self.columns.keep and not self.columns.label:
+            for source, some in groupby(found, key=lambda one: one[0].source):
+                records, tokens, labels = zip(*some, strict=True)
+                starts = [record.start for record in records]
+                yield Texts(source, starts, list(tokens), list(labels) if self.columns.makes_labels else None)
+            return
+        for n, (record, ids, labels) in enumerate(found, n_before):
+            kept = {name: record.values.get(name) for name in self.columns.keep}
+            if labels is None and not kept:
                 yield Example(n, ids, record.source, record.start, len(ids))
-            else:
-                kept = {name: record.values.get(name) for name in self.columns.keep}
-                fields = kept if labels is None else {"labels": labels, **kept}
-                yield {"input_ids": ids, "source": record.source, "start": record.start, **fields}
-            n += 1
+                continue
+            label: Any = np.array(labels, np.int64) if isinstance(labels, array) else labels
+            fields = kept if label is None else {"labels": label, **kept}
+            yield {"input_ids": ids, "source": record.source, "start": record.start, **fields}
 
     def _check_kept(self, record: Record) -> None:
         """Refuse a record without what is to be kept, up to the first that has it; others are compared with that."""
-        if not self._kept:
-            lacks = next((name for name in self.columns.keep if record.values.get(name) is None), None)
-            if lacks is not None:
-                raise Unusable(f"no {lacks}, which is to be kept")
-            self._kept = True
+        lacks = next((name for name in self.columns.keep if record.values.get(name) is None), None)
+        if lacks is not None:
+            raise Unusable(f"no {lacks}, which is to be kept")
+        self._kept = True
 
     # Tokens.
 
@@ -237,34 +255,36 @@ class Tokenizing:
     def _cuts(self) -> bool:
         return self.truncate and self.longest is not None
 
-    def _together(self, tokens: dict[str, Any], record: Record) -> tuple[Any, Any]:
-        """Tokens and labels of a record, however many; labels are None where there are none."""
+    def _together(self, tokens: Mapping[str, list[Any]], k: int, record: Record) -> tuple[array[int], Any]:
+        """Tokens and labels of a record, the ``k``-th, however many; labels are None where there are none."""
         columns = self.columns
-        for found in tokens.values():
-            if isinstance(found, Unusable):
-                raise found
         if columns.messages:
             try:
                 return chat_tokens(self.tokenizer, record.values.get(columns.messages))
             except ValueError as reason:
                 raise Unusable(str(reason)) from None
-        if columns.prompt and self.task == SEQ2SEQ:
-            return array("i", tokens[columns.prompt]), array("i", tokens[columns.response])
-        if columns.prompt:
-            prompt = [*self._put_to(record, columns.prompt, self.first), *tokens[columns.prompt]]
-            response = [*tokens[columns.response], *self._put_to(record, columns.response, self.last)]
-            return array("i", [*prompt, *response]), array("i", [NOT_ASKED_FOR] * len(prompt) + response)
-        first, last = (self._put_to(record, columns.column, more) for more in (self.first, self.last))
-        ids = array("i", [*first, *tokens[columns.column], *last])
-        return ids, label_of(record.values.get(columns.label), self.label_ids, columns.label) if columns.label else None
+        for found in tokens.values():
+            if isinstance(found[k], Unusable):
+                raise found[k]
+        if not columns.prompt:
+            ids = self._with_ends(tokens[columns.column][k], record, columns.column, self.first, self.last)
+            label = label_of(record.values.get(columns.label), self.label_ids, columns.label) if columns.label else None
+            return array("i", ids), label
+        prompt, response = tokens[columns.prompt][k], tokens[columns.response][k]
+        if self.task == SEQ2SEQ:
+            return array("i", prompt), array("q", response)
+        prompt = self._with_ends(prompt, record, columns.prompt, self.first, ())
+        response = self._with_ends(response, record, columns.response, (), self.last)
+        return array("i", prompt + response), _NOT_ASKED * len(prompt) + array("q", response)
 
     @staticmethod
-    def _put_to(record: Record, name: str, tokens: list[int]) -> list[int]:
-        """The tokens that are put to a text; none to what is given as tokens."""
-        return tokens if isinstance(record.values.get(name), str) else []
+    def _with_ends(ids: list[int], record: Record, name: str, first: Sequence[int], last: Sequence[int]) -> list[int]:
+        """The tokens of a text with what is put to it; nothing is put to what is given as tokens."""
+        put = (first or last) and isinstance(record.values.get(name), str)
+        return [*first, *ids, *last] if put else ids
 
-    def _fitting(self, ids: Any, labels: Any) -> tuple[Any, Any]:
-        """The same, cut where it is too long; labels as what `fields` takes."""
+    def _fitting(self, ids: array[int], labels: Any) -> tuple[array[int], Any]:
+        """The same, cut where it is too long."""
         apart = self.task == SEQ2SEQ
         for what in (ids, labels) if apart and isinstance(labels, array) else (ids,):
             if self.longest is not None and len(what) > self.longest and not self.truncate:
@@ -280,14 +300,12 @@ class Tokenizing:
                 n_asked -= 1  # the first token is nobody's next
             if not n_asked:
                 raise Unusable(f"no label among its {len(labels)} tokens")
-            labels = np.array(labels, np.int64)
         return ids, labels
 
-    def _wanted(self, record: Record, n: int) -> bool:
-        if self.condition is None:
-            return True
+    @staticmethod
+    def _wanted(record: Record, n: int, condition: Condition) -> bool:
         try:
-            return bool(self.condition({**record.values, "length": n}))
+            return bool(condition({**record.values, "length": n}))
         except (ValueError, KeyError) as error:
             raise Unusable(f"the filter fails: {' '.join(str(error).split())[:120]}") from None
 
