@@ -238,6 +238,7 @@ def test_the_flat_rows_of_a_view_and_whose_they_are(ds, view):
     assert torch.equal(view.raw("tq").codes.flat[:], torch.cat(raw))
 
 
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")  # it says so once another test has imported it
 @pytest.mark.parametrize("view", VIEWS)
 def test_shuffled_batches_of_the_tokens_of_a_view(ds, view):
     made, examples = VIEWS[view]
