@@ -247,7 +247,8 @@ class Factors:
 
         Raises:
             KeyError: for a module that isn't here.
-            ValueError: for other shapes, no eigenvectors, a damping that is negative, or zero where an eigenvalue is.
+            ValueError: for other shapes, no eigenvectors, a damping that is negative, or zero where an eigenvalue is;
+                for a module's name that is that of another's column, too.
         """
         chosen = kind or ("ekfac" if "ekfac" in self.kinds else "kfac")
         one_of(_WHO, "kind", chosen, ("ekfac", "kfac"))
@@ -261,9 +262,18 @@ class Factors:
             rule, remedy = "have eigenvectors", "Call eigen() first."
             raise ValueError(broken_rule(f"{_WHO}.precondition", "the factors", rule, "none", remedy))
         return {
-            name: self._preconditioned(self[name.removesuffix(":weight")], given, damping, damping_factor, chosen)
+            name: self._preconditioned(self._meant(name), given, damping, damping_factor, chosen)
             for name, given in gradients.items()
         }
+
+    def _meant(self, name: str) -> ModuleFactors:
+        """The module of a name, or of a column's, which is the module's with ":weight" behind it."""
+        module = name.removesuffix(":weight")
+        if name != module and name in self and module in self:
+            rule, remedy = "name one module", f"Say {module!r}, or {f'{name}:weight'!r}."
+            got = f"{name!r}, which is a module and a column of {module!r}"
+            raise ValueError(broken_rule(f"{_WHO}.precondition", "a name", rule, got, remedy))
+        return self[name if name in self else module]
 
     def _preconditioned(
         self, of: ModuleFactors, given: torch.Tensor, damping: float | None, factor: float, kind: str
