@@ -2,6 +2,7 @@
 
 import functools
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_modules_whose_names_have_colons(tmp_path):
         both.precondition({"b:weight": queries["b:weight:weight"]})
     ready = both.precondition({"b:weight:weight": queries["b:weight:weight"], "b": queries["a:b:weight"]})
     assert list(ready) == ["b:weight:weight", "b"]
+
+
+def test_a_module_that_no_gradient_has_reached_is_told():
+    """As an expert that gets no token: no part of its mean eigenvalue is more than zero."""
+    of = fitted()[1]["1"]
+    none = replace(of, n_tokens=0, sums={name: 0 * total for name, total in of.sums.items()})
+    factors, ones = Factors(["kfac", "ekfac"], {"1": none}), torch.ones(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"at 1: damping must .*, got a zero\. No gradient has reached it"):
+        factors.precondition({"1": ones}, damping_factor=9.0)
+    torch.testing.assert_close(factors.precondition({"1": ones}, damping=0.5)["1"], 2 * ones)
 
 
 def test_factors_of_other_modules_are_refused_before_anything_runs(tmp_path):

@@ -286,6 +286,8 @@ class Factors:
         damped = values + (float(values.mean()) * factor if damping is None else damping)
         if not (damped > 0).all():
             rule, remedy = "make each eigenvalue positive", "Say damping_factor=0.1, or a larger damping."
+            if not values.any():  # of which any part is zero, too
+                remedy = "No gradient has reached it: leave it out, or say damping=."
             raise ValueError(broken_rule(who, "damping", rule, "a zero", remedy))
         with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             rotated = of.output_basis.T @ given.to(values) @ of.input_basis
