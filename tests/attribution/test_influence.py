@@ -1,12 +1,15 @@
 """Influence: scores by "ekfac", of stored rows and of examples that go through a model, against the inverse itself."""
 
 import functools
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import tlfast
+from tlfast.hooks.factors import Factors
 
 TEXTS = [[1, 2, 3], [4, 5], [6, 7, 8, 2], [3, 3], [5, 1, 7]]
 
@@ -69,6 +72,46 @@ def test_columns_by_a_name_of_ones_own_are_those_of_their_modules(tmp_path):
     both = tlfast.dataset.concat_datasets([ds, tlfast.open_dataset(tmp_path / "b")])
     found = tlfast.score(both.filter("length > 1"), asked, "ekfac", moments=factors, k=None)
     torch.testing.assert_close(found.scores, wanted.repeat(1, 2), rtol=1e-8, atol=1e-10)
+
+
+def test_modules_whose_names_have_colons(tmp_path):
+    """A name that is a module's is that module, whatever it ends in; one that is another's column too is nobody's."""
+    torch.manual_seed(0)
+    names = {"emb": nn.Embedding(9, 4), "a:b": nn.Linear(4, 4), "b:weight": nn.Linear(4, 9)}
+    model = nn.Sequential(OrderedDict(names)).double()
+    scored = ["a:b", "b:weight"]
+    factors = tlfast.factors(model, TEXTS, scored, kinds=("kfac", "ekfac"))
+    specs = [tlfast.Spec(scored, of="weight"), tlfast.Spec("b:weight", of="weight", name="c:d")]
+    tlfast.collect(model, TEXTS, tmp_path / "rows", points=specs, progress=False)
+    ds = tlfast.open_dataset(tmp_path / "rows")
+    modules = {"a:b:weight": "a:b", "b:weight:weight": "b:weight", "b:weight:c:d": "b:weight"}
+    assert {point: ds.module_of(point) for point in ds.points} == modules
+    queries, wanted = {point: ds[point][:2] for point in ds.points}, 0
+    for point, module in modules.items():
+        of = factors[module]
+        rotated = of.output_basis.T @ queries[point] @ of.input_basis
+        damped = of.eigenvalues + 0.1 * of.eigenvalues.mean()
+        ready = of.output_basis @ (rotated / damped) @ of.input_basis.T
+        wanted = wanted + ready.flatten(1) @ ds[point][:].flatten(1).T
+        torch.testing.assert_close(factors.precondition({module: queries[point]})[module], ready)
+    found = tlfast.score(ds, queries, "ekfac", moments=factors, k=None)
+    torch.testing.assert_close(found.scores, wanted, rtol=1e-8, atol=1e-10)
+    tlfast.score(model, TEXTS[:1], "ekfac", examples=TEXTS, points=scored, moments=factors)
+    both = Factors(factors.kinds, {"b": factors["a:b"], "b:weight": factors["b:weight"]})
+    with pytest.raises(ValueError, match=r"must name one module, got 'b:weight', .* Say 'b', or 'b:weight:weight'"):
+        both.precondition({"b:weight": queries["b:weight:weight"]})
+    ready = both.precondition({"b:weight:weight": queries["b:weight:weight"], "b": queries["a:b:weight"]})
+    assert list(ready) == ["b:weight:weight", "b"]
+
+
+def test_a_module_that_no_gradient_has_reached_is_told():
+    """As an expert that gets no token: no part of its mean eigenvalue is more than zero."""
+    of = fitted()[1]["1"]
+    none = replace(of, n_tokens=0, sums={name: 0 * total for name, total in of.sums.items()})
+    factors, ones = Factors(["kfac", "ekfac"], {"1": none}), torch.ones(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"at 1: damping must .*, got a zero\. No gradient has reached it"):
+        factors.precondition({"1": ones}, damping_factor=9.0)
+    torch.testing.assert_close(factors.precondition({"1": ones}, damping=0.5)["1"], 2 * ones)
 
 
 def test_factors_of_other_modules_are_refused_before_anything_runs(tmp_path):

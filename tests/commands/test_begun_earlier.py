@@ -139,6 +139,23 @@ def test_examples_of_neither_way_are_told_as_todays(tmp_path, capsys):
     assert "examples must be all 4 of the dataset, which was extended, got the first 3 of them." in refused
 
 
+def test_what_is_refused_behind_the_examples_of_todays(tmp_path, capsys):
+    """Where both ways make the same of all that a dataset has: a longer text is refused as in any other."""
+    roberta = {"vocab_size": 256, "max_position_embeddings": 28, "pad_token_id": 3}
+    model = save_task_model(tmp_path / "model", "roberta", "sequence", **roberta)
+    begun, longer = [{"text": "abc"}, {"text": "de"}, {"text": "fghi"}], {"text": "x" * 25}
+    columns = {"column": "text", "loss": "loss_of_earlier:own", "bad_examples": "stop"}
+
+    def told(records, *more):
+        return [*words(tmp_path, records, model, "roberta.encoder.layer.0", **columns), *more]
+
+    assert main(told(begun)) == 0
+    rule = "a record must be an example, got 25 tokens, more than 24, in record 3 of r.jsonl"
+    assert rule in complaint_of(capsys, told([*begun, longer], "--extend"))
+    assert main(told([*begun, {"text": "jk"}], "--extend")) == 0
+    assert [len(found) for found in tokens(tmp_path)] == [3, 2, 4, 2]
+
+
 def test_data_that_cannot_be_read_are_not_read_again(classifier, tmp_path, monkeypatch, capsys):
     """Examples are made as earlier versions did because of what a dataset holds, and for no other reason."""
     columns = {"prompt_column": "prompt", "response_column": "answer", "loss": "loss_of_earlier:own"}

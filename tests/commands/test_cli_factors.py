@@ -1,7 +1,10 @@
 """`tlfast factors`: what it writes is what the function makes, also of parts; and what it refuses."""
 
+import json
+
 import pytest
 import torch
+from record_files import RECORDS
 from tiny_models import complaint_of, save_model, save_text
 
 import tlfast
@@ -45,6 +48,26 @@ def test_parts_by_the_command_are_one_run(folder, tmp_path, capsys):
         torch.testing.assert_close(kfac[name].inputs, one[name].inputs, rtol=0, atol=1e-5 * scale)
         total = one[name].eigenvalues.sum()
         torch.testing.assert_close(ekfac[name].eigenvalues.sum(), total, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("columns", [["text"], ["prompt", "answer"]])
+def test_parts_of_records_are_every_so_many(folder, tmp_path, columns):
+    """Of any number, and of records that are read many at once, with labels and without."""
+    flags = ["--column"] if len(columns) == 1 else ["--prompt-column", "--response-column"]
+    data = [word for pair in zip(flags, columns, strict=True) for word in pair]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
+    more = ["--dataset", str(tmp_path / "r.jsonl"), *data, "--points", LAYERS[0], "--kinds", "kfac"]
+    counts = {}
+    for part in ("", "0 3", "1 3", "2 3"):
+        out = tmp_path / f"f{part[:1]}.npz"
+        given = ["--part", *part.split()] if part else []
+        assert main(["factors", str(folder / "model"), *more, "--out", str(out), *given]) == 0
+        factors = tlfast.Factors.load(out)
+        counts[part] = [(one.n_examples, one.n_tokens) for one in (factors[name] for name in factors)]
+    sizes = [sum(len(one[name]) for name in columns) for one in RECORDS]
+    assert set(counts[""]) == {(12, sum(sizes))}
+    for k in range(3):
+        assert set(counts[f"{k} 3"]) == {(4, sum(sizes[k::3]))}
 
 
 def test_what_is_refused(folder, tmp_path, capsys, monkeypatch):

@@ -38,7 +38,6 @@ from .huggingface import (
     portable_name,
     response_encoder,
 )
-from .items import singles
 from .loss import accepted_names
 from .losses import loss_called, name_of
 from .media import Processor, decoded_by, kind_of
@@ -150,7 +149,7 @@ class Collection:
         ours = () if columns_of(settings).makes_labels else ("labels",)
         before = getattr(examples, "earlier", None)
         then = None if before is None else lambda: self._packed(settings, before(), earlier=True)
-        return MadeAnew(lambda: packs(singles(examples), longest), origin, ours, then)
+        return MadeAnew(partial(packs, examples, longest), origin, ours, then)
 
     @property
     def unused(self) -> list[str]:

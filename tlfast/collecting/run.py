@@ -266,7 +266,8 @@ class Run(Work):
     def _read(self, batches: Iterable[Any]) -> None:
         """Read the examples: as they are made today, or as earlier versions made those of the dataset that goes on.
 
-        The latter where today's aren't those of the dataset, or are refused, and the others are.
+        The latter where today's aren't those of the dataset and the others are. Of today's that are refused the ones
+        count that aren't: a dataset that has these goes on with today's, and is told what is wrong with them.
         """
         out, here = self.out, not url_of(self.out)
         where = self.with_graphs, existing_folder(out) if here else None, os.fspath(out) if here else None
@@ -281,6 +282,8 @@ class Run(Work):
             refused = error
         if refused is None and self._are_begun():
             return
+        if refused is not None and self._are_begun_without_bad(batches, where):
+            raise refused
         self.bad.forget()
         self._as_earlier = True
         with suppress(RefusedExamples):
@@ -292,6 +295,14 @@ class Run(Work):
         self.bad.forget()
         self._as_earlier = False
         self.read(batches, *where)  # neither are: what differs is told of today's
+
+    def _are_begun_without_bad(self, batches: Iterable[Any], where: tuple[Any, ...]) -> bool:
+        """Whether today's examples begin with those of the dataset, where those that are refused are left out."""
+        self.bad.forget()
+        with self.bad.skipping(), suppress(RefusedExamples):
+            self.read(batches, *where)
+            return self._are_begun()
+        return False
 
     def _are_begun(self) -> bool:
         """Whether the examples that were read begin with those of the dataset that goes on."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 from ..errors import broken_rule
@@ -58,6 +59,16 @@ class BadExamples:
     def skipped(self) -> list[list[str | int]]:
         """All of them, as they stand in dataset.json."""
         return self._own if self._before is None else [*self._before.skipped, *self._own]
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Skip inside, whatever the policy, also what is left out before."""
+        policy, self.policy = self.policy, "skip"
+        try:
+            with nullcontext() if self._before is None else self._before.skipping():
+                yield
+        finally:
+            self.policy = policy
 
     def forget(self) -> None:
         """Begin anew."""

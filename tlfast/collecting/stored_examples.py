@@ -21,6 +21,7 @@ from ..dataset.format.description import EXAMPLES
 from ..dataset.places.durable import PendingFile, open_regular
 from .data_files import DataFiles, version_of
 from .examples import AskedAgain, ExampleReader, Refetched, Spooled, is_map_style
+from .items import singles
 from .skipped import BadExamples
 from .spool import Examples, Spool
 
@@ -35,7 +36,7 @@ class MadeAnew:
     """Examples that are made anew each time that they are gone through, and never all held.
 
     Args:
-        make: begins to make them.
+        make: begins to make them, also many at once as `Texts`.
         origin: what they are made of, and how; None: that can't be known.
         may_be_unused: fields that they have beside what the user gave, of which a loss may make nothing.
         earlier: gives the same as earlier versions made them; None: as they are made now.
@@ -51,6 +52,10 @@ class MadeAnew:
         self._make, self.origin, self.may_be_unused, self.earlier = make, origin, may_be_unused, earlier
 
     def __iter__(self) -> Iterator[Any]:
+        return singles(self._make())
+
+    def together(self) -> Iterator[Any]:
+        """Yield the same, those that are made many at once as `Texts`."""
         return self._make()
 
 

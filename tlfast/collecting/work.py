@@ -95,7 +95,7 @@ class Work:
         self._may_be_unused = batches.may_be_unused if isinstance(batches, MadeAnew) else ()
         self.stored = None if kept_in is None else stored_in(kept_in, batches, reader, self.bad, options.fingerprint)
         if self.stored is None or options.overwrite or not self.stored.restore():
-            reader.read(batches)
+            reader.read(batches.together() if isinstance(batches, MadeAnew) else batches)
         self.examples = reader.examples
         has_tokens = reader.source is None or reader.source.rules.has_tokens
         check_tokens(name_of(self.loss), reader.source)

@@ -247,7 +247,8 @@ class Factors:
 
         Raises:
             KeyError: for a module that isn't here.
-            ValueError: for other shapes, no eigenvectors, a damping that is negative, or zero where an eigenvalue is.
+            ValueError: for other shapes, no eigenvectors, a damping that is negative, or zero where an eigenvalue is;
+                for a module's name that is that of another's column, too.
         """
         chosen = kind or ("ekfac" if "ekfac" in self.kinds else "kfac")
         one_of(_WHO, "kind", chosen, ("ekfac", "kfac"))
@@ -261,9 +262,18 @@ class Factors:
             rule, remedy = "have eigenvectors", "Call eigen() first."
             raise ValueError(broken_rule(f"{_WHO}.precondition", "the factors", rule, "none", remedy))
         return {
-            name: self._preconditioned(self[name.removesuffix(":weight")], given, damping, damping_factor, chosen)
+            name: self._preconditioned(self._meant(name), given, damping, damping_factor, chosen)
             for name, given in gradients.items()
         }
+
+    def _meant(self, name: str) -> ModuleFactors:
+        """The module of a name, or of a column's, which is the module's with ":weight" behind it."""
+        module = name.removesuffix(":weight")
+        if name != module and name in self and module in self:
+            rule, remedy = "name one module", f"Say {module!r}, or {f'{name}:weight'!r}."
+            got = f"{name!r}, which is a module and a column of {module!r}"
+            raise ValueError(broken_rule(f"{_WHO}.precondition", "a name", rule, got, remedy))
+        return self[name if name in self else module]
 
     def _preconditioned(
         self, of: ModuleFactors, given: torch.Tensor, damping: float | None, factor: float, kind: str
@@ -276,6 +286,8 @@ class Factors:
         damped = values + (float(values.mean()) * factor if damping is None else damping)
         if not (damped > 0).all():
             rule, remedy = "make each eigenvalue positive", "Say damping_factor=0.1, or a larger damping."
+            if not values.any():  # of which any part is zero, too
+                remedy = "No gradient has reached it: leave it out, or say damping=."
             raise ValueError(broken_rule(who, "damping", rule, "a zero", remedy))
         with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             rotated = of.output_basis.T @ given.to(values) @ of.input_basis

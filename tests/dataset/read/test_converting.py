@@ -11,7 +11,7 @@ from dataset_cases import COLUMNS, make_dataset, make_writer, truth
 from dataset_cases import examples as examples_of
 
 import tlfast
-from tlfast.dataset import Column, DatasetError, Plan, concat_datasets, open_dataset
+from tlfast.dataset import Column, DatasetError, Plan, concat_datasets, export_dataset, open_dataset
 from tlfast.dataset.read import arrow_rows, converting
 
 ROWS = [9, 1, 1, 10]
@@ -214,6 +214,32 @@ def test_two_factors_of_a_token_are_no_vector(tmp_path):
     torch.testing.assert_close(a, x[1])
     assert "two factors" in ds.holds("0:small")
     assert "two factors" not in ds.holds("1:small") + ds.holds("1:whole")
+
+
+def test_factors_of_other_sizes_in_a_view(tmp_path):
+    """Rows as long as each other, of layers that aren't: nobody takes the second ones apart as the first."""
+    for name, (n_outputs, n_inputs) in {"wide": (5, 3), "slim": (3, 5)}.items():
+        model = torch.nn.Sequential(torch.nn.Linear(n_inputs, n_outputs))
+        with (
+            tlfast.capture(model, [tlfast.Spec("*", of="weight", per="token")], rows=2) as cap,
+            cap.into(tmp_path / name, plan=Plan(2, 2)),
+            cap.batch(ids=[0, 1]),
+        ):
+            x = torch.cat([torch.randn(2, 3, n_inputs), torch.zeros(2, 1, n_inputs)], 1)
+            (model(x) * x.abs().sum(-1, keepdim=True)).square().sum().backward()
+    both = concat_datasets([open_dataset(tmp_path / name) for name in ("wide", "slim")])
+    message = (
+        r"point '0:weight' must have factors of the same sizes in all datasets, got \[5, 3\] in dataset 1 and "
+        r"\[3, 5\] in dataset 2\. Read each of view\.sources by itself\."
+    )
+    for view in (both, both.select([0])):
+        with pytest.raises(DatasetError, match=message):
+            view.factor_sizes("0:weight")
+    with pytest.raises(DatasetError, match=message):
+        both.search(torch.ones(1, 8))
+    with pytest.raises(DatasetError, match=message):
+        export_dataset(both, tmp_path / "index", to="bergson")
+    assert not (tmp_path / "index").exists()
 
 
 def test_views_without_rows(ds, vectors, tmp_path):

@@ -81,6 +81,8 @@ def _named(rows: Rows) -> _Rows:
     about = rows.dataset.sources[0].info()["about"]
     for source in rows.dataset.sources:
         check_linear(said, source.info()["about"])
+    for point in said:
+        rows.dataset.factor_sizes(point)  # DatasetError where they differ
     factors = {point: factor_of(point, column, processor["projection_dim"], about) for point, column in said.items()}
     shapes = {point: modules_of(point, column, processor, counts, factors[point]) for point, column in said.items()}
     modules = {

@@ -431,10 +431,22 @@ class DatasetView(Readable):
         return " | ".join(f"of dataset {k}: {text}" for k, text in enumerate(texts, 1))
 
     def factor_sizes(self, point: str) -> tuple[int, int] | None:
-        """Return how many numbers the two factors of a token's row have, as a dataset does."""
+        """Return how many numbers the two factors of a token's row have, as a dataset does.
+
+        Raises:
+            DatasetError: where those of its datasets differ: rows as long as each other, of layers that aren't.
+        """
         self.column(point)
-        found: tuple[int, int] | None = self._sources[0].factor_sizes(point)
-        return found
+        found: dict[tuple[int, int], int] = {}
+        for number, source in enumerate(self._sources, 1):
+            sizes = source.factor_sizes(point)
+            if sizes is not None:  # the first versions didn't note it
+                found.setdefault(sizes, number)
+        if len(found) > 1:
+            got = " and ".join(f"{list(sizes)} in dataset {number}" for sizes, number in list(found.items())[:2])
+            rule, remedy = "have factors of the same sizes in all datasets", "Read each of view.sources by itself."
+            raise dataset_error("DatasetView", f"point {point!r}", rule, got, remedy)
+        return next(iter(found), None)
 
     def raw(self, point: str) -> RawColumn:
         """Return the codes and scales of an encoded ``point``, as a dataset does."""
