@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import logging
@@ -64,6 +65,21 @@ class _Turn:
             raise self.failed
 
 
+def _keep_memory() -> None:
+    """Let glibc give threads the memory of the main one, and keep what is freed.
+
+    Else each has an arena of its own, whose pages go back to the system and are faulted in anew, more or less often by
+    what a way happens to hold: that was a tenth of a step.
+    """
+    arenas, mmap_threshold, trim_threshold = -8, -3, -1  # M_ARENA_MAX and the others of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for option, value in ((arenas, 1), (mmap_threshold, 1 << 30), (trim_threshold, 1 << 30)):
+        mallopt(option, value)
+
+
 def _wait_for_quiet() -> None:
     """Return when no other thread of this process computes, or waits for a disk."""
     quiet, here = 0, str(threading.get_native_id())
@@ -103,6 +119,7 @@ def take_turns(model: Any, ways: Mapping[str, Way], n_steps: int, together: int 
         By way its Times: "cpu" and "total" of steps; one sample each of "set_up", CPU time before the first step, and
         of "close", that of the last step and of the end.
     """
+    _keep_memory()
     turns: dict[str, _Turn] = {}
     for name, way in ways.items():
         turns[name] = _Turn(way, deepcopy(model))

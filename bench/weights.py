@@ -73,10 +73,10 @@ class Model:
 
 
 MODELS = (
-    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 592, "rows_per_unit": 64},
+    Model("d 128", {"n_layers": 6, "width": 128, "batch": 16, "n_examples": 1168, "rows_per_unit": 64},
           {(16, SIGNS): 9.0, (64, SIGNS): 36.0, (64, "hadamard"): 8.0, (64, "count-sketch"): 8.0},
           {(16, SIGNS): tuple(WAYS)}),
-    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 136, "rows_per_unit": 16},
+    Model("d 768", {"n_layers": 2, "width": 768, "batch": 8, "n_examples": 264, "rows_per_unit": 16},
           {(16, SIGNS): 3.0, (64, SIGNS): 6.0},
           {(64, SIGNS): (PRODUCTS, PYTHON, INTO)}),
 )  # fmt: skip
