@@ -142,3 +142,28 @@ def test_on_the_command_line(tmp_path, capsys):
     assert len(tlfast.open_dataset(tmp_path / "out").skipped) == 3
     assert main(["info", str(tmp_path / "out")]) == 0
     assert ", skipped 3\n" in capsys.readouterr().out
+
+
+def test_tokens_that_the_model_does_not_know_are_told(tmp_path):
+    text = (
+        r"collect: input_ids must be tokens that GPT2LMHeadModel has, 0 to {}, got {}\. Take the model's own tokenizer,"
+        r" or give the model more \(resize_token_embeddings\)\."
+    )
+    model = tiny_model()
+    n = model.config.vocab_size
+    with pytest.raises(ValueError, match=text.format(n - 1, n)) as told:
+        collect(model, tmp_path, [*GOOD, [3, n, 4]])
+    assert isinstance(told.value.__cause__, IndexError)
+    with pytest.raises(ValueError, match="factors: input_ids must be tokens that"):
+        tlfast.factors(model, [[3, n, 4]], "transformer.h.0.mlp.c_fc", kinds="kfac")
+
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = tiny_model()
+
+        def forward(self, ids, **more):
+            raise IndexError("of its own")
+
+    with pytest.raises(ValueError, match=r"got IndexError in forward, .*: of its own"):
+        collect(Other(), tmp_path / "other", GOOD, points="lm.transformer.h.0")

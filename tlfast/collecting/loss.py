@@ -15,6 +15,7 @@ from torch import nn
 
 from ..dataset.format.plan import Example
 from ..errors import broken_rule
+from ..hooks.freeze import find_embedding
 from .batches import Batch, Batching
 from .tasks import CAUSAL, task_of
 
@@ -120,9 +121,29 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def call_model(model: nn.Module, batch: Batch, **more: Any) -> Any:
-    """What the model makes of a batch: of its tokens, where it has any, and of the fields that it takes."""
+    """What the model makes of a batch: of its tokens, where it has any, and of the fields that it takes.
+
+    Raises:
+        ValueError: for tokens that the model doesn't know, on the CPU; a GPU's kernels fail by themselves.
+    """
     inputs = model_inputs(model, batch) | more
-    return model(batch.input_ids, **inputs) if batch.input_ids.shape[1] else model(**inputs)
+    try:
+        return model(batch.input_ids, **inputs) if batch.input_ids.shape[1] else model(**inputs)
+    except IndexError as error:
+        _check_known(model, batch, error)
+        raise
+
+
+def _check_known(model: nn.Module, batch: Batch, error: IndexError) -> None:
+    """ValueError, from what the model has raised, where a token of the batch is none of the model's."""
+    looks_up = find_embedding(model) if any(isinstance(module, nn.Embedding) for module in model.modules()) else None
+    if not isinstance(looks_up, nn.Embedding) or not batch.input_ids.numel():
+        return
+    n, most, least = looks_up.num_embeddings, int(batch.input_ids.max()), int(batch.input_ids.min())
+    if most >= n or least < 0:
+        rule = f"be tokens that {type(model).__name__} has, 0 to {n - 1}"
+        remedy = "Take the model's own tokenizer, or give the model more (resize_token_embeddings)."
+        raise ValueError(broken_rule("collect", "input_ids", rule, most if most >= n else least, remedy)) from error
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
