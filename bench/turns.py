@@ -65,8 +65,8 @@ class _Turn:
             raise self.failed
 
 
-def _keep_memory() -> None:
-    """Let glibc give threads the memory of the main one, and keep what is freed.
+def keep_memory() -> None:
+    """Let glibc give threads the memory of the main one, and keep what is freed, for the rest of the process.
 
     Else each has an arena of its own, whose pages go back to the system and are faulted in anew, more or less often by
     what a way happens to hold: that was a tenth of a step.
@@ -81,7 +81,9 @@ def _keep_memory() -> None:
 
 
 def _wait_for_quiet() -> None:
-    """Return when no other thread of this process computes, or waits for a disk."""
+    """Return when no other thread of this process computes, or waits for a disk; at once where nothing tells."""
+    if not os.path.isdir("/proc/self/task"):
+        return
     quiet, here = 0, str(threading.get_native_id())
     while quiet < QUIET:
         time.sleep(0.001)
@@ -119,7 +121,6 @@ def take_turns(model: Any, ways: Mapping[str, Way], n_steps: int, together: int 
         By way its Times: "cpu" and "total" of steps; one sample each of "set_up", CPU time before the first step, and
         of "close", that of the last step and of the end.
     """
-    _keep_memory()
     turns: dict[str, _Turn] = {}
     for name, way in ways.items():
         turns[name] = _Turn(way, deepcopy(model))

@@ -21,7 +21,7 @@ from .measure import Measured, check_close
 from .report import Cell, Claim, Findings, Result, Table
 from .rivals import first_tensor
 from .turns import Way as Turn
-from .turns import silent, take_turns
+from .turns import keep_memory, silent, take_turns
 from .weight_ways import BERGSON, FLOOR, INTO, PRODUCTS, PYTHON, WAYS, Way, Work
 
 # Beside the floor: of the smaller p of a model all ways, of others what their targets and rivals are about.
@@ -153,6 +153,8 @@ def run(quick: bool = False, ways: dict[str, Way] | None = None) -> Result:
     if ways is None:
         ways = {name: way for name, way in WAYS.items() if theirs or name != BERGSON}
     models = (QUICK,) if quick else MODELS
+    if not quick:
+        keep_memory()
     SCRATCH.mkdir(parents=True, exist_ok=True)
     result = Result(
         "weights", PREDICTION,
